@@ -1,0 +1,363 @@
+"""Control: what is done to an attention, as small tables over (row segment, key segment) pairs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .segments import Segments
+
+Value = float | Tensor
+NORMS = ("minmax", "mean", "max", "softmax")
+EVERY = 2**31 - 1  # an entry of the `valid` table that cuts nothing
+
+
+@dataclass(frozen=True)
+class HeadGain:
+    """Gain per head derived from the attention mass of the block (`rows`, `keys`).
+
+    With m[b, h] the block's mass divided by its number of rows, over heads: ``minmax`` floor + span*(m-min)/(max-min+eps),
+    ``mean`` floor + span*m/mean(m), ``max`` floor + span*m/max(m), ``softmax`` floor + span*H*softmax(m); eps of float32.
+    It multiplies the rows of `apply_to`. In-Context Brush (arXiv 2505.20271, Eqs. 6-8), whose code uses ``minmax``.
+
+    Args:
+        rows, keys, apply_to: a segment name, a sequence of names, or "*" for all.
+        span, floor: finite numbers.
+
+    Raises:
+        ValueError: an unknown norm, a span or floor that is not finite.
+    """
+
+    rows: str | Sequence[str] = "target"
+    keys: str | Sequence[str] = "prompt"
+    span: float = 0.2
+    floor: float = 1.0
+    norm: Literal["minmax", "mean", "max", "softmax"] = "minmax"
+    apply_to: str | Sequence[str] = "*"
+
+    def __post_init__(self) -> None:
+        if self.norm not in NORMS:
+            raise ValueError(f"HeadGain.norm: expected one of {', '.join(NORMS)}, got {self.norm!r}")
+        for name in ("span", "floor"):
+            if not _is_number(value := getattr(self, name)) or not math.isfinite(value):
+                raise ValueError(f"HeadGain.{name}: expected a finite number, got {value!r}")
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Contrast of the attention map: p becomes clip(beta*p - (beta-1)/Nk, lo, hi) on allowed keys.
+
+    Nk counts the allowed, valid keys of the row's group. ``clip=None`` leaves the map unclipped, which is linear and
+    takes one pass. SD-VICL (arXiv 2508.09949) and cross-image attention: beta 1.67, clip (0, 1).
+
+    Raises:
+        ValueError: beta is not a finite number; clip is neither None nor a pair (lo, hi) with lo <= hi.
+    """
+
+    beta: float = 1.67
+    clip: tuple[float, float] | None = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        if not _is_number(self.beta) or not math.isfinite(self.beta):
+            raise ValueError(f"Contrast.beta: expected a finite number, got {self.beta!r}")
+        if self.clip is None:
+            return
+        bounds = tuple(self.clip) if isinstance(self.clip, (tuple, list)) else ()
+        if len(bounds) != 2 or not all(_is_number(x) and math.isfinite(x) for x in bounds) or bounds[0] > bounds[1]:
+            raise ValueError(f"Contrast.clip: expected None or finite bounds (lo, hi) with lo <= hi, got {self.clip!r}")
+
+
+class Control:
+    """What an attention does beyond softmax(QK^T)V, constant on each (row segment, key segment) pair.
+
+    Args:
+        rows, keys: Segments of the query rows and of the keys; keys=None: the same as rows.
+        bias: {(row segment, key segment): value} added to the logits before the softmax (natural units); -inf removes
+            the pair, whose keys are then never read. A value is a number or a float tensor (heads,) or (batch, heads);
+            "*" matches every segment; entries apply in order, later ones overwrite.
+        weight: same keys and values, finite and >= 0; multiplies probabilities after the softmax, not renormalised.
+        gain: {row segment: value}; multiplies the output's rows.
+        head_gain: a gain derived from the attention mass; multiplies with `gain`.
+        groups: {group: [key segments]}: softmax groups, each normalised alone; every key segment is in exactly one.
+            dict order is the order of lse's last dimension. None: one group named "all".
+        gates: {group: value}: a number or a float tensor (batch, rows); 1 where not named.
+        contrast: a Contrast for all groups, or {group: Contrast}.
+        valid: {key segment: int tensor (batch,)}: only the segment's first n keys exist for the item.
+
+    The tables are lowered to tensors here, once: inside ``torch.compile`` only they and static structure are read, so
+    that a changed number does not recompile. Numbers and CPU tensors are checked by value, device tensors by shape and
+    dtype only. Raises ValueError or TypeError naming the argument, what was expected and what came.
+    """
+
+    def __init__(
+        self,
+        rows: Segments,
+        keys: Segments | None = None,
+        *,
+        bias: Mapping[tuple[str, str], Value] | None = None,
+        weight: Mapping[tuple[str, str], Value] | None = None,
+        gain: Mapping[str, Value] | None = None,
+        head_gain: HeadGain | None = None,
+        groups: Mapping[str, Sequence[str]] | None = None,
+        gates: Mapping[str, Value] | None = None,
+        contrast: Contrast | Mapping[str, Contrast] | None = None,
+        valid: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        keys = rows if keys is None else keys
+        for name, segments in (("rows", rows), ("keys", keys)):
+            if not isinstance(segments, Segments):
+                raise TypeError(f"{name}: expected Segments, got {type(segments).__name__}")
+        self.rows, self.keys = rows, keys
+        self.group_names, self.groups = _lower_groups(groups, keys)
+        entries_bias = [(pair, _check_value(f"bias[{pair}]", v, "bias")) for pair, v in (bias or {}).items()]
+        entries_weight = [(pair, _check_value(f"weight[{pair}]", v, "weight")) for pair, v in (weight or {}).items()]
+        bias_ids, self.bias = self._pair_table("bias", entries_bias, 0.0)
+        weight_ids, self.weight = self._pair_table("weight", entries_weight, 1.0)
+        removed = [_is_minus_inf(v) for _, v in entries_bias]
+        distinct: dict[tuple[int, int], int] = {(-1, -1): 0}
+        kinds = []
+        for b, w in zip(bias_ids, weight_ids, strict=True):
+            kinds.append(-1 if b >= 0 and removed[b] else distinct.setdefault((b, w), len(distinct)))
+        # Per pair: -1 removed, 0 untouched, else the same positive number where the same entries apply.
+        self.kinds: tuple[int, ...] = tuple(kinds)
+        self.gain = self._gain_table(gain or {})
+        self.head_gain = head_gain
+        self.head_gain_rows: tuple[int, ...] = ()
+        self.head_gain_keys: tuple[int, ...] = ()
+        self.head_gain_apply: tuple[int, ...] = ()
+        if head_gain is not None:
+            if not isinstance(head_gain, HeadGain):
+                raise TypeError(f"head_gain: expected HeadGain, got {type(head_gain).__name__}")
+            self.head_gain_rows = _indices("head_gain.rows", head_gain.rows, rows)
+            self.head_gain_keys = _indices("head_gain.keys", head_gain.keys, keys)
+            self.head_gain_apply = _indices("head_gain.apply_to", head_gain.apply_to, rows)
+        self.gates = self._gate_table(gates or {})
+        self.contrast = _lower_contrast(contrast, self.group_names)
+        self.valid = self._valid_table(valid or {})
+        self._moved: dict[torch.device, Control] = {}
+
+    def _pair_table(
+        self, argument: str, entries: list[tuple[tuple[str, str], Value]], neutral: float
+    ) -> tuple[list[int], Tensor | None]:
+        """(entry index per pair or -1, table (1|batch, 1|heads, rows, keys) or None)"""
+        ids = [-1] * (len(self.rows) * len(self.keys))
+        if not entries:
+            return ids, None
+        table = _blank([v for _, v in entries], (len(self.rows), len(self.keys)), neutral, argument)
+        for position, (pair, value) in enumerate(entries):
+            if not isinstance(pair, tuple) or len(pair) != 2:
+                raise ValueError(f"{argument}: a key must be a pair (row segment, key segment), got {pair!r}")
+            for r in _indices(f"{argument}[{pair}] row", pair[0], self.rows):
+                for c in _indices(f"{argument}[{pair}] key", pair[1], self.keys):
+                    table[:, :, r, c] = _as_batch_heads(value)
+                    ids[r * len(self.keys) + c] = position
+        return ids, table
+
+    def _gain_table(self, gain: Mapping[str, Value]) -> Tensor | None:
+        """(1|batch, 1|heads, rows)"""
+        if not gain:
+            return None
+        checked = {name: _check_value(f"gain[{name!r}]", value, "gain") for name, value in gain.items()}
+        table = _blank(list(checked.values()), (len(self.rows),), 1.0, "gain")
+        for name, value in checked.items():
+            for r in _indices(f"gain[{name!r}]", name, self.rows):
+                table[:, :, r] = _as_batch_heads(value)
+        return table
+
+    def _gate_table(self, gates: Mapping[str, Value]) -> Tensor | None:
+        """(1|batch, 1|rows, groups)"""
+        if not gates:
+            return None
+        shape, device = (1, 1), torch.device("cpu")
+        for name, gate in gates.items():
+            if name not in self.group_names:
+                raise ValueError(f"gates: unknown group {name!r}; expected one of {', '.join(self.group_names)}")
+            if not isinstance(gate, Tensor):
+                _check_value(f"gates[{name!r}]", gate, "gain")
+                continue
+            _check_tensor(f"gates[{name!r}]", gate)
+            if gate.dim() != 2 or gate.shape[1] != self.rows.total:
+                raise ValueError(
+                    f"gates[{name!r}]: expected a number or shape (batch, {self.rows.total} rows), got {tuple(gate.shape)}"
+                )
+            if gate.device.type == "cpu" and not bool(torch.isfinite(gate).all()):
+                raise ValueError(f"gates[{name!r}]: expected finite values")
+            if shape[1] > 1 and 1 not in (shape[0], gate.shape[0]) and shape[0] != gate.shape[0]:
+                raise ValueError(f"gates: the batch sizes differ: {shape[0]} and {gate.shape[0]}")
+            shape, device = (max(shape[0], gate.shape[0]), gate.shape[1]), gate.device
+        table = torch.ones(*shape, len(self.group_names), dtype=torch.float32, device=device)
+        for name, gate in gates.items():
+            table[:, :, self.group_names.index(name)] = gate.detach() if isinstance(gate, Tensor) else float(gate)
+        return table
+
+    def _valid_table(self, valid: Mapping[str, Tensor]) -> Tensor | None:
+        """(batch, key segments) int32, EVERY where a segment is not cut"""
+        if not valid:
+            return None
+        columns: dict[int, Tensor] = {}
+        for name, count in valid.items():
+            c = self.keys.index(name, "valid")
+            if not isinstance(count, Tensor) or count.dim() != 1 or count.is_floating_point() or count.is_complex():
+                got = f"{count.dtype} {tuple(count.shape)}" if isinstance(count, Tensor) else type(count).__name__
+                raise TypeError(f"valid[{name!r}]: expected an int tensor (batch,), got {got}")
+            limit = self.keys.lengths[c] if self.keys.items is None else self.keys.items[:, c]
+            if count.device.type == "cpu" and bool(((count < 0) | (count > limit)).any()):
+                raise ValueError(f"valid[{name!r}]: expected values in 0..{limit}, got {count.tolist()}")
+            columns[c] = count
+        sizes = {int(count.shape[0]) for count in columns.values()}
+        if len(sizes) > 1:
+            raise ValueError(f"valid: the batch sizes differ: {sorted(sizes)}")
+        first = next(iter(columns.values()))
+        table = torch.full((first.shape[0], len(self.keys)), EVERY, dtype=torch.int32, device=first.device)
+        for c, count in columns.items():
+            table[:, c] = count
+        return table
+
+    @property
+    def batches(self) -> set[int]:
+        """The batch sizes that the tables name (1 broadcasts and is left out)."""
+        pairs = (("bias", self.bias), ("weight", self.weight), ("gain", self.gain), ("gates", self.gates))
+        sizes = {t.shape[0] for _, t in pairs if t is not None and t.shape[0] > 1}
+        exact = (self.valid, self.rows.items, self.keys.items)
+        return sizes | {t.shape[0] for t in exact if t is not None}
+
+    @property
+    def heads(self) -> set[int]:
+        """The head counts that the tables name (1 broadcasts and is left out)."""
+        return {t.shape[1] for t in (self.bias, self.weight, self.gain) if t is not None and t.shape[1] > 1}
+
+    def to(self, device: torch.device | str) -> Control:
+        """This control with its tables on `device`; the same object where they are there already, else cached."""
+        device = torch.device(device)
+        tables = ("bias", "weight", "gain", "gates", "valid")
+        if all(t is None or t.device == device for t in (getattr(self, name) for name in tables)):
+            return self
+        if device in self._moved and not torch.compiler.is_compiling():
+            return self._moved[device]
+        moved = object.__new__(Control)
+        moved.__dict__.update(self.__dict__, _moved={})
+        for name in tables:
+            if (table := getattr(self, name)) is not None:
+                setattr(moved, name, table.to(device))
+        if not torch.compiler.is_compiling():
+            self._moved[device] = moved
+        return moved
+
+    def __repr__(self) -> str:
+        parts = [f"rows={self.rows!r}"] + ([] if self.keys is self.rows else [f"keys={self.keys!r}"])
+        for name in ("bias", "weight", "gain", "gates", "valid"):
+            if (table := getattr(self, name)) is not None:
+                parts.append(f"{name}={tuple(table.shape)}")
+        if self.head_gain is not None:
+            parts.append(f"head_gain={self.head_gain!r}")
+        if len(self.group_names) > 1:
+            parts.append(f"groups={self.group_names!r}")
+        if any(c is not None for c in self.contrast):
+            parts.append(f"contrast={self.contrast!r}")
+        return f"Control({', '.join(parts)})"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_minus_inf(value: Value) -> bool:
+    return not isinstance(value, Tensor) and value == -math.inf
+
+
+def _check_tensor(argument: str, value: Tensor) -> None:
+    if not value.is_floating_point():
+        raise TypeError(f"{argument}: expected a float tensor, got {value.dtype}")
+    if value.requires_grad:
+        raise TypeError(f"{argument}: a control tensor that requires grad is not differentiated; pass value.detach()")
+
+
+def _check_value(argument: str, value: Value, kind: Literal["bias", "weight", "gain"]) -> Value:
+    """bias: finite or -inf; weight: finite, >= 0; gain: finite"""
+    if isinstance(value, Tensor):
+        _check_tensor(argument, value)
+        if value.dim() not in (1, 2):
+            raise ValueError(f"{argument}: expected a number or shape (heads,) or (batch, heads), got {tuple(value.shape)}")
+        if value.device.type != "cpu" or torch.compiler.is_compiling():
+            return value
+        bad = torch.isnan(value) | (value == math.inf)
+        low = bool((value < 0).any()) if kind == "weight" else bool(kind == "gain" and (value == -math.inf).any())
+        if low or bool(bad.any()):
+            raise ValueError(f"{argument}: expected {_RANGE[kind]}, got values outside")
+        return value
+    if not _is_number(value) and not isinstance(value, (torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{argument}: expected a number or a tensor, got {type(value).__name__}")
+    if math.isnan(value) or value == math.inf or (kind == "weight" and value < 0) or (kind != "bias" and value == -math.inf):
+        raise ValueError(f"{argument}: expected {_RANGE[kind]}, got {value}")
+    return value
+
+
+_RANGE = {"bias": "a finite number or -inf", "weight": "a finite number >= 0", "gain": "a finite number"}
+
+
+def _as_batch_heads(value: Value) -> Value:
+    if not isinstance(value, Tensor):
+        return float(value)
+    return value.detach() if value.dim() == 2 else value.detach()[None, :]
+
+
+def _blank(values: list[Value], shape: tuple[int, ...], neutral: float, argument: str) -> Tensor:
+    """A table (1|batch, 1|heads, *shape) of `neutral` wide enough for `values`."""
+    batch, heads, device = 1, 1, torch.device("cpu")
+    for value in values:
+        if not isinstance(value, Tensor):
+            continue
+        value_batch, value_heads = (1, value.shape[0]) if value.dim() == 1 else (value.shape[0], value.shape[1])
+        for what, have, got in (("batch", batch, value_batch), ("head", heads, value_heads)):
+            if 1 not in (have, got) and have != got:
+                raise ValueError(f"{argument}: the {what} counts of its tensors differ: {have} and {got}")
+        batch, heads, device = max(batch, value_batch), max(heads, value_heads), value.device
+    return torch.full((batch, heads, *shape), neutral, dtype=torch.float32, device=device)
+
+
+def _indices(argument: str, names: str | Sequence[str], segments: Segments) -> tuple[int, ...]:
+    if isinstance(names, str):
+        if names == "*":
+            return tuple(range(len(segments)))
+        return (segments.index(names, argument),)
+    return tuple(segments.index(name, argument) for name in names)
+
+
+def _lower_groups(groups: Mapping[str, Sequence[str]] | None, keys: Segments) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    if groups is None:
+        return ("all",), (0,) * len(keys)
+    if not groups:
+        raise ValueError("groups: expected at least one group, got none")
+    of: dict[str, int] = {}
+    for g, (group, members) in enumerate(groups.items()):
+        if isinstance(members, str):
+            raise TypeError(f"groups[{group!r}]: expected a list of key segments, got the string {members!r}")
+        for name in members:
+            keys.index(name, f"groups[{group!r}]")
+            if name in of:
+                raise ValueError(f"groups: key segment {name!r} is in more than one group")
+            of[name] = g
+    missing = [name for name in keys if name not in of]
+    if missing:
+        raise ValueError(f"groups: every key segment must be in a group; missing {', '.join(missing)}")
+    return tuple(groups), tuple(of[name] for name in keys)
+
+
+def _lower_contrast(
+    contrast: Contrast | Mapping[str, Contrast] | None, group_names: tuple[str, ...]
+) -> tuple[Contrast | None, ...]:
+    if contrast is None or isinstance(contrast, Contrast):
+        return (contrast,) * len(group_names)
+    if not isinstance(contrast, Mapping):
+        raise TypeError(f"contrast: expected Contrast or {{group: Contrast}}, got {type(contrast).__name__}")
+    for group, value in contrast.items():
+        if group not in group_names:
+            raise ValueError(f"contrast: unknown group {group!r}; expected one of {', '.join(group_names)}")
+        if not isinstance(value, Contrast):
+            raise TypeError(f"contrast[{group!r}]: expected Contrast, got {type(value).__name__}")
+    return tuple(contrast.get(name) for name in group_names)

@@ -1,0 +1,191 @@
+"""Problem: one attention call, checked and lowered to tensors and static structure; what every backend takes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from .control import EVERY, Contrast
+
+
+@dataclass(frozen=True)
+class GainRule:
+    """HeadGain with its segments as indices."""
+
+    rows: tuple[int, ...]
+    keys: tuple[int, ...]
+    apply: tuple[int, ...]
+    span: float
+    floor: float
+    norm: str
+
+
+@dataclass(frozen=True)
+class Problem:
+    """B output items, H heads, M rows in R segments, N keys in C segments and G groups, head dim D.
+
+    Table entry [b, h] is read at [b or 0, h or 0] where its dimension is 1. Segment lengths differ from item to item
+    where row_items or key_items is set. Key segment c lies in tensor 0 after its predecessors, or is tensor c of a list.
+    """
+
+    q: Tensor  # (batch, M, H, D)
+    k: tuple[Tensor, ...]  # one (batch | 1, N, Hkv, D), or C of them (batch | 1, key_lengths[c], Hkv, D)
+    v: tuple[Tensor, ...]
+    batch: int  # B
+    row_lengths: tuple[int, ...]
+    key_lengths: tuple[int, ...]
+    groups: tuple[int, ...]  # (C,) group of each key segment
+    kinds: tuple[int, ...]  # (R * C,) -1 removed, 0 untouched, equal where the same entries apply
+    contrast: tuple[Contrast | None, ...]  # (G,)
+    scale: float
+    scales: Tensor | None = None  # (1|B, 1|H) float32, in place of scale
+    row_items: Tensor | None = None  # (B, R) int32
+    key_items: Tensor | None = None  # (B, C) int32
+    valid: Tensor | None = None  # (B, C) int32, keys of a segment that exist; EVERY cuts nothing
+    bias: Tensor | None = None  # (1|B, 1|H, R, C) float32, -inf removes
+    weight: Tensor | None = None  # (1|B, 1|H, R, C) float32
+    gain: Tensor | None = None  # (1|B, 1|H, R) float32
+    gates: Tensor | None = None  # (1|B, 1|M, G) float32
+    head_gain: GainRule | None = None
+    source_q: Tensor | None = None  # (B,) int64: output item b reads q[source_q[b]]
+    source_k: Tensor | None = None  # (len(k), B) int64
+    source_v: Tensor | None = None
+    mask: Tensor | None = None  # bool or float, broadcastable to (B, H, M, N)
+    need_stats: bool = False  # lse, mass and gain are returned to the caller
+    out: Tensor | None = None  # (B, M, H, D) to write to, in place of a new tensor
+
+    @property
+    def rows(self) -> int:
+        return self.q.shape[1]
+
+    @property
+    def heads(self) -> int:
+        return self.q.shape[2]
+
+    @property
+    def kv_heads(self) -> int:
+        return self.k[0].shape[2]
+
+    @property
+    def dim(self) -> int:
+        return self.q.shape[3]
+
+    @property
+    def keys(self) -> int:
+        return sum(t.shape[1] for t in self.k)
+
+    @property
+    def n_groups(self) -> int:
+        return len(self.contrast)
+
+    @property
+    def need_mass(self) -> bool:
+        return self.need_stats or self.head_gain is not None
+
+    def row_starts(self) -> tuple[int, ...]:
+        """Start of each row segment, where all items agree."""
+        return tuple(accumulate(self.row_lengths, initial=0))[:-1]
+
+    def key_place(self, c: int) -> tuple[int, int]:
+        """(tensor, start) of key segment c, where all items agree."""
+        return (c, 0) if len(self.k) > 1 else (0, sum(self.key_lengths[:c]))
+
+    def removed(self, r: int, c: int) -> bool:
+        """Whether the pair is removed for every item and head, known without reading a table."""
+        return self.kinds[r * len(self.key_lengths) + c] < 0
+
+    def item_scale(self) -> Tensor:
+        """(1|B, 1|H, 1, 1) in float64"""
+        if self.scales is None:
+            return torch.full((1, 1, 1, 1), self.scale, dtype=torch.float64, device=self.q.device)
+        return self.scales.double()[:, :, None, None]
+
+
+def default_scale(dim: int) -> float:
+    return 1.0 / math.sqrt(dim)
+
+
+def coalesce(problem: Problem) -> Problem:
+    """Join neighbouring segments to which the same entries apply, where no statistic tells them apart.
+
+    A pure function of the static structure: no table is read, so that values never change what is launched.
+    """
+    if problem.row_items is not None or problem.key_items is not None:
+        return problem
+    p, C = problem, len(problem.key_lengths)
+    apply = set(p.head_gain.apply) if p.head_gain else set()
+    counted = set(p.head_gain.rows) if p.head_gain else set()
+    columns = [p.kinds[c::C] for c in range(C)]
+    rows = [p.kinds[r * C : (r + 1) * C] for r in range(len(p.row_lengths))]
+    mass_keys = set(p.head_gain.keys) if p.head_gain else set()
+
+    def same_key(a: int, b: int) -> bool:
+        return (
+            len(p.k) == 1
+            and not p.need_stats
+            and p.valid is None
+            and columns[a] == columns[b]
+            and p.groups[a] == p.groups[b]
+            and ((a in mass_keys) == (b in mass_keys))
+        )
+
+    def same_row(a: int, b: int) -> bool:
+        return (
+            not p.need_stats
+            and p.gain is None
+            and rows[a] == rows[b]
+            and ((a in apply) == (b in apply))
+            and ((a in counted) == (b in counted))
+        )
+
+    row_of, row_first = _runs(len(p.row_lengths), same_row)
+    key_of, key_first = _runs(C, same_key)
+    if len(row_first) == len(p.row_lengths) and len(key_first) == C:
+        return p
+
+    def totals(lengths: tuple[int, ...], of: list[int], count: int) -> tuple[int, ...]:
+        out = [0] * count
+        for i, length in zip(of, lengths, strict=True):
+            out[i] += length
+        return tuple(out)
+
+    def pick(table: Tensor | None) -> Tensor | None:
+        return None if table is None else table[:, :, row_first][:, :, :, key_first]
+
+    rule = p.head_gain
+    if rule is not None:
+        rule = replace(
+            rule,
+            rows=tuple(sorted({row_of[r] for r in rule.rows})),
+            apply=tuple(sorted({row_of[r] for r in rule.apply})),
+            keys=tuple(sorted({key_of[c] for c in rule.keys})),
+        )
+    return replace(
+        p,
+        row_lengths=totals(p.row_lengths, row_of, len(row_first)),
+        key_lengths=totals(p.key_lengths, key_of, len(key_first)),
+        groups=tuple(p.groups[c] for c in key_first),
+        kinds=tuple(p.kinds[r * C + c] for r in row_first for c in key_first),
+        bias=pick(p.bias),
+        weight=pick(p.weight),
+        gain=None if p.gain is None else p.gain[:, :, row_first],
+        valid=None if p.valid is None else p.valid[:, key_first],
+        head_gain=rule,
+    )
+
+
+def _runs(count: int, same) -> tuple[list[int], list[int]]:
+    """(run of each index, first index of each run)"""
+    of, first = [], []
+    for i in range(count):
+        if not first or not same(i - 1, i):
+            first.append(i)
+        of.append(len(first) - 1)
+    return of, first
+
+
+__all__ = ["EVERY", "GainRule", "Problem", "coalesce", "default_scale"]

@@ -1,0 +1,214 @@
+"""Drawn calls of flashbrush.attention, and the error bar that every backend has to meet."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+import flashbrush as fb
+from flashbrush.bindings.attention import _lower
+from flashbrush.bindings.backends import reference
+from flashbrush.bindings.problem import Problem
+
+NUMBERS = (0.0, 0.25, 0.7, 1.0, 1.3, 4.0)
+
+
+@dataclass
+class Call:
+    q: Tensor
+    k: Tensor | list[Tensor]
+    v: Tensor | list[Tensor]
+    control: fb.Control | None
+    kwargs: dict = field(default_factory=dict)
+
+    def run(self, backend: str, **more):
+        return fb.attention(self.q, self.k, self.v, self.control, backend=backend, **self.kwargs, **more)
+
+    def to(self, dtype: torch.dtype) -> Call:
+        def cast(t):
+            return [x.to(dtype) for x in t] if isinstance(t, list) else t.to(dtype)
+
+        return Call(cast(self.q), cast(self.k), cast(self.v), self.control, self.kwargs)
+
+    def problem(self) -> Problem:
+        more = {name: self.kwargs.get(name) for name in ("scale", "source", "mask")}
+        return _lower(self.q, self.k, self.v, self.control, out=None, **more)
+
+    def __repr__(self) -> str:
+        def show(t):
+            return [tuple(x.shape) for x in t] if isinstance(t, list) else (tuple(t.shape), t.stride())
+
+        return f"Call(q={show(self.q)}, k={show(self.k)}, {self.q.dtype}, {self.control!r}, {sorted(self.kwargs)})"
+
+
+@st.composite
+def calls(
+    draw,
+    dtypes=(torch.float32, torch.bfloat16, torch.float16),
+    dims=(1, 3, 8, 17, 32, 40, 64, 80, 128),
+    longest: int = 90,
+    clip: bool = True,
+    contrast: bool = True,
+    mask: bool = False,
+    source: bool = True,
+    items: bool = True,
+) -> Call:
+    """A call with random segments (empty ones too), tables, groups, gates, contrast, strides, key lists, sources."""
+    chance = lambda p: draw(st.integers(0, 99)) < 100 * p  # noqa: E731
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31 - 1)))
+    dtype, dim = draw(st.sampled_from(dtypes)), draw(st.sampled_from(dims))
+    batch, kv_heads, repeat = draw(st.integers(1, 3)), draw(st.integers(1, 2)), draw(st.sampled_from((1, 1, 2, 3)))
+    heads = kv_heads * repeat
+
+    def lengths(prefix: str) -> dict[str, int]:
+        count = draw(st.integers(1, 4))
+        return {f"{prefix}{i}": draw(st.sampled_from((0, 1, 2, 5, 16, 31, 33, longest))) for i in range(count)}
+
+    same = chance(0.4)
+    row_lengths = lengths("s")
+    key_lengths = dict(row_lengths) if same else lengths("k")
+
+    def segments(sizes: dict[str, int], by_item: bool) -> fb.Segments:
+        names = list(sizes)
+        if not by_item or len(names) < 2:
+            return fb.Segments(sizes)
+        first, second = names[0], names[-1]
+        both = sizes[first] + sizes[second]
+        share = torch.randint(0, both + 1, (out_batch,), generator=generator)
+        return fb.Segments({**sizes, first: share, second: both - share})
+
+    indexed = source and chance(0.2)
+    out_batch = draw(st.integers(1, 4)) if indexed else batch
+    listed = not (by_item := items and chance(0.15)) and chance(0.3)
+    rows = segments(row_lengths, items and chance(0.15))
+    keys = rows if same and not by_item and rows.items is None else segments(key_lengths, by_item)
+
+    def tensor(tokens: int, n_heads: int, broadcast: bool = True) -> Tensor:
+        size = 1 if broadcast and chance(0.15) else batch
+        layout = draw(st.sampled_from(("bshd", "bhsd", "padded")))
+        if layout == "bhsd":
+            t = torch.randn(size, n_heads, tokens, dim, generator=generator).transpose(1, 2)
+        elif layout == "padded":
+            t = torch.randn(size, tokens, n_heads, dim + 3, generator=generator)[..., :dim]
+        else:
+            t = torch.randn(size, tokens, n_heads, dim, generator=generator)
+        return t.to(dtype)  # preserves the strides' order
+
+    q = tensor(rows.total, heads, broadcast=False)
+    if listed:
+        k = [tensor(n, kv_heads) for n in keys.lengths]
+        v = [tensor(n, kv_heads) for n in keys.lengths]
+    else:
+        k, v = tensor(keys.total, kv_heads), tensor(keys.total, kv_heads)
+
+    def value(numbers: tuple[float, ...], signed: bool):
+        form = draw(st.sampled_from(("number", "number", "heads", "batch")))
+        if form == "number":
+            return draw(st.sampled_from(numbers))
+        shape = (heads,) if form == "heads" else (out_batch, heads)
+        t = torch.randn(shape, generator=generator)
+        return t if signed else t.abs()
+
+    def pairs(numbers: tuple[float, ...], signed: bool) -> dict:
+        names = st.tuples(st.sampled_from((*rows.names, "*")), st.sampled_from((*keys.names, "*")))
+        return {draw(names): value(numbers, signed) for _ in range(draw(st.integers(1, 3)))}
+
+    options: dict = {}
+    if chance(0.5):
+        options["bias"] = pairs((-math.inf, -math.inf, -2.0, 0.0, 1.5), True)
+    if chance(0.5):
+        options["weight"] = pairs((*NUMBERS, 1e-25, 1e20) if dtype == torch.float32 else NUMBERS, False)
+    if chance(0.3):
+        options["gain"] = {draw(st.sampled_from(rows.names)): value((0.5, -1.0, 0.0), True)}
+    if chance(0.3):
+        options["head_gain"] = fb.HeadGain(
+            rows=draw(st.sampled_from((*rows.names, "*"))),
+            keys=draw(st.sampled_from((*keys.names, "*"))),
+            norm=draw(st.sampled_from(("minmax", "mean", "max", "softmax"))),
+            apply_to=draw(st.sampled_from((*rows.names, "*"))),
+        )
+    if len(keys) > 1 and chance(0.35):
+        owner = [draw(st.integers(0, 2)) for _ in keys.names]
+        groups = {f"g{i}": [n for n, o in zip(keys.names, owner, strict=True) if o == i] for i in sorted(set(owner))}
+        options["groups"] = groups
+        if chance(0.6):
+            name = draw(st.sampled_from(list(groups)))
+            gate = torch.rand(draw(st.sampled_from((1, out_batch))), rows.total, generator=generator)
+            options["gates"] = {name: gate if chance(0.6) else 0.8}
+    if contrast and chance(0.2):
+        options["contrast"] = fb.Contrast(1.67, (0.0, 1.0) if clip and chance(0.6) else None)
+    if chance(0.2):
+        name = draw(st.sampled_from(keys.names))
+        limit = keys.lengths[keys.names.index(name)] if keys.items is None else int(keys.items[:, keys.names.index(name)].min())
+        options["valid"] = {name: torch.randint(0, limit + 1, (out_batch,), generator=generator)}
+    plain = not options and not listed and rows.items is None and keys.items is None
+    control = None if plain and chance(0.5) else fb.Control(rows, keys, **options)
+
+    kwargs: dict = {}
+    if indexed:
+        def index(t: Tensor) -> Tensor:
+            return torch.randint(0, t.shape[0], (out_batch,), generator=generator)
+
+        kwargs["source"] = {"q": index(q), "k": [index(t) for t in k] if listed else index(k)}
+        kwargs["source"]["v"] = [index(t) for t in v] if listed else index(v)
+    if chance(0.3):
+        form = draw(st.sampled_from(("number", "batch", "heads")))
+        shape = {"batch": (out_batch,), "heads": (out_batch, heads)}.get(form)
+        kwargs["scale"] = 0.3 if shape is None else 0.1 + torch.rand(shape, generator=generator)
+    if mask and chance(0.5):
+        m = torch.rand(draw(st.sampled_from((1, out_batch))), 1, rows.total, keys.total, generator=generator)
+        kwargs["mask"] = m > 0.3 if chance(0.5) else (m - 0.5) * 4
+    return Call(q, k, v, control, kwargs)
+
+
+def eager(problem: Problem) -> Tensor:
+    """The same controlled problem as the papers compute it: P and out rounded to the dtype, float32 accumulation."""
+    dtype = problem.q.dtype
+    keep = reference.sum_values
+
+    def rounded(prob, allowed, v):
+        return keep(prob.to(dtype).float(), allowed, v)
+
+    reference.sum_values = rounded
+    try:
+        return reference.forward(problem).out
+    finally:
+        reference.sum_values = keep
+
+
+def check(call: Call, out: Tensor, stats: fb.Stats | None = None) -> None:
+    """Against float64 of the reference: finite first, then twice the eager form's error plus half an ulp, mean and max."""
+    exact = call.to(torch.float64)
+    truth, expected = exact.run("reference", return_stats=True)
+    assert out.shape == truth.shape and out.dtype == call.q.dtype
+    assert bool(torch.isfinite(out).all()), f"{int((~torch.isfinite(out)).sum())} outputs are not finite"
+    if out.numel():
+        error = (out.double() - truth).abs()
+        allowed = (eager(call.problem()).double() - truth).abs()
+        half_ulp = 0.5 * torch.finfo(call.q.dtype).eps * float(truth.abs().max())
+        for what, mine, theirs in (
+            ("mean", error.mean(), allowed.mean()),
+            ("max", error.max(), allowed.max()),
+        ):
+            assert mine <= 2 * theirs + half_ulp, f"{what} error {mine:.3g}, eager {theirs:.3g}, half ulp {half_ulp:.3g}"
+    if stats is None:
+        return
+    # lse and mass come from exact products of rounded inputs; a temperature folded into q costs one rounding.
+    tolerance = 3e-5 if call.q.dtype == torch.float32 else 4e-3
+    compare("lse", stats.lse, expected.lse, tolerance, 1.0)
+    rows = torch.tensor(max(call.q.shape[1], 1), dtype=torch.float64)
+    compare("mass", stats.mass / rows, expected.mass / rows, tolerance, 1.0)
+    compare("gain", stats.gain, expected.gain, 50 * tolerance, 1.0)
+
+
+def compare(name: str, got: Tensor, expected: Tensor, tolerance: float, floor: float) -> None:
+    got, expected = got.double(), expected.double()
+    assert got.shape == expected.shape, f"{name}: {tuple(got.shape)} for {tuple(expected.shape)}"
+    infinite = torch.isinf(expected)
+    assert torch.equal(got[infinite], expected[infinite]), f"{name}: -inf where a row has no key"
+    error = ((got - expected).abs() / expected.abs().clamp(min=floor))[~infinite]
+    assert error.numel() == 0 or float(error.max()) <= tolerance, f"{name}: error {float(error.max()):.3g}"
