@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from hypothesis import given, settings
 
-from .problems import Call, calls, check
+from support.problems import Call, calls, check
 
 
 @settings(max_examples=500)
