@@ -47,7 +47,7 @@ def forward(problem: Problem) -> Result:
         parts = [_uniform(*item(p, b)) for b in range(p.batch)]
         out, lse, mass, gain = (torch.cat(column) for column in zip(*parts, strict=True))
         return Result(out, lse, mass, gain)
-    return _uniform(p, None)
+    return Result(*_uniform(p, None))
 
 
 def item(p: Problem, b: int) -> tuple[Problem, list[int] | None]:

@@ -158,7 +158,7 @@ def calls(
     if chance(0.3):
         form = draw(st.sampled_from(("number", "batch", "heads")))
         shape = {"batch": (out_batch,), "heads": (out_batch, heads)}.get(form)
-        kwargs["scale"] = 0.3 if shape is None else 0.1 + torch.rand(shape, generator=generator)
+        kwargs["scale"] = (0.3 if shape is None else (0.3 + torch.rand(shape, generator=generator)) * 1.5 / dim**0.5)
     if mask and chance(0.5):
         m = torch.rand(draw(st.sampled_from((1, out_batch))), 1, rows.total, keys.total, generator=generator)
         kwargs["mask"] = m > 0.3 if chance(0.5) else (m - 0.5) * 4
@@ -180,8 +180,12 @@ def eager(problem: Problem) -> Tensor:
         reference.sum_values = keep
 
 
-def check(call: Call, out: Tensor, stats: fb.Stats | None = None) -> None:
-    """Against float64 of the reference: finite first, then twice the eager form's error plus half an ulp, mean and max."""
+def check(call: Call, out: Tensor, stats: fb.Stats | None = None, stats_tolerance: float | None = None) -> None:
+    """Against float64 of the reference: finite first, then twice the eager form's error plus half an ulp, mean and max.
+
+    lse and mass come from products of the inputs as they are, so that they agree to float32 in every dtype; a backend
+    that rounds more states its own stats_tolerance.
+    """
     exact = call.to(torch.float64)
     truth, expected = exact.run("reference", return_stats=True)
     assert out.shape == truth.shape and out.dtype == call.q.dtype
@@ -189,20 +193,34 @@ def check(call: Call, out: Tensor, stats: fb.Stats | None = None) -> None:
     if out.numel():
         error = (out.double() - truth).abs()
         allowed = (eager(call.problem()).double() - truth).abs()
-        half_ulp = 0.5 * torch.finfo(call.q.dtype).eps * float(truth.abs().max())
+        slack = 0.5 * torch.finfo(call.q.dtype).eps * float(truth.abs().max()) + luck(exact, call, out.numel())
         for what, mine, theirs in (
             ("mean", error.mean(), allowed.mean()),
             ("max", error.max(), allowed.max()),
         ):
-            assert mine <= 2 * theirs + half_ulp, f"{what} error {mine:.3g}, eager {theirs:.3g}, half ulp {half_ulp:.3g}"
+            assert mine <= 2 * theirs + slack, f"{what} error {mine:.3g}, eager {theirs:.3g}, slack {slack:.3g}"
     if stats is None:
         return
-    # lse and mass come from exact products of rounded inputs; a temperature folded into q costs one rounding.
-    tolerance = 3e-5 if call.q.dtype == torch.float32 else 4e-3
+    tolerance = 3e-5 if stats_tolerance is None or call.q.dtype == torch.float32 else stats_tolerance
     compare("lse", stats.lse, expected.lse, tolerance, 1.0)
     rows = torch.tensor(max(call.q.shape[1], 1), dtype=torch.float64)
     compare("mass", stats.mass / rows, expected.mass / rows, tolerance, 1.0)
     compare("gain", stats.gain, expected.gain, 50 * tolerance, 1.0)
+
+
+def luck(exact: Call, call: Call, size: int) -> float:
+    """What the eager form's error may be short of by chance, in units of the sum of the terms' magnitudes.
+
+    In float32 both forms make the same few roundings in another order. In 16 bits a handful of elements or keys, whose
+    probabilities may happen to be exact, is no sample of an error.
+    """
+    sizes = Call(exact.q, exact.k, [t.abs() for t in exact.v] if isinstance(exact.v, list) else exact.v.abs(),
+                 exact.control, exact.kwargs)  # fmt: skip
+    magnitude = float(sizes.run("reference").abs().max())
+    if any(c is not None for c in call.problem().contrast):
+        magnitude *= 4  # beta * p and (beta - 1) / Nk nearly cancel
+    few = size < 512 or call.problem().keys < 32
+    return magnitude * (8 * torch.finfo(torch.float32).eps + (2 * torch.finfo(call.q.dtype).eps if few else 0))
 
 
 def compare(name: str, got: Tensor, expected: Tensor, tolerance: float, floor: float) -> None:
