@@ -78,7 +78,7 @@ def attention(
     """
     problem = _lower(q, k, v, control, scale, source, mask, out)
     check_name(backend)
-    arguments = _arguments(problem)
+    arguments = _arguments(problem, control)
     tensors = (problem.q, *problem.k, *problem.v)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         if out is not None:
@@ -115,13 +115,14 @@ class _Attention(torch.autograd.Function):
         return None, None, None, dq, *dk, *dv
 
 
-def _arguments(p: Problem) -> tuple:
+def _arguments(p: Problem, control: Control | None) -> tuple:
     """The operators' common inputs, in the order of their schema."""
-    gain_ints, gain_floats = ops.pack_gain(p.head_gain)
+    contrast_values = None if control is None else control.contrast_values
+    gain_values = None if control is None else control.to(p.q.device).head_gain_values
     return (
         p.q, list(p.k), list(p.v), list(p.row_lengths), list(p.key_lengths), list(p.groups), list(p.kinds),
-        ops.pack_contrast(p.contrast), p.scale, p.scales, p.row_items, p.key_items, p.valid, p.bias, p.weight, p.gain,
-        p.gates, gain_ints, gain_floats, p.source_q, p.source_k, p.source_v, p.mask,
+        ops.pack_contrast(p.contrast), contrast_values, p.scale, p.scales, p.row_items, p.key_items, p.valid, p.bias,
+        p.weight, p.gain, p.gates, ops.pack_gain(p.head_gain), gain_values, p.source_q, p.source_k, p.source_v, p.mask,
     )  # fmt: skip
 
 
@@ -174,7 +175,8 @@ def _lower_control(control: Control, device: torch.device) -> dict:
     if control.head_gain is not None:
         spec = control.head_gain
         parts = (control.head_gain_rows, control.head_gain_keys, control.head_gain_apply)
-        rule = GainRule(*parts, span=float(spec.span), floor=float(spec.floor), norm=spec.norm)
+        span, floor = control.head_gain_values  # type: ignore[misc]
+        rule = GainRule(*parts, span=span, floor=floor, norm=spec.norm)  # type: ignore[arg-type]
     return {
         "row_lengths": control.rows.lengths,
         "key_lengths": control.keys.lengths,

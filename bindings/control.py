@@ -130,14 +130,21 @@ class Control:
         self.head_gain_rows: tuple[int, ...] = ()
         self.head_gain_keys: tuple[int, ...] = ()
         self.head_gain_apply: tuple[int, ...] = ()
+        self.head_gain_values: Tensor | None = None  # (2,) float32: span, floor
         if head_gain is not None:
             if not isinstance(head_gain, HeadGain):
                 raise TypeError(f"head_gain: expected HeadGain, got {type(head_gain).__name__}")
             self.head_gain_rows = _indices("head_gain.rows", head_gain.rows, rows)
             self.head_gain_keys = _indices("head_gain.keys", head_gain.keys, keys)
             self.head_gain_apply = _indices("head_gain.apply_to", head_gain.apply_to, rows)
+            self.head_gain_values = torch.tensor([head_gain.span, head_gain.floor], dtype=torch.float32)
         self.gates = self._gate_table(gates or {})
         self.contrast = _lower_contrast(contrast, self.group_names)
+        # (groups, 3) float64: beta, lo, hi; it stays on the CPU, where its numbers can be read without a sync.
+        self.contrast_values: Tensor | None = None
+        if any(c is not None for c in self.contrast):
+            numbers = [(0.0, 0.0, 0.0) if c is None else (c.beta, *(c.clip or (0.0, 0.0))) for c in self.contrast]
+            self.contrast_values = torch.tensor(numbers, dtype=torch.float64)
         self.valid = self._valid_table(valid or {})
         self._moved: dict[torch.device, Control] = {}
 
@@ -234,7 +241,7 @@ class Control:
     def to(self, device: torch.device | str) -> Control:
         """This control with its tables on `device`; the same object where they are there already, else cached."""
         device = torch.device(device)
-        tables = ("bias", "weight", "gain", "gates", "valid")
+        tables = ("bias", "weight", "gain", "head_gain_values", "gates", "valid")
         if all(t is None or t.device == device for t in (getattr(self, name) for name in tables)):
             return self
         if device in self._moved and not torch.compiler.is_compiling():

@@ -14,10 +14,12 @@ from .problem import GainRule, Problem, coalesce
 
 _INPUTS = (
     "Tensor q, Tensor[] k, Tensor[] v, SymInt[] row_lengths, SymInt[] key_lengths, int[] groups, int[] kinds, "
-    "float[] contrast, float scale, Tensor? scales, Tensor? row_items, Tensor? key_items, Tensor? valid, "
-    "Tensor? bias, Tensor? weight, Tensor? gain, Tensor? gates, int[] head_gain, float[] head_gain_values, "
+    "int[] contrast, Tensor? contrast_values, float scale, Tensor? scales, Tensor? row_items, Tensor? key_items, "
+    "Tensor? valid, Tensor? bias, Tensor? weight, Tensor? gain, Tensor? gates, int[] head_gain, "
+    "Tensor? head_gain_values, "
     "Tensor? source_q, Tensor? source_k, Tensor? source_v, Tensor? mask"
 )
+_SOURCE_Q = 20  # place of source_q in _INPUTS
 _library = torch.library.Library("flashbrush", "DEF")
 _library.define(
     f"attention({_INPUTS}, bool need_stats, str backend) -> (Tensor out, Tensor lse, Tensor mass, Tensor head_gains)"
@@ -31,44 +33,45 @@ _library.define(
 )
 
 
-def pack_contrast(contrast: tuple[Contrast | None, ...]) -> list[float]:
-    """Four numbers a group: kind (0 none, 1 unclipped, 2 clipped), beta, lo, hi."""
-    flat: list[float] = []
-    for c in contrast:
-        flat += [0.0] * 4 if c is None else [1.0 + (c.clip is not None), float(c.beta), *map(float, c.clip or (0, 0))]
-    return flat
+def pack_contrast(contrast: tuple[Contrast | None, ...]) -> list[int]:
+    """0 none, 1 unclipped, 2 clipped. The numbers travel as a tensor, so that a changed one does not recompile."""
+    return [0 if c is None else 1 if c.clip is None else 2 for c in contrast]
 
 
-def _unpack_contrast(flat: list[float]) -> tuple[Contrast | None, ...]:
-    groups = [flat[i : i + 4] for i in range(0, len(flat), 4)]
-    return tuple(None if k == 0 else Contrast(beta, (lo, hi) if k == 2 else None) for k, beta, lo, hi in groups)
+def _unpack_contrast(kinds: list[int], values: Tensor | None) -> tuple[Contrast | None, ...]:
+    """values: (groups, 3) beta, lo, hi, on the CPU, where reading them is no device sync."""
+    if values is None:
+        return (None,) * len(kinds)
+    rows = zip(kinds, values.tolist(), strict=True)
+    return tuple(None if k == 0 else Contrast(beta, (lo, hi) if k == 2 else None) for k, (beta, lo, hi) in rows)
 
 
-def pack_gain(rule: GainRule | None) -> tuple[list[int], list[float]]:
+def pack_gain(rule: GainRule | None) -> list[int]:
     if rule is None:
-        return [], []
+        return []
     parts = (rule.rows, rule.keys, rule.apply)
-    return [NORMS.index(rule.norm), *map(len, parts), *(i for part in parts for i in part)], [rule.floor, rule.span]
+    return [NORMS.index(rule.norm), *map(len, parts), *(i for part in parts for i in part)]
 
 
-def _unpack_gain(flat: list[int], values: list[float]) -> GainRule | None:
+def _unpack_gain(flat: list[int], values: Any) -> GainRule | None:
+    """values: (2,) span, floor, on q's device."""
     if not flat:
         return None
     norm, n_rows, n_keys = flat[:3]
     rest = flat[4:]
     rows, keys, apply = rest[:n_rows], rest[n_rows : n_rows + n_keys], rest[n_rows + n_keys :]
-    return GainRule(tuple(rows), tuple(keys), tuple(apply), floor=values[0], span=values[1], norm=NORMS[norm])
+    return GainRule(tuple(rows), tuple(keys), tuple(apply), span=values[0], floor=values[1], norm=NORMS[norm])
 
 
 def _problem(
-    q, k, v, row_lengths, key_lengths, groups, kinds, contrast, scale, scales, row_items, key_items, valid,
-    bias, weight, gain, gates, head_gain, head_gain_values, source_q, source_k, source_v, mask,
+    q, k, v, row_lengths, key_lengths, groups, kinds, contrast, contrast_values, scale, scales, row_items, key_items,
+    valid, bias, weight, gain, gates, head_gain, head_gain_values, source_q, source_k, source_v, mask,
     need_stats=False, out=None,
 ) -> Problem:  # fmt: skip
     return Problem(
         q=q, k=tuple(k), v=tuple(v), batch=_batch(q, source_q), row_lengths=tuple(row_lengths),
-        key_lengths=tuple(key_lengths), groups=tuple(groups), kinds=tuple(kinds), contrast=_unpack_contrast(contrast),
-        scale=scale, scales=scales, row_items=row_items, key_items=key_items, valid=valid, bias=bias, weight=weight,
+        key_lengths=tuple(key_lengths), groups=tuple(groups), kinds=tuple(kinds),
+        contrast=_unpack_contrast(contrast, contrast_values), scale=scale, scales=scales, row_items=row_items, key_items=key_items, valid=valid, bias=bias, weight=weight,
         gain=gain, gates=gates, head_gain=_unpack_gain(head_gain, head_gain_values), source_q=source_q,
         source_k=source_k, source_v=source_v, mask=mask, need_stats=need_stats, out=out,
     )  # fmt: skip
@@ -122,14 +125,17 @@ def _stats(problem: Problem, result: Result) -> tuple[Tensor, Tensor, Tensor]:
         none = [problem.q.new_empty(0, dtype=torch.float64 if problem.q.dtype == torch.float64 else torch.float32)] * 3
         return tuple(t.clone() for t in none)  # type: ignore[return-value]
     assert result.lse is not None and result.mass is not None and result.gain is not None
-    return result.lse, result.mass, result.gain
+    # An operator's output may not share memory with an input, as a backend's gain does with the table it was given.
+    gain = result.gain if problem.gain is None else result.gain.clone(memory_format=torch.contiguous_format)
+    return result.lse.contiguous(), result.mass.contiguous(), gain.contiguous()
 
 
 def _attention(*inputs):
     *arguments, need_stats, backend = inputs
     problem = _problem(*arguments, need_stats=need_stats)
     result = solve(problem, backend)
-    return (result.out, *_stats(problem, result))
+    # Every backend answers in the layout that the fake promises to a compiler.
+    return (result.out.contiguous(), *_stats(problem, result))
 
 
 def _attention_out(*inputs):
@@ -144,15 +150,15 @@ def _attention_backward(dout, lse, head_gains, *arguments):
 
 
 def _fake_stats(arguments, need_stats: bool):
-    q, row_lengths, key_lengths, contrast, source_q = (arguments[i] for i in (0, 3, 4, 7, 19))
+    q, row_lengths, key_lengths, contrast, source_q = (arguments[i] for i in (0, 3, 4, 7, _SOURCE_Q))
     return _stats_like(
-        q, _batch(q, source_q), q.shape[1], len(row_lengths), len(key_lengths), len(contrast) // 4, need_stats
+        q, _batch(q, source_q), q.shape[1], len(row_lengths), len(key_lengths), len(contrast), need_stats
     )
 
 
 def _fake_attention(*inputs):
     *arguments, need_stats, _ = inputs
-    q, source_q = arguments[0], arguments[19]
+    q, source_q = arguments[0], arguments[_SOURCE_Q]
     return (q.new_empty(_batch(q, source_q), *q.shape[1:]), *_fake_stats(arguments, need_stats))
 
 
