@@ -1,20 +1,202 @@
-"""Fused attention on the CPU, through the shared library built from csrc/cpu."""
+"""Fused attention on the CPU, through the shared library built from csrc/cpu.
+
+The library knows nothing of torch; it is called through its C interface and runs on torch's own threads.
+FLASHBRUSH_CPU_ISA=avx512bf16|avx512|avx2|portable forces one of the instruction sets that are built in.
+"""
 
 from __future__ import annotations
 
-from ..problem import Problem
+import ctypes
+import functools
+import json
+import os
+from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..problem import EVERY, Problem
 from . import Result
+from .reference import total_gain
 
 name = "cpu"
+ABI = 1
+LIBRARY = Path(__file__).with_name("libflashbrush_cpu.so")
+REPORT = Path(__file__).with_name("build_report.json")
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_FAILURES = {
+    1: "the instruction set is not available",
+    2: "out of memory",
+    3: "the shared library is of another version; build it again",
+}
+
+
+class _Tensor(Structure):
+    _fields_ = (("data", c_void_p), ("stride_b", c_int64), ("stride_t", c_int64), ("stride_h", c_int64))
+
+
+class _Table(Structure):
+    _fields_ = (("data", c_void_p), ("stride_b", c_int64), ("stride_h", c_int64))
+
+
+class _Attention(Structure):
+    _fields_ = (
+        ("abi", c_int32),
+        ("dtype", c_int32),
+        *((size, c_int64) for size in ("B", "M", "H", "Hkv", "D", "R", "C", "G", "L")),
+        ("q", _Tensor),
+        ("out", _Tensor),
+        ("k", POINTER(_Tensor)),
+        ("v", POINTER(_Tensor)),
+        *((array, c_void_p) for array in ("source_q", "source_k", "source_v", "row_lengths", "key_lengths", "valid")),
+        ("rows_by_item", c_int32),
+        ("keys_by_item", c_int32),
+        ("groups", POINTER(c_int32)),
+        ("contrast", POINTER(c_float)),
+        *((table, _Table) for table in ("scale", "bias", "weight", "gain", "gates")),
+        ("lse", c_void_p),
+        ("mass", c_void_p),
+        ("threads", c_int32),
+    )
 
 
 def available() -> list[str]:
-    return ["the shared library is not built"]
+    library, reason = _load()
+    if library is None:
+        return [reason]
+    wanted = _wanted_isa()
+    if wanted and wanted not in isas():
+        return [f"FLASHBRUSH_CPU_ISA={wanted} is not one of {', '.join(isas())}, which are built in and run here"]
+    return []
 
 
 def why_not(problem: Problem) -> list[str]:
-    return ["the shared library is not built"]
+    reasons = []
+    if problem.q.device.type != "cpu":
+        reasons.append(f"the tensors are on {problem.q.device.type}")
+    if problem.q.dtype not in _DTYPES:
+        reasons.append(f"{problem.q.dtype} is not float32, bfloat16 or float16")
+    if problem.mask is not None:
+        reasons.append("a dense mask")
+    return reasons
+
+
+def isas() -> list[str]:
+    """The instruction sets that are built in and run on this machine, best first."""
+    library, _ = _load()
+    names = []
+    while library is not None and (isa := library.flashbrush_isa(len(names))):
+        names.append(isa.decode())
+    return names
 
 
 def forward(problem: Problem) -> Result:
-    raise RuntimeError("the shared library is not built")
+    """Any layout with a contiguous last dimension. Extra memory: packed K and V of two heads, and scratch per thread."""
+    p = problem
+    library, reason = _load()
+    if library is None:
+        raise RuntimeError(reason)
+    isa = _wanted_isa().encode()
+    R, C = len(p.row_lengths), len(p.key_lengths)
+    out = torch.empty(p.batch, p.rows, p.heads, p.dim, dtype=p.q.dtype) if p.out is None else p.out
+    lse = torch.empty(p.batch, p.heads, p.rows, p.n_groups) if p.need_stats else None
+    mass = torch.empty(p.batch, p.heads, R, C) if p.need_mass else None
+    keep: list = []  # what the structure points to
+
+    def table(t: Tensor | None, inner: int) -> _Table:
+        """(1|B, 1|H, ...) float32 whose last `inner` dimensions are contiguous"""
+        if t is None:
+            return _Table(None, 0, 0)
+        t = t.to(torch.float32).contiguous()
+        keep.append(t)
+        return _Table(t.data_ptr(), *(t.stride(i) if t.shape[i] > 1 else 0 for i in (0, 1)))
+
+    def ints(values: Tensor | tuple[int, ...] | None, dtype: torch.dtype) -> int | None:
+        if values is None:
+            return None
+        keep.append(torch.as_tensor(values, dtype=dtype).contiguous())
+        return keep[-1].data_ptr()
+
+    contrast: list[float] = []
+    for c in p.contrast:
+        contrast += [0.0] * 4 if c is None else [1.0 + (c.clip is not None), c.beta, *(c.clip or (0.0, 0.0))]
+    scales = torch.full((1, 1), p.scale) if p.scales is None else p.scales
+    call = _Attention(
+        abi=ABI, dtype=_DTYPES[p.q.dtype], B=p.batch, M=p.rows, H=p.heads, Hkv=p.kv_heads, D=p.dim, R=R, C=C,
+        G=p.n_groups, L=len(p.k), q=_describe(p.q, p.source_q is None), out=_describe(out, True),
+        k=_describe_list(p.k, p.source_k is None), v=_describe_list(p.v, p.source_v is None),
+        source_q=ints(p.source_q, torch.int64), source_k=ints(p.source_k, torch.int64),
+        source_v=ints(p.source_v, torch.int64),
+        row_lengths=ints(p.row_lengths if p.row_items is None else p.row_items, torch.int32),
+        key_lengths=ints(p.key_lengths if p.key_items is None else p.key_items, torch.int32),
+        valid=ints(None if p.valid is None else p.valid.clamp(0, EVERY), torch.int32),
+        rows_by_item=p.row_items is not None, keys_by_item=p.key_items is not None,
+        groups=(c_int32 * C)(*p.groups), contrast=(c_float * len(contrast))(*contrast),
+        scale=table(scales, 0), bias=table(p.bias, 2), weight=table(p.weight, 2), gain=table(p.gain, 1),
+        gates=table(p.gates, 1), lse=None if lse is None else lse.data_ptr(),
+        mass=None if mass is None else mass.data_ptr(), threads=torch.get_num_threads(),
+    )  # fmt: skip
+    _check(library.flashbrush_attention(byref(call), isa, _parallel()))
+    gain = None
+    if p.need_mass:
+        assert mass is not None
+        gain = total_gain(p, mass)
+        if p.head_gain is not None:
+            # The given gain is in the output already.
+            derived = total_gain(replace(p, gain=None), mass).contiguous()
+            _check(library.flashbrush_scale_rows(byref(call), c_void_p(derived.data_ptr()), isa, _parallel()))
+    return Result(out, lse, mass, gain)
+
+
+def _describe(t: Tensor, broadcast: bool) -> _Tensor:
+    batch = 0 if broadcast and t.shape[0] == 1 else t.stride(0)
+    return _Tensor(t.data_ptr(), batch, t.stride(1), t.stride(2))
+
+
+def _describe_list(tensors: tuple[Tensor, ...], broadcast: bool):
+    return (_Tensor * len(tensors))(*(_describe(t, broadcast) for t in tensors))
+
+
+def _check(code: int) -> None:
+    if code:
+        raise RuntimeError(f"flashbrush: the cpu backend failed: {_FAILURES.get(code, code)}")
+
+
+def _wanted_isa() -> str:
+    return os.environ.get("FLASHBRUSH_CPU_ISA", "")
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    """(library, reason why there is none)"""
+    if not LIBRARY.exists():
+        reason = "the shared library was not built"
+        if REPORT.exists():
+            reason += f": {json.loads(REPORT.read_text()).get('error') or 'no reason recorded'}"
+        return None, reason
+    try:
+        library = ctypes.CDLL(str(LIBRARY))
+    except OSError as error:
+        return None, f"the shared library does not load: {error}"
+    if library.flashbrush_abi() != ABI:
+        return None, _FAILURES[3]
+    library.flashbrush_isa.restype = c_char_p
+    library.flashbrush_isa.argtypes = (c_int,)
+    library.flashbrush_attention.argtypes = (POINTER(_Attention), c_char_p, c_void_p)
+    library.flashbrush_scale_rows.argtypes = (POINTER(_Attention), c_void_p, c_char_p, c_void_p)
+    return library, ""
+
+
+@functools.cache
+def _parallel() -> int | None:
+    """The address of GOMP_parallel in the OpenMP runtime that torch uses: its threads, spinning already, serve us too.
+
+    None where torch is built otherwise; the library then starts threads of its own.
+    """
+    torch_cpu = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        return ctypes.cast(ctypes.CDLL(str(torch_cpu)).GOMP_parallel, c_void_p).value
+    except (OSError, AttributeError):
+        return None

@@ -1,0 +1,560 @@
+// The forward kernel for one instruction set: packing, and one block of query rows against all tiles of keys.
+//
+// A row block keeps its maximum m, sum l and output in scratch; for each tile of 64 keys, six rows at a time go through
+// QK^T, exp2 and PV while the tile's K and V stay in L1. m is the maximum of the first tile and moves only when a logit
+// exceeds it by kSlack: probabilities are floating point, so that their scale costs no precision.
+#include "matmul.h"
+
+namespace {
+
+using namespace flashbrush;
+
+constexpr float kSlack = 8.f;  // in log2: how far a probability may exceed 1 before the block is rescaled
+const float kInf = __builtin_inff();
+
+template <int DTYPE>
+constexpr bool pairs() {
+  return kHasPairs && DTYPE == FB_BF16;
+}
+
+template <int DTYPE>
+constexpr int per() {
+  return pairs<DTYPE>() ? 2 : 1;
+}
+
+inline int64_t padded_dim(int64_t D) { return round_up(D, W); }
+
+template <int DTYPE>
+inline int64_t dim_steps(int64_t D) {
+  return (D + per<DTYPE>() - 1) / per<DTYPE>();
+}
+
+inline int64_t element_size(int32_t dtype) { return dtype == FB_F32 ? 4 : 2; }
+
+inline const char* at(const FbTensor& t, int32_t dtype, int64_t b, int64_t token, int64_t h) {
+  return (const char*)t.data + (b * t.stride_b + token * t.stride_t + h * t.stride_h) * element_size(dtype);
+}
+
+// ---------------------------------------------------------------------------------------------------------------- pack
+
+template <int DTYPE>
+void pack_keys(const FbAttention* p, const Layout* layout, const Tile& tile, int64_t b, int64_t kv, uint32_t* out) {
+  constexpr bool PAIRS = pairs<DTYPE>();
+  const int64_t D = p->D, steps = dim_steps<DTYPE>(D);
+  const Strips strips(KT / W);
+  for (int n = 0; n < tile.pieces; ++n) {
+    const Piece& piece = layout->pieces[tile.first_piece + n];
+    const FbTensor& t = p->k[piece.tensor];
+    const int64_t item = p->source_k ? p->source_k[piece.tensor * p->B + b] : b;
+    for (int32_t i = 0; i < piece.count; ++i) {
+      const char* row = at(t, p->dtype, item, piece.start + i, kv);
+      const int column = piece.lane + i;
+      uint32_t* to = out + place(strips, steps, 0, column);
+      const int64_t stride = int64_t(strips.width(0)) * W;
+      if constexpr (PAIRS) {
+        for (int64_t s = 0; s < D / 2; ++s) {
+          uint32_t x;
+          memcpy(&x, row + 4 * s, 4);
+          to[s * stride] = x;
+        }
+        if (D & 1) to[(steps - 1) * stride] = ((const uint16_t*)row)[D - 1];
+      } else {
+        for (int64_t s = 0; s < D; ++s) to[s * stride] = element<DTYPE, false>(row, nullptr, s, 0);
+      }
+    }
+  }
+  for (int column = tile.count; column < KT; ++column)
+    for (int64_t s = 0; s < steps; ++s) out[place(strips, steps, s, column)] = 0;
+}
+
+template <int DTYPE>
+void pack_values(const FbAttention* p, const Layout* layout, const Tile& tile, int64_t b, int64_t kv, uint32_t* out, float* sums) {
+  constexpr bool PAIRS = pairs<DTYPE>();
+  constexpr int PER = per<DTYPE>();
+  const int64_t D = p->D, DP = padded_dim(D), depth = KT / PER;
+  const Strips strips(int(DP / W));
+  const void* rows[KT] = {};
+  for (int n = 0; n < tile.pieces; ++n) {
+    const Piece& piece = layout->pieces[tile.first_piece + n];
+    const FbTensor& t = p->v[piece.tensor];
+    const int64_t item = p->source_v ? p->source_v[piece.tensor * p->B + b] : b;
+    for (int32_t i = 0; i < piece.count; ++i) {
+      const void* row = rows[piece.lane + i] = at(t, p->dtype, item, piece.start + i, kv);
+      if (sums)
+        for (int64_t d = 0; d < D; ++d) sums[piece.segment * DP + d] += to_f32<DTYPE>(row, d);
+    }
+  }
+  for (int i = 0; i < strips.count; ++i) {
+    const int width = strips.width(i) * W;
+    const int64_t first = int64_t(strips.first(i)) * W, columns = D - first < width ? D - first : width;
+    uint32_t* to = out + first * depth;
+    for (int64_t s = 0; s < depth; ++s, to += width) {
+      const void *even = rows[s * PER], *odd = PAIRS ? rows[s * PER + 1] : nullptr;
+      if (!even) {
+        for (int d = 0; d < width; ++d) to[d] = 0;
+        continue;
+      }
+      for (int64_t d = 0; d < columns; ++d) to[d] = element<DTYPE, PAIRS>(even, odd, first + d, first + d);
+      for (int64_t d = columns; d < width; ++d) to[d] = 0;
+    }
+  }
+}
+
+template <int DTYPE>
+void pack(const FbAttention* p, const Layout* layout, int64_t b, int64_t kv, int64_t first, int64_t last, const Packed* to) {
+  const int64_t steps = dim_steps<DTYPE>(p->D), DP = padded_dim(p->D);
+  for (int64_t n = first; n < last; ++n) {
+    pack_keys<DTYPE>(p, layout, layout->tiles[n], b, kv, (uint32_t*)to->keys + n * steps * KT);
+    pack_values<DTYPE>(p, layout, layout->tiles[n], b, kv, (uint32_t*)to->values + n * (KT / per<DTYPE>()) * DP, to->sums);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------- rows
+
+// Scratch of a thread, for a block of up to `rows` rows (a multiple of MR).
+struct Block {
+  uint32_t* q;       // [rows][dim_steps]
+  float *o, *total;  // [rows][padded D]: of the running group; over groups
+  float* s;          // [MR][KT]
+  uint32_t* prob;    // [MR][KT] as A operand
+  float *m, *l, *lse;   // [rows]
+  float* lanes;      // [rows][W]: row sums of the running segment, lane by lane
+  float *mass, *mass_m;  // [C][rows], relative to the maximum of its time
+
+  template <int DTYPE>
+  size_t place(const FbAttention* p, int64_t rows, char* base) {
+    size_t offset = 0;
+    auto take = [&](auto*& pointer, int64_t count) {
+      pointer = (decltype(+pointer))(base + offset);
+      offset += size_t(round_up(count * 4, 64));
+    };
+    const int64_t DP = padded_dim(p->D);
+    take(q, rows * dim_steps<DTYPE>(p->D));
+    take(o, rows * DP);
+    take(total, p->G > 1 ? rows * DP : 0);
+    take(s, MR * KT);
+    take(prob, MR * KT);
+    take(m, rows);
+    take(l, rows);
+    take(lse, rows);
+    take(lanes, rows * W);
+    take(mass, p->mass ? rows * p->C : 0);
+    take(mass_m, p->mass ? rows * p->C : 0);
+    return offset;
+  }
+};
+
+enum Mode {
+  kFold,   // P = exp2(t - m), a weight is part of t
+  kSum,    // only the sum: a first sweep, or weight 0
+  kPost,   // P = exp2(t - m) * post
+  kClip,   // P = clip(beta * exp2(t - lse) - shift, lo, hi) * post; m holds the row's lse
+};
+
+// The constants of a tile for the rows of one segment.
+struct Constants {
+  float scale, add, post;               // t = s * scale + add
+  float beta, shift, lo, hi;            // of kClip
+  const float *lane_add, *lane_post;    // [KT] where lanes differ, else null
+};
+
+template <int DTYPE>
+inline void store_prob(uint32_t* prob, const vf* e) {
+  if constexpr (pairs<DTYPE>()) {
+#if defined(__AVX512BF16__)
+    _mm512_storeu_si512(prob, (__m512i)_mm512_cvtne2ps_pbh(e[1], e[0]));
+    _mm512_storeu_si512(prob + W, (__m512i)_mm512_cvtne2ps_pbh(e[3], e[2]));
+#endif
+  } else {
+    for (int j = 0; j < KT / W; ++j) store((float*)prob + j * W, e[j]);
+  }
+}
+
+// Raise row i's maximum to that of its logits in s, and rescale what was summed so far.
+inline void rescale(Block& x, int64_t i, const float* s, const Constants& c, int64_t DP) {
+  vf top = splat(-kInf);
+  for (int j = 0; j < KT; j += W) top = maximum(fma(load(s + j), splat(c.scale), c.lane_add ? load(c.lane_add + j) : splat(c.add)), top);
+  const float m = largest(top);
+  if (!(m > x.m[i])) return;
+  const float factor = x.m[i] == -kInf ? 0.f : __builtin_exp2f(x.m[i] - m);
+  x.m[i] = m;
+  x.l[i] *= factor;
+  store(x.lanes + i * W, load(x.lanes + i * W) * splat(factor));
+  for (int64_t d = 0; d < DP; d += W) store(x.o + i * DP + d, load(x.o + i * DP + d) * splat(factor));
+}
+
+// s[MR][KT] logits of rows first.. -> probabilities as A operand; the row sums gain theirs.
+template <int DTYPE, int MODE, bool LANES>
+inline void softmax(Block& x, int64_t first, const Constants& c, int64_t DP) {
+  constexpr int DEGREE = DTYPE == FB_F32 ? 5 : 4;
+  constexpr int N = KT / W;
+  for (int r = 0; r < MR; ++r) {
+    const int64_t i = first + r;
+    float* s = x.s + r * KT;
+    vf t[N];
+    const vf scale = splat(c.scale);
+    if constexpr (MODE != kClip) {
+      auto logits = [&] {
+        const float m = x.m[i] == -kInf ? 0.f : x.m[i];
+        vf top = splat(-kInf);
+#pragma GCC unroll 16
+        for (int j = 0; j < N; ++j) {
+          t[j] = fma(load(s + j * W), scale, (LANES ? load(c.lane_add + j * W) - splat(m) : splat(c.add - m)));
+          top = maximum(t[j], top);
+        }
+        return any_greater(top, splat(kSlack));
+      };
+      if (__builtin_expect(x.m[i] == -kInf, 0)) rescale(x, i, s, c, DP);
+      if (__builtin_expect(logits(), 0)) {
+        rescale(x, i, s, c, DP);
+        logits();
+      }
+    } else {
+#pragma GCC unroll 16
+      for (int j = 0; j < N; ++j) t[j] = fma(load(s + j * W), scale, (LANES ? load(c.lane_add + j * W) : splat(c.add)) - splat(x.m[i]));
+    }
+    vf total = splat(0.f);
+#pragma GCC unroll 16
+    for (int j = 0; j < N; ++j) {
+      vf e = exp2<DEGREE>(t[j]);
+      if constexpr (MODE != kClip) total = total + e;
+      if constexpr (MODE == kPost) {
+        store(s + j * W, e);
+        const vf post = LANES ? load(c.lane_post + j * W) : splat(c.post);
+        e = keep_from(post, splat(1e-45f), e * post);
+      }
+      if constexpr (MODE == kClip) {
+        const vf post = LANES ? load(c.lane_post + j * W) : splat(c.post);
+        vf phi = fma(e, splat(c.beta), splat(-c.shift));
+        phi = maximum(splat(c.lo), phi);
+        phi = -maximum(splat(-c.hi), -phi);
+        e = keep_from(post, splat(1e-45f), phi * post);
+        // A lane of -inf is no key: phi(0) must not count.
+        if (LANES) e = keep_from(load(c.lane_add + j * W), splat(-3e38f), e);
+      }
+      t[j] = e;
+    }
+    if constexpr (MODE != kClip) store(x.lanes + i * W, load(x.lanes + i * W) + total);
+    if constexpr (MODE != kSum) store_prob<DTYPE>(x.prob + r * (KT / per<DTYPE>()), t);
+  }
+}
+
+template <int DTYPE, int MODE, bool LANES>
+void tile_rows(const FbAttention* p, Block& x, int64_t groups, const Constants& c, const uint32_t* keys, const uint32_t* values, int32_t count) {
+  constexpr bool PAIRS = pairs<DTYPE>();
+  constexpr int PER = per<DTYPE>();
+  const int64_t steps = dim_steps<DTYPE>(p->D), DP = padded_dim(p->D);
+  for (int64_t first = 0; first < groups * MR; first += MR) {
+    multiply_strips<PAIRS, false>(steps, x.q + first * steps, steps, keys, steps, KT / W, x.s, KT);
+    softmax<DTYPE, MODE, LANES>(x, first, c, DP);
+    if constexpr (MODE != kSum)
+      multiply_strips<PAIRS, true>((count + PER - 1) / PER, x.prob, KT / PER, values, KT / PER, int(DP / W), x.o + first * DP, DP);
+  }
+}
+
+template <int DTYPE>
+void run_tile(Mode mode, const FbAttention* p, Block& x, int64_t groups, const Constants& c, const uint32_t* keys, const uint32_t* values, int32_t count) {
+  const bool lanes = c.lane_add != nullptr;
+  switch (mode) {
+#define FB_MODE(mode)                                                                                       \
+  case mode:                                                                                                \
+    lanes ? tile_rows<DTYPE, mode, true>(p, x, groups, c, keys, values, count)                              \
+          : tile_rows<DTYPE, mode, false>(p, x, groups, c, keys, values, count);                            \
+    break
+    FB_MODE(kFold);
+    FB_MODE(kSum);
+    FB_MODE(kPost);
+    FB_MODE(kClip);
+#undef FB_MODE
+  }
+}
+
+inline float entry(const FbTable& table, int64_t b, int64_t h, int64_t index, float absent) {
+  return table.data ? table.data[b * table.stride_b + h * table.stride_h + index] : absent;
+}
+
+// One sweep of a row block over the tiles of a group.
+template <int DTYPE>
+struct Sweep {
+  const FbAttention* p;
+  const Layout* layout;
+  const RowTask* task;
+  const Packed* packed;
+  Block& x;
+  int64_t rows, groups;
+  float scale;
+
+  float bias(int64_t c) const { return entry(p->bias, task->b, task->h, task->segment * p->C + c, 0.f); }
+  float weight(int64_t c) const { return entry(p->weight, task->b, task->h, task->segment * p->C + c, 1.f); }
+
+  void clear() {
+    const int64_t DP = padded_dim(p->D);
+    for (int64_t i = 0; i < groups * MR; ++i) x.m[i] = -kInf, x.l[i] = 0.f;
+    memset(x.o, 0, size_t(groups * MR * DP) * 4);
+  }
+
+  // Close a segment: its lanes join l, and its mass is kept with the maximum of this moment.
+  void close(int64_t c, float unfold) {
+    for (int64_t i = 0; i < groups * MR; ++i) {
+      const float part = sum(load(x.lanes + i * W)) * unfold;
+      x.l[i] += part;
+      if (x.mass) x.mass[c * rows + i] = part, x.mass_m[c * rows + i] = x.m[i];
+    }
+  }
+
+  void run(int64_t g, bool sums_only, const float* clip, float shift) {
+    const int64_t steps = dim_steps<DTYPE>(p->D), DP = padded_dim(p->D);
+    int64_t open = -1;
+    float unfold = 1.f;
+    alignas(64) float lane_add[KT], lane_post[KT];
+    for (int32_t n = layout->group_tiles[g]; n < layout->group_tiles[g + 1]; ++n) {
+      const Tile& tile = layout->tiles[n];
+      const Piece* pieces = layout->pieces + tile.first_piece;
+      const uint32_t* keys = (const uint32_t*)packed->keys + n * steps * KT;
+      const uint32_t* values = (const uint32_t*)packed->values + n * (KT / per<DTYPE>()) * DP;
+      const int64_t c = pieces[0].segment;
+      const bool mixed = tile.pieces > 1;
+      if (open >= 0 && (mixed || open != c)) close(open, unfold), open = -1;
+      // Segments that share a tile are never removed.
+      if (bias(c) == -kInf) continue;
+      Constants k{scale * kLog2e, 0.f, 1.f, 0.f, 0.f, 0.f, 0.f, nullptr, nullptr};
+      if (clip) k.beta = clip[1], k.lo = clip[2], k.hi = clip[3], k.shift = shift;
+      Mode mode = sums_only ? kSum : clip ? kClip : kFold;
+      float unfold_now = 1.f;
+      if (!mixed) {
+        const float w = weight(c);
+        k.add = bias(c) * kLog2e;
+        if (mode == kFold && w != 1.f) {
+          if (w == 0.f) {
+            mode = kSum;
+          } else if (w >= kFoldLow && w <= kFoldHigh) {
+            k.add += __builtin_log2f(w);
+            unfold_now = 1.f / w;
+          } else {
+            mode = kPost;
+          }
+        }
+        if (mode == kClip && w == 0.f) continue;
+        k.post = w;
+      } else if (mode == kFold) {
+        mode = kPost;
+      }
+      if (mixed || tile.count < KT) {
+        for (int j = 0; j < KT; ++j) lane_add[j] = -kInf, lane_post[j] = 0.f;
+        for (int i = 0; i < tile.pieces; ++i)
+          for (int j = pieces[i].lane; j < pieces[i].lane + pieces[i].count; ++j) {
+            lane_add[j] = mixed ? bias(pieces[i].segment) * kLog2e : k.add;
+            lane_post[j] = weight(pieces[i].segment);
+          }
+        k.lane_add = lane_add, k.lane_post = lane_post;
+      }
+      if (mode == kClip) {
+        run_tile<DTYPE>(mode, p, x, groups, k, keys, values, tile.count);
+        continue;
+      }
+      if (open < 0) {
+        memset(x.lanes, 0, size_t(groups * MR * W) * 4);
+        unfold = unfold_now;
+      }
+      if (mixed && x.mass && !clip) {
+        run_mixed(mode, k, tile, pieces, keys, values);
+      } else {
+        run_tile<DTYPE>(mode, p, x, groups, k, keys, values, tile.count);
+      }
+      if (mixed) {
+        close_mixed();
+      } else {
+        open = c;
+      }
+    }
+    if (open >= 0) close(open, unfold);
+  }
+
+  void close_mixed() {
+    for (int64_t i = 0; i < groups * MR; ++i) x.l[i] += sum(load(x.lanes + i * W));
+  }
+
+  // Several segments in one tile, their masses wanted: six rows at a time, so that s still holds the probabilities.
+  void run_mixed(Mode mode, const Constants& k, const Tile& tile, const Piece* pieces, const uint32_t* keys, const uint32_t* values) {
+    const int64_t steps = dim_steps<DTYPE>(p->D), DP = padded_dim(p->D);
+    Block part = x;
+    for (int64_t first = 0; first < groups * MR; first += MR) {
+      part.q = x.q + first * steps, part.o = x.o + first * DP, part.lanes = x.lanes + first * W;
+      part.m = x.m + first, part.l = x.l + first;
+      run_tile<DTYPE>(kPost, p, part, 1, k, keys, values, mode == kSum ? 0 : tile.count);
+      for (int n = 0; n < tile.pieces; ++n)
+        for (int r = 0; r < MR; ++r) {
+          float mass = 0.f;
+          for (int j = pieces[n].lane; j < pieces[n].lane + pieces[n].count; ++j) mass += x.s[r * KT + j];
+          x.mass[pieces[n].segment * rows + first + r] = mass;
+          x.mass_m[pieces[n].segment * rows + first + r] = x.m[first + r];
+        }
+    }
+  }
+};
+
+template <int DTYPE>
+void load_queries(const FbAttention* p, const RowTask* task, Block& x, int64_t padded) {
+  const int64_t D = p->D, steps = dim_steps<DTYPE>(D);
+  const int64_t item = p->source_q ? p->source_q[task->b] : task->b;
+  for (int64_t i = 0; i < padded; ++i) {
+    uint32_t* to = x.q + i * steps;
+    if (i >= task->count) {
+      memset(to, 0, size_t(steps) * 4);
+      continue;
+    }
+    const char* row = at(p->q, p->dtype, item, task->first + i, task->h);
+    if constexpr (pairs<DTYPE>()) {
+      to[steps - 1] = 0;
+      memcpy(to, row, size_t(D) * 2);
+    } else {
+      for (int64_t d = 0; d < D; ++d) to[d] = element<DTYPE, false>(row, nullptr, d, 0);
+    }
+  }
+}
+
+template <int DTYPE>
+void store_row(char* to, const float* from, int64_t D) {
+  if constexpr (DTYPE == FB_F32) {
+    memcpy(to, from, size_t(D) * 4);
+  } else {
+    for (int64_t d = 0; d < D; ++d) ((uint16_t*)to)[d] = DTYPE == FB_BF16 ? f32_to_bf16(from[d]) : f32_to_f16(from[d]);
+  }
+}
+
+template <int DTYPE>
+void rows(const FbAttention* p, const Layout* layout, const RowTask* task, const Packed* packed, float* block_mass, char* scratch) {
+  const int64_t b = task->b, h = task->h, D = p->D, DP = padded_dim(D), C = p->C;
+  const int64_t padded = round_up(task->count, MR);
+  Block x;
+  x.place<DTYPE>(p, padded, scratch);
+  if (!p->mass) x.mass = nullptr;
+  load_queries<DTYPE>(p, task, x, padded);
+  const float scale = entry(p->scale, b, h, 0, 1.f);
+  Sweep<DTYPE> sweep{p, layout, task, packed, x, padded, padded / MR, scale};
+  float* total = p->G > 1 ? x.total : x.o;
+  if (p->G > 1) memset(total, 0, size_t(padded * DP) * 4);
+  if (x.mass)
+    for (int64_t i = 0; i < C * padded; ++i) x.mass[i] = 0.f, x.mass_m[i] = 0.f;
+  for (int64_t g = 0; g < p->G; ++g) {
+    const float* contrast = p->contrast + g * 4;
+    const bool clipped = contrast[0] == 2.f, linear = contrast[0] == 1.f;
+    sweep.clear();
+    sweep.run(g, clipped, nullptr, 0.f);
+    for (int64_t i = 0; i < task->count; ++i) {
+      // m + log2(l), in log2; a row without a key keeps -inf
+      x.lse[i] = x.l[i] == 0.f ? -kInf : x.m[i] + __builtin_log2f(x.l[i]);
+      if (p->lse) p->lse[((b * p->H + h) * p->M + task->first + i) * p->G + g] = x.lse[i] * kLn2;
+    }
+    if (block_mass) {
+      for (int64_t c = 0; c < C; ++c) {
+        if (p->groups[c] != g) continue;
+        float mass = 0.f;
+        for (int64_t i = 0; i < task->count; ++i)
+          if (x.mass[c * padded + i] != 0.f) mass += x.mass[c * padded + i] * __builtin_exp2f(x.mass_m[c * padded + i] - x.m[i]) / x.l[i];
+        block_mass[task->slot * C + c] = mass;
+      }
+    }
+    float shift = 0.f, mean_factor = 0.f;
+    if (clipped || linear) {
+      int64_t count = 0;  // allowed, existing keys of the group
+      for (int32_t n = layout->group_tiles[g]; n < layout->group_tiles[g + 1]; ++n)
+        for (int i = 0; i < layout->tiles[n].pieces; ++i) {
+          const Piece& piece = layout->pieces[layout->tiles[n].first_piece + i];
+          if (sweep.bias(piece.segment) != -kInf) count += piece.count;
+        }
+      shift = count ? (contrast[1] - 1.f) / float(count) : 0.f;
+      mean_factor = -shift;
+    }
+    if (clipped) {
+      memcpy(x.m, x.lse, size_t(task->count) * 4);
+      for (int64_t i = 0; i < padded; ++i)
+        if (i >= task->count || x.m[i] == -kInf) x.m[i] = 0.f;
+      memset(x.o, 0, size_t(padded * DP) * 4);
+      sweep.run(g, false, contrast, shift);
+    }
+    for (int64_t i = 0; i < task->count; ++i) {
+      const int64_t row = task->first + i;
+      const float gate = p->gates.data ? p->gates.data[b * p->gates.stride_b + row * p->gates.stride_h + g] : 1.f;
+      const bool none = x.lse[i] == -kInf;
+      const float factor = none ? 0.f : gate * (clipped ? 1.f : linear ? contrast[1] / x.l[i] : 1.f / x.l[i]);
+      float* o = x.o + i * DP;
+      for (int64_t d = 0; d < DP; d += W) store(o + d, none ? splat(0.f) : load(o + d) * splat(factor));
+      if (linear && !none)
+        for (int64_t c = 0; c < C; ++c) {
+          const float w = sweep.weight(c) * mean_factor * gate;
+          if (p->groups[c] != g || sweep.bias(c) == -kInf || sweep.weight(c) == 0.f) continue;
+          for (int64_t d = 0; d < DP; d += W) store(o + d, fma(splat(w), load(packed->sums + c * DP + d), load(o + d)));
+        }
+      if (p->G > 1)
+        for (int64_t d = 0; d < DP; d += W) store(total + i * DP + d, load(total + i * DP + d) + load(o + d));
+    }
+  }
+  const float gain = entry(p->gain, b, h, task->segment, 1.f);
+  for (int64_t i = 0; i < task->count; ++i) {
+    float* o = total + i * DP;
+    if (gain != 1.f)
+      for (int64_t d = 0; d < DP; d += W) store(o + d, load(o + d) * splat(gain));
+    store_row<DTYPE>((char*)at(p->out, p->dtype, b, task->first + i, h), o, D);
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------------- exports
+
+#define FB_BY_DTYPE(dtype, call)              \
+  switch (dtype) {                            \
+    case FB_F32: call(FB_F32);                \
+    case FB_BF16: call(FB_BF16);              \
+    default: call(FB_F16);                    \
+  }
+
+size_t key_tile_bytes(const FbAttention* p) {
+#define FB_CALL(T) return size_t(dim_steps<T>(p->D)) * KT * 4
+  FB_BY_DTYPE(p->dtype, FB_CALL)
+#undef FB_CALL
+}
+
+size_t value_tile_bytes(const FbAttention* p) {
+#define FB_CALL(T) return size_t(KT / per<T>()) * size_t(padded_dim(p->D)) * 4
+  FB_BY_DTYPE(p->dtype, FB_CALL)
+#undef FB_CALL
+}
+
+size_t scratch_bytes(const FbAttention* p, int64_t block_rows) {
+  Block x;
+#define FB_CALL(T) return x.place<T>(p, round_up(block_rows, MR), nullptr)
+  FB_BY_DTYPE(p->dtype, FB_CALL)
+#undef FB_CALL
+}
+
+void pack_any(const FbAttention* p, const Layout* l, int64_t b, int64_t kv, int64_t first, int64_t last, const Packed* to) {
+#define FB_CALL(T) return pack<T>(p, l, b, kv, first, last, to)
+  FB_BY_DTYPE(p->dtype, FB_CALL)
+#undef FB_CALL
+}
+
+void rows_any(const FbAttention* p, const Layout* l, const RowTask* t, const Packed* k, float* mass, char* scratch) {
+#define FB_CALL(T) return rows<T>(p, l, t, k, mass, scratch)
+  FB_BY_DTYPE(p->dtype, FB_CALL)
+#undef FB_CALL
+}
+
+void scale_rows(int32_t dtype, void* row, int64_t count, float factor) {
+  for (int64_t i = 0; i < count; ++i) {
+    if (dtype == FB_F32) ((float*)row)[i] *= factor;
+    else if (dtype == FB_BF16) ((uint16_t*)row)[i] = f32_to_bf16(bf16_to_f32(((uint16_t*)row)[i]) * factor);
+    else ((uint16_t*)row)[i] = f32_to_f16(f16_to_f32(((uint16_t*)row)[i]) * factor);
+  }
+}
+
+#define FB_JOIN(a, b) a##b
+#define FB_NAME(isa) FB_JOIN(flashbrush_kernels_, isa)
+#define FB_TEXT(x) #x
+#define FB_STRING(x) FB_TEXT(x)
+
+}  // namespace
+
+extern "C" const flashbrush::Kernels* FB_NAME(FLASHBRUSH_ISA)() {
+  static const Kernels kernels = {FB_STRING(FLASHBRUSH_ISA), KT, MR, W, key_tile_bytes, value_tile_bytes, scratch_bytes, pack_any, rows_any, scale_rows};
+  return &kernels;
+}
