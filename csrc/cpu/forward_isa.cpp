@@ -37,66 +37,77 @@ inline const char* at(const FbTensor& t, int32_t dtype, int64_t b, int64_t token
 
 // ---------------------------------------------------------------------------------------------------------------- pack
 
-template <int DTYPE>
-void pack_keys(const FbAttention* p, const Layout* layout, const Tile& tile, int64_t b, int64_t kv, uint32_t* out) {
-  constexpr bool PAIRS = pairs<DTYPE>();
-  const int64_t D = p->D, steps = dim_steps<DTYPE>(D);
-  const Strips strips(KT / W);
-  for (int n = 0; n < tile.pieces; ++n) {
-    const Piece& piece = layout->pieces[tile.first_piece + n];
-    const FbTensor& t = p->k[piece.tensor];
-    const int64_t item = p->source_k ? p->source_k[piece.tensor * p->B + b] : b;
-    for (int32_t i = 0; i < piece.count; ++i) {
-      const char* row = at(t, p->dtype, item, piece.start + i, kv);
-      const int column = piece.lane + i;
-      uint32_t* to = out + place(strips, steps, 0, column);
-      const int64_t stride = int64_t(strips.width(0)) * W;
-      if constexpr (PAIRS) {
-        for (int64_t s = 0; s < D / 2; ++s) {
-          uint32_t x;
-          memcpy(&x, row + 4 * s, 4);
-          to[s * stride] = x;
-        }
-        if (D & 1) to[(steps - 1) * stride] = ((const uint16_t*)row)[D - 1];
-      } else {
-        for (int64_t s = 0; s < D; ++s) to[s * stride] = element<DTYPE, false>(row, nullptr, s, 0);
-      }
+// The rows of a tile's keys or values; a row of zeros stands for the missing ones.
+alignas(64) const char kZeros[4 * 1024] = {};
+
+struct TileRows {
+  const char* row[KT];
+
+  TileRows(const FbAttention* p, const Layout* layout, const Tile& tile, const FbTensor* tensors, const int64_t* source, int64_t b, int64_t kv) {
+    for (int i = tile.count; i < KT; ++i) row[i] = kZeros;
+    for (int n = 0; n < tile.pieces; ++n) {
+      const Piece& piece = layout->pieces[tile.first_piece + n];
+      const int64_t item = source ? source[piece.tensor * p->B + b] : b;
+      for (int32_t i = 0; i < piece.count; ++i) row[piece.lane + i] = at(tensors[piece.tensor], p->dtype, item, piece.start + i, kv);
     }
   }
-  for (int column = tile.count; column < KT; ++column)
-    for (int64_t s = 0; s < steps; ++s) out[place(strips, steps, s, column)] = 0;
+};
+
+// K^T in strips of NV vectors of keys: [strip][step][key]
+template <int DTYPE>
+void pack_keys(const FbAttention* p, const TileRows& rows, uint32_t* out) {
+  const int64_t D = p->D, steps = dim_steps<DTYPE>(D);
+  const Strips strips(KT / W);
+  for (int i = 0; i < strips.count; ++i) {
+    const int first = strips.first(i) * W, width = strips.width(i) * W;
+    uint32_t* to = out + first * steps;
+    int64_t s = 0;
+#if defined(__AVX512F__)
+    if constexpr (pairs<DTYPE>() || DTYPE == FB_F32)
+      for (; s + 16 <= D / per<DTYPE>(); s += 16)
+        for (int j = 0; j < width; j += 16) transpose_words(rows.row + first + j, s, to + s * width + j, width);
+#endif
+    for (; s < steps; ++s)
+      for (int j = 0; j < width; ++j) {
+        const char* row = rows.row[first + j];
+        if constexpr (pairs<DTYPE>()) {
+          const uint16_t* x = (const uint16_t*)row + 2 * s;
+          to[s * width + j] = uint32_t(x[0]) | (2 * s + 1 < D ? uint32_t(x[1]) << 16 : 0);
+        } else {
+          to[s * width + j] = f32_bits<DTYPE>(row, s);
+        }
+      }
+  }
+}
+
+// V in strips of up to NV vectors of the head dim: [strip][step][d]
+template <int DTYPE>
+void pack_values(const FbAttention* p, const TileRows& rows, uint32_t* out) {
+  const int64_t D = p->D, depth = KT / per<DTYPE>();
+  const Strips strips(int(padded_dim(D) / W));
+  for (int i = 0; i < strips.count; ++i) {
+    const int64_t width = strips.width(i) * W, first = int64_t(strips.first(i)) * W;
+    const int64_t columns = D - first < width ? D - first : width;
+    uint32_t* to = out + first * depth;
+    for (int64_t s = 0; s < depth; ++s, to += width) {
+      if constexpr (pairs<DTYPE>()) {
+        const uint16_t *even = (const uint16_t*)rows.row[2 * s] + first, *odd = (const uint16_t*)rows.row[2 * s + 1] + first;
+        for (int64_t d = 0; d < columns; ++d) to[d] = uint32_t(even[d]) | uint32_t(odd[d]) << 16;
+      } else {
+        for (int64_t d = 0; d < columns; ++d) to[d] = f32_bits<DTYPE>(rows.row[s], first + d);
+      }
+      for (int64_t d = columns; d < width; ++d) to[d] = 0;
+    }
+  }
 }
 
 template <int DTYPE>
-void pack_values(const FbAttention* p, const Layout* layout, const Tile& tile, int64_t b, int64_t kv, uint32_t* out, float* sums) {
-  constexpr bool PAIRS = pairs<DTYPE>();
-  constexpr int PER = per<DTYPE>();
-  const int64_t D = p->D, DP = padded_dim(D), depth = KT / PER;
-  const Strips strips(int(DP / W));
-  const void* rows[KT] = {};
+void add_values(const FbAttention* p, const Layout* layout, const Tile& tile, const TileRows& rows, float* sums) {
   for (int n = 0; n < tile.pieces; ++n) {
     const Piece& piece = layout->pieces[tile.first_piece + n];
-    const FbTensor& t = p->v[piece.tensor];
-    const int64_t item = p->source_v ? p->source_v[piece.tensor * p->B + b] : b;
-    for (int32_t i = 0; i < piece.count; ++i) {
-      const void* row = rows[piece.lane + i] = at(t, p->dtype, item, piece.start + i, kv);
-      if (sums)
-        for (int64_t d = 0; d < D; ++d) sums[piece.segment * DP + d] += to_f32<DTYPE>(row, d);
-    }
-  }
-  for (int i = 0; i < strips.count; ++i) {
-    const int width = strips.width(i) * W;
-    const int64_t first = int64_t(strips.first(i)) * W, columns = D - first < width ? D - first : width;
-    uint32_t* to = out + first * depth;
-    for (int64_t s = 0; s < depth; ++s, to += width) {
-      const void *even = rows[s * PER], *odd = PAIRS ? rows[s * PER + 1] : nullptr;
-      if (!even) {
-        for (int d = 0; d < width; ++d) to[d] = 0;
-        continue;
-      }
-      for (int64_t d = 0; d < columns; ++d) to[d] = element<DTYPE, PAIRS>(even, odd, first + d, first + d);
-      for (int64_t d = columns; d < width; ++d) to[d] = 0;
-    }
+    float* to = sums + piece.segment * padded_dim(p->D);
+    for (int j = piece.lane; j < piece.lane + piece.count; ++j)
+      for (int64_t d = 0; d < p->D; ++d) to[d] += to_f32<DTYPE>(rows.row[j], d);
   }
 }
 
@@ -104,8 +115,11 @@ template <int DTYPE>
 void pack(const FbAttention* p, const Layout* layout, int64_t b, int64_t kv, int64_t first, int64_t last, const Packed* to) {
   const int64_t steps = dim_steps<DTYPE>(p->D), DP = padded_dim(p->D);
   for (int64_t n = first; n < last; ++n) {
-    pack_keys<DTYPE>(p, layout, layout->tiles[n], b, kv, (uint32_t*)to->keys + n * steps * KT);
-    pack_values<DTYPE>(p, layout, layout->tiles[n], b, kv, (uint32_t*)to->values + n * (KT / per<DTYPE>()) * DP, to->sums);
+    const Tile& tile = layout->tiles[n];
+    pack_keys<DTYPE>(p, TileRows(p, layout, tile, p->k, p->source_k, b, kv), (uint32_t*)to->keys + n * steps * KT);
+    const TileRows values(p, layout, tile, p->v, p->source_v, b, kv);
+    pack_values<DTYPE>(p, values, (uint32_t*)to->values + n * (KT / per<DTYPE>()) * DP);
+    if (to->sums) add_values<DTYPE>(p, layout, tile, values, to->sums);
   }
 }
 
@@ -408,7 +422,7 @@ void load_queries(const FbAttention* p, const RowTask* task, Block& x, int64_t p
       to[steps - 1] = 0;
       memcpy(to, row, size_t(D) * 2);
     } else {
-      for (int64_t d = 0; d < D; ++d) to[d] = element<DTYPE, false>(row, nullptr, d, 0);
+      for (int64_t d = 0; d < D; ++d) to[d] = f32_bits<DTYPE>(row, d);
     }
   }
 }
@@ -418,7 +432,12 @@ void store_row(char* to, const float* from, int64_t D) {
   if constexpr (DTYPE == FB_F32) {
     memcpy(to, from, size_t(D) * 4);
   } else {
-    for (int64_t d = 0; d < D; ++d) ((uint16_t*)to)[d] = DTYPE == FB_BF16 ? f32_to_bf16(from[d]) : f32_to_f16(from[d]);
+    int64_t d = 0;
+#if defined(__AVX512BF16__)
+    if constexpr (DTYPE == FB_BF16)
+      for (; d + 16 <= D; d += 16) _mm256_storeu_si256((__m256i*)(to + 2 * d), (__m256i)_mm512_cvtneps_pbh(load(from + d)));
+#endif
+    for (; d < D; ++d) ((uint16_t*)to)[d] = DTYPE == FB_BF16 ? f32_to_bf16(from[d]) : f32_to_f16(from[d]);
   }
 }
 

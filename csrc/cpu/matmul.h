@@ -95,14 +95,6 @@ inline void multiply_strips(int64_t steps, const uint32_t* a, int64_t lda, const
   }
 }
 
-// Where element (step, column) of a packed operand lies.
-inline int64_t place(const Strips& strips, int64_t depth, int64_t step, int column) {
-  const int vector = column / W;
-  int i = 0;
-  while (i + 1 < strips.count && strips.first(i + 1) <= vector) ++i;
-  return (int64_t(strips.first(i)) * depth + step * strips.width(i) + (vector - strips.first(i))) * W + column % W;
-}
-
 template <int DTYPE>
 inline float to_f32(const void* p, int64_t i) {
   if constexpr (DTYPE == FB_F32) return ((const float*)p)[i];
@@ -110,17 +102,42 @@ inline float to_f32(const void* p, int64_t i) {
   return f16_to_f32(((const uint16_t*)p)[i]);
 }
 
-template <int DTYPE, bool PAIRS>
-inline uint32_t element(const void* even, const void* odd, int64_t i, int64_t j) {
-  if constexpr (PAIRS) {
-    uint32_t low = even ? ((const uint16_t*)even)[i] : 0, high = odd ? ((const uint16_t*)odd)[j] : 0;
-    return low | high << 16;
-  } else {
-    float x = to_f32<DTYPE>(even, i);
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    return bits;
+template <int DTYPE>
+inline uint32_t f32_bits(const void* p, int64_t i) {
+  const float x = to_f32<DTYPE>(p, i);
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  return bits;
+}
+
+#if defined(__AVX512F__)
+// out[s * stride + i] = word s of row i, for 16 rows and 16 words.
+inline void transpose_words(const char* const* rows, int64_t first_word, uint32_t* out, int64_t stride) {
+  __m512i a[16], b[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(rows[i] + 4 * first_word);
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {  // a[i + n]: word n of each 128-bit lane, of rows i .. i + 3
+    a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+    a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+    a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+    a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int n = 0; n < 4; ++n) {
+    const __m512i low02 = _mm512_shuffle_i32x4(a[n], a[4 + n], 0x88), low13 = _mm512_shuffle_i32x4(a[n], a[4 + n], 0xdd);
+    const __m512i high02 = _mm512_shuffle_i32x4(a[8 + n], a[12 + n], 0x88), high13 = _mm512_shuffle_i32x4(a[8 + n], a[12 + n], 0xdd);
+    _mm512_storeu_si512(out + n * stride, _mm512_shuffle_i32x4(low02, high02, 0x88));
+    _mm512_storeu_si512(out + (4 + n) * stride, _mm512_shuffle_i32x4(low13, high13, 0x88));
+    _mm512_storeu_si512(out + (8 + n) * stride, _mm512_shuffle_i32x4(low02, high02, 0xdd));
+    _mm512_storeu_si512(out + (12 + n) * stride, _mm512_shuffle_i32x4(low13, high13, 0xdd));
   }
 }
+#endif
 
 }  // namespace

@@ -72,14 +72,10 @@ inline float largest(vf x) {
 inline vf keep_from(vf t, vf bound, vf x) { return t < bound ? splat(0.f) : x; }
 #endif
 
-// 2^t for t <= 100 or so, 0 below 2^-126 (so that -inf gives exactly 0), NaN for NaN. Minimax in relative error: 9e-8,
-// and 3e-6 with DEGREE 4, which is far below the rounding of a 16-bit probability.
+// 2^f for f in [-1/2, 1/2], minimax in relative error: 9e-8, and 3e-6 with DEGREE 4, which is far below the rounding of a
+// 16-bit probability.
 template <int DEGREE>
-inline vf exp2(vf t) {
-  const vf magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
-  const vf low = splat(-126.f);
-  vf shifted = maximum(low, t) + magic;  // the order lets NaN through
-  vf f = t - (shifted - magic);
+inline vf exp2_fraction(vf f) {
   vf p;
   if constexpr (DEGREE >= 5) {
     p = fma(splat(1.32647273e-3f), f, splat(9.67151299e-3f));
@@ -91,13 +87,27 @@ inline vf exp2(vf t) {
     p = fma(p, f, splat(2.40240991e-1f));
     p = fma(p, f, splat(6.93124175e-1f));
   }
-  p = fma(p, f, splat(1.f));
+  return fma(p, f, splat(1.f));
+}
+
+// 2^t for t up to 100 or so; exactly 0 for -inf; NaN for NaN.
+template <int DEGREE>
+inline vf exp2(vf t) {
+#if defined(__AVX512F__)
+  t = maximum(splat(-160.f), t);  // the order of the arguments lets NaN through
+  const vf whole = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  return _mm512_scalef_ps(exp2_fraction<DEGREE>(t - whole), whole);
+#else
+  const vf magic = splat(12582912.f + 127.f);  // 1.5 * 2^23 leaves the rounded integer, biased, in the low bits
+  const vf low = splat(-126.f);
+  const vf shifted = maximum(low, t) + magic;
   vi bits;
   memcpy(&bits, &shifted, sizeof bits);
-  bits = (bits - 0x4B400000 + 127) << 23;
+  bits = bits << 23;
   vf power;
   memcpy(&power, &bits, sizeof power);
-  return keep_from(t, low, p * power);
+  return keep_from(t, low, exp2_fraction<DEGREE>(t - (shifted - magic)) * power);
+#endif
 }
 
 inline float bf16_to_f32(uint16_t x) {
@@ -111,8 +121,8 @@ inline float bf16_to_f32(uint16_t x) {
 inline uint16_t f32_to_bf16(float f) {
   uint32_t bits;
   memcpy(&bits, &f, sizeof bits);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return uint16_t((bits >> 16) | 0x40);
-  return uint16_t((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16, quiet = (bits >> 16) | 0x40;
+  return uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
 }
 
 inline float f16_to_f32(uint16_t x) {
