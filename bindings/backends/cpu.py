@@ -11,18 +11,17 @@ import functools
 import json
 import os
 from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ..control import NORMS
 from ..problem import EVERY, Problem
 from . import Result
-from .reference import total_gain
 
 name = "cpu"
-ABI = 1
+ABI = 2
 LIBRARY = Path(__file__).with_name("libflashbrush_cpu.so")
 REPORT = Path(__file__).with_name("build_report.json")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -58,6 +57,11 @@ class _Attention(Structure):
         *((table, _Table) for table in ("scale", "bias", "weight", "gain", "gates")),
         ("lse", c_void_p),
         ("mass", c_void_p),
+        ("derived", c_int32),
+        ("span", c_float),
+        ("floor", c_float),
+        *((flags, c_char_p) for flags in ("gain_rows", "gain_keys", "gain_apply")),
+        ("gains", c_void_p),
         ("threads", c_int32),
     )
 
@@ -103,6 +107,7 @@ def forward(problem: Problem) -> Result:
     out = torch.empty(p.batch, p.rows, p.heads, p.dim, dtype=p.q.dtype) if p.out is None else p.out
     lse = torch.empty(p.batch, p.heads, p.rows, p.n_groups) if p.need_stats else None
     mass = torch.empty(p.batch, p.heads, R, C) if p.need_mass else None
+    gains = torch.empty(p.batch, p.heads, R) if p.need_mass else None
     keep: list = []  # what the structure points to
 
     def table(t: Tensor | None, inner: int) -> _Table:
@@ -136,18 +141,19 @@ def forward(problem: Problem) -> Result:
         groups=(c_int32 * C)(*p.groups), contrast=(c_float * len(contrast))(*contrast),
         scale=table(scales, 0), bias=table(p.bias, 2), weight=table(p.weight, 2), gain=table(p.gain, 1),
         gates=table(p.gates, 1), lse=None if lse is None else lse.data_ptr(),
-        mass=None if mass is None else mass.data_ptr(), threads=torch.get_num_threads(),
+        mass=None if mass is None else mass.data_ptr(), derived=-1,
+        gains=None if gains is None else gains.data_ptr(), threads=torch.get_num_threads(),
     )  # fmt: skip
+    if (rule := p.head_gain) is not None:
+        call.derived, call.span, call.floor = NORMS.index(rule.norm), float(rule.span), float(rule.floor)
+        call.gain_rows, call.gain_keys = _flags(rule.rows, R), _flags(rule.keys, C)
+        call.gain_apply = _flags(rule.apply, R)
     _check(library.flashbrush_attention(byref(call), isa, _parallel()))
-    gain = None
-    if p.need_mass:
-        assert mass is not None
-        gain = total_gain(p, mass)
-        if p.head_gain is not None:
-            # The given gain is in the output already.
-            derived = total_gain(replace(p, gain=None), mass).contiguous()
-            _check(library.flashbrush_scale_rows(byref(call), c_void_p(derived.data_ptr()), isa, _parallel()))
-    return Result(out, lse, mass, gain)
+    return Result(out, lse, mass, gains)
+
+
+def _flags(chosen: tuple[int, ...], count: int) -> bytes:
+    return bytes(i in chosen for i in range(count))
 
 
 def _describe(t: Tensor, broadcast: bool) -> _Tensor:
@@ -185,7 +191,6 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     library.flashbrush_isa.restype = c_char_p
     library.flashbrush_isa.argtypes = (c_int,)
     library.flashbrush_attention.argtypes = (POINTER(_Attention), c_char_p, c_void_p)
-    library.flashbrush_scale_rows.argtypes = (POINTER(_Attention), c_void_p, c_char_p, c_void_p)
     return library, ""
 
 

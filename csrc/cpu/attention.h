@@ -6,7 +6,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define FLASHBRUSH_ABI 1
+#define FLASHBRUSH_ABI 2
 #define FLASHBRUSH_EXPORT extern "C" __attribute__((visibility("default")))
 
 extern "C" {
@@ -41,6 +41,11 @@ typedef struct {
   FbTable gain;            // [b][h][R]
   FbTable gates;           // [b][row][G]; stride_h is the stride of a row
   float *lse, *mass;       // [B][H][M][G], [B][H][R][C]; null: not wanted
+  // Gain derived from the mass of a block of segments, multiplied into the rows of others.
+  int32_t derived;         // -1 none; 0 minmax, 1 mean, 2 max, 3 softmax over heads
+  float span, floor;
+  const uint8_t *gain_rows, *gain_keys, *gain_apply;  // [R], [C], [R]: the segments that count, and that are scaled
+  float* gains;            // [B][H][R], the given gain times the derived one; null: not wanted and nothing derived
   int32_t threads;
 } FbAttention;
 

@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <memory>
 #include <thread>
 #include <vector>
@@ -240,6 +241,79 @@ void reduce_masses(const Job& job) {
   }
 }
 
+// In-Context Brush (arXiv 2505.20271), Eqs. 6-8: from the mass of the block, normalised over heads.
+void derive_gains(const FbAttention* p, int64_t b, float* derived) {
+  const int32_t* lengths = p->row_lengths + (p->rows_by_item ? b * p->R : 0);
+  int64_t count = 0;
+  for (int64_t r = 0; r < p->R; ++r) count += p->gain_rows[r] ? lengths[r] : 0;
+  float low = __builtin_inff(), high = -__builtin_inff();
+  double total = 0.;
+  for (int64_t h = 0; h < p->H; ++h) {
+    const float* mass = p->mass + (b * p->H + h) * p->R * p->C;
+    float block = 0.f;
+    for (int64_t r = 0; r < p->R; ++r)
+      for (int64_t c = 0; c < p->C; ++c)
+        if (p->gain_rows[r] && p->gain_keys[c]) block += mass[r * p->C + c];
+    derived[h] = block / float(std::max<int64_t>(count, 1));
+    low = std::min(low, derived[h]), high = std::max(high, derived[h]), total += derived[h];
+  }
+  const float eps = 1.1920929e-7f;
+  double exps = 0.;
+  for (int64_t h = 0; h < p->H; ++h) exps += std::exp(double(derived[h] - high));
+  for (int64_t h = 0; h < p->H; ++h) {
+    const float m = derived[h];
+    float relative = 0.f;
+    switch (p->derived) {
+      case 0: relative = (m - low) / (high - low + eps); break;
+      case 1: relative = m / std::max(float(total / double(p->H)), eps); break;
+      case 2: relative = m / std::max(high, eps); break;
+      default: relative = float(double(p->H) * std::exp(double(m - high)) / exps);
+    }
+    derived[h] = p->floor + p->span * relative;
+  }
+}
+
+struct Scale {
+  const FbAttention* p;
+  const Kernels* kernels;
+  std::vector<float> derived;  // [B][H]
+  std::atomic<int64_t> next{0};
+
+  void work() {
+    constexpr int64_t step = 64;
+    const int64_t size = p->dtype == FB_F32 ? 4 : 2, parts = (p->M + step - 1) / step;
+    for (int64_t i; (i = next.fetch_add(1)) < p->B * parts;) {
+      const int64_t b = i / parts, first = i % parts * step, last = std::min(p->M, first + step);
+      const int32_t* lengths = p->row_lengths + (p->rows_by_item ? b * p->R : 0);
+      int64_t r = 0, end = lengths[0];
+      for (int64_t row = first; row < last; ++row) {
+        while (row >= end) end += lengths[++r];
+        if (!p->gain_apply[r]) continue;
+        for (int64_t h = 0; h < p->H; ++h) {
+          char* to = (char*)p->out.data + (b * p->out.stride_b + row * p->out.stride_t + h * p->out.stride_h) * size;
+          const float factor = derived[b * p->H + h];
+          if (factor != 1.f) kernels->scale_rows(p->dtype, to, p->D, factor);
+        }
+      }
+    }
+  }
+};
+
+void apply_gains(const FbAttention* p, const Kernels* kernels, FbParallel parallel, int threads) {
+  Scale job{p, kernels, std::vector<float>(size_t(p->B * p->H), 1.f), {}};
+  for (int64_t b = 0; b < p->B; ++b) {
+    if (p->derived >= 0) derive_gains(p, b, job.derived.data() + b * p->H);
+    for (int64_t h = 0; p->gains && h < p->H; ++h)
+      for (int64_t r = 0; r < p->R; ++r) {
+        const float given = p->gain.data ? p->gain.data[b * p->gain.stride_b + h * p->gain.stride_h + r] : 1.f;
+        p->gains[(b * p->H + h) * p->R + r] = given * (p->derived >= 0 && p->gain_apply[r] ? job.derived[b * p->H + h] : 1.f);
+      }
+  }
+  if (p->derived < 0) return;
+  const bool small = p->B * p->M * p->H * p->D < 65536;
+  run_parallel(parallel, [](void* data) { static_cast<Scale*>(data)->work(); }, &job, small ? 1 : threads);
+}
+
 }  // namespace
 
 FLASHBRUSH_EXPORT int flashbrush_abi() { return FLASHBRUSH_ABI; }
@@ -297,38 +371,6 @@ FLASHBRUSH_EXPORT int flashbrush_attention(const FbAttention* p, const char* isa
   }
   run_parallel(parallel, [](void* data) { static_cast<Job*>(data)->work(); }, &job, threads);
   if (p->mass) reduce_masses(job);
-  return 0;
-}
-
-// out rows *= gain[b][h][segment of the row]; gain (B, H, R) contiguous. Same return values.
-FLASHBRUSH_EXPORT int flashbrush_scale_rows(const FbAttention* p, const float* gain, const char* isa, FbParallel parallel) {
-  if (p->abi != FLASHBRUSH_ABI) return 3;
-  struct Scale {
-    const FbAttention* p;
-    const float* gain;
-    const Kernels* kernels;
-    std::atomic<int64_t> next{0};
-  } job{p, gain, find(isa), {}};
-  if (!job.kernels) return 1;
-  auto worker = [](void* data) {
-    Scale& job = *static_cast<Scale*>(data);
-    const FbAttention* p = job.p;
-    const int64_t size = p->dtype == FB_F32 ? 4 : 2, step = 64;
-    const int64_t parts = (p->M + step - 1) / step;
-    for (int64_t i; (i = job.next.fetch_add(1)) < p->B * parts;) {
-      const int64_t b = i / parts, first = i % parts * step, last = std::min(p->M, first + step);
-      const int32_t* lengths = p->row_lengths + (p->rows_by_item ? b * p->R : 0);
-      int64_t r = 0, end = lengths[0];
-      for (int64_t row = first; row < last; ++row) {
-        while (row >= end) end += lengths[++r];
-        for (int64_t h = 0; h < p->H; ++h) {
-          const float factor = job.gain[(b * p->H + h) * p->R + r];
-          char* to = (char*)p->out.data + (b * p->out.stride_b + row * p->out.stride_t + h * p->out.stride_h) * size;
-          if (factor != 1.f) job.kernels->scale_rows(p->dtype, to, p->D, factor);
-        }
-      }
-    }
-  };
-  run_parallel(parallel, worker, &job, p->M * p->H * p->B * p->D < 65536 ? 1 : p->threads);
+  apply_gains(p, kernels, parallel, threads);
   return 0;
 }
