@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from .backends import Result, composed_backward
+from .coalesce import coalesce
 from .control import NORMS, Contrast
 from .plan import resolve
-from .problem import GainRule, Problem, coalesce
+from .problem import GainRule, Problem
 
 _INPUTS = (
     "Tensor q, Tensor[] k, Tensor[] v, SymInt[] row_lengths, SymInt[] key_lengths, int[] groups, int[] kinds, "

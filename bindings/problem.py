@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from .control import EVERY, Contrast
+from .control import Contrast
 
 
 @dataclass(frozen=True)
@@ -107,85 +107,3 @@ class Problem:
 
 def default_scale(dim: int) -> float:
     return 1.0 / math.sqrt(dim)
-
-
-def coalesce(problem: Problem) -> Problem:
-    """Join neighbouring segments to which the same entries apply, where no statistic tells them apart.
-
-    A pure function of the static structure: no table is read, so that values never change what is launched.
-    """
-    if problem.row_items is not None or problem.key_items is not None:
-        return problem
-    p, C = problem, len(problem.key_lengths)
-    apply = set(p.head_gain.apply) if p.head_gain else set()
-    counted = set(p.head_gain.rows) if p.head_gain else set()
-    columns = [p.kinds[c::C] for c in range(C)]
-    rows = [p.kinds[r * C : (r + 1) * C] for r in range(len(p.row_lengths))]
-    mass_keys = set(p.head_gain.keys) if p.head_gain else set()
-
-    def same_key(a: int, b: int) -> bool:
-        return (
-            len(p.k) == 1
-            and not p.need_stats
-            and p.valid is None
-            and columns[a] == columns[b]
-            and p.groups[a] == p.groups[b]
-            and ((a in mass_keys) == (b in mass_keys))
-        )
-
-    def same_row(a: int, b: int) -> bool:
-        return (
-            not p.need_stats
-            and p.gain is None
-            and rows[a] == rows[b]
-            and ((a in apply) == (b in apply))
-            and ((a in counted) == (b in counted))
-        )
-
-    row_of, row_first = _runs(len(p.row_lengths), same_row)
-    key_of, key_first = _runs(C, same_key)
-    if len(row_first) == len(p.row_lengths) and len(key_first) == C:
-        return p
-
-    def totals(lengths: tuple[int, ...], of: list[int], count: int) -> tuple[int, ...]:
-        out = [0] * count
-        for i, length in zip(of, lengths, strict=True):
-            out[i] += length
-        return tuple(out)
-
-    def pick(table: Tensor | None) -> Tensor | None:
-        return None if table is None else table[:, :, row_first][:, :, :, key_first]
-
-    rule = p.head_gain
-    if rule is not None:
-        rule = replace(
-            rule,
-            rows=tuple(sorted({row_of[r] for r in rule.rows})),
-            apply=tuple(sorted({row_of[r] for r in rule.apply})),
-            keys=tuple(sorted({key_of[c] for c in rule.keys})),
-        )
-    return replace(
-        p,
-        row_lengths=totals(p.row_lengths, row_of, len(row_first)),
-        key_lengths=totals(p.key_lengths, key_of, len(key_first)),
-        groups=tuple(p.groups[c] for c in key_first),
-        kinds=tuple(p.kinds[r * C + c] for r in row_first for c in key_first),
-        bias=pick(p.bias),
-        weight=pick(p.weight),
-        gain=None if p.gain is None else p.gain[:, :, row_first],
-        valid=None if p.valid is None else p.valid[:, key_first],
-        head_gain=rule,
-    )
-
-
-def _runs(count: int, same) -> tuple[list[int], list[int]]:
-    """(run of each index, first index of each run)"""
-    of, first = [], []
-    for i in range(count):
-        if not first or not same(i - 1, i):
-            first.append(i)
-        of.append(len(first) - 1)
-    return of, first
-
-
-__all__ = ["EVERY", "GainRule", "Problem", "coalesce", "default_scale"]

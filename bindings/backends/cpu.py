@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..control import NORMS
-from ..problem import EVERY, Problem
+from ..problem import Problem
 from . import Result
 
 name = "cpu"
@@ -136,7 +136,7 @@ def forward(problem: Problem) -> Result:
         source_v=ints(p.source_v, torch.int64),
         row_lengths=ints(p.row_lengths if p.row_items is None else p.row_items, torch.int32),
         key_lengths=ints(p.key_lengths if p.key_items is None else p.key_items, torch.int32),
-        valid=ints(None if p.valid is None else p.valid.clamp(0, EVERY), torch.int32),
+        valid=ints(None if p.valid is None else p.valid.clamp(min=0), torch.int32),
         rows_by_item=p.row_items is not None, keys_by_item=p.key_items is not None,
         groups=(c_int32 * C)(*p.groups), contrast=(c_float * len(contrast))(*contrast),
         scale=table(scales, 0), bias=table(p.bias, 2), weight=table(p.weight, 2), gain=table(p.gain, 1),
