@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..problem import Problem
-from .reference import expand_pairs, gather, labels
+from .reference import gather, labels
 
 BLOCK_ELEMENTS = 1 << 24  # of the recomputed map; bounds the extra memory to a few such float32 blocks
 
@@ -30,45 +30,74 @@ def backward(problem: Problem, dout: Tensor, lse: Tensor, gain: Tensor) -> tuple
     do = dout.to(dtype).transpose(1, 2)
     a, _ = labels(p.row_lengths, p.row_items, B, M, q.device)
     c, rank = labels(p.key_lengths, p.key_items, B, p.keys, q.device)
-    exists = torch.ones_like(c, dtype=torch.bool) if p.valid is None else rank < p.valid.gather(1, c)
+    exists = None if p.valid is None else (rank < p.valid.gather(1, c))[:, None]  # (B, 1, N)
     groups = torch.tensor(p.groups, device=q.device)[c]  # (B, N)
-    # A removed key is not read: its NaN must not meet a zero probability.
-    k, v = (torch.where(exists[:, None, :, None], t, 0) for t in (k, v))
     scale = p.item_scale().to(dtype)
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     step = max(1, min(M, BLOCK_ELEMENTS // max(1, B * H * p.keys)))
-    for first in range(0, M, step):
-        rows = slice(first, min(M, first + step))
-        label = a[:, rows]
-        allowed = exists[:, None, None, :]
-        s = torch.einsum("bhmd,bhnd->bhmn", q[:, :, rows], k) * scale
-        if p.bias is not None:
-            bias = expand_pairs(p.bias, label, c, H).to(dtype)
-            s, allowed = s + bias, allowed & (bias != -math.inf)
-        if p.mask is not None:
-            mask = p.mask.expand(B, H, M, p.keys)[:, :, rows]
-            if mask.dtype == torch.bool:
-                allowed = allowed & mask
-            else:
-                s, allowed = s + mask.to(dtype), allowed & (mask != -math.inf)
-        index = groups[:, None, None, :].expand(B, H, label.shape[1], p.keys)
-        prob = torch.where(allowed, torch.exp(s - lse[:, :, rows].to(dtype).gather(3, index)), 0)
-        factor = gain.to(dtype).gather(2, label[:, None, :].expand(B, H, -1))[..., None]  # (B, H, rows, 1)
-        if p.weight is not None:
-            factor = factor * expand_pairs(p.weight, label, c, H).to(dtype)
-        if p.gates is not None:
-            gates = p.gates.to(dtype)[:, None].expand(B, H, M, p.n_groups)[:, :, rows]
-            factor = factor * gates.gather(3, index)
-        dprob = factor * torch.einsum("bhmd,bhnd->bhmn", do[:, :, rows], v)
-        weighted = prob * torch.where(allowed, dprob, 0)
-        delta = torch.zeros_like(s[..., :1]).expand(-1, -1, -1, p.n_groups).scatter_add(3, index, weighted)
-        ds = (weighted - prob * delta.gather(3, index)) * scale
-        dq[:, :, rows] = ds @ k
-        dk += ds.transpose(2, 3) @ q[:, :, rows]
-        dv += (factor * prob).transpose(2, 3) @ do[:, :, rows]
+    for segments, tokens in _row_runs(p):
+        # Removed keys are not read and get no gradient: their NaN must not meet a zero probability.
+        bias, weight = (_key_row(table, segments[0], c, dtype) for table in (p.bias, p.weight))
+        allowed = exists if bias is None else bias != -math.inf if exists is None else exists & (bias != -math.inf)
+        k_run, v_run = _only(allowed, k), _only(allowed, v if weight is None else _only(weight != 0, v))
+        for first in range(tokens.start, tokens.stop, step):
+            rows = slice(first, min(tokens.stop, first + step))
+            label = a[:, rows]
+            s = torch.einsum("bhmd,bhnd->bhmn", q[:, :, rows], k_run) * scale
+            seen = torch.ones_like(s, dtype=torch.bool) if allowed is None else allowed[:, :, None].expand_as(s)
+            mine = None if p.row_items is None else torch.isin(label, torch.tensor(segments, device=q.device))[:, None]
+            if mine is not None:
+                seen = seen & mine[..., None]
+            if bias is not None:
+                s = s + bias[:, :, None]
+            if p.mask is not None:
+                mask = p.mask.expand(B, H, M, p.keys)[:, :, rows]
+                s, seen = (s, seen & mask) if mask.dtype == torch.bool else (s + mask.to(dtype), seen & (mask != -math.inf))
+            index = groups[:, None, None, :].expand_as(s)
+            prob = torch.where(seen, torch.exp(s - lse[:, :, rows].to(dtype).gather(3, index)), 0)
+            factor = gain.to(dtype).gather(2, label[:, None, :].expand(B, H, -1))[..., None]  # (B, H, rows, 1)
+            if weight is not None:
+                factor = factor * weight[:, :, None]
+            if p.gates is not None:
+                gates = p.gates.to(dtype)[:, None].expand(B, H, M, p.n_groups)[:, :, rows]
+                factor = factor * gates.gather(3, index)
+            dprob = factor * torch.einsum("bhmd,bhnd->bhmn", do[:, :, rows], v_run)
+            weighted = prob * torch.where(seen, dprob, 0)
+            delta = torch.zeros_like(s[..., :1]).expand(-1, -1, -1, p.n_groups).scatter_add(3, index, weighted)
+            ds = (weighted - prob * delta.gather(3, index)) * scale
+            dq[:, :, rows] += _only(mine, ds @ k_run)
+            dk += _only(allowed, ds.transpose(2, 3) @ q[:, :, rows])
+            dv += _only(allowed, (factor * prob).transpose(2, 3) @ do[:, :, rows])
     return _scatter(dq, (p.q,), None if p.source_q is None else p.source_q[None], H)[0], *(
         _scatter(grad, tensors, source, p.kv_heads) for grad, tensors, source in ((dk, p.k, p.source_k), (dv, p.v, p.source_v))
     )  # type: ignore[return-value]
+
+
+def _row_runs(p: Problem) -> list[tuple[list[int], slice]]:
+    """(row segments, their tokens) of neighbours to which the same entries apply; all tokens where items differ."""
+    C, starts = len(p.key_lengths), (*p.row_starts(), p.rows)
+    runs: list[list[int]] = []
+    for r in range(len(p.row_lengths)):
+        kinds = p.kinds[r * C : (r + 1) * C]
+        if runs and kinds == p.kinds[runs[-1][0] * C : (runs[-1][0] + 1) * C]:
+            runs[-1].append(r)
+        else:
+            runs.append([r])
+    whole = p.row_items is not None
+    return [(run, slice(0, p.rows) if whole else slice(starts[run[0]], starts[run[-1] + 1])) for run in runs]
+
+
+def _key_row(table: Tensor | None, r: int, c: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Row r of a table (1|B, 1|H, R, C) at the keys' labels c (B, N) -> (B, 1|H, N)"""
+    if table is None:
+        return None
+    row = table[:, :, r].to(dtype).expand(c.shape[0], -1, -1)
+    return row.gather(2, c[:, None].expand(-1, row.shape[1], -1))
+
+
+def _only(allowed: Tensor | None, t: Tensor) -> Tensor:
+    """t (B, H, tokens, D) with zeros at the tokens that allowed (B, 1|H, tokens) leaves out"""
+    return t if allowed is None else torch.where(allowed[..., None], t, 0)
 
 
 def _scatter(grad: Tensor, tensors: tuple[Tensor, ...], source: Tensor | None, heads: int) -> list[Tensor]:

@@ -1,0 +1,369 @@
+"""What every controlled attention satisfies, whatever computes it, and attention()'s own contract."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import flashbrush as fb
+from support.oracle import Spec
+from support.specs import attend, draw
+
+BACKENDS = ("reference", "composed")
+SEEDS = range(2000, 2060)
+
+
+def drawn(seed: int, without: tuple[str, ...] = (), contrast: bool = False) -> Spec:
+    spec = draw(seed)
+    for name in (*without, *(() if contrast else ("contrast",))):
+        spec.options.pop(name, None)
+    if contrast and "contrast" in spec.options:
+        spec.options["contrast"] = fb.Contrast(1.75, None)
+        spec.mask = None
+    return spec
+
+
+def same(a: Tensor, b: Tensor, tolerance: float = 1e-6) -> None:
+    assert bool(torch.isfinite(a).all()) or not bool(torch.isfinite(b).all())
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def joined(spec: Spec) -> Spec:
+    """With k and v as single tensors, batch and all."""
+    batch = max(t.shape[0] for t in (*spec.k, *spec.v))
+    join = lambda ts, index: torch.cat(  # noqa: E731
+        [t.expand(batch, *t.shape[1:]) if index is None else t[index[i]] for i, t in enumerate(ts)], 1
+    )
+    new = copy.copy(spec)
+    new.k, new.v = [join(spec.k, spec.source.get("k"))], [join(spec.v, spec.source.get("v"))]
+    new.source = {"q": spec.source["q"]} if spec.source else {}
+    return new
+
+
+def token_labels(names: list[str], sizes: list[list[int]]) -> Tensor:
+    """(batch, tokens) index of each token's segment"""
+    counts = torch.tensor(sizes)
+    return torch.stack([torch.repeat_interleave(torch.arange(len(names)), c) for c in counts])
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_plain_is_sdpa(backend: str, dtype: torch.dtype) -> None:
+    for B, M, N, H, Hkv, D in ((1, 5, 5, 1, 1, 1), (2, 33, 70, 4, 2, 24), (3, 1, 129, 3, 3, 64), (1, 64, 1, 2, 1, 40)):
+        q, k, v = torch.randn(B, M, H, D, dtype=dtype), *(torch.randn(B, N, Hkv, D, dtype=dtype) for _ in range(2))
+        truth = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), enable_gqa=True)
+        same(fb.attention(q, k, v, backend=backend), truth.transpose(1, 2), 2e-6)
+        segments = fb.Segments(a=N // 2, b=N - N // 2)
+        split = fb.Control(fb.Segments(rows=M), segments)
+        same(fb.attention(q, k, v, split, backend=backend), truth.transpose(1, 2), 2e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_sum_to_one_in_each_group(backend: str) -> None:
+    for seed in SEEDS:
+        spec = drawn(seed, without=("weight", "gain", "head_gain", "gates"))
+        spec.v = [torch.ones_like(t) for t in spec.v]
+        out, stats = attend(spec, backend, return_stats=True)
+        groups = (stats.lse != -math.inf).sum(-1)  # (B, H, M)
+        same(out, groups.transpose(1, 2)[..., None].expand_as(out).to(out.dtype))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_mass_sums_to_the_groups_that_have_a_key(backend: str) -> None:
+    for seed in SEEDS:
+        spec = drawn(seed)
+        stats = attend(spec, backend, return_stats=True)[1]
+        label = token_labels(spec.row_names, spec.row_sizes)  # (B, M)
+        groups = (stats.lse != -math.inf).sum(-1).to(stats.mass.dtype)
+        expected = torch.zeros(stats.mass.shape[:3], dtype=stats.mass.dtype)
+        expected.scatter_add_(2, label[:, None].expand_as(groups), groups)
+        same(stats.mass.sum(-1), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_neutral_numbers_change_nothing(backend: str) -> None:
+    for seed in SEEDS:
+        spec = drawn(seed, without=("weight", "bias", "gain", "gates", "valid"), contrast=True)
+        plain = attend(spec, backend, return_stats=True)
+        group = next(iter(spec.options.get("groups", {"all": 0})))
+        spec.options |= {
+            "weight": {("*", spec.key_names[0]): 1.0},
+            "bias": {(spec.row_names[-1], "*"): 0.0},
+            "gain": {spec.row_names[0]: 1.0},
+            "gates": {group: 1.0},
+            "valid": {spec.key_names[-1]: torch.tensor([s[-1] for s in spec.key_sizes])},
+        }
+        for a, b in zip((plain[0], *plain[1]), (lambda r: (r[0], *r[1]))(attend(spec, backend, return_stats=True)), strict=True):
+            same(a, b, 1e-6 if backend == "composed" else 1e-12)
+
+
+def remove(spec: Spec, name: str) -> Spec:
+    """The call without the keys of a segment, which stays as an empty one."""
+    c, new = spec.key_names.index(name), copy.copy(joined(spec))
+    keep = token_labels(spec.key_names, spec.key_sizes) != c  # (B, N)
+    new.k, new.v = ([t[:, keep[0]] for t in ts] for ts in (new.k, new.v))
+    if new.mask is not None:
+        new.mask = new.mask[..., keep[0]]
+    new.key_sizes = [[0 if i == c else n for i, n in enumerate(s)] for s in spec.key_sizes]
+    new.options = {k: v for k, v in spec.options.items() if k != "valid"}
+    new.options["valid"] = {n: t for n, t in spec.options.get("valid", {}).items() if n != name}
+    return new
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_minus_inf_removes_keys_and_their_values_are_not_read(backend: str) -> None:
+    tried = 0
+    for seed in SEEDS:
+        spec = drawn(seed, contrast=True)
+        if any(s != spec.key_sizes[0] for s in spec.key_sizes) or spec.source or spec.mask is not None:
+            continue
+        name = spec.key_names[seed % len(spec.key_names)]
+        c = spec.key_names.index(name)
+        gone = token_labels(spec.key_names, spec.key_sizes)[0] == c
+        if not gone.any() or gone.all():
+            continue
+        tried += 1
+        cut = joined(spec)
+        cut.options = {**spec.options, "bias": {**spec.options.get("bias", {}), ("*", name): -math.inf}}
+        truth = attend(remove(cut, name), backend, return_stats=True)
+        cut.k, cut.v = ([t.masked_fill(gone[:, None, None], math.nan) for t in ts] for ts in (cut.k, cut.v))
+        heads = spec.q.shape[2]
+        for value in (-math.inf, torch.full((heads,), -math.inf)):  # known when lowered, and only in the table
+            cut.options["bias"]["*", name] = value
+            out, stats = attend(cut, backend, return_stats=True)
+            assert bool(torch.isfinite(out).all())
+            same(out, truth[0])
+            same(stats.lse, truth[1].lse)
+            same(stats.mass, truth[1].mass)
+    assert tried >= 12
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_invalid_keys_are_not_read(backend: str) -> None:
+    torch.manual_seed(3)
+    q, k, v = torch.randn(2, 7, 2, 8), torch.randn(2, 9, 2, 8), torch.randn(2, 9, 2, 8)
+    count = torch.tensor([1, 3])
+    control = fb.Control(fb.Segments(r=7), fb.Segments(a=4, b=5), valid={"a": count})
+    for b in range(2):
+        k[b, count[b] : 4], v[b, count[b] : 4] = math.nan, math.inf
+    out = fb.attention(q, k, v, control, backend=backend)
+    assert bool(torch.isfinite(out).all())
+    for b in range(2):
+        keep = [*range(int(count[b])), *range(4, 9)]
+        same(out[b : b + 1], fb.attention(q[b : b + 1], k[b : b + 1, keep], v[b : b + 1, keep], backend=backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_keys_that_some_rows_may_not_see_poison_the_others_only(backend: str) -> None:
+    q, k, v = torch.randn(1, 6, 2, 8), torch.randn(1, 9, 2, 8), torch.randn(1, 9, 2, 8)
+    rows, keys = fb.Segments(see=2, blind=4), fb.Segments(a=4, b=5)
+    control = fb.Control(rows, keys, bias={("blind", "b"): -math.inf})
+    clean = fb.attention(q, k, v, control, backend=backend)
+    k[:, 6], v[:, 7] = math.nan, math.inf
+    out = fb.attention(q, k, v, control, backend=backend)
+    assert bool(torch.isnan(out[:, :2]).any(-1).all())
+    same(out[:, 2:], clean[:, 2:])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weight_zero_counts_in_the_sum_and_its_values_are_not_read(backend: str) -> None:
+    q, k, v = torch.randn(1, 6, 2, 8), torch.randn(1, 9, 2, 8), torch.randn(1, 9, 2, 8)
+    keys = fb.Segments(a=4, b=5)
+    control = fb.Control(fb.Segments(r=6), keys, weight={("*", "b"): 0.0})
+    kept = v.clone()
+    kept[:, 4:] = 0
+    truth = fb.attention(q, k, kept, backend="reference")
+    v[:, 5] = math.nan
+    same(fb.attention(q, k, v, control, backend=backend), truth)
+
+
+@pytest.mark.parametrize("where", ("q", "k", "v"))
+@pytest.mark.parametrize("value", (math.nan, math.inf, -math.inf))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bad_numbers_in_allowed_keys_propagate_as_in_sdpa(backend: str, value: float, where: str) -> None:
+    tensors = {name: torch.randn(1, 70, 2, 16) for name in "qkv"}
+    tensors[where][0, 37, 1, 3] = value
+    q, k, v = tensors.values()
+    truth = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
+    for control in (None, fb.Control(fb.Segments(a=30, b=40))):
+        out = fb.attention(q, k, v, control, backend=backend)
+        torch.testing.assert_close(out, truth, rtol=2e-6, atol=2e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_permuting_segments_permutes_nothing_else(backend: str) -> None:
+    for seed in SEEDS:
+        spec = drawn(seed, contrast=True)
+        if any(len({tuple(s) for s in sizes}) > 1 for sizes in (spec.row_sizes, spec.key_sizes)):
+            continue
+        out, stats = attend(spec, backend, return_stats=True)
+        generator = torch.Generator().manual_seed(seed)
+        row_order, key_order = (torch.randperm(len(n), generator=generator) for n in (spec.row_names, spec.key_names))
+        moved = joined(spec)
+        rows, keys = (
+            torch.cat([(token_labels(names, sizes)[0] == s).nonzero()[:, 0] for s in order])
+            for names, sizes, order in (
+                (spec.row_names, spec.row_sizes, row_order),
+                (spec.key_names, spec.key_sizes, key_order),
+            )
+        )
+        moved.q, moved.k, moved.v = spec.q[:, rows], [moved.k[0][:, keys]], [moved.v[0][:, keys]]
+        moved.row_names, moved.key_names = [spec.row_names[i] for i in row_order], [spec.key_names[i] for i in key_order]
+        moved.row_sizes = [[s[i] for i in row_order] for s in spec.row_sizes]
+        moved.key_sizes = [[s[i] for i in key_order] for s in spec.key_sizes]
+        moved.options = dict(spec.options)
+        if "gates" in spec.options:
+            gates = spec.options["gates"]
+            moved.options["gates"] = {n: g[:, rows] if isinstance(g, Tensor) else g for n, g in gates.items()}
+        if spec.mask is not None:
+            moved.mask = spec.mask[:, :, rows][..., keys]
+        again, again_stats = attend(moved, backend, return_stats=True)
+        same(again, out[:, rows])
+        same(again_stats.lse, stats.lse[:, :, rows])
+        same(again_stats.mass, stats.mass[:, :, row_order][..., key_order])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_splitting_a_segment_changes_nothing(backend: str) -> None:
+    for seed in SEEDS:
+        spec = drawn(seed, without=("valid",), contrast=True)
+        spec = joined(spec)
+        out, stats = attend(spec, backend, return_stats=True)
+        r, c = seed % len(spec.row_names), seed % len(spec.key_names)
+        fine, row, key = copy.copy(spec), spec.row_names[r], spec.key_names[c]
+        fine.row_names = [x for n in spec.row_names for x in ([n, "row2"] if n == row else [n])]
+        fine.key_names = [x for n in spec.key_names for x in ([n, "key2"] if n == key else [n])]
+        halves = lambda sizes, at: [[*s[:at], s[at] // 2, s[at] - s[at] // 2, *s[at + 1 :]] for s in sizes]  # noqa: E731
+        fine.row_sizes, fine.key_sizes = halves(spec.row_sizes, r), halves(spec.key_sizes, c)
+        options = dict(spec.options)
+        for name in ("bias", "weight"):
+            entries = {}
+            for (a, b), value in spec.options.get(name, {}).items():
+                for a2 in (a, "row2") if a == row else (a,):
+                    for b2 in (b, "key2") if b == key else (b,):
+                        entries[a2, b2] = value
+            options[name] = entries
+        if row in options.get("gain", {}):
+            options["gain"] = {**options["gain"], "row2": options["gain"][row]}
+        if "groups" in options:
+            options["groups"] = {g: [*m, "key2"] if key in m else m for g, m in options["groups"].items()}
+        if "head_gain" in options:
+            rule = options["head_gain"]
+            parts = {"rows": (rule.rows, row, "row2"), "keys": (rule.keys, key, "key2"),
+                     "apply_to": (rule.apply_to, row, "row2")}  # fmt: skip
+            wider = {k: v if v == "*" else [*([v] if isinstance(v, str) else v), *([new] if split in v else [])]
+                     for k, (v, split, new) in parts.items()}  # fmt: skip
+            options["head_gain"] = fb.HeadGain(**wider, span=rule.span, floor=rule.floor, norm=rule.norm)
+        fine.options = options
+        again, fine_stats = attend(fine, backend, return_stats=True)
+        same(again, out)
+        same(attend(fine, backend), out)  # without statistics the halves are joined again
+        same(fine_stats.lse, stats.lse)
+        merge_rows = [r if n == "row2" else spec.row_names.index(n) for n in fine.row_names]
+        merge_keys = [c if n == "key2" else spec.key_names.index(n) for n in fine.key_names]
+        mass = torch.zeros_like(stats.mass[..., :1]).expand(-1, -1, -1, len(fine.key_names)).index_add(
+            2, torch.tensor(merge_rows), fine_stats.mass
+        )  # fmt: skip
+        same(torch.zeros_like(stats.mass).index_add(3, torch.tensor(merge_keys), mass), stats.mass)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sources_are_copies_and_lists_are_concatenations(backend: str) -> None:
+    for seed in SEEDS:
+        spec = drawn(seed, contrast=True)
+        if not spec.source and len(spec.k) == 1:
+            continue
+        out, stats = attend(spec, backend, return_stats=True)
+        plain = joined(spec)
+        if spec.source:
+            plain.q, plain.source = spec.q[spec.source["q"]], {}
+        again, again_stats = attend(plain, backend, return_stats=True)
+        same(again, out)
+        same(again_stats.lse, stats.lse)
+        same(again_stats.mass, stats.mass)
+
+
+@pytest.mark.parametrize("layout", ("contiguous", "heads first", "padded"))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_out_is_written_whole_and_nothing_else(backend: str, layout: str) -> None:
+    for seed in SEEDS:
+        spec = drawn(seed, contrast=True)
+        truth, stats = attend(spec, backend, return_stats=True)
+        B, M, H, D = truth.shape
+        if layout == "heads first":
+            whole = torch.full((B, H, M, D), math.nan, dtype=truth.dtype)
+            out = whole.transpose(1, 2)
+        else:
+            whole = torch.full((B, M + 2, H, D + 3), math.nan, dtype=truth.dtype)
+            out = whole[:, 1:-1, :, :D] if layout == "padded" else torch.full_like(truth, math.nan)
+        got, got_stats = attend(spec, backend, out=out, return_stats=True)
+        assert got is out
+        assert torch.equal(out, truth)
+        assert torch.equal(got_stats.lse, stats.lse) and torch.equal(got_stats.mass, stats.mass)
+        if layout == "padded":
+            out.fill_(math.nan)
+            assert bool(torch.isnan(whole).all())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("how", ("bias", "table", "valid", "empty", "mask"))
+def test_a_row_without_a_key_gives_zero(backend: str, how: str) -> None:
+    q, k, v = torch.randn(2, 6, 2, 8), torch.randn(2, 9, 2, 8), torch.randn(2, 9, 2, 8)
+    rows, keys = fb.Segments(a=2, b=4), fb.Segments(x=4, y=5)
+    groups, mask, options = {"first": ["x"], "second": ["y"]}, None, {}
+    if how == "bias":
+        options["bias"] = {("*", "x"): -math.inf}
+    elif how == "table":
+        options["bias"] = {("*", "x"): torch.full((2, 2), -math.inf)}
+    elif how == "valid":
+        options["valid"] = {"x": torch.zeros(2, dtype=torch.int64)}
+    elif how == "empty":
+        keys, k, v = fb.Segments(x=0, y=5), k[:, 4:], v[:, 4:]
+    else:
+        mask = torch.ones(1, 1, 6, 9, dtype=torch.bool)
+        mask[..., :4] = False
+    for contrast in (None,) if how == "mask" else (None, fb.Contrast(1.67, None)):
+        control = fb.Control(rows, keys, groups=groups, contrast=contrast, **options)
+        out, stats = fb.attention(q, k, v, control, mask=mask, backend=backend, return_stats=True)
+        alone = fb.Control(rows, fb.Segments(y=5), contrast=contrast)
+        same(out, fb.attention(q, k[:, -5:], v[:, -5:], alone, backend=backend))
+        assert bool((stats.lse[..., 0] == -math.inf).all()) and bool(torch.isfinite(stats.lse[..., 1]).all())
+        assert bool((stats.mass[..., 0] == 0).all())
+        assert float(stats.mass.sum()) == pytest.approx(2 * 2 * 6)
+
+
+@pytest.mark.parametrize("backend", (*BACKENDS, "auto"))
+def test_calls_without_rows_keys_or_items(backend: str) -> None:
+    for B, M, N in ((2, 0, 5), (2, 5, 0), (0, 5, 5), (2, 0, 0)):
+        q, k, v = (torch.randn(B, n, 2, 8) for n in (M, N, N))
+        control = fb.Control(fb.Segments(a=M), fb.Segments(x=N), head_gain=fb.HeadGain("a", "x"), gain={"a": 0.5})
+        for c in (None, control):
+            out, stats = fb.attention(q, k, v, c, backend=backend, return_stats=True)
+            assert out.shape == q.shape and bool((out == 0).all())
+            assert stats.lse.shape == (B, 2, M, 1) and bool((stats.lse == -math.inf).all())
+            assert stats.mass.shape == (B, 2, 1, 1) and bool((stats.mass == 0).all())
+            assert stats.gain.shape == (B, 2, 1) and bool(torch.isfinite(stats.gain).all())
+            poisoned = torch.full_like(q, math.nan)
+            assert bool((fb.attention(q, k, v, c, backend=backend, out=poisoned) == 0).all())
+
+
+def test_a_strided_last_dimension_is_read_right() -> None:
+    q, k, v = (torch.randn(2, 8, 2, 2 * 8)[..., ::2] for _ in range(3))
+    truth = fb.attention(*(t.contiguous() for t in (q, k, v)), backend="reference")
+    same(fb.attention(q, k, v, backend="composed"), truth)
+
+
+def test_statistics_are_of_the_attention_before_weight_gate_and_gain() -> None:
+    q, k, v = torch.randn(1, 6, 2, 8), torch.randn(1, 9, 2, 8), torch.randn(1, 9, 2, 8)
+    rows, keys = fb.Segments(a=2, b=4), fb.Segments(x=4, y=5)
+    plain = fb.attention(q, k, v, fb.Control(rows, keys), backend="reference", return_stats=True)[1]
+    options = {"weight": {("a", "x"): 3.0}, "gates": {"all": 0.5}, "gain": {"b": 2.0}, "contrast": fb.Contrast(2.0)}
+    stats = fb.attention(q, k, v, fb.Control(rows, keys, **options), backend="reference", return_stats=True)[1]
+    same(stats.lse, plain.lse)
+    same(stats.mass, plain.mass)
+    assert stats.gain.tolist() == [[[1.0, 2.0], [1.0, 2.0]]]
