@@ -9,7 +9,7 @@ namespace {
 
 using namespace flashbrush;
 
-constexpr float kSlack = 8.f;  // in log2: how far a probability may exceed 1 before the block is rescaled
+constexpr float kSlack = 256.f;  // how far a probability may exceed 1 before its row is rescaled
 const float kInf = __builtin_inff();
 
 template <int DTYPE>
@@ -207,47 +207,39 @@ inline void softmax(Block& x, int64_t first, const Constants& c, int64_t DP) {
     float* s = x.s + r * KT;
     vf t[N];
     const vf scale = splat(c.scale);
-    if constexpr (MODE != kClip) {
-      auto logits = [&] {
-        const float m = x.m[i] == -kInf ? 0.f : x.m[i];
-        vf top = splat(-kInf);
-#pragma GCC unroll 16
-        for (int j = 0; j < N; ++j) {
-          t[j] = fma(load(s + j * W), scale, (LANES ? load(c.lane_add + j * W) - splat(m) : splat(c.add - m)));
-          top = maximum(t[j], top);
-        }
-        return any_greater(top, splat(kSlack));
-      };
-      if (__builtin_expect(x.m[i] == -kInf, 0)) rescale(x, i, s, c, DP);
-      if (__builtin_expect(logits(), 0)) {
-        rescale(x, i, s, c, DP);
-        logits();
-      }
-    } else {
-#pragma GCC unroll 16
-      for (int j = 0; j < N; ++j) t[j] = fma(load(s + j * W), scale, (LANES ? load(c.lane_add + j * W) : splat(c.add)) - splat(x.m[i]));
-    }
     vf total = splat(0.f);
+    auto exponentials = [&] {
+      const float m = MODE != kClip && x.m[i] == -kInf ? 0.f : x.m[i];
+      total = splat(0.f);
 #pragma GCC unroll 16
-    for (int j = 0; j < N; ++j) {
-      vf e = exp2<DEGREE>(t[j]);
-      if constexpr (MODE != kClip) total = total + e;
-      if constexpr (MODE == kPost) {
-        store(s + j * W, e);
-        const vf post = LANES ? load(c.lane_post + j * W) : splat(c.post);
-        e = keep_from(post, splat(1e-45f), e * post);
+      for (int j = 0; j < N; ++j) {
+        t[j] = exp2<DEGREE>(fma(load(s + j * W), scale, LANES ? load(c.lane_add + j * W) - splat(m) : splat(c.add - m)));
+        total = total + t[j];
       }
-      if constexpr (MODE == kClip) {
-        const vf post = LANES ? load(c.lane_post + j * W) : splat(c.post);
-        vf phi = fma(e, splat(c.beta), splat(-c.shift));
-        phi = maximum(splat(c.lo), phi);
-        phi = -maximum(splat(-c.hi), -phi);
-        e = keep_from(post, splat(1e-45f), phi * post);
-        // A lane of -inf is no key: phi(0) must not count.
-        if (LANES) e = keep_from(load(c.lane_add + j * W), splat(-3e38f), e);
-      }
-      t[j] = e;
+    };
+    if (MODE != kClip && __builtin_expect(x.m[i] == -kInf, 0)) rescale(x, i, s, c, DP);
+    exponentials();
+    // A probability above kSlack shows in its lane's sum: the maximum has to move.
+    if (MODE != kClip && __builtin_expect(any_greater(total, splat(kSlack)), 0)) {
+      rescale(x, i, s, c, DP);
+      exponentials();
     }
+    if constexpr (MODE == kPost || MODE == kClip)
+#pragma GCC unroll 16
+      for (int j = 0; j < N; ++j) {
+        const vf post = LANES ? load(c.lane_post + j * W) : splat(c.post);
+        vf e = t[j];
+        if constexpr (MODE == kPost) {
+          store(s + j * W, e);  // the masses of a mixed tile are taken from here
+        } else {
+          e = maximum(splat(c.lo), fma(e, splat(c.beta), splat(-c.shift)));
+          e = -maximum(splat(-c.hi), -e);
+        }
+        e = keep_from(post, splat(1e-45f), e * post);
+        // A lane of -inf is no key: phi(0) must not count.
+        if (MODE == kClip && LANES) e = keep_from(load(c.lane_add + j * W), splat(-3e38f), e);
+        t[j] = e;
+      }
     if constexpr (MODE != kClip) store(x.lanes + i * W, load(x.lanes + i * W) + total);
     if constexpr (MODE != kSum) store_prob<DTYPE>(x.prob + r * (KT / per<DTYPE>()), t);
   }
