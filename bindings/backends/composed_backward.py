@@ -111,5 +111,6 @@ def _scatter(grad: Tensor, tensors: tuple[Tensor, ...], source: Tensor | None, h
             part = torch.zeros_like(t, dtype=grad.dtype).index_add_(0, source[i], part)
         elif t.shape[0] != part.shape[0]:
             part = part.sum(0, keepdim=True)
-        grads.append(part.to(t.dtype).contiguous())
+        # Copied: the gradients of two tensors of a list may not share memory.
+        grads.append(part.to(t.dtype, copy=True, memory_format=torch.contiguous_format))
     return grads

@@ -92,11 +92,14 @@ def segments(names: list[str], sizes: list[list[int]]) -> fb.Segments:
     return fb.Segments({n: torch.tensor([s[i] for s in sizes]) for i, n in enumerate(names)})
 
 
-def attend(spec: Spec, backend: str = "reference", **more):
+def arguments(spec: Spec) -> tuple[tuple, dict]:
+    """(q, k, v, control) and the keyword arguments of the call"""
     rows, keys = segments(spec.row_names, spec.row_sizes), segments(spec.key_names, spec.key_sizes)
-    control = fb.Control(rows, keys, **spec.options)
     k, v = (t[0] if len(t) == 1 else t for t in (spec.k, spec.v))
-    source = dict(spec.source) or None
-    return fb.attention(
-        spec.q, k, v, control, scale=spec.scale, source=source, mask=spec.mask, backend=backend, **more
-    )
+    kwargs = {"scale": spec.scale, "source": dict(spec.source) or None, "mask": spec.mask}
+    return (spec.q, k, v, fb.Control(rows, keys, **spec.options)), kwargs
+
+
+def attend(spec: Spec, backend: str = "reference", **more):
+    positional, named = arguments(spec)
+    return fb.attention(*positional, **named, backend=backend, **more)
