@@ -1,4 +1,4 @@
-// The C interface of the CPU kernels, and what the dispatcher and the per-ISA files share. No torch, no C++ library.
+// The C interface of the attention on the CPU. No torch.
 //
 //   s_ij = scale * <q_i, k_j> + bias[a(i), c(j)]      p = softmax over the keys of group(c(j))
 //   o_i  = gain[a(i)] * sum_g gate_g(i) * sum_{c in g} weight[a(i), c] * sum_{j in c} phi(p_ij) v_j
@@ -52,55 +52,3 @@ typedef struct {
 // Runs worker(data) on `threads` threads and waits, as GOMP_parallel does.
 typedef void (*FbParallel)(void (*worker)(void*), void* data, unsigned threads, unsigned flags);
 }
-
-namespace flashbrush {
-
-constexpr float kLog2e = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
-// A weight within 2^-60 .. 2^60 is folded into the exponent; float32 holds such probabilities without loss.
-constexpr float kFoldLow = 0x1p-60f, kFoldHigh = 0x1p60f;
-
-// A run of keys of one segment inside a tile.
-struct Piece {
-  int32_t segment, tensor, lane, count;
-  int64_t start;  // token within the tensor
-};
-
-// Up to tile_keys keys: of one segment, or of several short ones, each lane then with constants of its own.
-struct Tile {
-  int32_t first_piece, pieces, count;
-};
-
-// The tiles of an item, sorted by softmax group.
-struct Layout {
-  const Tile* tiles;
-  const Piece* pieces;
-  const int32_t* group_tiles;  // [G + 1]
-  int32_t n_tiles;
-};
-
-struct RowTask {
-  int32_t b, h, segment, slot;  // slot: where the block's mass goes
-  int64_t first, count;         // rows
-};
-
-struct Packed {
-  char *keys, *values;  // n_tiles tiles each
-  float* sums;          // [C][padded D]: sums of a segment's values, for the unclipped contrast
-};
-
-// What one instruction set offers. Everything in it is plain data, so that no template leaks between files.
-struct Kernels {
-  const char* isa;
-  int32_t tile_keys, row_group, dim_multiple;
-  size_t (*key_tile_bytes)(const FbAttention*);
-  size_t (*value_tile_bytes)(const FbAttention*);
-  size_t (*scratch_bytes)(const FbAttention*, int64_t block_rows);
-  void (*pack)(const FbAttention*, const Layout*, int64_t b, int64_t kv_head, int64_t first_tile, int64_t last_tile, const Packed*);
-  void (*rows)(const FbAttention*, const Layout*, const RowTask*, const Packed*, float* block_mass, char* scratch);
-  void (*scale_rows)(int32_t dtype, void* row, int64_t count, float factor);
-};
-
-inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
-
-}  // namespace flashbrush

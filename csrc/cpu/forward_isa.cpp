@@ -29,12 +29,6 @@ inline int64_t dim_steps(int64_t D) {
   return (D + per<DTYPE>() - 1) / per<DTYPE>();
 }
 
-inline int64_t element_size(int32_t dtype) { return dtype == FB_F32 ? 4 : 2; }
-
-inline const char* at(const FbTensor& t, int32_t dtype, int64_t b, int64_t token, int64_t h) {
-  return (const char*)t.data + (b * t.stride_b + token * t.stride_t + h * t.stride_h) * element_size(dtype);
-}
-
 // ---------------------------------------------------------------------------------------------------------------- pack
 
 // The rows of a tile's keys or values; a row of zeros stands for the missing ones.
@@ -420,20 +414,6 @@ void load_queries(const FbAttention* p, const RowTask* task, Block& x, int64_t p
 }
 
 template <int DTYPE>
-void store_row(char* to, const float* from, int64_t D) {
-  if constexpr (DTYPE == FB_F32) {
-    memcpy(to, from, size_t(D) * 4);
-  } else {
-    int64_t d = 0;
-#if defined(__AVX512BF16__)
-    if constexpr (DTYPE == FB_BF16)
-      for (; d + 16 <= D; d += 16) _mm256_storeu_si256((__m256i*)(to + 2 * d), (__m256i)_mm512_cvtneps_pbh(load(from + d)));
-#endif
-    for (; d < D; ++d) ((uint16_t*)to)[d] = DTYPE == FB_BF16 ? f32_to_bf16(from[d]) : f32_to_f16(from[d]);
-  }
-}
-
-template <int DTYPE>
 void rows(const FbAttention* p, const Layout* layout, const RowTask* task, const Packed* packed, float* block_mass, char* scratch) {
   const int64_t b = task->b, h = task->h, D = p->D, DP = padded_dim(D), C = p->C;
   const int64_t padded = round_up(task->count, MR);
@@ -512,12 +492,10 @@ void rows(const FbAttention* p, const Layout* layout, const RowTask* task, const
 
 // ------------------------------------------------------------------------------------------------------------- exports
 
-#define FB_BY_DTYPE(dtype, call)              \
-  switch (dtype) {                            \
-    case FB_F32: call(FB_F32);                \
-    case FB_BF16: call(FB_BF16);              \
-    default: call(FB_F16);                    \
-  }
+}  // namespace
+
+namespace flashbrush {
+namespace FLASHBRUSH_ISA {
 
 size_t key_tile_bytes(const FbAttention* p) {
 #define FB_CALL(T) return size_t(dim_steps<T>(p->D)) * KT * 4
@@ -538,19 +516,19 @@ size_t scratch_bytes(const FbAttention* p, int64_t block_rows) {
 #undef FB_CALL
 }
 
-void pack_any(const FbAttention* p, const Layout* l, int64_t b, int64_t kv, int64_t first, int64_t last, const Packed* to) {
-#define FB_CALL(T) return pack<T>(p, l, b, kv, first, last, to)
+void pack(const FbAttention* p, const Layout* l, int64_t b, int64_t kv, int64_t first, int64_t last, const Packed* to) {
+#define FB_CALL(T) return ::pack<T>(p, l, b, kv, first, last, to)
   FB_BY_DTYPE(p->dtype, FB_CALL)
 #undef FB_CALL
 }
 
-void rows_any(const FbAttention* p, const Layout* l, const RowTask* t, const Packed* k, float* mass, char* scratch) {
-#define FB_CALL(T) return rows<T>(p, l, t, k, mass, scratch)
+void rows(const FbAttention* p, const Layout* l, const RowTask* t, const Packed* k, float* mass, char* scratch) {
+#define FB_CALL(T) return ::rows<T>(p, l, t, k, mass, scratch)
   FB_BY_DTYPE(p->dtype, FB_CALL)
 #undef FB_CALL
 }
 
-void scale_rows(int32_t dtype, void* row, int64_t count, float factor) {
+void scale_row(int32_t dtype, void* row, int64_t count, float factor) {
   for (int64_t i = 0; i < count; ++i) {
     if (dtype == FB_F32) ((float*)row)[i] *= factor;
     else if (dtype == FB_BF16) ((uint16_t*)row)[i] = f32_to_bf16(bf16_to_f32(((uint16_t*)row)[i]) * factor);
@@ -558,14 +536,5 @@ void scale_rows(int32_t dtype, void* row, int64_t count, float factor) {
   }
 }
 
-#define FB_JOIN(a, b) a##b
-#define FB_NAME(isa) FB_JOIN(flashbrush_kernels_, isa)
-#define FB_TEXT(x) #x
-#define FB_STRING(x) FB_TEXT(x)
-
-}  // namespace
-
-extern "C" const flashbrush::Kernels* FB_NAME(FLASHBRUSH_ISA)() {
-  static const Kernels kernels = {FB_STRING(FLASHBRUSH_ISA), KT, MR, W, key_tile_bytes, value_tile_bytes, scratch_bytes, pack_any, rows_any, scale_rows};
-  return &kernels;
-}
+}  // namespace FLASHBRUSH_ISA
+}  // namespace flashbrush

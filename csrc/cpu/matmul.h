@@ -1,8 +1,8 @@
 // Register-blocked products on packed tiles, and the packing. An operand element is 4 bytes: a float32, or a pair of
 // bfloat16 that are neighbours along the summed dimension (the layout of VDPBF16PS).
 #pragma once
-#include "attention.h"
-#include "simd.h"
+#include "convert.h"
+#include "kernels.h"
 
 namespace {
 
@@ -93,13 +93,6 @@ inline void multiply_strips(int64_t steps, const uint32_t* a, int64_t lda, const
 #endif
     }
   }
-}
-
-template <int DTYPE>
-inline float to_f32(const void* p, int64_t i) {
-  if constexpr (DTYPE == FB_F32) return ((const float*)p)[i];
-  if constexpr (DTYPE == FB_BF16) return bf16_to_f32(((const uint16_t*)p)[i]);
-  return f16_to_f32(((const uint16_t*)p)[i]);
 }
 
 template <int DTYPE>

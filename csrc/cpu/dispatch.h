@@ -1,0 +1,39 @@
+// What the schedulers need: the kernels of an instruction set, threads, aligned memory.
+#pragma once
+#include <stdlib.h>
+
+#include <memory>
+#include <thread>
+#include <vector>
+
+#include "kernels.h"
+
+namespace flashbrush {
+
+// The kernels called `name`, or the best that run here for null or ""; null if there are none.
+const Kernels* find(const char* name);
+
+enum Status { kOk = 0, kNoIsa = 1, kNoMemory = 2, kOtherVersion = 3 };
+
+inline void run_parallel(FbParallel parallel, void (*worker)(void*), void* data, int threads) {
+  if (threads <= 1) return worker(data);
+  if (parallel) return parallel(worker, data, unsigned(threads), 0);
+  std::vector<std::thread> pool;
+  for (int i = 1; i < threads; ++i) pool.emplace_back(worker, data);
+  worker(data);
+  for (std::thread& t : pool) t.join();
+}
+
+struct Free {
+  void operator()(void* p) const { free(p); }
+};
+using Buffer = std::unique_ptr<char, Free>;
+
+inline bool allocate(Buffer& buffer, size_t bytes) {
+  void* p = nullptr;
+  if (posix_memalign(&p, 64, bytes ? bytes : 64)) return false;
+  buffer.reset((char*)p);
+  return true;
+}
+
+}  // namespace flashbrush

@@ -1,0 +1,303 @@
+// Lays out tiles and row blocks of an attention, and spreads them over threads.
+//
+// The work is one ordered list: for each (item, key head) the packing of its K and V, then its row blocks. Threads take
+// the next entry; a row block waits for the packing of its head, a packing for the head whose buffer it takes over.
+// Earlier entries never wait for later ones, so that no order of threads can block. Who takes what never enters a sum:
+// results are bitwise the same for any number of threads.
+#include <sched.h>
+#include <string.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <memory>
+#include <vector>
+
+#include "dispatch.h"
+
+using namespace flashbrush;
+
+namespace {
+
+constexpr int kShort = 32;  // keys: below it neighbouring segments share tiles
+
+struct ItemLayout {
+  std::vector<Tile> tiles;
+  std::vector<Piece> pieces;
+  std::vector<int32_t> group_tiles;
+  Layout view() const { return {tiles.data(), pieces.data(), group_tiles.data(), int32_t(tiles.size())}; }
+};
+
+// Whether no table removes the segment or weighs it with 0 for anyone: such keys must not even be read.
+bool always_read(const FbAttention* p, int64_t c) {
+  for (const FbTable* t : {&p->bias, &p->weight}) {
+    if (!t->data) continue;
+    for (int64_t b = 0; b < (t->stride_b ? p->B : 1); ++b)
+      for (int64_t h = 0; h < (t->stride_h ? p->H : 1); ++h)
+        for (int64_t r = 0; r < p->R; ++r) {
+          const float x = t->data[b * t->stride_b + h * t->stride_h + r * p->C + c];
+          if (t == &p->bias ? x == -__builtin_inff() : x == 0.f) return false;
+        }
+  }
+  return true;
+}
+
+ItemLayout lay_out(const FbAttention* p, int64_t b, int tile_keys, const std::vector<char>& shareable) {
+  ItemLayout out;
+  const int32_t* lengths = p->key_lengths + (p->keys_by_item ? b * p->C : 0);
+  std::vector<int64_t> starts(p->C, 0);
+  for (int64_t c = 1; c < p->C && p->L == 1; ++c) starts[c] = starts[c - 1] + lengths[c - 1];
+  for (int64_t g = 0; g < p->G; ++g) {
+    out.group_tiles.push_back(int32_t(out.tiles.size()));
+    bool open = false;  // the last tile still takes short segments
+    for (int64_t c = 0; c < p->C; ++c) {
+      if (p->groups[c] != g) continue;
+      int64_t length = lengths[c];
+      if (p->valid) length = std::max<int64_t>(0, std::min<int64_t>(length, p->valid[b * p->C + c]));
+      const int32_t tensor = p->L == 1 ? 0 : int32_t(c);
+      const bool is_short = length > 0 && length < kShort && shareable[c];
+      if (is_short && open && out.tiles.back().count + length <= tile_keys) {
+        Tile& tile = out.tiles.back();
+        out.pieces.push_back({int32_t(c), tensor, tile.count, int32_t(length), starts[c]});
+        tile.count += int32_t(length), ++tile.pieces;
+        continue;
+      }
+      for (int64_t first = 0; first < length; first += tile_keys) {
+        const int32_t count = int32_t(std::min<int64_t>(tile_keys, length - first));
+        out.tiles.push_back({int32_t(out.pieces.size()), 1, count});
+        out.pieces.push_back({int32_t(c), tensor, 0, count, starts[c] + first});
+      }
+      if (length) open = is_short;
+    }
+  }
+  out.group_tiles.push_back(int32_t(out.tiles.size()));
+  return out;
+}
+
+// Rows of a block: many enough to reuse a tile in L1, few enough that every thread has several. It must not depend on
+// the number of threads, which would show in the sums of the masses.
+int64_t block_rows(const FbAttention* p) {
+  for (int64_t rows : {192, 96, 48})
+    if (p->B * p->H * ((p->M + rows - 1) / rows) >= 32) return rows;
+  return 24;
+}
+
+struct Job {
+  const FbAttention* p;
+  const Kernels* kernels;
+  std::vector<ItemLayout> layouts;             // one, or one an item
+  std::vector<std::vector<RowTask>> blocks;    // of an item, without its head: one, or one an item
+  std::vector<int64_t> first_slot;             // [B + 1] of an item's masses
+  std::vector<int64_t> first_task;             // [units + 1]
+  int64_t units, buffers, chunks;
+  size_t unit_bytes, value_offset, sums_offset, scratch_size;
+  Buffer packed, scratch, masses;
+  std::unique_ptr<std::atomic<int64_t>[]> packing, running;  // [units] left to do
+  std::atomic<int64_t> next{0}, next_thread{0};
+
+  const ItemLayout& layout(int64_t b) const { return layouts[layouts.size() > 1 ? b : 0]; }
+  const std::vector<RowTask>& rows(int64_t b) const { return blocks[blocks.size() > 1 ? b : 0]; }
+
+  Packed place(int64_t unit) const {
+    char* base = packed.get() + (unit % buffers) * unit_bytes;
+    return {base, base + value_offset, (float*)(base + sums_offset)};
+  }
+
+  static void wait(const std::atomic<int64_t>& left) {
+    for (int spins = 0; left.load(std::memory_order_acquire) > 0; ++spins)
+      if (spins > 200) sched_yield();
+  }
+
+  void pack(int64_t unit, int64_t chunk) {
+    if (unit >= buffers) wait(running[unit - buffers]);
+    const int64_t b = unit / p->Hkv;
+    const Layout view = layout(b).view();
+    const Packed to = place(unit);
+    const int64_t first = view.n_tiles * chunk / chunks, last = view.n_tiles * (chunk + 1) / chunks;
+    if (sums_offset < unit_bytes) memset(to.sums, 0, unit_bytes - sums_offset);
+    Packed target = to;
+    if (sums_offset == unit_bytes) target.sums = nullptr;
+    kernels->pack(p, &view, b, unit % p->Hkv, first, last, &target);
+    packing[unit].fetch_sub(1, std::memory_order_release);
+  }
+
+  void run(int64_t unit, int64_t index, char* thread_scratch) {
+    const int64_t b = unit / p->Hkv, per_kv = p->H / p->Hkv;
+    const std::vector<RowTask>& list = rows(b);
+    // Neighbouring entries are the blocks of one query head, then of the next that shares the keys.
+    RowTask task = list[index % list.size()];
+    const int64_t local = (unit % p->Hkv) * per_kv + index / int64_t(list.size());
+    task.b = int32_t(b), task.h = int32_t(local);
+    task.slot = int32_t(first_slot[b] + local * int64_t(list.size()) + index % int64_t(list.size()));
+    const Layout view = layout(b).view();
+    const Packed from = place(unit);
+    wait(packing[unit]);
+    kernels->rows(p, &view, &task, &from, (float*)masses.get(), thread_scratch);
+    running[unit].fetch_sub(1, std::memory_order_release);
+  }
+
+  void work() {
+    char* mine = scratch.get() + next_thread.fetch_add(1) * scratch_size;
+    int64_t unit = 0;
+    for (;;) {
+      const int64_t i = next.fetch_add(1);
+      if (i >= first_task[units]) return;
+      while (first_task[unit + 1] <= i) ++unit;
+      const int64_t local = i - first_task[unit];
+      if (local < chunks) pack(unit, local);
+      else run(unit, local - chunks, mine);
+    }
+  }
+};
+
+std::vector<RowTask> cut_rows(const FbAttention* p, int64_t b, int64_t limit, int group) {
+  std::vector<RowTask> out;
+  const int32_t* lengths = p->row_lengths + (p->rows_by_item ? b * p->R : 0);
+  int64_t start = 0;
+  for (int64_t r = 0; r < p->R; ++r) {
+    const int64_t length = lengths[r], parts = (length + limit - 1) / limit;
+    const int64_t size = parts ? round_up((length + parts - 1) / parts, group) : 0;
+    for (int64_t first = 0; first < length; first += size)
+      out.push_back({0, 0, int32_t(r), 0, start + first, std::min(size, length - first)});
+    start += length;
+  }
+  return out;
+}
+
+void reduce_masses(const Job& job) {
+  const FbAttention* p = job.p;
+  memset(p->mass, 0, sizeof(float) * size_t(p->B * p->H * p->R * p->C));
+  for (int64_t b = 0; b < p->B; ++b) {
+    const std::vector<RowTask>& list = job.rows(b);
+    for (int64_t h = 0; h < p->H; ++h)
+      for (size_t n = 0; n < list.size(); ++n) {
+        const float* from = (const float*)job.masses.get() + (job.first_slot[b] + h * int64_t(list.size()) + int64_t(n)) * p->C;
+        float* to = p->mass + ((b * p->H + h) * p->R + list[n].segment) * p->C;
+        for (int64_t c = 0; c < p->C; ++c) to[c] += from[c];
+      }
+  }
+}
+
+// In-Context Brush (arXiv 2505.20271), Eqs. 6-8: from the mass of the block, normalised over heads.
+void derive_gains(const FbAttention* p, int64_t b, float* derived) {
+  const int32_t* lengths = p->row_lengths + (p->rows_by_item ? b * p->R : 0);
+  int64_t count = 0;
+  for (int64_t r = 0; r < p->R; ++r) count += p->gain_rows[r] ? lengths[r] : 0;
+  float low = __builtin_inff(), high = -__builtin_inff();
+  double total = 0.;
+  for (int64_t h = 0; h < p->H; ++h) {
+    const float* mass = p->mass + (b * p->H + h) * p->R * p->C;
+    float block = 0.f;
+    for (int64_t r = 0; r < p->R; ++r)
+      for (int64_t c = 0; c < p->C; ++c)
+        if (p->gain_rows[r] && p->gain_keys[c]) block += mass[r * p->C + c];
+    derived[h] = block / float(std::max<int64_t>(count, 1));
+    low = std::min(low, derived[h]), high = std::max(high, derived[h]), total += derived[h];
+  }
+  const float eps = 1.1920929e-7f;
+  double exps = 0.;
+  for (int64_t h = 0; h < p->H; ++h) exps += std::exp(double(derived[h] - high));
+  for (int64_t h = 0; h < p->H; ++h) {
+    const float m = derived[h];
+    float relative = 0.f;
+    switch (p->derived) {
+      case 0: relative = (m - low) / (high - low + eps); break;
+      case 1: relative = m / std::max(float(total / double(p->H)), eps); break;
+      case 2: relative = m / std::max(high, eps); break;
+      default: relative = float(double(p->H) * std::exp(double(m - high)) / exps);
+    }
+    derived[h] = p->floor + p->span * relative;
+  }
+}
+
+struct Scale {
+  const FbAttention* p;
+  const Kernels* kernels;
+  std::vector<float> derived;  // [B][H]
+  std::atomic<int64_t> next{0};
+
+  void work() {
+    constexpr int64_t step = 64;
+    const int64_t size = p->dtype == FB_F32 ? 4 : 2, parts = (p->M + step - 1) / step;
+    for (int64_t i; (i = next.fetch_add(1)) < p->B * parts;) {
+      const int64_t b = i / parts, first = i % parts * step, last = std::min(p->M, first + step);
+      const int32_t* lengths = p->row_lengths + (p->rows_by_item ? b * p->R : 0);
+      int64_t r = 0, end = lengths[0];
+      for (int64_t row = first; row < last; ++row) {
+        while (row >= end) end += lengths[++r];
+        if (!p->gain_apply[r]) continue;
+        for (int64_t h = 0; h < p->H; ++h) {
+          char* to = (char*)p->out.data + (b * p->out.stride_b + row * p->out.stride_t + h * p->out.stride_h) * size;
+          const float factor = derived[b * p->H + h];
+          if (factor != 1.f) kernels->scale_row(p->dtype, to, p->D, factor);
+        }
+      }
+    }
+  }
+};
+
+void apply_gains(const FbAttention* p, const Kernels* kernels, FbParallel parallel, int threads) {
+  Scale job{p, kernels, std::vector<float>(size_t(p->B * p->H), 1.f), {}};
+  for (int64_t b = 0; b < p->B; ++b) {
+    if (p->derived >= 0) derive_gains(p, b, job.derived.data() + b * p->H);
+    for (int64_t h = 0; p->gains && h < p->H; ++h)
+      for (int64_t r = 0; r < p->R; ++r) {
+        const float given = p->gain.data ? p->gain.data[b * p->gain.stride_b + h * p->gain.stride_h + r] : 1.f;
+        p->gains[(b * p->H + h) * p->R + r] = given * (p->derived >= 0 && p->gain_apply[r] ? job.derived[b * p->H + h] : 1.f);
+      }
+  }
+  if (p->derived < 0) return;
+  const bool small = p->B * p->M * p->H * p->D < 65536;
+  run_parallel(parallel, [](void* data) { static_cast<Scale*>(data)->work(); }, &job, small ? 1 : threads);
+}
+
+}  // namespace
+
+FLASHBRUSH_EXPORT int flashbrush_attention(const FbAttention* p, const char* isa, FbParallel parallel) {
+  if (p->abi != FLASHBRUSH_ABI) return kOtherVersion;
+  const Kernels* kernels = find(isa);
+  if (!kernels) return kNoIsa;
+  Job job;
+  job.p = p, job.kernels = kernels;
+  std::vector<char> shareable(p->C);
+  for (int64_t c = 0; c < p->C; ++c) shareable[c] = always_read(p, c);
+  const bool by_item = p->keys_by_item || p->valid;
+  int64_t most_tiles = 0;
+  for (int64_t b = 0; b < (by_item ? p->B : 1); ++b) {
+    job.layouts.push_back(lay_out(p, b, kernels->tile_keys, shareable));
+    most_tiles = std::max<int64_t>(most_tiles, job.layouts.back().tiles.size());
+  }
+  const int64_t limit = block_rows(p);
+  for (int64_t b = 0; b < (p->rows_by_item ? p->B : 1); ++b) job.blocks.push_back(cut_rows(p, b, limit, kernels->row_group));
+  bool linear = false;
+  for (int64_t g = 0; g < p->G; ++g) linear |= p->contrast[g * 4] == 1.f;
+
+  job.units = p->B * p->Hkv;
+  // The sums over a segment's values are taken in order, by one thread.
+  job.chunks = linear ? 1 : std::max<int64_t>(1, std::min<int64_t>(most_tiles / 4, 8));
+  job.first_slot.assign(p->B + 1, 0);
+  job.first_task.assign(job.units + 1, 0);
+  for (int64_t b = 0; b < p->B; ++b) job.first_slot[b + 1] = job.first_slot[b] + p->H * int64_t(job.rows(b).size());
+  for (int64_t u = 0; u < job.units; ++u)
+    job.first_task[u + 1] = job.first_task[u] + job.chunks + int64_t(job.rows(u / p->Hkv).size()) * (p->H / p->Hkv);
+  job.value_offset = size_t(round_up(most_tiles * int64_t(kernels->key_tile_bytes(p)), 64));
+  job.sums_offset = job.value_offset + size_t(round_up(most_tiles * int64_t(kernels->value_tile_bytes(p)), 64));
+  job.unit_bytes = job.sums_offset + (linear ? size_t(p->C * round_up(p->D, kernels->dim_multiple)) * 4 : 0);
+  job.unit_bytes = linear ? size_t(round_up(int64_t(job.unit_bytes), 64)) : job.unit_bytes;
+  const int threads = int(std::max<int64_t>(1, std::min<int64_t>(p->threads, job.first_task[job.units])));
+  job.buffers = std::min<int64_t>(job.units, threads > 1 ? 2 : 1);
+  job.scratch_size = size_t(round_up(int64_t(kernels->scratch_bytes(p, round_up(limit, kernels->row_group))), 4096));
+  if (!allocate(job.packed, job.unit_bytes * size_t(job.buffers)) || !allocate(job.scratch, job.scratch_size * size_t(threads)) ||
+      (p->mass && !allocate(job.masses, sizeof(float) * size_t(job.first_slot[p->B] * p->C))))
+    return kNoMemory;
+  job.packing.reset(new std::atomic<int64_t>[job.units]);
+  job.running.reset(new std::atomic<int64_t>[job.units]);
+  for (int64_t u = 0; u < job.units; ++u) {
+    job.packing[u].store(job.chunks, std::memory_order_relaxed);
+    job.running[u].store(job.first_task[u + 1] - job.first_task[u] - job.chunks, std::memory_order_relaxed);
+  }
+  run_parallel(parallel, [](void* data) { static_cast<Job*>(data)->work(); }, &job, threads);
+  if (p->mass) reduce_masses(job);
+  apply_gains(p, kernels, parallel, threads);
+  return kOk;
+}

@@ -1,0 +1,59 @@
+// What the schedulers and the per-ISA files share: plain data and one table of functions, so that no template leaks from
+// a file that is compiled for one instruction set into another.
+#pragma once
+#include "attention.h"
+#include "norm_rope.h"
+
+namespace flashbrush {
+
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+// A weight within 2^-60 .. 2^60 is folded into the exponent; float32 holds such probabilities without loss.
+constexpr float kFoldLow = 0x1p-60f, kFoldHigh = 0x1p60f;
+
+// A run of keys of one segment inside a tile.
+struct Piece {
+  int32_t segment, tensor, lane, count;
+  int64_t start;  // token within the tensor
+};
+
+// Up to tile_keys keys: of one segment, or of several short ones, each lane then with constants of its own.
+struct Tile {
+  int32_t first_piece, pieces, count;
+};
+
+// The tiles of an item, sorted by softmax group.
+struct Layout {
+  const Tile* tiles;
+  const Piece* pieces;
+  const int32_t* group_tiles;  // [G + 1]
+  int32_t n_tiles;
+};
+
+struct RowTask {
+  int32_t b, h, segment, slot;  // slot: where the block's mass goes
+  int64_t first, count;         // rows
+};
+
+struct Packed {
+  char *keys, *values;  // n_tiles tiles each
+  float* sums;          // [C][padded D]: sums of a segment's values, for the unclipped contrast
+};
+
+// What one instruction set offers.
+struct Kernels {
+  const char* isa;
+  int32_t tile_keys, row_group, dim_multiple;
+  size_t (*key_tile_bytes)(const FbAttention*);
+  size_t (*value_tile_bytes)(const FbAttention*);
+  size_t (*scratch_bytes)(const FbAttention*, int64_t block_rows);
+  void (*pack)(const FbAttention*, const Layout*, int64_t b, int64_t kv_head, int64_t first_tile, int64_t last_tile, const Packed*);
+  void (*rows)(const FbAttention*, const Layout*, const RowTask*, const Packed*, float* block_mass, char* scratch);
+  void (*scale_row)(int32_t dtype, void* row, int64_t count, float factor);
+  void (*norm_rope_token)(const FbNormRope*, int64_t b, int64_t token);
+  void (*norm_rope_backward_token)(const FbNormRopeBackward*, int64_t b, int64_t token, int64_t part);
+};
+
+inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+}  // namespace flashbrush

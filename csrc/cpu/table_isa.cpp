@@ -1,0 +1,32 @@
+// The functions of one instruction set, as the schedulers find them.
+#include "kernels.h"
+#include "matmul.h"
+
+#define FB_TEXT(x) #x
+#define FB_STRING(x) FB_TEXT(x)
+#define FB_JOIN(a, b) a##b
+#define FB_NAME(isa) FB_JOIN(flashbrush_kernels_, isa)
+
+namespace flashbrush {
+namespace FLASHBRUSH_ISA {
+
+size_t key_tile_bytes(const FbAttention*);
+size_t value_tile_bytes(const FbAttention*);
+size_t scratch_bytes(const FbAttention*, int64_t);
+void pack(const FbAttention*, const Layout*, int64_t, int64_t, int64_t, int64_t, const Packed*);
+void rows(const FbAttention*, const Layout*, const RowTask*, const Packed*, float*, char*);
+void scale_row(int32_t, void*, int64_t, float);
+void norm_rope_token(const FbNormRope*, int64_t, int64_t);
+void norm_rope_backward_token(const FbNormRopeBackward*, int64_t, int64_t, int64_t);
+
+}  // namespace FLASHBRUSH_ISA
+}  // namespace flashbrush
+
+extern "C" const flashbrush::Kernels* FB_NAME(FLASHBRUSH_ISA)() {
+  using namespace flashbrush::FLASHBRUSH_ISA;
+  static const flashbrush::Kernels kernels = {
+      FB_STRING(FLASHBRUSH_ISA), KT, MR, W, key_tile_bytes, value_tile_bytes, scratch_bytes, pack, rows, scale_row,
+      norm_rope_token, norm_rope_backward_token,
+  };
+  return &kernels;
+}
