@@ -1,14 +1,35 @@
 """flashbrush: segment-controlled attention for in-context image editing."""
 
 from .bindings import (
+    Branch,
     Contrast,
     Control,
     HeadGain,
     Segments,
     Stats,
     attention,
+    attention_sum,
     backends,
+    column_mass,
+    key_probabilities,
+    merge,
+    qk_norm_rope,
 )
 
 __version__ = "0.1.0"
-__all__ = ["Contrast", "Control", "HeadGain", "Segments", "Stats", "__version__", "attention", "backends"]
+__all__ = [
+    "Branch",
+    "Contrast",
+    "Control",
+    "HeadGain",
+    "Segments",
+    "Stats",
+    "__version__",
+    "attention",
+    "attention_sum",
+    "backends",
+    "column_mass",
+    "key_probabilities",
+    "merge",
+    "qk_norm_rope",
+]

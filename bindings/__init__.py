@@ -1,8 +1,27 @@
 """What a torch user calls; the names are re-exported by `flashbrush`."""
 
 from .attention import Stats, attention
+from .attention_sum import Branch, attention_sum
+from .column_mass import column_mass
 from .control import Contrast, Control, HeadGain
+from .key_probabilities import key_probabilities
+from .merge import merge
 from .plan import backends
+from .qk_norm_rope import qk_norm_rope
 from .segments import Segments
 
-__all__ = ["Contrast", "Control", "HeadGain", "Segments", "Stats", "attention", "backends"]
+__all__ = [
+    "Branch",
+    "Contrast",
+    "Control",
+    "HeadGain",
+    "Segments",
+    "Stats",
+    "attention",
+    "attention_sum",
+    "backends",
+    "column_mass",
+    "key_probabilities",
+    "merge",
+    "qk_norm_rope",
+]

@@ -156,12 +156,7 @@ def _lower(
     if mask is not None:
         _check_mask(mask, batch, q, sum(t.shape[1] for t in keys))
     if out is not None:
-        expected = (batch, *q.shape[1:])
-        if not isinstance(out, Tensor) or out.dtype != q.dtype or out.device != q.device or tuple(out.shape) != expected:
-            got = f"{out.dtype} {tuple(out.shape)} on {out.device}" if isinstance(out, Tensor) else type(out).__name__
-            raise ValueError(f"out: expected {q.dtype} {expected} on {q.device}, got {got}")
-        if out.shape[3] > 1 and out.stride(3) != 1:
-            raise ValueError(f"out: expected a contiguous last dimension, got strides {out.stride()}")
+        _check_out(out, q, (batch, *q.shape[1:]))
     return Problem(
         q=q, k=keys, v=values, batch=batch, source_q=source_q, source_k=source_k, source_v=source_v, mask=mask, **fields
     )
@@ -236,6 +231,18 @@ def _check_pairs(q: Tensor, k: tuple[Tensor, ...], v: tuple[Tensor, ...]) -> Non
             raise ValueError(f"k[{i}]: expected {k[0].shape[2]} heads as in k[0], got {a.shape[2]}")
     if k[0].shape[2] < 1 or q.shape[2] % k[0].shape[2]:
         raise ValueError(f"k: q's {q.shape[2]} heads are not a multiple of its {k[0].shape[2]} heads")
+
+
+def _check_out(out: Tensor, q: Tensor, expected: tuple[int, ...]) -> None:
+    if not isinstance(out, Tensor) or out.dtype != q.dtype or out.device != q.device or tuple(out.shape) != expected:
+        got = f"{out.dtype} {tuple(out.shape)} on {out.device}" if isinstance(out, Tensor) else type(out).__name__
+        raise ValueError(f"out: expected {q.dtype} {tuple(expected)} on {q.device}, got {got}")
+    if out.shape[3] > 1 and out.stride(3) != 1:
+        raise ValueError(f"out: expected a contiguous last dimension, got strides {out.stride()}")
+    if any(n > 1 and s == 0 for n, s in zip(out.shape, out.stride(), strict=True)):
+        raise ValueError(f"out: expected elements that do not share memory, got strides {out.stride()}")
+    if out.requires_grad and torch.is_grad_enabled():
+        raise ValueError("out: expected a tensor that does not require grad")
 
 
 def _lower_source(

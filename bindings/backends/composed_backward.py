@@ -9,6 +9,8 @@ delta is taken per group: rowsum(do * o) of the total output is wrong as soon as
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,27 +21,40 @@ from .reference import gather, labels
 BLOCK_ELEMENTS = 1 << 24  # of the recomputed map; bounds the extra memory to a few such float32 blocks
 
 
-def backward(problem: Problem, dout: Tensor, lse: Tensor, gain: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """dout (B, M, H, D), lse (B, H, M, G), gain (B, H, R) -> dq, and dk and dv, one for each of k and v."""
-    p = problem
-    B, M, H = p.batch, p.rows, p.heads
-    if B * M * H == 0 or p.keys == 0:
-        return torch.zeros_like(p.q), [torch.zeros_like(t) for t in p.k], [torch.zeros_like(t) for t in p.v]
-    dtype = torch.float64 if p.q.dtype == torch.float64 else torch.float32
-    q, k, v = gather(p, dtype)
-    do = dout.to(dtype).transpose(1, 2)
+class Block(NamedTuple):
+    """The map of a few rows, and what may be read for them. N counts the keys that were asked for."""
+
+    rows: slice
+    label: Tensor  # (B, rows) segment of each row
+    group: Tensor  # (B, H, rows, N) softmax group of each key
+    seen: Tensor  # (B, H, rows, N) bool: not removed
+    prob: Tensor  # (B, H, rows, N), 0 where removed
+    weight: Tensor | None  # (B, 1|H, 1, N)
+    mine: Tensor | None  # (B, 1, rows) bool, rows of the block that are meant; None: all
+    allowed: Tensor | None  # (B, 1|H, N) bool, keys that the rows may see; None: all
+    k: Tensor  # (B, H, N, D), 0 where not allowed
+
+
+def blocks(p: Problem, q: Tensor, k: Tensor, lse: Tensor, keys: Tensor | None = None) -> Iterator[Block]:
+    """The map from q (B, H, M, D), k (B, H, N, D) and lse (B, H, M, G), some rows at a time; of `keys` (n,) only.
+
+    Removed keys are not read: their NaN must not meet a zero probability.
+    """
+    B, H, M, dtype = p.batch, p.heads, p.rows, q.dtype
     a, _ = labels(p.row_lengths, p.row_items, B, M, q.device)
     c, rank = labels(p.key_lengths, p.key_items, B, p.keys, q.device)
+    mask = None if p.mask is None else p.mask.expand(B, H, M, p.keys)
+    if keys is not None:
+        c, rank, k = c[:, keys], rank[:, keys], k[:, :, keys]
+        mask = mask if mask is None else mask[..., keys]
     exists = None if p.valid is None else (rank < p.valid.gather(1, c))[:, None]  # (B, 1, N)
-    groups = torch.tensor(p.groups, device=q.device)[c]  # (B, N)
+    groups = torch.tensor(p.groups, device=q.device)[c][:, None, None]  # (B, 1, 1, N)
     scale = p.item_scale().to(dtype)
-    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    step = max(1, min(M, BLOCK_ELEMENTS // max(1, B * H * p.keys)))
+    step = max(1, min(M, BLOCK_ELEMENTS // max(1, B * H * k.shape[2])))
     for segments, tokens in _row_runs(p):
-        # Removed keys are not read and get no gradient: their NaN must not meet a zero probability.
         bias, weight = (_key_row(table, segments[0], c, dtype) for table in (p.bias, p.weight))
         allowed = exists if bias is None else bias != -math.inf if exists is None else exists & (bias != -math.inf)
-        k_run, v_run = _only(allowed, k), _only(allowed, v if weight is None else _only(weight != 0, v))
+        k_run = only(allowed, k)
         for first in range(tokens.start, tokens.stop, step):
             rows = slice(first, min(tokens.stop, first + step))
             label = a[:, rows]
@@ -50,27 +65,48 @@ def backward(problem: Problem, dout: Tensor, lse: Tensor, gain: Tensor) -> tuple
                 seen = seen & mine[..., None]
             if bias is not None:
                 s = s + bias[:, :, None]
-            if p.mask is not None:
-                mask = p.mask.expand(B, H, M, p.keys)[:, :, rows]
-                s, seen = (s, seen & mask) if mask.dtype == torch.bool else (s + mask.to(dtype), seen & (mask != -math.inf))
-            index = groups[:, None, None, :].expand_as(s)
-            prob = torch.where(seen, torch.exp(s - lse[:, :, rows].to(dtype).gather(3, index)), 0)
-            factor = gain.to(dtype).gather(2, label[:, None, :].expand(B, H, -1))[..., None]  # (B, H, rows, 1)
-            if weight is not None:
-                factor = factor * weight[:, :, None]
-            if p.gates is not None:
-                gates = p.gates.to(dtype)[:, None].expand(B, H, M, p.n_groups)[:, :, rows]
-                factor = factor * gates.gather(3, index)
-            dprob = factor * torch.einsum("bhmd,bhnd->bhmn", do[:, :, rows], v_run)
-            weighted = prob * torch.where(seen, dprob, 0)
-            delta = torch.zeros_like(s[..., :1]).expand(-1, -1, -1, p.n_groups).scatter_add(3, index, weighted)
-            ds = (weighted - prob * delta.gather(3, index)) * scale
-            dq[:, :, rows] += _only(mine, ds @ k_run)
-            dk += _only(allowed, ds.transpose(2, 3) @ q[:, :, rows])
-            dv += _only(allowed, (factor * prob).transpose(2, 3) @ do[:, :, rows])
-    return _scatter(dq, (p.q,), None if p.source_q is None else p.source_q[None], H)[0], *(
-        _scatter(grad, tensors, source, p.kv_heads) for grad, tensors, source in ((dk, p.k, p.source_k), (dv, p.v, p.source_v))
-    )  # type: ignore[return-value]
+            if mask is not None:
+                m = mask[:, :, rows]
+                s, seen = (s, seen & m) if m.dtype == torch.bool else (s + m.to(dtype), seen & (m != -math.inf))
+            group = groups.expand_as(s)
+            prob = torch.where(seen, torch.exp(s - lse[:, :, rows].to(dtype).gather(3, group)), 0)
+            yield Block(rows, label, group, seen, prob, None if weight is None else weight[:, :, None], mine, allowed, k_run)
+
+
+def backward(problem: Problem, dout: Tensor, lse: Tensor, gain: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """dout (B, M, H, D), lse (B, H, M, G), gain (B, H, R) -> dq, and dk and dv, one for each of k and v."""
+    p = problem
+    B, M, H = p.batch, p.rows, p.heads
+    if B * M * H == 0 or p.keys == 0:
+        return torch.zeros_like(p.q), [torch.zeros_like(t) for t in p.k], [torch.zeros_like(t) for t in p.v]
+    q, k, v = gather(p, compute_dtype(p))
+    do = dout.to(q.dtype).transpose(1, 2)
+    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    for b in blocks(p, q, k, lse):
+        values = only(b.allowed, v if b.weight is None else only(b.weight[:, :, 0] != 0, v))
+        factor = gain.to(q.dtype).gather(2, b.label[:, None, :].expand(B, H, -1))[..., None]  # (B, H, rows, 1)
+        if b.weight is not None:
+            factor = factor * b.weight
+        if p.gates is not None:
+            gates = p.gates.to(q.dtype)[:, None].expand(B, H, M, p.n_groups)[:, :, b.rows]
+            factor = factor * gates.gather(3, b.group)
+        dprob = factor * torch.einsum("bhmd,bhnd->bhmn", do[:, :, b.rows], values)
+        ds = softmax_backward(p, b, dprob)
+        dq[:, :, b.rows] += only(b.mine, ds @ b.k)
+        dk += only(b.allowed, ds.transpose(2, 3) @ q[:, :, b.rows])
+        dv += only(b.allowed, (factor * b.prob).transpose(2, 3) @ do[:, :, b.rows])
+    return to_query(p, dq), to_keys(p, dk, p.k, p.source_k), to_keys(p, dv, p.v, p.source_v)
+
+
+def softmax_backward(p: Problem, b: Block, dprob: Tensor) -> Tensor:
+    """dP (B, H, rows, N) -> scale dS, with a delta for each group"""
+    weighted = b.prob * torch.where(b.seen, dprob, 0)
+    delta = torch.zeros_like(dprob[..., :1]).expand(-1, -1, -1, p.n_groups).scatter_add(3, b.group, weighted)
+    return (weighted - b.prob * delta.gather(3, b.group)) * p.item_scale().to(dprob.dtype)
+
+
+def compute_dtype(p: Problem) -> torch.dtype:
+    return torch.float64 if p.q.dtype == torch.float64 else torch.float32
 
 
 def _row_runs(p: Problem) -> list[tuple[list[int], slice]]:
@@ -95,9 +131,19 @@ def _key_row(table: Tensor | None, r: int, c: Tensor, dtype: torch.dtype) -> Ten
     return row.gather(2, c[:, None].expand(-1, row.shape[1], -1))
 
 
-def _only(allowed: Tensor | None, t: Tensor) -> Tensor:
+def only(allowed: Tensor | None, t: Tensor) -> Tensor:
     """t (B, H, tokens, D) with zeros at the tokens that allowed (B, 1|H, tokens) leaves out"""
     return t if allowed is None else torch.where(allowed[..., None], t, 0)
+
+
+def to_query(p: Problem, dq: Tensor) -> Tensor:
+    """dq (B, H, M, D) -> the gradient of the tensor that was read"""
+    return _scatter(dq, (p.q,), None if p.source_q is None else p.source_q[None], p.heads)[0]
+
+
+def to_keys(p: Problem, grad: Tensor, tensors: tuple[Tensor, ...], source: Tensor | None) -> list[Tensor]:
+    """dk or dv (B, H, N, D) -> the gradients of the tensors that were read"""
+    return _scatter(grad, tensors, source, p.kv_heads)
 
 
 def _scatter(grad: Tensor, tensors: tuple[Tensor, ...], source: Tensor | None, heads: int) -> list[Tensor]:

@@ -121,6 +121,32 @@ def solve(spec: Spec) -> Answer:
     return answer
 
 
+def whole_map(spec: Spec) -> torch.Tensor:
+    """(batch, heads, rows, keys) softmax within each key's group, by loops"""
+    B, M, H, N = len(spec.row_sizes), spec.q.shape[1], spec.q.shape[2], sum(t.shape[1] for t in spec.k)
+    groups = spec.options.get("groups") or {"all": spec.key_names}
+    result = torch.zeros(B, H, M, N, dtype=torch.float64)
+    repeat = H // spec.k[0].shape[2]
+    for b in range(B):
+        q = spec.q[int(spec.source["q"][b]) if spec.source else b]
+        index = spec.source.get("k", [[b if t.shape[0] > 1 else 0 for b in range(B)] for t in spec.k])
+        k = torch.cat([t[int(i[b])] for t, i in zip(spec.k, index, strict=True)])
+        for h in range(H):
+            for i in range(M):
+                for names in groups.values():
+                    logits = {}
+                    for j in range(N):
+                        key, place = name_at(spec.key_names, spec.key_sizes[b], j)
+                        row = name_at(spec.row_names, spec.row_sizes[b], i)[0]
+                        s = logit_of(spec, b, h, i, j, row, key, place, q[i, h], k[j, h // repeat])
+                        if key in names and s is not None:
+                            logits[j] = s
+                    total = sum(map(math.exp, logits.values()))
+                    for j, s in logits.items():
+                        result[b, h, i, j] = math.exp(s) / total
+    return result
+
+
 def logit_of(spec: Spec, b, h, i, j, row, key, place, q_i, k_j) -> float | None:
     """None where the pair is removed."""
     opt = spec.options

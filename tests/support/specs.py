@@ -103,3 +103,13 @@ def arguments(spec: Spec) -> tuple[tuple, dict]:
 def attend(spec: Spec, backend: str = "reference", **more):
     positional, named = arguments(spec)
     return fb.attention(*positional, **named, backend=backend, **more)
+
+
+def without_values(spec: Spec) -> tuple:
+    """(q, k, lse, control, keyword arguments) for what reads the map of a call again"""
+    (q, k, v, control), kwargs = arguments(spec)
+    kwargs.pop("mask")
+    lse = fb.attention(q, k, v, control, **kwargs, backend="reference", return_stats=True)[1].lse
+    if kwargs["source"]:
+        kwargs["source"].pop("v")
+    return q, k, lse, control, kwargs

@@ -1,0 +1,98 @@
+"""attention_sum(): several attentions of different queries or maps, gated and added."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .attention import Keys, Source, _check_out, _lower, attention
+from .control import Control
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One term of attention_sum: the arguments of attention(), and a gate.
+
+    gate: a finite number, or a float tensor (batch, rows) that does not require grad; multiplies the branch's output.
+    """
+
+    q: Tensor
+    k: Keys
+    v: Keys
+    control: Control | None = None
+    gate: float | Tensor = 1.0
+    scale: float | Tensor | None = None
+    source: Source | None = None
+
+
+def attention_sum(branches: Sequence[Branch], out: Tensor | None = None) -> Tensor:
+    """sum_b gate_b * attention(branch b): branches with queries, scales or maps of their own.
+
+    Branches that share q and scale are one call with softmax groups, `Control(groups=..., gates=...)`, which is cheaper.
+
+    Args:
+        branches: at least one; their outputs have one shape (batch, rows, heads, dim) and one dtype.
+        out: where to write the sum; not with tensors that require grad.
+
+    Returns:
+        (batch, rows, heads, dim) in q's dtype; the branches are added in float32 (float64 for float64).
+
+    Raises:
+        TypeError, ValueError: naming the branch and the argument; nothing has been computed or written.
+    """
+    if not isinstance(branches, (list, tuple)) or not branches:
+        raise TypeError("branches: expected a non-empty list of Branch")
+    shape: tuple[int, ...] = ()
+    for i, b in enumerate(branches):
+        if not isinstance(b, Branch):
+            raise TypeError(f"branches[{i}]: expected a Branch, got {type(b).__name__}")
+        try:
+            problem = _lower(b.q, b.k, b.v, b.control, b.scale, b.source, None, None)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"branches[{i}]: {error}") from None
+        mine = (problem.batch, *b.q.shape[1:])
+        shape = shape or mine
+        if mine != shape or b.q.dtype != branches[0].q.dtype or b.q.device != branches[0].q.device:
+            raise ValueError(
+                f"branches[{i}]: expected an output {branches[0].q.dtype} {shape} on {branches[0].q.device} as of "
+                f"branches[0], got {b.q.dtype} {mine} on {b.q.device}"
+            )
+        _check_gate(f"branches[{i}].gate", b.gate, shape[:2], b.q.device)
+    q = branches[0].q
+    if out is not None:
+        _check_out(out, q, shape)
+        tensors = [t for b in branches for x in (b.q, b.k, b.v) for t in ((x,) if isinstance(x, Tensor) else x)]
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            raise ValueError("out: not with tensors that require grad")
+    total: Tensor | None = None
+    for b in branches:
+        part = attention(b.q, b.k, b.v, b.control, scale=b.scale, source=b.source)
+        part = part.to(torch.float64 if part.dtype == torch.float64 else torch.float32)
+        gate = b.gate.to(part.dtype)[..., None, None] if isinstance(b.gate, Tensor) else b.gate
+        part = part * gate
+        total = part if total is None else total + part
+    assert total is not None
+    return total.to(q.dtype) if out is None else out.copy_(total)
+
+
+def _check_gate(argument: str, gate: float | Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    if not isinstance(gate, Tensor):
+        if not isinstance(gate, (int, float)) or isinstance(gate, bool):
+            raise TypeError(f"{argument}: expected a number or a float tensor (batch, rows), got {type(gate).__name__}")
+        if not math.isfinite(gate):
+            raise ValueError(f"{argument}: expected a finite number, got {gate}")
+        return
+    if not gate.is_floating_point():
+        raise TypeError(f"{argument}: expected a float tensor, got {gate.dtype}")
+    if gate.requires_grad:
+        raise TypeError(f"{argument}: a gate that requires grad is not differentiated; pass gate.detach()")
+    if gate.dim() != 2 or gate.shape[0] not in (1, shape[0]) or gate.shape[1] != shape[1]:
+        raise ValueError(f"{argument}: expected a number or shape {tuple(shape)}, got {tuple(gate.shape)}")
+    if gate.device != device:
+        raise ValueError(f"{argument}: expected q's device {device}, got {gate.device}")
+    if gate.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(torch.isfinite(gate).all()):
+        raise ValueError(f"{argument}: expected finite values")

@@ -1,0 +1,141 @@
+"""qk_norm_rope(): what stands between the q and k projections and the attention, joined into one tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Stream = tuple[Tensor, Tensor | None, Tensor | None]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def qk_norm_rope(
+    streams: Sequence[Stream],
+    cos: Tensor | None,
+    sin: Tensor | None,
+    *,
+    eps: float,
+    rope: Literal["interleaved", "half"] = "interleaved",
+    permutation: Tensor | None = None,
+) -> Tensor:
+    """Normalise each stream's heads, add its offset, join the streams and rotate them by their positions.
+
+        y = x / sqrt(mean(x^2) + eps) * weight + offset        out = y * cos + rotate(y) * sin
+
+    rotate maps the pair (a, b) to (-b, a); its halves are neighbours for "interleaved" (FLUX), dim/2 apart for "half".
+    Differentiable in x, weight and offset.
+
+    Args:
+        streams: [(x, weight, offset), ...], joined in that order, for example text and image: x (batch, tokens, heads,
+            dim), all of one dtype; weight (dim,) of the RMSNorm, or None: no norm; offset broadcastable to x's shape,
+            added after the norm (IC-Custom, arXiv 2507.01926), or None.
+        cos, sin: (all tokens, dim) float, as diffusers' get_1d_rotary_pos_embed(use_real=True) gives them, in the order
+            of the joined streams; both None: no rotation.
+        eps: of the RMSNorm, > 0 or 0.
+        permutation: int (all tokens,) or (batch, all tokens), as Segments.from_labels gives it; applied last, so that
+            out[:, i] is the joined token permutation[i].
+
+    Returns:
+        (batch, all tokens, heads, dim) in x's dtype. The norm is computed in float32 and rounded to x's dtype, so is
+        the rotation after it, as the FLUX processor of diffusers does.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    checked = _check_streams(streams)
+    total = sum(x.shape[1] for x, _, _ in checked)
+    x0 = checked[0][0]
+    if not isinstance(eps, (int, float)) or isinstance(eps, bool) or not 0 <= eps < float("inf"):
+        raise ValueError(f"eps: expected a finite number >= 0, got {eps!r}")
+    if rope not in ("interleaved", "half"):
+        raise ValueError(f"rope: expected 'interleaved' or 'half', got {rope!r}")
+    if (cos is None) != (sin is None):
+        raise ValueError("cos, sin: expected both or neither")
+    for name, table in (("cos", cos), ("sin", sin)):
+        if table is not None:
+            _check_table(name, table, total, x0)
+    _check_permutation(permutation, x0.shape[0], total, x0.device)
+
+    joined = []
+    for x, weight, offset in checked:
+        if weight is not None:
+            x = F.rms_norm(x, (x.shape[3],), weight.to(x.dtype), eps)
+        joined.append(x if offset is None else x + offset.to(x.dtype))
+    y = torch.cat(joined, 1) if len(joined) > 1 else joined[0]
+    if cos is not None and sin is not None:
+        wide = torch.float64 if y.dtype == torch.float64 else torch.float32
+        a, b = y.unflatten(3, (-1, 2)).unbind(4) if rope == "interleaved" else y.chunk(2, 3)
+        rotated = torch.stack((-b, a), 4).flatten(3) if rope == "interleaved" else torch.cat((-b, a), 3)
+        y = (y.to(wide) * cos.to(wide)[:, None] + rotated.to(wide) * sin.to(wide)[:, None]).to(y.dtype)
+    if permutation is None:
+        return y
+    index = permutation.long()
+    return y[:, index] if index.dim() == 1 else y.gather(1, index[:, :, None, None].expand_as(y))
+
+
+def _check_streams(streams: Sequence[Stream]) -> list[Stream]:
+    if not isinstance(streams, (list, tuple)) or not streams:
+        raise TypeError("streams: expected a non-empty list of (x, norm weight or None, offset or None)")
+    first: Tensor | None = None
+    for i, stream in enumerate(streams):
+        if not isinstance(stream, (list, tuple)) or len(stream) != 3:
+            raise TypeError(f"streams[{i}]: expected (x, norm weight or None, offset or None)")
+        x, weight, offset = stream
+        if not isinstance(x, Tensor) or x.dim() != 4:
+            got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"streams[{i}]: expected x (batch, tokens, heads, dim), got {got}")
+        if x.dtype not in DTYPES:
+            raise TypeError(f"streams[{i}]: expected float32, bfloat16, float16 or float64, got {x.dtype}")
+        first = x if first is None else first
+        if x.shape[0] != first.shape[0] or x.shape[2:] != first.shape[2:]:
+            raise ValueError(
+                f"streams[{i}]: expected batch {first.shape[0]} and (heads, dim) {tuple(first.shape[2:])} as in "
+                f"streams[0], got {tuple(x.shape)}"
+            )
+        if x.dtype != first.dtype:
+            raise TypeError(f"streams[{i}]: expected {first.dtype} as in streams[0], got {x.dtype}")
+        for name, t in (("x", x), ("norm weight", weight), ("offset", offset)):
+            if t is not None and not isinstance(t, Tensor):
+                raise TypeError(f"streams[{i}]: expected a tensor or None as {name}, got {type(t).__name__}")
+            if t is not None and t.device != first.device:
+                raise ValueError(f"streams[{i}]: expected {name} on {first.device}, got {t.device}")
+        if weight is not None and tuple(weight.shape) != (x.shape[3],):
+            raise ValueError(f"streams[{i}]: expected a norm weight ({x.shape[3]},), got {tuple(weight.shape)}")
+        if offset is not None:
+            shape = (1,) * (4 - offset.dim()) + tuple(offset.shape)
+            if len(shape) != 4 or any(a not in (1, b) for a, b in zip(shape, x.shape, strict=True)):
+                raise ValueError(
+                    f"streams[{i}]: expected an offset broadcastable to {tuple(x.shape)}, got {tuple(offset.shape)}"
+                )
+    return [tuple(s) for s in streams]  # type: ignore[misc]
+
+
+def _check_table(name: str, table: Tensor, total: int, x: Tensor) -> None:
+    if not isinstance(table, Tensor) or not table.is_floating_point():
+        got = table.dtype if isinstance(table, Tensor) else type(table).__name__
+        raise TypeError(f"{name}: expected a float tensor ({total}, {x.shape[3]}), got {got}")
+    if tuple(table.shape) != (total, x.shape[3]):
+        raise ValueError(f"{name}: expected shape ({total} tokens, {x.shape[3]}), got {tuple(table.shape)}")
+    if x.shape[3] % 2:
+        raise ValueError(f"{name}: a rotation needs an even head dim, got {x.shape[3]}")
+    if table.device != x.device:
+        raise ValueError(f"{name}: expected device {x.device}, got {table.device}")
+
+
+def _check_permutation(permutation: Tensor | None, batch: int, total: int, device: torch.device) -> None:
+    if permutation is None:
+        return
+    if not isinstance(permutation, Tensor) or permutation.dtype not in (torch.int32, torch.int64):
+        got = permutation.dtype if isinstance(permutation, Tensor) else type(permutation).__name__
+        raise TypeError(f"permutation: expected an int32 or int64 tensor, got {got}")
+    if tuple(permutation.shape) not in ((total,), (batch, total)):
+        raise ValueError(f"permutation: expected shape ({total},) or ({batch}, {total}), got {tuple(permutation.shape)}")
+    if permutation.device != device:
+        raise ValueError(f"permutation: expected device {device}, got {permutation.device}")
+    if device.type == "cpu" and not torch.compiler.is_compiling():
+        if permutation.numel() and (int(permutation.min()) < 0 or int(permutation.max()) >= total):
+            raise ValueError(f"permutation: expected values in 0..{total - 1}, got others")

@@ -1,0 +1,78 @@
+"""column_mass() against the map summed over its rows."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import flashbrush as fb
+from flashbrush.bindings.backends import composed_backward
+from support.oracle import name_at, whole_map
+from support.specs import draw, without_values
+
+
+@pytest.mark.parametrize("seed", range(4000, 4030))
+def test_equals_the_sum_over_the_map(seed: int, monkeypatch) -> None:
+    monkeypatch.setattr(composed_backward, "BLOCK_ELEMENTS", 40)  # several blocks of rows
+    spec = draw(seed)
+    spec.mask = None
+    q, k, lse, control, kwargs = without_values(spec)
+    truth = whole_map(spec)
+    torch.testing.assert_close(fb.column_mass(q, k, lse, control, **kwargs), truth.sum(2), rtol=1e-9, atol=1e-9)
+    name = spec.row_names[seed % len(spec.row_names)]
+    counted = torch.tensor(
+        [[name_at(spec.row_names, s, i)[0] == name for i in range(q.shape[1])] for s in spec.row_sizes]
+    ).reshape(len(spec.row_sizes), 1, -1, 1)
+    for rows in (name, [name]):
+        got = fb.column_mass(q, k, lse, control, **kwargs, rows=rows)
+        torch.testing.assert_close(got, (truth * counted).sum(2), rtol=1e-9, atol=1e-9)
+
+
+def test_sums_to_the_mass_of_the_statistics() -> None:
+    q, k, v = torch.randn(2, 40, 4, 16), torch.randn(2, 70, 2, 16), torch.randn(2, 70, 2, 16)
+    rows, keys = fb.Segments(a=15, b=25), fb.Segments(x=30, y=40)
+    control = fb.Control(rows, keys, bias={("a", "x"): 0.7, ("b", "y"): -0.3}, weight={("*", "x"): 3.0})
+    stats = fb.attention(q, k, v, control, backend="reference", return_stats=True)[1]
+    for r, name in enumerate(rows):
+        mass = fb.column_mass(q, k, stats.lse, control, rows=name)
+        for c, key in enumerate(keys):
+            torch.testing.assert_close(mass[..., keys.slice(key)].sum(-1), stats.mass[:, :, r, c])
+    plain = fb.attention(q, k, v, backend="reference", return_stats=True)[1]
+    mass = fb.column_mass(q.requires_grad_(), k, plain.lse)
+    assert mass.dtype == torch.float32 and not mass.requires_grad
+    torch.testing.assert_close(mass.sum(-1), torch.full((2, 4), 40.0))
+
+
+def test_removed_keys_are_not_read() -> None:
+    q, k = torch.randn(1, 5, 2, 8), torch.randn(1, 9, 2, 8)
+    k[:, 6] = math.nan
+    control = fb.Control(fb.Segments(r=5), fb.Segments(x=4, y=5), bias={("*", "y"): -math.inf})
+    lse = fb.attention(q, k, k, control, backend="reference", return_stats=True)[1].lse
+    mass = fb.column_mass(q, k, lse, control)
+    assert bool((mass[..., 4:] == 0).all())
+    torch.testing.assert_close(mass.sum(-1), torch.full((1, 2), 5.0))
+
+
+def test_empty_calls() -> None:
+    for rows, keys in ((0, 4), (4, 0)):
+        q, k = torch.randn(2, rows, 2, 8), torch.randn(2, keys, 2, 8)
+        mass = fb.column_mass(q, k, torch.zeros(2, 2, rows, 1))
+        assert mass.shape == (2, 2, keys) and bool((mass == 0).all())
+
+
+def test_bad_calls() -> None:
+    q, k, lse = torch.randn(2, 5, 2, 8), torch.randn(2, 9, 2, 8), torch.zeros(2, 2, 5, 1)
+    control = fb.Control(fb.Segments(a=2, b=3), fb.Segments(x=9))
+    for arguments_, more, error, word in (
+        ((q, k, None), {}, TypeError, "lse"),
+        ((q, k, lse[..., 0]), {}, ValueError, r"lse.*\(2, 2, 5, 1\)"),
+        ((q, k, lse.clone().requires_grad_()), {}, TypeError, "lse"),
+        ((q, k[:, :8], lse, control), {}, ValueError, "control.keys"),
+        ((q, k, lse, control), {"rows": "c"}, ValueError, "rows.*'c'.*a, b"),
+        ((q, k, lse), {"rows": "a"}, ValueError, "rows"),
+        ((q, k, lse), {"source": {"v": torch.tensor([0, 1])}}, ValueError, "source"),
+    ):
+        with pytest.raises(error, match=word):
+            fb.column_mass(*arguments_, **more)

@@ -1,0 +1,149 @@
+"""qk_norm_rope() against loops over complex numbers, and against diffusers' own functions where they are installed."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck
+
+import flashbrush as fb
+
+EPS = 1e-6
+
+
+def tables(tokens: int, dim: int, rope: str, dtype=torch.float32) -> tuple[Tensor, Tensor]:
+    """cos and sin (tokens, dim) of drawn angles, each for the two halves of a pair"""
+    angles = torch.randn(tokens, dim // 2, dtype=torch.float64) * 3
+    both = angles.repeat_interleave(2, 1) if rope == "interleaved" else torch.cat((angles, angles), 1)
+    return both.cos().to(dtype), both.sin().to(dtype)
+
+
+def streams(*sizes: int, dtype=torch.float64, batch=2, heads=3, dim=8):
+    result = []
+    for i, n in enumerate(sizes):
+        x = torch.randn(batch, n, heads, dim, dtype=dtype)
+        weight = torch.rand(dim, dtype=dtype) + 0.5 if i != 2 else None
+        offset = torch.randn(n, heads, dim, dtype=dtype) if i % 2 else None
+        result.append((x, weight, offset))
+    return result
+
+
+def by_loops(parts, cos: Tensor, sin: Tensor, rope: str) -> Tensor:
+    tokens = []
+    for x, weight, offset in parts:
+        for t in range(x.shape[1]):
+            y = x[:, t].double()
+            if weight is not None:
+                y = y / (y.square().mean(-1, keepdim=True) + EPS).sqrt() * weight.double()
+            tokens.append(y if offset is None else y + offset[t].double())
+    out = torch.stack(tokens, 1)
+    dim, half = out.shape[3], out.shape[3] // 2
+    for t in range(out.shape[1]):
+        for i in range(half):
+            a, b = (2 * i, 2 * i + 1) if rope == "interleaved" else (i, i + half)
+            z = torch.complex(out[:, t, :, a].clone(), out[:, t, :, b].clone())
+            z = z * complex(float(cos[t, a]), float(sin[t, a]))
+            out[:, t, :, a], out[:, t, :, b] = z.real, z.imag
+    assert dim == 2 * half
+    return out
+
+
+@pytest.mark.parametrize("rope", ("interleaved", "half"))
+@pytest.mark.parametrize("sizes", ((5,), (4, 7), (3, 0, 6), (1, 2, 3, 4)))
+def test_equals_loops(sizes: tuple[int, ...], rope: str) -> None:
+    parts = streams(*sizes)
+    cos, sin = tables(sum(sizes), 8, rope, torch.float64)
+    got = fb.qk_norm_rope(parts, cos, sin, eps=EPS, rope=rope)
+    torch.testing.assert_close(got, by_loops(parts, cos, sin, rope))
+
+
+def test_without_rotation_and_permuted() -> None:
+    parts = streams(4, 7)
+    cos, sin = tables(11, 8, "half", torch.float64)
+    plain = fb.qk_norm_rope(parts, None, None, eps=EPS)
+    torch.testing.assert_close(plain, by_loops(parts, torch.ones(11, 8), torch.zeros(11, 8), "half"))
+    rotated = fb.qk_norm_rope(parts, cos, sin, eps=EPS, rope="half")
+    labels = torch.randint(0, 3, (2, 11))
+    for given in (labels[0], labels):
+        permutation = fb.Segments.from_labels(given, ["a", "b", "c"])[1]
+        got = fb.qk_norm_rope(parts, cos, sin, eps=EPS, rope="half", permutation=permutation)
+        for b in range(2):
+            order = permutation if permutation.dim() == 1 else permutation[b]
+            assert torch.equal(got[b], rotated[b, order])
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("rope", ("interleaved", "half"))
+def test_bitwise_the_stock_processors(rope: str, dtype: torch.dtype) -> None:
+    embeddings = pytest.importorskip("diffusers.models.embeddings")
+    text, image = (torch.randn(2, n, 3, 32).to(dtype) for n in (5, 9))
+    norms = [torch.nn.RMSNorm(32, eps=EPS).to(dtype) for _ in range(2)]
+    for norm in norms:
+        torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
+    interleaved = rope == "interleaved"
+    cos, sin = embeddings.get_1d_rotary_pos_embed(
+        32, torch.arange(14), use_real=True, repeat_interleave_real=interleaved
+    )
+    with torch.no_grad():
+        joined = torch.cat([n(x) for n, x in zip(norms, (text, image), strict=True)], 1)
+        kind = -1 if interleaved else -2
+        stock = embeddings.apply_rotary_emb(joined, (cos, sin), use_real_unbind_dim=kind, sequence_dim=1)
+        parts = [(x, n.weight, None) for n, x in zip(norms, (text, image), strict=True)]
+        assert torch.equal(fb.qk_norm_rope(parts, cos, sin, eps=EPS, rope=rope), stock)
+
+
+def test_strided_streams() -> None:
+    fused = torch.randn(2, 6, 3, 3, 8)  # q, k and v of one projection
+    x, weight = fused[:, :, 1], torch.rand(8)
+    cos, sin = tables(6, 8, "interleaved")
+    got = fb.qk_norm_rope([(x, weight, None)], cos, sin, eps=EPS)
+    expected = fb.qk_norm_rope([(x.contiguous(), weight, None)], cos, sin, eps=EPS)
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("rope", ("interleaved", "half"))
+def test_gradcheck(rope: str) -> None:
+    a, b = (torch.randn(1, n, 2, 4, dtype=torch.float64, requires_grad=True) for n in (2, 3))
+    weight = (torch.rand(4, dtype=torch.float64) + 0.5).requires_grad_()
+    offset = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
+    cos, sin = tables(5, 4, rope, torch.float64)
+    permutation = torch.tensor([3, 1, 4, 0, 2])
+
+    def call(a, b, weight, offset):
+        parts = [(a, weight, offset), (b, None, None)]
+        return fb.qk_norm_rope(parts, cos, sin, eps=EPS, rope=rope, permutation=permutation)
+
+    assert gradcheck(call, (a, b, weight, offset))
+
+
+def test_bad_calls() -> None:
+    x, w = torch.randn(2, 4, 3, 8), torch.rand(8)
+    cos, sin = tables(4, 8, "half")
+    good = [(x, w, None)]
+    for parts, tabs, more, error, word in (
+        ([], (cos, sin), {}, TypeError, "streams"),
+        ([x], (cos, sin), {}, TypeError, r"streams\[0\]"),
+        ([(x[0], w, None)], (cos, sin), {}, TypeError, r"streams\[0\].*\(4, 3, 8\)"),
+        ([(x.long(), w, None)], (cos, sin), {}, TypeError, r"streams\[0\].*int64"),
+        ([(x, w[:7], None)], (cos, sin), {}, ValueError, r"streams\[0\].*norm weight \(8,\).*\(7,\)"),
+        ([(x, 1.0, None)], (cos, sin), {}, TypeError, r"streams\[0\].*norm weight.*float"),
+        ([(x, w, torch.randn(5, 1, 8))], (cos, sin), {}, ValueError, r"streams\[0\].*offset"),
+        ([*good, (x[:1], w, None)], (cos, sin), {}, ValueError, r"streams\[1\].*batch 2"),
+        ([*good, (x.double(), w, None)], (cos, sin), {}, TypeError, r"streams\[1\].*float32.*float64"),
+        (good, (cos[:3], sin), {}, ValueError, r"cos.*\(4 tokens, 8\).*\(3, 8\)"),
+        (good, (cos, sin[:, :4]), {}, ValueError, "sin"),
+        (good, (cos, None), {}, ValueError, "cos, sin"),
+        (good, (cos.long(), sin), {}, TypeError, "cos.*int64"),
+        (good, (cos, sin), {"eps": math.nan}, ValueError, "eps.*nan"),
+        (good, (cos, sin), {"eps": -1.0}, ValueError, "eps.*-1"),
+        (good, (cos, sin), {"rope": "whole"}, ValueError, "rope.*interleaved.*whole"),
+        (good, (cos, sin), {"permutation": torch.arange(5)}, ValueError, r"permutation.*\(4,\)"),
+        (good, (cos, sin), {"permutation": torch.rand(4)}, TypeError, "permutation.*float32"),
+        (good, (cos, sin), {"permutation": torch.tensor([0, 1, 2, 4])}, ValueError, r"permutation.*0\.\.3"),
+        ([(x[..., :7], w[:7], None)], (cos[:, :7], sin[:, :7]), {}, ValueError, "cos.*even"),
+    ):
+        with pytest.raises(error, match=word):
+            fb.qk_norm_rope(parts, *tabs, **{"eps": EPS, **more})
