@@ -1,0 +1,198 @@
+"""Builds flashbrush: the packages, whose root is this folder, and the CPU library from csrc/cpu.
+
+The library is plain C++ behind a C interface: no Python, no torch. Its parts are the files that are there:
+`csrc/cpu/*_isa.cpp` is compiled once per instruction set, with -DFLASHBRUSH_ISA=<name>; every other `csrc/cpu/*.cpp`
+once, for any machine. Together they become bindings/backends/libflashbrush_cpu.so.
+
+An instruction set that the compiler cannot do is left out. Without a compiler, or where something else fails, the
+package installs without the library. bindings/backends/build_report.json says what was built, how, and what went wrong.
+
+    CXX                     the compiler; by default the first of c++, g++, clang++
+    FLASHBRUSH_SANITIZE=1   with AddressSanitizer and UndefinedBehaviorSanitizer
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Distribution, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+PACKAGES = [
+    "flashbrush",
+    "flashbrush.benchmarks",
+    "flashbrush.bindings",
+    "flashbrush.bindings.backends",
+    "flashbrush.integrations",
+    "flashbrush.integrations.diffusers",
+    "flashbrush.integrations.methods",
+    "flashbrush.integrations.pipelines",
+    "flashbrush.kernels",
+]
+ROOT_MODULES = {"__init__", "__main__"}
+DATA = ["**/*.safetensors", "**/*.json", "**/*.txt"]
+
+SOURCES = Path("csrc/cpu")
+BACKENDS = Path("bindings/backends")
+LIBRARY = "libflashbrush_cpu.so"
+REPORT = "build_report.json"
+
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=fast"]
+# Python's own CFLAGS carry -fwrapv in many places, which would hide signed overflow.
+SANITIZE = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined"]
+SANITIZE += ["-fno-wrapv", "-g", "-O1"]
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
+ISAS = {"portable": [], "avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16"]}
+
+
+class BuildError(Exception):
+    """A step of the build failed; the message is what `flashbrush info` shows."""
+
+
+def call(command: list[str]) -> str:
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    if done.returncode:
+        raise BuildError(f"{shlex.join(command)} exited with {done.returncode}:\n{done.stdout[-4000:].strip()}")
+    return done.stdout
+
+
+def find_compiler() -> list[str]:
+    if not sys.platform.startswith(("linux", "darwin")):
+        raise BuildError(f"the library is built on Linux and macOS, this is {sys.platform}")
+    if chosen := shlex.split(os.environ.get("CXX", "")):
+        if not shutil.which(chosen[0]):
+            raise BuildError(f"the C++ compiler that CXX names does not exist: {chosen[0]}")
+        return chosen
+    for name in ("c++", "g++", "clang++"):
+        if shutil.which(name):
+            return [name]
+    raise BuildError("no C++ compiler was found (c++, g++ or clang++ on PATH, or CXX)")
+
+
+def build_library(folder: Path) -> None:
+    """Leaves the library and its report in `folder`, or the report alone, with the reason in "error"."""
+    folder.mkdir(parents=True, exist_ok=True)
+    library = folder / LIBRARY
+    sanitize = os.environ.get("FLASHBRUSH_SANITIZE", "0") not in ("", "0")
+    report: dict[str, object] = {"error": None, "library": None, "compiler": None, "machine": platform.machine()}
+    report |= {"isas": [], "left_out": {}, "flags": [], "isa_flags": {}, "sanitize": sanitize}
+    started = time.monotonic()
+    try:
+        # Renamed into place: a process that runs the old library keeps the old file.
+        with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as scratch:
+            compile_and_link(Path(scratch), FLAGS + SANITIZE * sanitize, report)
+            os.replace(Path(scratch) / LIBRARY, library)
+        report["library"] = LIBRARY
+    except (BuildError, OSError) as error:
+        library.unlink(missing_ok=True)
+        report["error"] = str(error)
+        print(f"flashbrush: installing without the CPU library: {error}", file=sys.stderr)
+    report["seconds"] = round(time.monotonic() - started, 1)
+    (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n")
+
+
+def compile_and_link(scratch: Path, flags: list[str], report: dict) -> None:
+    compiler = find_compiler()
+    report["compiler"] = call([*compiler, "--version"]).partition("\n")[0]
+    report["flags"] = flags
+    sources = sorted(SOURCES.glob("*.cpp"))
+    if not sources:
+        raise BuildError(f"no sources in {SOURCES}")
+    per_isa = [source for source in sources if source.stem.endswith("_isa")]
+    on_x86 = platform.machine().lower() in ("x86_64", "amd64")
+
+    def compile_one(source: Path, isa: str | None) -> str:
+        target = scratch / f"{source.stem}.{isa or 'any'}.o"
+        extra = [f"-DFLASHBRUSH_ISA={isa}", *ISAS[isa]] if isa else []
+        call([*compiler, *flags, *extra, "-c", str(source), "-o", str(target)])
+        return str(target)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        once = [pool.submit(compile_one, source, None) for source in sources if source not in per_isa]
+        by_isa = {
+            isa: [pool.submit(compile_one, source, isa) for source in per_isa]
+            for isa in ISAS
+            if isa == "portable" or on_x86
+        }
+    objects = [job.result() for job in once]
+    for isa, jobs in by_isa.items():
+        try:
+            objects += [job.result() for job in jobs]
+        except BuildError as error:
+            if isa == "portable":
+                raise
+            report["left_out"][isa] = str(error)
+            print(f"flashbrush: {isa} is left out: {error}", file=sys.stderr)
+        else:
+            report["isas"].append(isa)
+            report["isa_flags"][isa] = ISAS[isa]
+    call([*compiler, *flags, "-shared", "-pthread", *objects, "-o", str(scratch / LIBRARY)])
+
+
+class BuildPython(build_py):
+    def run(self) -> None:
+        if not self.editable_mode:
+            shutil.rmtree(Path(self.build_lib, "flashbrush"), ignore_errors=True)  # modules since removed
+        super().run()
+
+    def find_package_modules(self, package, package_dir):
+        """Of the root only the package's own modules, not this file; of the benchmarks not what only pytest reads."""
+        return [
+            (name, module, file)
+            for name, module, file in super().find_package_modules(package, package_dir)
+            if (package != "flashbrush" or module in ROOT_MODULES)
+            and not module.startswith("test_")
+            and module != "conftest"
+        ]
+
+
+class BuildLibrary(build_ext):
+    """The CPU library in place of extension modules; an editable install gets it in the source tree."""
+
+    def run(self) -> None:
+        build_library(BACKENDS if self.inplace else Path(self.build_lib, "flashbrush") / BACKENDS)
+
+    def get_outputs(self) -> list[str]:
+        folder = Path(self.build_lib, "flashbrush") / BACKENDS
+        return [str(folder / name) for name in (LIBRARY, REPORT)]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {out: str(BACKENDS / Path(out).name) for out in self.get_outputs()} if self.inplace else {}
+
+    def get_source_files(self) -> list[str]:
+        return [str(path) for path in sorted(SOURCES.iterdir()) if path.suffix in (".cpp", ".h")]
+
+
+class PlatformWheel(bdist_wheel):
+    """For this platform, as it holds the library, but for every Python, as the library knows none."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return ("py3", "none", super().get_tag()[2])
+
+
+class PlatformDistribution(Distribution):
+    def has_ext_modules(self) -> bool:
+        return True
+
+
+if __name__ == "__main__":
+    setup(
+        package_dir={"flashbrush": "."},
+        packages=PACKAGES,
+        package_data={"flashbrush.integrations": DATA, "flashbrush.benchmarks": ["results/*.json"]},
+        distclass=PlatformDistribution,
+        cmdclass={"build_py": BuildPython, "build_ext": BuildLibrary, "bdist_wheel": PlatformWheel},
+    )
