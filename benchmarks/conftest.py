@@ -1,0 +1,10 @@
+"""Conditions that pytest-benchmark writes beside its own."""
+
+from __future__ import annotations
+
+from flashbrush.benchmarks import machine
+
+
+def pytest_benchmark_update_machine_info(config, machine_info) -> None:
+    machine_info["flashbrush"] = machine.describe()
+    machine_info.pop("node", None)  # the host's name is nobody's business

@@ -1,0 +1,45 @@
+"""The controlled attentions as their authors compute them: the attention map in memory, in the model's dtype.
+
+Tensors are (batch, heads, tokens, dim), as in the released code; formulas from the papers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def attention_map(q: Tensor, k: Tensor) -> Tensor:
+    """softmax(QK^T / sqrt(dim)), (batch, heads, rows, keys)"""
+    return torch.softmax(q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5, -1)
+
+
+def in_context_brush(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prompt: slice,
+    subject: slice,
+    target: slice,
+    alpha_prompt: float = 0.3,
+    alpha_subject: float = 0.3,
+    span: float = 0.2,
+) -> Tensor:
+    """In-Context Brush (arXiv 2505.20271), Eqs. 5 to 8, in one joint softmax over prompt, subject and target.
+
+    The target's rows gain alpha times what they read of the prompt and the subject; then each head, in every
+    row, is multiplied by 1 to 1 + span, according to how much of the target's attention goes to the prompt.
+    """
+    attention = attention_map(q, k)
+    out = attention @ v
+    out[:, :, target] += alpha_prompt * (attention[:, :, target, prompt] @ v[:, :, prompt])
+    out[:, :, target] += alpha_subject * (attention[:, :, target, subject] @ v[:, :, subject])
+    mass = attention[:, :, target, prompt].sum((-2, -1), dtype=torch.float32)  # (batch, heads)
+    low, high = mass.amin(1, keepdim=True), mass.amax(1, keepdim=True)
+    gain = 1 + span * (mass - low) / (high - low + torch.finfo(torch.float32).eps)
+    return out * gain[:, :, None, None].to(out.dtype)
+
+
+def reweight(q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> Tensor:
+    """Prompt-to-Prompt (arXiv 2208.01626), re-weighting: every column of the map times its word's weight."""
+    return (attention_map(q, k) * weight) @ v
