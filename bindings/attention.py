@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple, overload
 
@@ -66,7 +67,8 @@ def attention(
         mask: bool (True: attend) or additive float, broadcastable to (batch, heads, rows, keys); `composed` and
             `reference` only.
         backend: "auto", or a name of backends(); a named one fails with its reasons rather than fall back.
-        out: where to write the output, (batch, rows, heads, dim) of q's dtype; not with tensors that require grad.
+        out: where to write the output, (batch, rows, heads, dim) of q's dtype, apart from q, k and v in memory; not with
+            tensors that require grad.
         return_stats: also return Stats.
 
     Returns:
@@ -102,16 +104,16 @@ class _Attention(torch.autograd.Function):
     def forward(ctx, rest, backend, n_keys, *tensors):  # type: ignore[override]
         q, k, v = tensors[0], list(tensors[1 : 1 + n_keys]), list(tensors[1 + n_keys :])
         out, lse, mass, gain = ops.attention(q, k, v, *rest, True, backend)
-        ctx.save_for_backward(lse, gain, *tensors)
-        ctx.rest, ctx.n_keys = rest, n_keys
+        ctx.save_for_backward(out, lse, gain, *tensors)
+        ctx.rest, ctx.n_keys, ctx.backend = rest, n_keys, backend
         ctx.mark_non_differentiable(lse, mass, gain)
         return out, lse, mass, gain
 
     @staticmethod
     def backward(ctx, dout, *_):  # type: ignore[override]
-        lse, gain, q, *kv = ctx.saved_tensors
+        out, lse, gain, q, *kv = ctx.saved_tensors
         k, v = kv[: ctx.n_keys], kv[ctx.n_keys :]
-        dq, dk, dv = ops.attention_backward(dout, lse, gain, q, k, v, *ctx.rest)
+        dq, dk, dv = ops.attention_backward(dout, out, lse, gain, q, k, v, *ctx.rest, ctx.backend)
         return None, None, None, dq, *dk, *dv
 
 
@@ -146,6 +148,10 @@ def _lower(
     if isinstance(scale, Tensor):
         fields["scales"] = _lower_scales(scale, batch, q)
     elif scale is not None:
+        if not isinstance(scale, (int, float, torch.SymInt, torch.SymFloat)) or isinstance(scale, bool):
+            raise TypeError(f"scale: expected a number or a float tensor, got {type(scale).__name__}")
+        if not math.isfinite(scale):
+            raise ValueError(f"scale: expected a finite number, got {scale}")
         fields["scale"] = float(scale)
     if control is None:
         fields |= {"row_lengths": (q.shape[1],), "key_lengths": tuple(t.shape[1] for t in keys)}
@@ -216,7 +222,8 @@ def _check_list(name: str, tensors: Keys, q: Tensor) -> tuple[Tensor, ...]:
     if isinstance(tensors, Tensor):
         return (_check_tensor(name, tensors, q),)
     if not isinstance(tensors, (list, tuple)) or not tensors:
-        raise TypeError(f"{name}: expected a tensor or a non-empty list of tensors, got {type(tensors).__name__}")
+        got = type(tensors).__name__ if tensors or not isinstance(tensors, (list, tuple)) else "an empty list"
+        raise TypeError(f"{name}: expected a tensor or a non-empty list of tensors, got {got}")
     return tuple(_check_tensor(f"{name}[{i}]", t, q) for i, t in enumerate(tensors))
 
 
@@ -254,6 +261,8 @@ def _lower_source(
                 if t.shape[0] not in (1, q.shape[0]):
                     raise ValueError(f"{name}: expected a batch of {q.shape[0]} (q's) or 1, got {t.shape[0]}")
         return None, None, None, q.shape[0]
+    if not isinstance(source, Mapping):
+        raise TypeError(f"source: expected a dict with the keys q, k and v, got {type(source).__name__}")
     if unknown := set(source) - {"q", "k", "v"}:
         raise ValueError(f"source: expected the keys q, k and v, got {sorted(map(str, unknown))}")
     entries = {"q": (q,), "k": k, "v": v}
@@ -310,6 +319,8 @@ def _lower_scales(scale: Tensor, batch: int, q: Tensor) -> Tensor:
         scale = scale[:, None]
     if scale.dim() != 2 or scale.shape[0] not in (1, batch) or scale.shape[1] not in (1, heads):
         raise ValueError(f"scale: expected a number or shape ({batch},) or ({batch}, {heads}), got {tuple(scale.shape)}")
+    if scale.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(torch.isfinite(scale).all()):
+        raise ValueError("scale: expected finite values, got others")
     return scale.to(q.device, torch.float32)
 
 

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import Result, composed_backward
+from .backends import Result
 from .coalesce import coalesce
 from .control import NORMS, Contrast
-from .plan import resolve
+from .plan import resolve, resolve_backward
 from .problem import GainRule, Problem
 
 _INPUTS = (
@@ -30,7 +30,8 @@ _library.define(
     "-> (Tensor lse, Tensor mass, Tensor head_gains)"
 )
 _library.define(
-    f"attention_backward(Tensor dout, Tensor lse, Tensor head_gains, {_INPUTS}) -> (Tensor dq, Tensor[] dk, Tensor[] dv)"
+    f"attention_backward(Tensor dout, Tensor out, Tensor lse, Tensor head_gains, {_INPUTS}, str backend) "
+    "-> (Tensor dq, Tensor[] dk, Tensor[] dv)"
 )
 
 
@@ -145,9 +146,10 @@ def _attention_out(*inputs):
     return _stats(problem, solve(problem, backend))
 
 
-def _attention_backward(dout, lse, head_gains, *arguments):
+def _attention_backward(dout, out, lse, head_gains, *inputs):
+    *arguments, backend = inputs
     problem = _problem(*arguments)
-    return composed_backward.backward(problem, dout, lse, head_gains)
+    return resolve_backward(problem, backend).backward(problem, dout, out, lse, head_gains)
 
 
 def _fake_stats(arguments, need_stats: bool):
@@ -168,7 +170,7 @@ def _fake_attention_out(*inputs):
     return tuple(_fake_stats(arguments, need_stats))
 
 
-def _fake_attention_backward(dout, lse, head_gains, q, k, v, *rest):
+def _fake_attention_backward(dout, out, lse, head_gains, q, k, v, *rest):
     return q.new_empty(q.shape), [t.new_empty(t.shape) for t in k], [t.new_empty(t.shape) for t in v]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from types import ModuleType
 
-from .backends import composed, cpu, reference, triton
+from .backends import composed, composed_backward, cpu, reference, triton
 from .problem import Problem
 
 BACKENDS: dict[str, ModuleType] = {m.name: m for m in (cpu, triton, composed, reference)}
@@ -38,6 +38,15 @@ def resolve(problem: Problem, name: str) -> ModuleType:
     backend = BACKENDS[name]
     if reasons := (backend.available() or backend.why_not(problem)):
         raise ValueError(f"backend: {name!r} cannot run this call: {'; '.join(reasons)}")
+    return backend
+
+
+def resolve_backward(problem: Problem, name: str) -> ModuleType:
+    """What computes the gradient of a call that ran on `name`: its own kernel where it has one, else torch operators."""
+    empty = problem.batch * problem.rows * problem.heads * problem.keys == 0
+    backend = FUSED.get(problem.q.device.type, (composed,))[0] if name == "auto" else BACKENDS[name]
+    if empty or not hasattr(backend, "backward") or backend.available() or backend.why_not(problem):
+        return composed_backward
     return backend
 
 

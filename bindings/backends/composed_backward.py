@@ -73,8 +73,10 @@ def blocks(p: Problem, q: Tensor, k: Tensor, lse: Tensor, keys: Tensor | None = 
             yield Block(rows, label, group, seen, prob, None if weight is None else weight[:, :, None], mine, allowed, k_run)
 
 
-def backward(problem: Problem, dout: Tensor, lse: Tensor, gain: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """dout (B, M, H, D), lse (B, H, M, G), gain (B, H, R) -> dq, and dk and dv, one for each of k and v."""
+def backward(
+    problem: Problem, dout: Tensor, out: Tensor, lse: Tensor, gain: Tensor
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """dout and out (B, M, H, D), lse (B, H, M, G), gain (B, H, R) -> dq, and dk and dv, one for each of k and v."""
     p = problem
     B, M, H = p.batch, p.rows, p.heads
     if B * M * H == 0 or p.keys == 0:

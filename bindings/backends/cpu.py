@@ -66,6 +66,17 @@ class _Attention(Structure):
     )
 
 
+class _Backward(Structure):
+    _fields_ = (
+        ("call", _Attention),
+        ("dout", _Tensor),
+        ("dq", _Tensor),
+        ("dk", POINTER(_Tensor)),
+        ("dv", POINTER(_Tensor)),
+        ("gains", c_void_p),
+    )
+
+
 def available() -> list[str]:
     library, reason = _load()
     if library is None:
@@ -99,24 +110,66 @@ def isas() -> list[str]:
 def forward(problem: Problem) -> Result:
     """Any layout with a contiguous last dimension. Extra memory: packed K and V of two heads, and scratch per thread."""
     p = problem
-    library, reason = _load()
-    if library is None:
-        raise RuntimeError(reason)
-    isa = _wanted_isa().encode()
     R, C = len(p.row_lengths), len(p.key_lengths)
     out = torch.empty(p.batch, p.rows, p.heads, p.dim, dtype=p.q.dtype) if p.out is None else p.out
     lse = torch.empty(p.batch, p.heads, p.rows, p.n_groups) if p.need_stats else None
     mass = torch.empty(p.batch, p.heads, R, C) if p.need_mass else None
     gains = torch.empty(p.batch, p.heads, R) if p.need_mass else None
-    keep: list = []  # what the structure points to
+    keep: list = []
+    call = _describe_call(p, out, lse, keep)
+    call.mass, call.gains = (None if t is None else t.data_ptr() for t in (mass, gains))
+    if (rule := p.head_gain) is not None:
+        call.derived, call.span, call.floor = NORMS.index(rule.norm), float(rule.span), float(rule.floor)
+        call.gain_rows, call.gain_keys = _flags(rule.rows, R), _flags(rule.keys, C)
+        call.gain_apply = _flags(rule.apply, R)
+    _run("attention", call)
+    return Result(out, lse, mass, gains)
 
-    def table(t: Tensor | None, inner: int) -> _Table:
-        """(1|B, 1|H, ...) float32 whose last `inner` dimensions are contiguous"""
+
+def backward(
+    problem: Problem, dout: Tensor, out: Tensor, lse: Tensor, gain: Tensor
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """dout and out (B, M, H, D), lse (B, H, M, G), gain (B, H, R) -> dq, and dk and dv, one for each of k and v.
+
+    The sums over rows are in float32. Each (item, key head) belongs to one thread, so that they have one order.
+    """
+    p = problem
+    dout = dout.to(p.q.dtype).contiguous()
+    lse, gain = lse.contiguous(), gain.to(torch.float32).contiguous()
+    keep: list = [dout, out, lse, gain]
+    dq = torch.empty(p.batch, p.rows, p.heads, p.dim, dtype=p.q.dtype)
+    dk, dv = ([torch.zeros(p.batch, *t.shape[1:]) for t in tensors] for tensors in (p.k, p.v))
+    call = _Backward(
+        call=_describe_call(p, out, lse, keep), dout=_describe(dout, False), dq=_describe(dq, False),
+        dk=_describe_list(tuple(dk), False), dv=_describe_list(tuple(dv), False), gains=gain.data_ptr(),
+    )  # fmt: skip
+    _run("backward", call)
+    return (
+        _collect(dq, p.q, p.source_q),
+        [_collect(g, t, None if p.source_k is None else p.source_k[i]) for i, (g, t) in enumerate(zip(dk, p.k, strict=True))],
+        [_collect(g, t, None if p.source_v is None else p.source_v[i]) for i, (g, t) in enumerate(zip(dv, p.v, strict=True))],
+    )
+
+
+def _collect(grad: Tensor, t: Tensor, source: Tensor | None) -> Tensor:
+    """The gradient of every output item (B, ...), summed onto the items of t that they read."""
+    if source is not None:
+        grad = torch.zeros(t.shape).index_add_(0, source, grad.float())
+    elif t.shape[0] != grad.shape[0]:
+        grad = grad.sum(0, keepdim=True)
+    return grad.to(t.dtype)
+
+
+def _describe_call(p: Problem, out: Tensor, lse: Tensor | None, keep: list) -> _Attention:
+    """The C structure; `keep` takes what it points to, and must live as long."""
+    R, C = len(p.row_lengths), len(p.key_lengths)
+
+    def table(t: Tensor | None) -> _Table:
+        """(1|B, 1|H, ...) float32, contiguous but for the first two dimensions"""
         if t is None:
             return _Table(None, 0, 0)
-        t = t.to(torch.float32).contiguous()
-        keep.append(t)
-        return _Table(t.data_ptr(), *(t.stride(i) if t.shape[i] > 1 else 0 for i in (0, 1)))
+        keep.append(t.to(torch.float32).contiguous())
+        return _Table(keep[-1].data_ptr(), *(keep[-1].stride(i) if t.shape[i] > 1 else 0 for i in (0, 1)))
 
     def ints(values: Tensor | tuple[int, ...] | None, dtype: torch.dtype) -> int | None:
         if values is None:
@@ -127,8 +180,7 @@ def forward(problem: Problem) -> Result:
     contrast: list[float] = []
     for c in p.contrast:
         contrast += [0.0] * 4 if c is None else [1.0 + (c.clip is not None), c.beta, *(c.clip or (0.0, 0.0))]
-    scales = torch.full((1, 1), p.scale) if p.scales is None else p.scales
-    call = _Attention(
+    return _Attention(
         abi=ABI, dtype=_DTYPES[p.q.dtype], B=p.batch, M=p.rows, H=p.heads, Hkv=p.kv_heads, D=p.dim, R=R, C=C,
         G=p.n_groups, L=len(p.k), q=_describe(p.q, p.source_q is None), out=_describe(out, True),
         k=_describe_list(p.k, p.source_k is None), v=_describe_list(p.v, p.source_v is None),
@@ -139,17 +191,10 @@ def forward(problem: Problem) -> Result:
         valid=ints(None if p.valid is None else p.valid.clamp(min=0), torch.int32),
         rows_by_item=p.row_items is not None, keys_by_item=p.key_items is not None,
         groups=(c_int32 * C)(*p.groups), contrast=(c_float * len(contrast))(*contrast),
-        scale=table(scales, 0), bias=table(p.bias, 2), weight=table(p.weight, 2), gain=table(p.gain, 1),
-        gates=table(p.gates, 1), lse=None if lse is None else lse.data_ptr(),
-        mass=None if mass is None else mass.data_ptr(), derived=-1,
-        gains=None if gains is None else gains.data_ptr(), threads=torch.get_num_threads(),
+        scale=table(torch.full((1, 1), p.scale) if p.scales is None else p.scales), bias=table(p.bias),
+        weight=table(p.weight), gain=table(p.gain), gates=table(p.gates),
+        lse=None if lse is None else lse.data_ptr(), derived=-1, threads=torch.get_num_threads(),
     )  # fmt: skip
-    if (rule := p.head_gain) is not None:
-        call.derived, call.span, call.floor = NORMS.index(rule.norm), float(rule.span), float(rule.floor)
-        call.gain_rows, call.gain_keys = _flags(rule.rows, R), _flags(rule.keys, C)
-        call.gain_apply = _flags(rule.apply, R)
-    _check(library.flashbrush_attention(byref(call), isa, _parallel()))
-    return Result(out, lse, mass, gains)
 
 
 def _flags(chosen: tuple[int, ...], count: int) -> bytes:
@@ -165,9 +210,13 @@ def _describe_list(tensors: tuple[Tensor, ...], broadcast: bool):
     return (_Tensor * len(tensors))(*(_describe(t, broadcast) for t in tensors))
 
 
-def _check(code: int) -> None:
+def _run(function: str, call: Structure) -> None:
+    library, reason = _load()
+    if library is None:
+        raise RuntimeError(reason)
+    code = getattr(library, f"flashbrush_{function}")(byref(call), _wanted_isa().encode(), _parallel())
     if code:
-        raise RuntimeError(f"flashbrush: the cpu backend failed: {_FAILURES.get(code, code)}")
+        raise RuntimeError(f"flashbrush: {function} on the cpu backend failed: {_FAILURES.get(code, code)}")
 
 
 def _wanted_isa() -> str:
@@ -190,7 +239,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         return None, _FAILURES[3]
     library.flashbrush_isa.restype = c_char_p
     library.flashbrush_isa.argtypes = (c_int,)
-    library.flashbrush_attention.argtypes = (POINTER(_Attention), c_char_p, c_void_p)
+    for function in ("attention", "backward"):
+        getattr(library, f"flashbrush_{function}").argtypes = (c_void_p, c_char_p, c_void_p)
     return library, ""
 
 

@@ -3,97 +3,15 @@
 // A row block keeps its maximum m, sum l and output in scratch; for each tile of 64 keys, six rows at a time go through
 // QK^T, exp2 and PV while the tile's K and V stay in L1. m is the maximum of the first tile and moves only when a logit
 // exceeds it by kSlack: probabilities are floating point, so that their scale costs no precision.
-#include "matmul.h"
+#include "pack.h"
 
 namespace {
 
 using namespace flashbrush;
 
 constexpr float kSlack = 256.f;  // how far a probability may exceed 1 before its row is rescaled
-const float kInf = __builtin_inff();
-
-template <int DTYPE>
-constexpr bool pairs() {
-  return kHasPairs && DTYPE == FB_BF16;
-}
-
-template <int DTYPE>
-constexpr int per() {
-  return pairs<DTYPE>() ? 2 : 1;
-}
-
-inline int64_t padded_dim(int64_t D) { return round_up(D, W); }
-
-template <int DTYPE>
-inline int64_t dim_steps(int64_t D) {
-  return (D + per<DTYPE>() - 1) / per<DTYPE>();
-}
 
 // ---------------------------------------------------------------------------------------------------------------- pack
-
-// The rows of a tile's keys or values; a row of zeros stands for the missing ones.
-alignas(64) const char kZeros[4 * 1024] = {};
-
-struct TileRows {
-  const char* row[KT];
-
-  TileRows(const FbAttention* p, const Layout* layout, const Tile& tile, const FbTensor* tensors, const int64_t* source, int64_t b, int64_t kv) {
-    for (int i = tile.count; i < KT; ++i) row[i] = kZeros;
-    for (int n = 0; n < tile.pieces; ++n) {
-      const Piece& piece = layout->pieces[tile.first_piece + n];
-      const int64_t item = source ? source[piece.tensor * p->B + b] : b;
-      for (int32_t i = 0; i < piece.count; ++i) row[piece.lane + i] = at(tensors[piece.tensor], p->dtype, item, piece.start + i, kv);
-    }
-  }
-};
-
-// K^T in strips of NV vectors of keys: [strip][step][key]
-template <int DTYPE>
-void pack_keys(const FbAttention* p, const TileRows& rows, uint32_t* out) {
-  const int64_t D = p->D, steps = dim_steps<DTYPE>(D);
-  const Strips strips(KT / W);
-  for (int i = 0; i < strips.count; ++i) {
-    const int first = strips.first(i) * W, width = strips.width(i) * W;
-    uint32_t* to = out + first * steps;
-    int64_t s = 0;
-#if defined(__AVX512F__)
-    if constexpr (pairs<DTYPE>() || DTYPE == FB_F32)
-      for (; s + 16 <= D / per<DTYPE>(); s += 16)
-        for (int j = 0; j < width; j += 16) transpose_words(rows.row + first + j, s, to + s * width + j, width);
-#endif
-    for (; s < steps; ++s)
-      for (int j = 0; j < width; ++j) {
-        const char* row = rows.row[first + j];
-        if constexpr (pairs<DTYPE>()) {
-          const uint16_t* x = (const uint16_t*)row + 2 * s;
-          to[s * width + j] = uint32_t(x[0]) | (2 * s + 1 < D ? uint32_t(x[1]) << 16 : 0);
-        } else {
-          to[s * width + j] = f32_bits<DTYPE>(row, s);
-        }
-      }
-  }
-}
-
-// V in strips of up to NV vectors of the head dim: [strip][step][d]
-template <int DTYPE>
-void pack_values(const FbAttention* p, const TileRows& rows, uint32_t* out) {
-  const int64_t D = p->D, depth = KT / per<DTYPE>();
-  const Strips strips(int(padded_dim(D) / W));
-  for (int i = 0; i < strips.count; ++i) {
-    const int64_t width = strips.width(i) * W, first = int64_t(strips.first(i)) * W;
-    const int64_t columns = D - first < width ? D - first : width;
-    uint32_t* to = out + first * depth;
-    for (int64_t s = 0; s < depth; ++s, to += width) {
-      if constexpr (pairs<DTYPE>()) {
-        const uint16_t *even = (const uint16_t*)rows.row[2 * s] + first, *odd = (const uint16_t*)rows.row[2 * s + 1] + first;
-        for (int64_t d = 0; d < columns; ++d) to[d] = uint32_t(even[d]) | uint32_t(odd[d]) << 16;
-      } else {
-        for (int64_t d = 0; d < columns; ++d) to[d] = f32_bits<DTYPE>(rows.row[s], first + d);
-      }
-      for (int64_t d = columns; d < width; ++d) to[d] = 0;
-    }
-  }
-}
 
 template <int DTYPE>
 void add_values(const FbAttention* p, const Layout* layout, const Tile& tile, const TileRows& rows, float* sums) {
@@ -269,10 +187,6 @@ void run_tile(Mode mode, const FbAttention* p, Block& x, int64_t groups, const C
   }
 }
 
-inline float entry(const FbTable& table, int64_t b, int64_t h, int64_t index, float absent) {
-  return table.data ? table.data[b * table.stride_b + h * table.stride_h + index] : absent;
-}
-
 // One sweep of a row block over the tiles of a group.
 template <int DTYPE>
 struct Sweep {
@@ -394,33 +308,13 @@ struct Sweep {
 };
 
 template <int DTYPE>
-void load_queries(const FbAttention* p, const RowTask* task, Block& x, int64_t padded) {
-  const int64_t D = p->D, steps = dim_steps<DTYPE>(D);
-  const int64_t item = p->source_q ? p->source_q[task->b] : task->b;
-  for (int64_t i = 0; i < padded; ++i) {
-    uint32_t* to = x.q + i * steps;
-    if (i >= task->count) {
-      memset(to, 0, size_t(steps) * 4);
-      continue;
-    }
-    const char* row = at(p->q, p->dtype, item, task->first + i, task->h);
-    if constexpr (pairs<DTYPE>()) {
-      to[steps - 1] = 0;
-      memcpy(to, row, size_t(D) * 2);
-    } else {
-      for (int64_t d = 0; d < D; ++d) to[d] = f32_bits<DTYPE>(row, d);
-    }
-  }
-}
-
-template <int DTYPE>
 void rows(const FbAttention* p, const Layout* layout, const RowTask* task, const Packed* packed, float* block_mass, char* scratch) {
   const int64_t b = task->b, h = task->h, D = p->D, DP = padded_dim(D), C = p->C;
   const int64_t padded = round_up(task->count, MR);
   Block x;
   x.place<DTYPE>(p, padded, scratch);
   if (!p->mass) x.mass = nullptr;
-  load_queries<DTYPE>(p, task, x, padded);
+  pack_rows<DTYPE>(p, p->q, p->source_q ? p->source_q[b] : b, *task, padded, x.q);
   const float scale = entry(p->scale, b, h, 0, 1.f);
   Sweep<DTYPE> sweep{p, layout, task, packed, x, padded, padded / MR, scale};
   float* total = p->G > 1 ? x.total : x.o;

@@ -2,6 +2,7 @@
 // a file that is compiled for one instruction set into another.
 #pragma once
 #include "attention.h"
+#include "backward.h"
 #include "norm_rope.h"
 
 namespace flashbrush {
@@ -40,6 +41,17 @@ struct Packed {
   float* sums;          // [C][padded D]: sums of a segment's values, for the unclipped contrast
 };
 
+// Buffers of one (item, key head) in the gradient.
+struct BackwardPacked {
+  char *keys, *values, *key_rows;
+  float *dk, *dv;
+};
+
+struct BackwardSizes {
+  size_t keys, key_rows, gradient, scratch;  // bytes: keys (values are alike), key_rows, dk (dv is alike), of a thread
+  int64_t block_rows;
+};
+
 // What one instruction set offers.
 struct Kernels {
   const char* isa;
@@ -50,6 +62,8 @@ struct Kernels {
   void (*pack)(const FbAttention*, const Layout*, int64_t b, int64_t kv_head, int64_t first_tile, int64_t last_tile, const Packed*);
   void (*rows)(const FbAttention*, const Layout*, const RowTask*, const Packed*, float* block_mass, char* scratch);
   void (*scale_row)(int32_t dtype, void* row, int64_t count, float factor);
+  BackwardSizes (*backward_sizes)(const FbAttention*, int64_t tiles);
+  void (*backward_unit)(const FbBackward*, const Layout*, const RowTask* blocks, int64_t count, int64_t b, int64_t kv_head, const BackwardPacked*, char* scratch);
   void (*norm_rope_token)(const FbNormRope*, int64_t b, int64_t token);
   void (*norm_rope_backward_token)(const FbNormRopeBackward*, int64_t b, int64_t token, int64_t part);
 };

@@ -16,6 +16,8 @@ size_t scratch_bytes(const FbAttention*, int64_t);
 void pack(const FbAttention*, const Layout*, int64_t, int64_t, int64_t, int64_t, const Packed*);
 void rows(const FbAttention*, const Layout*, const RowTask*, const Packed*, float*, char*);
 void scale_row(int32_t, void*, int64_t, float);
+BackwardSizes backward_sizes(const FbAttention*, int64_t);
+void backward_unit(const FbBackward*, const Layout*, const RowTask*, int64_t, int64_t, int64_t, const BackwardPacked*, char*);
 void norm_rope_token(const FbNormRope*, int64_t, int64_t);
 void norm_rope_backward_token(const FbNormRopeBackward*, int64_t, int64_t, int64_t);
 
@@ -26,7 +28,7 @@ extern "C" const flashbrush::Kernels* FB_NAME(FLASHBRUSH_ISA)() {
   using namespace flashbrush::FLASHBRUSH_ISA;
   static const flashbrush::Kernels kernels = {
       FB_STRING(FLASHBRUSH_ISA), KT, MR, W, key_tile_bytes, value_tile_bytes, scratch_bytes, pack, rows, scale_row,
-      norm_rope_token, norm_rope_backward_token,
+      backward_sizes, backward_unit, norm_rope_token, norm_rope_backward_token,
   };
   return &kernels;
 }

@@ -44,7 +44,7 @@ def test_opcheck(seed: int, dtype: torch.dtype) -> None:
     out, lse, _, gain = ops.attention(*inputs, True, "composed")
     poisoned = torch.full(out.shape, math.nan, dtype=q.dtype)
     torch.library.opcheck(ops.attention_out, (*inputs, seed % 3 == 1, "composed", poisoned))
-    torch.library.opcheck(ops.attention_backward, (torch.randn_like(out), lse, gain, *inputs))
+    torch.library.opcheck(ops.attention_backward, (torch.randn_like(out), out, lse, gain, *inputs, "auto"))
 
 
 def test_outputs_never_share_memory_with_inputs() -> None:

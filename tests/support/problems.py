@@ -56,6 +56,7 @@ def calls(
     mask: bool = False,
     source: bool = True,
     items: bool = True,
+    weights: tuple[float, ...] | None = None,
 ) -> Call:
     """A call with random segments (empty ones too), tables, groups, gates, contrast, strides, key lists, sources."""
     chance = lambda p: draw(st.integers(0, 99)) < 100 * p  # noqa: E731
@@ -121,7 +122,8 @@ def calls(
     if chance(0.5):
         options["bias"] = pairs((-math.inf, -math.inf, -2.0, 0.0, 1.5), True)
     if chance(0.5):
-        options["weight"] = pairs((*NUMBERS, 1e-25, 1e20) if dtype == torch.float32 else NUMBERS, False)
+        extreme = (*NUMBERS, 1e-25, 1e20) if dtype == torch.float32 else NUMBERS
+        options["weight"] = pairs(weights or extreme, False)
     if chance(0.3):
         options["gain"] = {draw(st.sampled_from(rows.names)): value((0.5, -1.0, 0.0), True)}
     if chance(0.3):

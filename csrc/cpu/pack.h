@@ -1,0 +1,120 @@
+// Packing of keys, values and rows into the operands of matmul.h.
+#pragma once
+#include "matmul.h"
+
+namespace {
+
+using namespace flashbrush;
+
+const float kInf = __builtin_inff();
+
+// Pairs of bfloat16 where the hardware multiplies them, else float32.
+template <int DTYPE>
+constexpr bool pairs() {
+  return kHasPairs && DTYPE == FB_BF16;
+}
+
+template <int DTYPE>
+constexpr int per() {
+  return pairs<DTYPE>() ? 2 : 1;
+}
+
+inline int64_t padded_dim(int64_t D) { return round_up(D, W); }
+
+template <int DTYPE>
+inline int64_t dim_steps(int64_t D) {
+  return (D + per<DTYPE>() - 1) / per<DTYPE>();
+}
+
+// The rows of a tile's keys or values; a row of zeros stands for the missing ones.
+alignas(64) const char kZeros[4 * 1024] = {};
+
+struct TileRows {
+  const char* row[KT];
+
+  TileRows(const FbAttention* p, const Layout* layout, const Tile& tile, const FbTensor* tensors, const int64_t* source, int64_t b, int64_t kv) {
+    for (int i = tile.count; i < KT; ++i) row[i] = kZeros;
+    for (int n = 0; n < tile.pieces; ++n) {
+      const Piece& piece = layout->pieces[tile.first_piece + n];
+      const int64_t item = source ? source[piece.tensor * p->B + b] : b;
+      for (int32_t i = 0; i < piece.count; ++i) row[piece.lane + i] = at(tensors[piece.tensor], p->dtype, item, piece.start + i, kv);
+    }
+  }
+};
+
+// K^T in strips of NV vectors of keys: [strip][step][key]
+template <int DTYPE>
+inline void pack_keys(const FbAttention* p, const TileRows& rows, uint32_t* out) {
+  const int64_t D = p->D, steps = dim_steps<DTYPE>(D);
+  const Strips strips(KT / W);
+  for (int i = 0; i < strips.count; ++i) {
+    const int first = strips.first(i) * W, width = strips.width(i) * W;
+    uint32_t* to = out + first * steps;
+    int64_t s = 0;
+#if defined(__AVX512F__)
+    if constexpr (pairs<DTYPE>() || DTYPE == FB_F32)
+      for (; s + 16 <= D / per<DTYPE>(); s += 16)
+        for (int j = 0; j < width; j += 16) transpose_words(rows.row + first + j, s, to + s * width + j, width);
+#endif
+    for (; s < steps; ++s)
+      for (int j = 0; j < width; ++j) {
+        const char* row = rows.row[first + j];
+        if constexpr (pairs<DTYPE>()) {
+          const uint16_t* x = (const uint16_t*)row + 2 * s;
+          to[s * width + j] = uint32_t(x[0]) | (2 * s + 1 < D ? uint32_t(x[1]) << 16 : 0);
+        } else {
+          to[s * width + j] = f32_bits<DTYPE>(row, s);
+        }
+      }
+  }
+}
+
+// Rows as B operand whose rows are summed over, in strips of up to NV vectors of the head dim: [strip][step][d]
+template <int DTYPE>
+inline void pack_depth(const char* const* rows, int64_t D, int64_t depth, const Strips& strips, uint32_t* out) {
+  for (int i = 0; i < strips.count; ++i) {
+    const int64_t width = strips.width(i) * W, first = int64_t(strips.first(i)) * W;
+    const int64_t columns = D - first < width ? D - first : width;
+    uint32_t* to = out + first * depth;
+    for (int64_t s = 0; s < depth; ++s, to += width) {
+      if constexpr (pairs<DTYPE>()) {
+        const uint16_t *even = (const uint16_t*)rows[2 * s] + first, *odd = (const uint16_t*)rows[2 * s + 1] + first;
+        for (int64_t d = 0; d < columns; ++d) to[d] = uint32_t(even[d]) | uint32_t(odd[d]) << 16;
+      } else {
+        for (int64_t d = 0; d < columns; ++d) to[d] = f32_bits<DTYPE>(rows[s], first + d);
+      }
+      for (int64_t d = columns; d < width; ++d) to[d] = 0;
+    }
+  }
+}
+
+template <int DTYPE>
+inline void pack_values(const FbAttention* p, const TileRows& rows, uint32_t* out) {
+  pack_depth<DTYPE>(rows.row, p->D, KT / per<DTYPE>(), Strips(int(padded_dim(p->D) / W)), out);
+}
+
+// Rows of one head as A operand, [rows][steps], padded with rows of zeros.
+template <int DTYPE>
+inline void pack_rows(const FbAttention* p, const FbTensor& t, int64_t item, const RowTask& task, int64_t padded, uint32_t* out) {
+  const int64_t D = p->D, steps = dim_steps<DTYPE>(D);
+  for (int64_t i = 0; i < padded; ++i) {
+    uint32_t* to = out + i * steps;
+    if (i >= task.count) {
+      memset(to, 0, size_t(steps) * 4);
+      continue;
+    }
+    const char* row = at(t, p->dtype, item, task.first + i, task.h);
+    if constexpr (pairs<DTYPE>()) {
+      to[steps - 1] = 0;
+      memcpy(to, row, size_t(D) * 2);
+    } else {
+      for (int64_t d = 0; d < D; ++d) to[d] = f32_bits<DTYPE>(row, d);
+    }
+  }
+}
+
+inline float entry(const FbTable& table, int64_t b, int64_t h, int64_t index, float absent) {
+  return table.data ? table.data[b * table.stride_b + h * table.stride_h + index] : absent;
+}
+
+}  // namespace
