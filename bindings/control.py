@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .segments import Segments
+from .segments import INT_DTYPES, Segments
 
 Value = float | Tensor
 NORMS = ("minmax", "mean", "max", "softmax")
@@ -113,6 +113,9 @@ class Control:
             if not isinstance(segments, Segments):
                 raise TypeError(f"{name}: expected Segments, got {type(segments).__name__}")
         self.rows, self.keys = rows, keys
+        for name, entries in (("bias", bias), ("weight", weight), ("gain", gain), ("gates", gates), ("valid", valid)):
+            if entries is not None and not isinstance(entries, Mapping):
+                raise TypeError(f"{name}: expected a dict, got {type(entries).__name__}")
         self.group_names, self.groups = _lower_groups(groups, keys)
         entries_bias = [(pair, _check_value(f"bias[{pair}]", v, "bias")) for pair, v in (bias or {}).items()]
         entries_weight = [(pair, _check_value(f"weight[{pair}]", v, "weight")) for pair, v in (weight or {}).items()]
@@ -192,9 +195,9 @@ class Control:
                 raise ValueError(
                     f"gates[{name!r}]: expected a number or shape (batch, {self.rows.total} rows), got {tuple(gate.shape)}"
                 )
-            if gate.device.type == "cpu" and not bool(torch.isfinite(gate).all()):
-                raise ValueError(f"gates[{name!r}]: expected finite values")
-            if shape[1] > 1 and 1 not in (shape[0], gate.shape[0]) and shape[0] != gate.shape[0]:
+            if _readable(gate) and not bool(torch.isfinite(gate).all()):
+                raise ValueError(f"gates[{name!r}]: expected finite values, got others")
+            if 1 not in (shape[0], gate.shape[0]) and shape[0] != gate.shape[0]:
                 raise ValueError(f"gates: the batch sizes differ: {shape[0]} and {gate.shape[0]}")
             shape, device = (max(shape[0], gate.shape[0]), gate.shape[1]), gate.device
         table = torch.ones(*shape, len(self.group_names), dtype=torch.float32, device=device)
@@ -209,12 +212,15 @@ class Control:
         columns: dict[int, Tensor] = {}
         for name, count in valid.items():
             c = self.keys.index(name, "valid")
-            if not isinstance(count, Tensor) or count.dim() != 1 or count.is_floating_point() or count.is_complex():
+            if not isinstance(count, Tensor) or count.dim() != 1 or count.dtype not in INT_DTYPES:
                 got = f"{count.dtype} {tuple(count.shape)}" if isinstance(count, Tensor) else type(count).__name__
                 raise TypeError(f"valid[{name!r}]: expected an int tensor (batch,), got {got}")
             limit = self.keys.lengths[c] if self.keys.items is None else self.keys.items[:, c]
-            if count.device.type == "cpu" and bool(((count < 0) | (count > limit)).any()):
-                raise ValueError(f"valid[{name!r}]: expected values in 0..{limit}, got {count.tolist()}")
+            if isinstance(limit, Tensor) and limit.shape != count.shape:
+                raise ValueError(f"valid[{name!r}]: expected shape {tuple(limit.shape)}, got {tuple(count.shape)}")
+            if _readable(count) and bool(((count < 0) | (count > limit)).any()):
+                most = limit.tolist() if isinstance(limit, Tensor) else limit
+                raise ValueError(f"valid[{name!r}]: expected values in 0..{most}, got {count.tolist()}")
             columns[c] = count
         sizes = {int(count.shape[0]) for count in columns.values()}
         if len(sizes) > 1:
@@ -273,6 +279,11 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def _readable(value: Tensor) -> bool:
+    """Whether its values can be checked without a sync or a graph break."""
+    return value.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def _is_minus_inf(value: Value) -> bool:
     return not isinstance(value, Tensor) and value == -math.inf
 
@@ -290,7 +301,7 @@ def _check_value(argument: str, value: Value, kind: Literal["bias", "weight", "g
         _check_tensor(argument, value)
         if value.dim() not in (1, 2):
             raise ValueError(f"{argument}: expected a number or shape (heads,) or (batch, heads), got {tuple(value.shape)}")
-        if value.device.type != "cpu" or torch.compiler.is_compiling():
+        if not _readable(value):
             return value
         bad = torch.isnan(value) | (value == math.inf)
         low = bool((value < 0).any()) if kind == "weight" else bool(kind == "gain" and (value == -math.inf).any())
@@ -332,18 +343,22 @@ def _indices(argument: str, names: str | Sequence[str], segments: Segments) -> t
         if names == "*":
             return tuple(range(len(segments)))
         return (segments.index(names, argument),)
-    return tuple(segments.index(name, argument) for name in names)
+    if not isinstance(names, Sequence) or not names:
+        raise TypeError(f"{argument}: expected a segment name, a sequence of them or '*', got {names!r}")
+    return tuple(sorted({segments.index(name, argument) for name in names}))
 
 
 def _lower_groups(groups: Mapping[str, Sequence[str]] | None, keys: Segments) -> tuple[tuple[str, ...], tuple[int, ...]]:
     if groups is None:
         return ("all",), (0,) * len(keys)
+    if not isinstance(groups, Mapping):
+        raise TypeError(f"groups: expected a dict of {{group: [key segments]}}, got {type(groups).__name__}")
     if not groups:
         raise ValueError("groups: expected at least one group, got none")
     of: dict[str, int] = {}
     for g, (group, members) in enumerate(groups.items()):
-        if isinstance(members, str):
-            raise TypeError(f"groups[{group!r}]: expected a list of key segments, got the string {members!r}")
+        if isinstance(members, str) or not isinstance(members, Sequence):
+            raise TypeError(f"groups[{group!r}]: expected a list of key segments, got {members!r}")
         for name in members:
             keys.index(name, f"groups[{group!r}]")
             if name in of:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-_INT_DTYPES = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
+INT_DTYPES = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 
 
 class Segments:
@@ -21,8 +21,12 @@ class Segments:
         ValueError: no segment, a negative length, tensors of different batch sizes, totals that differ.
     """
 
-    def __init__(self, lengths: dict[str, int | Tensor] | None = None, /, **named: int | Tensor) -> None:
+    def __init__(self, lengths: Mapping[str, int | Tensor] | None = None, /, **named: int | Tensor) -> None:
+        if lengths is not None and not isinstance(lengths, Mapping):
+            raise TypeError(f"Segments: expected name=length or a dict of them, got {type(lengths).__name__}")
         merged = {**(lengths or {}), **named}
+        if len(merged) < len(lengths or {}) + len(named):
+            raise ValueError("Segments: a name is given twice, in the dict and as a keyword")
         if not merged:
             raise ValueError("Segments: expected at least one segment, for example Segments(tokens=128), got none")
         batch: int | None = None
@@ -117,11 +121,13 @@ class Segments:
         Raises:
             TypeError: labels are not integers. ValueError: their rank is not 1 or 2, or one is not an index of `names`.
         """
-        if not isinstance(labels, Tensor) or labels.dtype not in _INT_DTYPES:
+        if not isinstance(labels, Tensor) or labels.dtype not in INT_DTYPES:
             got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
             raise TypeError(f"labels: expected an int tensor, got {got}")
         if labels.dim() not in (1, 2):
             raise ValueError(f"labels: expected shape (tokens,) or (batch, tokens), got {tuple(labels.shape)}")
+        if isinstance(names, str):
+            raise TypeError(f"names: expected a list of names, got the string {names!r}")
         names = list(names)
         if len(set(names)) != len(names):
             raise ValueError(f"names: expected distinct names, got {names}")
@@ -141,13 +147,15 @@ class Segments:
 
 
 def _check_item_lengths(name: str, length: Tensor, batch: int | None) -> int:
-    if length.dtype not in _INT_DTYPES or length.dim() != 1:
+    if length.dtype not in INT_DTYPES or length.dim() != 1:
         raise TypeError(
             f"Segments: the length of {name!r} must be an int tensor (batch,), "
             f"got {length.dtype} of shape {tuple(length.shape)}"
         )
     if length.device.type != "cpu":
         raise TypeError(f"Segments: the length of {name!r} must be on the CPU (it decides a layout), got {length.device}")
+    if not length.shape[0]:
+        raise ValueError(f"Segments: the length of {name!r} must be an int tensor (batch,) with at least one item")
     if bool((length < 0).any()):
         raise ValueError(f"Segments: the length of {name!r} must be >= 0 tokens, got {length.tolist()}")
     if batch is not None and length.shape[0] != batch:
