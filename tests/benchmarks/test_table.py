@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import flashbrush as fb
-from flashbrush.benchmarks import backward, machine, memory, peers, readme, table
+from flashbrush.benchmarks import backward, growth, layer, memory, peers, readme, table
 from flashbrush.benchmarks.shapes import EVERY, QUICK, SHAPES
 from flashbrush.benchmarks.timing import paired, ratio, spread
 from flashbrush.benchmarks.truth import Truth, WrongResult
@@ -39,8 +39,7 @@ def test_file(tmp_path: Path) -> None:
         for cell in row["seconds"].values():
             assert len(cell["samples"]) == cell["n"] == 2
             assert 0 < cell["min"] <= cell["q1"] <= cell["median"] <= cell["q3"] <= cell["max"]
-        if not has_kernel():
-            assert "plain" in row["missing"]
+        assert has_kernel() or row["missing"]
     forward = [row for row in results["rows"] if row["section"] == "forward"]
     assert [row["dtype"] for row in forward] == ["bfloat16", "float32"]
     for row in forward:
@@ -52,6 +51,23 @@ def test_file(tmp_path: Path) -> None:
                 row["ratios"]
             )
             assert "plain rate/gemm_256 rate" in row["ratios"]
+
+
+def test_without_our_kernel(monkeypatch, capsys, tmp_path: Path) -> None:
+    """The rest is measured all the same, and the table says what is missing and why."""
+
+    def without() -> dict[str, list[str]]:
+        return {**fb.backends(), "cpu": ["no compiler was found"]}
+
+    for module in (peers, backward, growth, layer):
+        monkeypatch.setattr(module, "backends", without)
+    path = tmp_path / "cpu.json"
+    assert table.main([*TINY, "--output", str(path)]) == 0
+    assert "no compiler was found" in capsys.readouterr().out
+    for row in json.loads(path.read_text())["rows"]:
+        assert list(row["missing"].values()) and set(row["missing"].values()) == {"no compiler was found"}
+        assert not {"plain", "controlled"} & set(row["seconds"])
+    assert readme.section(path) == ""
 
 
 def broken(peer: peers.Peer, value: float) -> peers.Peer:
@@ -150,18 +166,3 @@ def test_shapes() -> None:
     assert SHAPES["sd15-text-cross"].size == "(8,8,4096x77,40)"
     assert EVERY.keys() == SHAPES.keys() | QUICK.keys()
     assert all(shape.control().rows.total == shape.n_rows for shape in EVERY.values())
-
-
-def test_readme_figures_come_from_the_committed_file(tmp_path: Path) -> None:
-    page = machine.ROOT / "README.md"
-    if not page.exists():
-        pytest.skip("an installed package has no README")
-    text = page.read_text()
-    copy = tmp_path / "README.md"
-    copy.write_text(text)
-    assert not readme.update(copy, table.COMMITTED), "run: python -m flashbrush.benchmarks.table --readme"
-    readme.update(copy, tmp_path / "nothing.json")
-    assert copy.read_text().count("| SDPA / plain") == 0
-    copy.write_text("no markers")
-    with pytest.raises(ValueError, match="markers"):
-        readme.update(copy, table.COMMITTED)

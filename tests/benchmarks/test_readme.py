@@ -1,0 +1,70 @@
+"""The README: its figures are the committed file's, its code runs, its links lead somewhere."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from flashbrush.benchmarks import machine, readme, table
+
+PAGE = machine.ROOT / "README.md"
+pytestmark = pytest.mark.skipif(not PAGE.exists(), reason="an installed package has no README")
+
+
+def test_figures_come_from_the_committed_file(tmp_path: Path) -> None:
+    copy = tmp_path / "README.md"
+    copy.write_text(PAGE.read_text())
+    assert not readme.update(copy, table.COMMITTED), "run: python -m flashbrush.benchmarks.table --readme"
+
+
+def test_no_figures_without_a_file(tmp_path: Path) -> None:
+    copy = tmp_path / "README.md"
+    copy.write_text(PAGE.read_text())
+    readme.update(copy, tmp_path / "nothing.json")
+    assert f"{readme.BEGIN}\n{readme.END}" in copy.read_text()
+
+
+def test_figures_of_a_run(tmp_path: Path) -> None:
+    results, copy = tmp_path / "cpu.json", tmp_path / "README.md"
+    shapes = ["--shapes", "quick-diptych-d64", "quick-text-cross"]
+    assert table.main(["--quick", "--repeats", "1", "--threads", "1", *shapes, "--output", str(results)]) == 0
+    copy.write_text(f"before\n{readme.BEGIN}\nold figures\n{readme.END}\nafter")
+    section = readme.section(results)
+    assert readme.update(copy, results) == bool(section)
+    assert copy.read_text().startswith("before") and copy.read_text().endswith("after")
+    assert "old figures" not in copy.read_text() or not section
+    rows = [line for line in section.splitlines() if line.startswith("| (")]
+    assert len(rows) in (0, 4)  # none without our kernel
+    assert all(line.count("|") == rows[0].count("|") for line in rows)
+
+
+@pytest.mark.parametrize("text", ["no markers", readme.END + readme.BEGIN, (readme.BEGIN + readme.END) * 2])
+def test_markers_are_required(tmp_path: Path, text: str) -> None:
+    copy = tmp_path / "README.md"
+    copy.write_text(text)
+    with pytest.raises(ValueError, match="markers"):
+        readme.update(copy, table.COMMITTED)
+    assert copy.read_text() == text
+
+
+def test_code_runs() -> None:
+    """The tensors' example runs; the model's, which needs a checkpoint, names what exists."""
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
+    assert len(blocks) == 2
+    for block in blocks:
+        if "from_pretrained" not in block:
+            exec(compile(block, "README.md", "exec"), {})
+            continue
+        imports = [node for node in ast.parse(block).body if isinstance(node, ast.ImportFrom)]
+        for node in imports:
+            exec(compile(ast.Module([node], []), "README.md", "exec"), {})
+
+
+def test_local_links() -> None:
+    """docs/demo.png is written by `make demo`."""
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", PAGE.read_text())
+    missing = [t for t in targets if not (PAGE.parent / t).exists() and t != "docs/demo.png"]
+    assert targets and not missing
