@@ -59,13 +59,20 @@ ISAS = {"portable": [], "avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, 
 
 
 class BuildError(Exception):
-    """A step of the build failed; the message is what `flashbrush info` shows."""
+    """A step of the build failed: the line that `flashbrush info` shows, and the compiler's own output."""
+
+    def __init__(self, message: str, output: str = "") -> None:
+        super().__init__(message)
+        self.output = output
 
 
 def call(command: list[str]) -> str:
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     if done.returncode:
-        raise BuildError(f"{shlex.join(command)} exited with {done.returncode}:\n{done.stdout[-4000:].strip()}")
+        lines = done.stdout.splitlines() or ["no output"]
+        reason = next((line for line in lines if "error" in line), lines[0])
+        output = f"{shlex.join(command)}\n{done.stdout[:4000]}"
+        raise BuildError(f"{command[0]} exited with {done.returncode}: {reason.strip()}", output)
     return done.stdout
 
 
@@ -87,7 +94,7 @@ def build_library(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     library = folder / LIBRARY
     sanitize = os.environ.get("FLASHBRUSH_SANITIZE", "0") not in ("", "0")
-    report: dict[str, object] = {"error": None, "library": None, "compiler": None, "machine": platform.machine()}
+    report: dict = {"error": None, "output": "", "library": None, "compiler": None, "machine": platform.machine()}
     report |= {"isas": [], "left_out": {}, "flags": [], "isa_flags": {}, "sanitize": sanitize}
     started = time.monotonic()
     try:
@@ -99,7 +106,8 @@ def build_library(folder: Path) -> None:
     except (BuildError, OSError) as error:
         library.unlink(missing_ok=True)
         report["error"] = str(error)
-        print(f"flashbrush: installing without the CPU library: {error}", file=sys.stderr)
+        report["output"] = getattr(error, "output", "")
+        print(f"flashbrush: installing without the CPU library: {error}\n{report['output']}", file=sys.stderr)
     report["seconds"] = round(time.monotonic() - started, 1)
     (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n")
 

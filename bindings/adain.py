@@ -16,8 +16,8 @@ def adain(x: Tensor, style: Tensor, mask: Tensor | None = None, style_mask: Tens
 
         (x - mean(x)) / std(x) * std(style) + mean(style),    std = sqrt(unbiased variance + 1e-5)
 
-    over the spatial dimensions of each item and channel. With masks the statistics are those inside each mask,
-    and x is unchanged outside of its own. Cross-image attention (arXiv 2311.03335) and SD-VICL (arXiv
+    over the spatial dimensions of each item and channel. With masks the statistics are those inside each
+    mask, and x is unchanged outside of its own. Cross-image attention (arXiv 2311.03335) and SD-VICL (arXiv
     2508.09949) use it on latents; the formula is Huang and Belongie's (arXiv 1703.06868).
 
     Args:

@@ -312,13 +312,13 @@ def _lower_scales(scale: Tensor, batch: int, q: Tensor) -> Tensor:
         raise TypeError(f"scale: expected a float tensor, got {scale.dtype}")
     if scale.requires_grad:
         raise TypeError("scale: a tensor that requires grad is not differentiated; pass scale.detach()")
-    heads = q.shape[2]
+    heads, given = q.shape[2], tuple(scale.shape)
     if scale.dim() == 0:
         scale = scale.reshape(1, 1)
     elif scale.dim() == 1:
         scale = scale[:, None]
     if scale.dim() != 2 or scale.shape[0] not in (1, batch) or scale.shape[1] not in (1, heads):
-        raise ValueError(f"scale: expected a number or shape ({batch},) or ({batch}, {heads}), got {tuple(scale.shape)}")
+        raise ValueError(f"scale: expected a number or shape ({batch},) or ({batch}, {heads}), got {given}")
     if scale.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(torch.isfinite(scale).all()):
         raise ValueError("scale: expected finite values, got others")
     return scale.to(q.device, torch.float32)

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .backends import cpu_norm_rope
+
 Stream = tuple[Tensor, Tensor | None, Tensor | None]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -40,8 +42,8 @@ def qk_norm_rope(
             out[:, i] is the joined token permutation[i].
 
     Returns:
-        (batch, all tokens, heads, dim) in x's dtype. The norm is computed in float32 and rounded to x's dtype, so is
-        the rotation after it, as the FLUX processor of diffusers does.
+        (batch, all tokens, heads, dim) in x's dtype, from float32 arithmetic. On the CPU it is rounded once; elsewhere
+        after the norm too, as the FLUX processor of diffusers does.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -60,21 +62,90 @@ def qk_norm_rope(
             _check_table(name, table, total, x0)
     _check_permutation(permutation, x0.shape[0], total, x0.device)
 
+    xs, weights, offsets = (list(column) for column in zip(*checked, strict=True))
+    half = rope == "half"
+    needs_grad = [t is not None and t.requires_grad for t in (*xs, *weights, *offsets, cos, sin)]
+    if not torch.is_grad_enabled() or not any(needs_grad):
+        return _forward(xs, weights, offsets, cos, sin, eps, half, permutation)
+    # An offset that learns (IC-Custom's embeddings) and other devices take torch's own gradient.
+    if any(needs_grad[2 * len(xs) :]) or not cpu_norm_rope.usable(xs[0]):
+        return composed(xs, weights, offsets, cos, sin, eps, half, permutation)
+    return _NormRope.apply(len(xs), offsets, cos, sin, eps, half, permutation, *xs, *weights)
+
+
+def composed(
+    xs: list[Tensor],
+    weights: list[Tensor | None],
+    offsets: list[Tensor | None],
+    cos: Tensor | None,
+    sin: Tensor | None,
+    eps: float,
+    half: bool,
+    permutation: Tensor | None,
+) -> Tensor:
+    """The same from torch operators: any device, differentiable in everything; rounded after the norm too."""
     joined = []
-    for x, weight, offset in checked:
+    for x, weight, offset in zip(xs, weights, offsets, strict=True):
         if weight is not None:
             x = F.rms_norm(x, (x.shape[3],), weight.to(x.dtype), eps)
         joined.append(x if offset is None else x + offset.to(x.dtype))
-    y = torch.cat(joined, 1) if len(joined) > 1 else joined[0]
+    y = torch.cat(joined, 1)
     if cos is not None and sin is not None:
         wide = torch.float64 if y.dtype == torch.float64 else torch.float32
-        a, b = y.unflatten(3, (-1, 2)).unbind(4) if rope == "interleaved" else y.chunk(2, 3)
-        rotated = torch.stack((-b, a), 4).flatten(3) if rope == "interleaved" else torch.cat((-b, a), 3)
+        a, b = y.chunk(2, 3) if half else y.unflatten(3, (-1, 2)).unbind(4)
+        rotated = torch.cat((-b, a), 3) if half else torch.stack((-b, a), 4).flatten(3)
         y = (y.to(wide) * cos.to(wide)[:, None] + rotated.to(wide) * sin.to(wide)[:, None]).to(y.dtype)
     if permutation is None:
         return y
     index = permutation.long()
     return y[:, index] if index.dim() == 1 else y.gather(1, index[:, :, None, None].expand_as(y))
+
+
+class _NormRope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, n, offsets, cos, sin, eps, half, permutation, *tensors):  # type: ignore[override]
+        xs, weights = list(tensors[:n]), list(tensors[n:])
+        ctx.save_for_backward(*xs, *(w for w in weights if w is not None))
+        ctx.weighted = [w is not None for w in weights]
+        ctx.rest = cos, sin, eps, half, permutation
+        return _forward(xs, weights, offsets, cos, sin, eps, half, permutation)
+
+    @staticmethod
+    def backward(ctx, dout):  # type: ignore[override]
+        n = len(ctx.weighted)
+        xs, given = list(ctx.saved_tensors[:n]), list(ctx.saved_tensors[n:])
+        weights = [given.pop(0) if has else None for has in ctx.weighted]
+        dxs, dweights = _backward(dout, xs, weights, *ctx.rest)
+        return (*(None,) * 7, *dxs, *(d if has else None for d, has in zip(dweights, ctx.weighted, strict=True)))
+
+
+_TABLES = "Tensor? cos, Tensor? sin, float eps, bool half, Tensor? permutation"
+_library = torch.library.Library("flashbrush", "FRAGMENT")
+_library.define(f"qk_norm_rope(Tensor[] x, Tensor?[] weight, Tensor?[] offset, {_TABLES}) -> Tensor")
+_library.define(
+    f"qk_norm_rope_backward(Tensor dout, Tensor[] x, Tensor?[] weight, {_TABLES}) -> (Tensor[] dx, Tensor[] dweight)"
+)
+
+
+def _run_forward(xs, weights, offsets, *rest):
+    run = cpu_norm_rope.forward if cpu_norm_rope.usable(xs[0]) else composed
+    return run(xs, weights, offsets, *rest).contiguous()
+
+
+def _fake_forward(xs, weights, offsets, *rest):
+    return xs[0].new_empty(xs[0].shape[0], sum(x.shape[1] for x in xs), *xs[0].shape[2:])
+
+
+def _fake_backward(dout, xs, weights, *rest):
+    return [x.new_empty(x.shape) for x in xs], [dout.new_empty(0) if w is None else torch.empty_like(w) for w in weights]
+
+
+_library.impl("qk_norm_rope", _run_forward, "CompositeExplicitAutograd")
+_library.impl("qk_norm_rope_backward", cpu_norm_rope.backward, "CPU")
+torch.library.register_fake("flashbrush::qk_norm_rope", _fake_forward, lib=_library)
+torch.library.register_fake("flashbrush::qk_norm_rope_backward", _fake_backward, lib=_library)
+_forward = torch.ops.flashbrush.qk_norm_rope.default
+_backward = torch.ops.flashbrush.qk_norm_rope_backward.default
 
 
 def _check_streams(streams: Sequence[Stream]) -> list[Stream]:

@@ -10,6 +10,7 @@ import ctypes
 import functools
 import json
 import os
+from collections.abc import Sequence
 from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
 from pathlib import Path
 
@@ -24,7 +25,7 @@ name = "cpu"
 ABI = 2
 LIBRARY = Path(__file__).with_name("libflashbrush_cpu.so")
 REPORT = Path(__file__).with_name("build_report.json")
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _FAILURES = {
     1: "the instruction set is not available",
     2: "out of memory",
@@ -32,7 +33,7 @@ _FAILURES = {
 }
 
 
-class _Tensor(Structure):
+class Tensor4(Structure):
     _fields_ = (("data", c_void_p), ("stride_b", c_int64), ("stride_t", c_int64), ("stride_h", c_int64))
 
 
@@ -45,10 +46,10 @@ class _Attention(Structure):
         ("abi", c_int32),
         ("dtype", c_int32),
         *((size, c_int64) for size in ("B", "M", "H", "Hkv", "D", "R", "C", "G", "L")),
-        ("q", _Tensor),
-        ("out", _Tensor),
-        ("k", POINTER(_Tensor)),
-        ("v", POINTER(_Tensor)),
+        ("q", Tensor4),
+        ("out", Tensor4),
+        ("k", POINTER(Tensor4)),
+        ("v", POINTER(Tensor4)),
         *((array, c_void_p) for array in ("source_q", "source_k", "source_v", "row_lengths", "key_lengths", "valid")),
         ("rows_by_item", c_int32),
         ("keys_by_item", c_int32),
@@ -69,10 +70,10 @@ class _Attention(Structure):
 class _Backward(Structure):
     _fields_ = (
         ("call", _Attention),
-        ("dout", _Tensor),
-        ("dq", _Tensor),
-        ("dk", POINTER(_Tensor)),
-        ("dv", POINTER(_Tensor)),
+        ("dout", Tensor4),
+        ("dq", Tensor4),
+        ("dk", POINTER(Tensor4)),
+        ("dv", POINTER(Tensor4)),
         ("gains", c_void_p),
     )
 
@@ -91,7 +92,7 @@ def why_not(problem: Problem) -> list[str]:
     reasons = []
     if problem.q.device.type != "cpu":
         reasons.append(f"the tensors are on {problem.q.device.type}")
-    if problem.q.dtype not in _DTYPES:
+    if problem.q.dtype not in DTYPES:
         reasons.append(f"{problem.q.dtype} is not float32, bfloat16 or float16")
     if problem.mask is not None:
         reasons.append("a dense mask")
@@ -122,7 +123,7 @@ def forward(problem: Problem) -> Result:
         call.derived, call.span, call.floor = NORMS.index(rule.norm), float(rule.span), float(rule.floor)
         call.gain_rows, call.gain_keys = _flags(rule.rows, R), _flags(rule.keys, C)
         call.gain_apply = _flags(rule.apply, R)
-    _run("attention", call)
+    run("attention", call)
     return Result(out, lse, mass, gains)
 
 
@@ -140,10 +141,10 @@ def backward(
     dq = torch.empty(p.batch, p.rows, p.heads, p.dim, dtype=p.q.dtype)
     dk, dv = ([torch.zeros(p.batch, *t.shape[1:]) for t in tensors] for tensors in (p.k, p.v))
     call = _Backward(
-        call=_describe_call(p, out, lse, keep), dout=_describe(dout, False), dq=_describe(dq, False),
-        dk=_describe_list(tuple(dk), False), dv=_describe_list(tuple(dv), False), gains=gain.data_ptr(),
+        call=_describe_call(p, out, lse, keep), dout=describe(dout, False), dq=describe(dq, False),
+        dk=describe_list(dk, False), dv=describe_list(dv, False), gains=gain.data_ptr(),
     )  # fmt: skip
-    _run("backward", call)
+    run("backward", call)
     return (
         _collect(dq, p.q, p.source_q),
         [_collect(g, t, None if p.source_k is None else p.source_k[i]) for i, (g, t) in enumerate(zip(dk, p.k, strict=True))],
@@ -181,9 +182,9 @@ def _describe_call(p: Problem, out: Tensor, lse: Tensor | None, keep: list) -> _
     for c in p.contrast:
         contrast += [0.0] * 4 if c is None else [1.0 + (c.clip is not None), c.beta, *(c.clip or (0.0, 0.0))]
     return _Attention(
-        abi=ABI, dtype=_DTYPES[p.q.dtype], B=p.batch, M=p.rows, H=p.heads, Hkv=p.kv_heads, D=p.dim, R=R, C=C,
-        G=p.n_groups, L=len(p.k), q=_describe(p.q, p.source_q is None), out=_describe(out, True),
-        k=_describe_list(p.k, p.source_k is None), v=_describe_list(p.v, p.source_v is None),
+        abi=ABI, dtype=DTYPES[p.q.dtype], B=p.batch, M=p.rows, H=p.heads, Hkv=p.kv_heads, D=p.dim, R=R, C=C,
+        G=p.n_groups, L=len(p.k), q=describe(p.q, p.source_q is None), out=describe(out, True),
+        k=describe_list(p.k, p.source_k is None), v=describe_list(p.v, p.source_v is None),
         source_q=ints(p.source_q, torch.int64), source_k=ints(p.source_k, torch.int64),
         source_v=ints(p.source_v, torch.int64),
         row_lengths=ints(p.row_lengths if p.row_items is None else p.row_items, torch.int32),
@@ -201,16 +202,16 @@ def _flags(chosen: tuple[int, ...], count: int) -> bytes:
     return bytes(i in chosen for i in range(count))
 
 
-def _describe(t: Tensor, broadcast: bool) -> _Tensor:
+def describe(t: Tensor, broadcast: bool) -> Tensor4:
     batch = 0 if broadcast and t.shape[0] == 1 else t.stride(0)
-    return _Tensor(t.data_ptr(), batch, t.stride(1), t.stride(2))
+    return Tensor4(t.data_ptr(), batch, t.stride(1), t.stride(2))
 
 
-def _describe_list(tensors: tuple[Tensor, ...], broadcast: bool):
-    return (_Tensor * len(tensors))(*(_describe(t, broadcast) for t in tensors))
+def describe_list(tensors: Sequence[Tensor], broadcast: bool):
+    return (Tensor4 * len(tensors))(*(describe(t, broadcast) for t in tensors))
 
 
-def _run(function: str, call: Structure) -> None:
+def run(function: str, call: Structure) -> None:
     library, reason = _load()
     if library is None:
         raise RuntimeError(reason)
@@ -239,7 +240,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         return None, _FAILURES[3]
     library.flashbrush_isa.restype = c_char_p
     library.flashbrush_isa.argtypes = (c_int,)
-    for function in ("attention", "backward"):
+    for function in ("attention", "backward", "norm_rope", "norm_rope_backward"):
         getattr(library, f"flashbrush_{function}").argtypes = (c_void_p, c_char_p, c_void_p)
     return library, ""
 

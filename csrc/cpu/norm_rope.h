@@ -20,7 +20,8 @@ typedef struct {
   const FbStream* stream;  // [streams], joined in this order; T tokens in all
   FbTensor out;            // (B, T, H, D)
   const float *cos, *sin;  // [T][D], in the order of the joined streams; null: no rotation
-  const int64_t* permutation;  // [T]: output token i is joined token permutation[i]; null: i
+  const int64_t* permutation;  // [T] or [B][T]: output token i is joined token permutation[i]; null: i
+  int64_t permutation_stride;  // of an item; 0: all alike
   float eps;
   int32_t half;  // 0: pairs (2i, 2i + 1); 1: pairs (i, i + D/2)
   int32_t threads;
@@ -30,7 +31,7 @@ typedef struct {
 typedef struct {
   FbNormRope forward;    // out is the gradient of the output
   const FbTensor* dx;    // [streams]
-  float* dweight;        // [streams][parts][D], one row for each part of the work; null: not wanted
+  float* dweight;        // [streams][parts][D], a row for each part of the work, zeros before; null: not wanted
   int64_t parts;
 } FbNormRopeBackward;
 }

@@ -54,7 +54,7 @@ inline float inverse_rms(const float* x, int64_t D, float eps) {
 
 template <int DTYPE>
 void forward_token(const FbNormRope* p, int64_t b, int64_t i) {
-  const int64_t D = p->D, joined = p->permutation ? p->permutation[i] : i;
+  const int64_t D = p->D, joined = p->permutation ? p->permutation[b * p->permutation_stride + i] : i;
   const FbStream* s = p->stream;
   int64_t token = joined;
   while (token >= s->tokens) token -= s->tokens, ++s;
@@ -81,7 +81,7 @@ void forward_token(const FbNormRope* p, int64_t b, int64_t i) {
 template <int DTYPE>
 void backward_token(const FbNormRopeBackward* q, int64_t b, int64_t i, int64_t part) {
   const FbNormRope* p = &q->forward;
-  const int64_t D = p->D, joined = p->permutation ? p->permutation[i] : i;
+  const int64_t D = p->D, joined = p->permutation ? p->permutation[b * p->permutation_stride + i] : i;
   int64_t n = 0, token = joined;
   while (token >= p->stream[n].tokens) token -= p->stream[n].tokens, ++n;
   const FbStream* s = p->stream + n;
