@@ -1,7 +1,9 @@
 """What a torch user calls; the names are re-exported by `flashbrush`."""
 
+from .adain import adain
 from .attention import Stats, attention
 from .attention_sum import Branch, attention_sum
+from .blend import blend_latents
 from .column_mass import column_mass
 from .control import Contrast, Control, HeadGain
 from .key_probabilities import key_probabilities
@@ -17,9 +19,11 @@ __all__ = [
     "HeadGain",
     "Segments",
     "Stats",
+    "adain",
     "attention",
     "attention_sum",
     "backends",
+    "blend_latents",
     "column_mass",
     "key_probabilities",
     "merge",

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 import flashbrush as fb
+from flashbrush.bindings.backends import cpu
+from flashbrush.bindings.qk_norm_rope import composed
 
 EPS = 1e-6
 
@@ -77,22 +79,54 @@ def test_without_rotation_and_permuted() -> None:
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
 @pytest.mark.parametrize("rope", ("interleaved", "half"))
-def test_bitwise_the_stock_processors(rope: str, dtype: torch.dtype) -> None:
+def test_no_further_from_the_truth_than_the_stock_processors(rope: str, dtype: torch.dtype) -> None:
     embeddings = pytest.importorskip("diffusers.models.embeddings")
     text, image = (torch.randn(2, n, 3, 32).to(dtype) for n in (5, 9))
-    norms = [torch.nn.RMSNorm(32, eps=EPS).to(dtype) for _ in range(2)]
+    norms = [torch.nn.RMSNorm(32, eps=EPS).to(dtype).requires_grad_(False) for _ in range(2)]
     for norm in norms:
         torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
     interleaved = rope == "interleaved"
     cos, sin = embeddings.get_1d_rotary_pos_embed(
         32, torch.arange(14), use_real=True, repeat_interleave_real=interleaved
     )
-    with torch.no_grad():
-        joined = torch.cat([n(x) for n, x in zip(norms, (text, image), strict=True)], 1)
-        kind = -1 if interleaved else -2
-        stock = embeddings.apply_rotary_emb(joined, (cos, sin), use_real_unbind_dim=kind, sequence_dim=1)
-        parts = [(x, n.weight, None) for n, x in zip(norms, (text, image), strict=True)]
-        assert torch.equal(fb.qk_norm_rope(parts, cos, sin, eps=EPS, rope=rope), stock)
+    joined = torch.cat([n(x) for n, x in zip(norms, (text, image), strict=True)], 1)
+    kind = -1 if interleaved else -2
+    stock = embeddings.apply_rotary_emb(joined, (cos, sin), use_real_unbind_dim=kind, sequence_dim=1)
+    xs, weights = [text, image], [n.weight for n in norms]
+    assert torch.equal(composed(xs, weights, [None, None], cos, sin, EPS, not interleaved, None), stock)
+    got = fb.qk_norm_rope([(x, w, None) for x, w in zip(xs, weights, strict=True)], cos, sin, eps=EPS, rope=rope)
+    truth = by_loops([(x.double(), w.double(), None) for x, w in zip(xs, weights, strict=True)], cos, sin, rope)
+    ulp = torch.finfo(dtype).eps * truth.abs().max()
+    assert (got - truth).abs().max() <= (stock - truth).abs().max() + ulp / 2
+    assert (got - truth).abs().mean() <= (stock - truth).abs().mean() * 1.01 + 1e-9
+
+
+@pytest.mark.parametrize("isa", cpu.isas())
+@pytest.mark.parametrize("rope", ("interleaved", "half"))
+def test_every_instruction_set(isa: str, rope: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASHBRUSH_CPU_ISA", isa)
+    if reasons := cpu.available():
+        pytest.skip("; ".join(reasons))
+    cos, sin = tables(160, 40, rope)
+    permutation = torch.stack([torch.randperm(160) for _ in range(2)])
+    for dtype in cpu.DTYPES:
+        # 40 is no multiple of a vector; 160 tokens of 11 heads are enough work for several threads
+        parts = streams(37, 60, 63, dtype=dtype, heads=11, dim=40)
+        xs = [x.requires_grad_() for x, _, _ in parts]
+        weights = [None if w is None else w.requires_grad_() for _, w, _ in parts]
+        got = fb.qk_norm_rope(parts, cos, sin, eps=EPS, rope=rope, permutation=permutation)
+        wide = [[None if t is None else t.detach().double().requires_grad_() for t in part] for part in parts]
+        args = ([part[i] for part in wide] for i in range(3))
+        truth = composed(*args, cos.double(), sin.double(), EPS, rope == "half", permutation)
+        dout = torch.randn_like(got)
+        got.backward(dout)
+        truth.backward(dout.double())
+        pairs = [(got, truth)]
+        for x, weight, (x64, weight64, _) in zip(xs, weights, wide, strict=True):
+            pairs += [(x.grad, x64.grad), *([] if weight is None else [(weight.grad, weight64.grad)])]
+        for ours, exact in pairs:
+            ulp = torch.finfo(dtype).eps * exact.abs().max()
+            assert (ours - exact).abs().max() <= (2 if dtype == torch.float32 else 0.51) * ulp
 
 
 def test_strided_streams() -> None:
