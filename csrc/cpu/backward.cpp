@@ -52,7 +52,7 @@ FLASHBRUSH_EXPORT int flashbrush_backward(const FbBackward* call, const char* is
   for (int64_t c = 0; c < p->C; ++c) shareable[c] = always_read(p, c);
   int64_t most = 0;
   for (int64_t b = 0; b < (p->keys_by_item || p->valid ? p->B : 1); ++b) {
-    job.layouts.push_back(lay_out(p, b, job.kernels->tile_keys, shareable));
+    job.layouts.push_back(lay_out(p, b, kBackwardKeys, shareable));
     most = std::max<int64_t>(most, int64_t(job.layouts.back().tiles.size()));
   }
   job.sizes = job.kernels->backward_sizes(p, most);

@@ -9,6 +9,7 @@
 namespace {
 
 constexpr int64_t kRows = 96;  // of a block: a multiple of MR, and of 16 pairs
+constexpr int KT = kBackwardKeys;
 constexpr int KTP = 66;        // rows of a transposed tile, a multiple of MR
 
 // Scratch of a thread.
@@ -146,8 +147,8 @@ void tile_rows(const FbAttention* p, Work& x, int64_t g, const Constants& c, con
   constexpr bool PAIRS = pairs<DTYPE>();
   const int64_t steps = dim_steps<DTYPE>(p->D);
   for (int64_t first = 0; first < kRows; first += MR) {
-    multiply_strips<PAIRS, false>(steps, x.q + first * steps, steps, keys, steps, KT / W, x.s, KT);
-    multiply_strips<PAIRS, false>(steps, x.dout + first * steps, steps, values, steps, KT / W, x.dp, KT);
+    multiply_strips<PAIRS, false>(steps, x.q + first * steps, steps, keys, steps, Strips(KT / W), x.s, KT);
+    multiply_strips<PAIRS, false>(steps, x.dout + first * steps, steps, values, steps, Strips(KT / W), x.dp, KT);
     for (int r = 0; r < MR; r += 2) row_pair<DTYPE, LANES, DELTA>(x, first + r, r, g, c);
   }
 }
@@ -227,12 +228,12 @@ struct Backward {
       transpose<DTYPE>(x.prob_pairs, x.prob_t);
       transpose<DTYPE>(x.ds_pairs, x.ds_t);
       for (int64_t i = 0; i < kRows; i += MR)
-        multiply_strips<PAIRS, true>(KT / PER, x.ds + i * (KT / PER), KT / PER, key_rows, KT / PER, int(DP / W), x.dq + i * DP, DP);
+        multiply_strips<PAIRS, true>(KT / PER, x.ds + i * (KT / PER), KT / PER, key_rows, KT / PER, Strips(int(DP / W)), x.dq + i * DP, DP);
       float *dk = packed->dk + n * KTP * DP, *dv = packed->dv + n * KTP * DP;
       constexpr int64_t depth = kRows / PER;
       for (int64_t j = 0; j < KTP; j += MR) {
-        multiply_strips<PAIRS, true>(depth, x.prob_t + j * depth, depth, x.dout_columns, depth, int(DP / W), dv + j * DP, DP);
-        multiply_strips<PAIRS, true>(depth, x.ds_t + j * depth, depth, x.q_columns, depth, int(DP / W), dk + j * DP, DP);
+        multiply_strips<PAIRS, true>(depth, x.prob_t + j * depth, depth, x.dout_columns, depth, Strips(int(DP / W)), dv + j * DP, DP);
+        multiply_strips<PAIRS, true>(depth, x.ds_t + j * depth, depth, x.q_columns, depth, Strips(int(DP / W)), dk + j * DP, DP);
       }
     });
     for (int64_t i = 0; i < task.count; ++i) store_row<DTYPE>((char*)at(call->dq, p->dtype, b, task.first + i, h), x.dq + i * DP, D);
@@ -242,7 +243,7 @@ struct Backward {
     const int64_t steps = dim_steps<DTYPE>(p->D), DP = padded_dim(p->D), per_kv = p->H / p->Hkv;
     for (int32_t n = 0; n < layout->n_tiles; ++n) {
       const Tile& tile = layout->tiles[n];
-      const TileRows keys(p, layout, tile, p->k, p->source_k, b, kv), values(p, layout, tile, p->v, p->source_v, b, kv);
+      const TileRows<KT> keys(p, layout, tile, p->k, p->source_k, b, kv), values(p, layout, tile, p->v, p->source_v, b, kv);
       pack_keys<DTYPE>(p, keys, (uint32_t*)packed->keys + n * steps * KT);
       pack_keys<DTYPE>(p, values, (uint32_t*)packed->values + n * steps * KT);
       pack_values<DTYPE>(p, keys, (uint32_t*)packed->key_rows + n * (KT / per<DTYPE>()) * DP);

@@ -195,7 +195,7 @@ FLASHBRUSH_EXPORT int flashbrush_attention(const FbAttention* p, const char* isa
   const bool by_item = p->keys_by_item || p->valid;
   int64_t most_tiles = 0;
   for (int64_t b = 0; b < (by_item ? p->B : 1); ++b) {
-    job.layouts.push_back(lay_out(p, b, kernels->tile_keys, shareable));
+    job.layouts.push_back(lay_out(p, b, kForwardKeys, shareable));
     most_tiles = std::max<int64_t>(most_tiles, job.layouts.back().tiles.size());
   }
   const int64_t limit = block_rows(p);
@@ -205,7 +205,7 @@ FLASHBRUSH_EXPORT int flashbrush_attention(const FbAttention* p, const char* isa
 
   job.units = p->B * p->Hkv;
   // The sums over a segment's values are taken in order, by one thread.
-  job.chunks = linear ? 1 : std::max<int64_t>(1, std::min<int64_t>(most_tiles / 4, 8));
+  job.chunks = linear ? 1 : std::max<int64_t>(1, std::min<int64_t>(most_tiles / 2, 8));
   job.first_slot.assign(p->B + 1, 0);
   job.first_task.assign(job.units + 1, 0);
   for (int64_t b = 0; b < p->B; ++b) job.first_slot[b + 1] = job.first_slot[b] + p->H * int64_t(job.rows(b).size());

@@ -1,20 +1,21 @@
 // The forward kernel for one instruction set: packing, and one block of query rows against all tiles of keys.
 //
-// A row block keeps its maximum m, sum l and output in scratch; for each tile of 64 keys, six rows at a time go through
-// QK^T, exp2 and PV while the tile's K and V stay in L1. m is the maximum of the first tile and moves only when a logit
-// exceeds it by kSlack: probabilities are floating point, so that their scale costs no precision.
+// A row block keeps its maximum m, sum l and output in scratch; for each tile of 128 keys, six rows at a time go through
+// QK^T, exp2 and PV while the tile's K and V stay in the caches next to the core. m is the maximum of the first tile and
+// moves only when a logit exceeds it by kSlack: probabilities are floating point, so that their scale costs no precision.
 #include "pack.h"
 
 namespace {
 
 using namespace flashbrush;
 
+constexpr int KT = kForwardKeys;
 constexpr float kSlack = 256.f;  // how far a probability may exceed 1 before its row is rescaled
 
 // ---------------------------------------------------------------------------------------------------------------- pack
 
 template <int DTYPE>
-void add_values(const FbAttention* p, const Layout* layout, const Tile& tile, const TileRows& rows, float* sums) {
+void add_values(const FbAttention* p, const Layout* layout, const Tile& tile, const TileRows<KT>& rows, float* sums) {
   for (int n = 0; n < tile.pieces; ++n) {
     const Piece& piece = layout->pieces[tile.first_piece + n];
     float* to = sums + piece.segment * padded_dim(p->D);
@@ -28,8 +29,8 @@ void pack(const FbAttention* p, const Layout* layout, int64_t b, int64_t kv, int
   const int64_t steps = dim_steps<DTYPE>(p->D), DP = padded_dim(p->D);
   for (int64_t n = first; n < last; ++n) {
     const Tile& tile = layout->tiles[n];
-    pack_keys<DTYPE>(p, TileRows(p, layout, tile, p->k, p->source_k, b, kv), (uint32_t*)to->keys + n * steps * KT);
-    const TileRows values(p, layout, tile, p->v, p->source_v, b, kv);
+    pack_keys<DTYPE>(p, TileRows<KT>(p, layout, tile, p->k, p->source_k, b, kv), (uint32_t*)to->keys + n * steps * KT);
+    const TileRows<KT> values(p, layout, tile, p->v, p->source_v, b, kv);
     pack_values<DTYPE>(p, values, (uint32_t*)to->values + n * (KT / per<DTYPE>()) * DP);
     if (to->sums) add_values<DTYPE>(p, layout, tile, values, to->sums);
   }
@@ -84,22 +85,24 @@ struct Constants {
   const float *lane_add, *lane_post;    // [KT] where lanes differ, else null
 };
 
-template <int DTYPE>
+template <int DTYPE, int N>
 inline void store_prob(uint32_t* prob, const vf* e) {
   if constexpr (pairs<DTYPE>()) {
 #if defined(__AVX512BF16__)
-    _mm512_storeu_si512(prob, (__m512i)_mm512_cvtne2ps_pbh(e[1], e[0]));
-    _mm512_storeu_si512(prob + W, (__m512i)_mm512_cvtne2ps_pbh(e[3], e[2]));
+#pragma GCC unroll 16
+    for (int j = 0; j < N; j += 2) _mm512_storeu_si512(prob + j / 2 * W, (__m512i)_mm512_cvtne2ps_pbh(e[j + 1], e[j]));
 #endif
   } else {
-    for (int j = 0; j < KT / W; ++j) store((float*)prob + j * W, e[j]);
+#pragma GCC unroll 16
+    for (int j = 0; j < N; ++j) store((float*)prob + j * W, e[j]);
   }
 }
 
 // Raise row i's maximum to that of its logits in s, and rescale what was summed so far.
+template <int N>
 inline void rescale(Block& x, int64_t i, const float* s, const Constants& c, int64_t DP) {
   vf top = splat(-kInf);
-  for (int j = 0; j < KT; j += W) top = maximum(fma(load(s + j), splat(c.scale), c.lane_add ? load(c.lane_add + j) : splat(c.add)), top);
+  for (int j = 0; j < N * W; j += W) top = maximum(fma(load(s + j), splat(c.scale), c.lane_add ? load(c.lane_add + j) : splat(c.add)), top);
   const float m = largest(top);
   if (!(m > x.m[i])) return;
   const float factor = x.m[i] == -kInf ? 0.f : __builtin_exp2f(x.m[i] - m);
@@ -109,11 +112,10 @@ inline void rescale(Block& x, int64_t i, const float* s, const Constants& c, int
   for (int64_t d = 0; d < DP; d += W) store(x.o + i * DP + d, load(x.o + i * DP + d) * splat(factor));
 }
 
-// s[MR][KT] logits of rows first.. -> probabilities as A operand; the row sums gain theirs.
-template <int DTYPE, int MODE, bool LANES>
+// s[MR][KT] logits of rows first.. -> probabilities as A operand; the row sums gain theirs. N vectors hold the tile's keys.
+template <int DTYPE, int MODE, bool LANES, int N>
 inline void softmax(Block& x, int64_t first, const Constants& c, int64_t DP) {
   constexpr int DEGREE = DTYPE == FB_F32 ? 5 : 4;
-  constexpr int N = KT / W;
   for (int r = 0; r < MR; ++r) {
     const int64_t i = first + r;
     float* s = x.s + r * KT;
@@ -129,11 +131,11 @@ inline void softmax(Block& x, int64_t first, const Constants& c, int64_t DP) {
         total = total + t[j];
       }
     };
-    if (MODE != kClip && __builtin_expect(x.m[i] == -kInf, 0)) rescale(x, i, s, c, DP);
+    if (MODE != kClip && __builtin_expect(x.m[i] == -kInf, 0)) rescale<N>(x, i, s, c, DP);
     exponentials();
     // A probability above kSlack shows in its lane's sum: the maximum has to move.
     if (MODE != kClip && __builtin_expect(any_greater(total, splat(kSlack)), 0)) {
-      rescale(x, i, s, c, DP);
+      rescale<N>(x, i, s, c, DP);
       exponentials();
     }
     if constexpr (MODE == kPost || MODE == kClip)
@@ -153,31 +155,39 @@ inline void softmax(Block& x, int64_t first, const Constants& c, int64_t DP) {
         t[j] = e;
       }
     if constexpr (MODE != kClip) store(x.lanes + i * W, load(x.lanes + i * W) + total);
-    if constexpr (MODE != kSum) store_prob<DTYPE>(x.prob + r * (KT / per<DTYPE>()), t);
+    if constexpr (MODE != kSum) store_prob<DTYPE, N>(x.prob + r * (KT / per<DTYPE>()), t);
   }
 }
 
-template <int DTYPE, int MODE, bool LANES>
-void tile_rows(const FbAttention* p, Block& x, int64_t groups, const Constants& c, const uint32_t* keys, const uint32_t* values, int32_t count) {
+// What a tile's rows are multiplied with.
+struct Operands {
+  const uint32_t *keys, *values;
+  int32_t count;
+};
+
+template <int DTYPE, int MODE, bool LANES, int N>
+void tile_rows(const FbAttention* p, Block& x, int64_t groups, const Constants& c, const Operands& tile) {
   constexpr bool PAIRS = pairs<DTYPE>();
   constexpr int PER = per<DTYPE>();
   const int64_t steps = dim_steps<DTYPE>(p->D), DP = padded_dim(p->D);
+  const Strips columns(N), dims(int(DP / W));
   for (int64_t first = 0; first < groups * MR; first += MR) {
-    multiply_strips<PAIRS, false>(steps, x.q + first * steps, steps, keys, steps, KT / W, x.s, KT);
-    softmax<DTYPE, MODE, LANES>(x, first, c, DP);
+    multiply_strips<PAIRS, false>(steps, x.q + first * steps, steps, tile.keys, steps, columns, x.s, KT);
+    softmax<DTYPE, MODE, LANES, N>(x, first, c, DP);
     if constexpr (MODE != kSum)
-      multiply_strips<PAIRS, true>((count + PER - 1) / PER, x.prob, KT / PER, values, KT / PER, int(DP / W), x.o + first * DP, DP);
+      multiply_strips<PAIRS, true>((tile.count + PER - 1) / PER, x.prob, KT / PER, tile.values, KT / PER, dims, x.o + first * DP, DP);
   }
 }
 
 template <int DTYPE>
-void run_tile(Mode mode, const FbAttention* p, Block& x, int64_t groups, const Constants& c, const uint32_t* keys, const uint32_t* values, int32_t count) {
-  const bool lanes = c.lane_add != nullptr;
+void run_tile(Mode mode, const FbAttention* p, Block& x, int64_t groups, const Constants& c, const Operands& tile, int32_t keys) {
+  const bool lanes = c.lane_add != nullptr, half = keys <= KT / 2;
   switch (mode) {
-#define FB_MODE(mode)                                                                                       \
-  case mode:                                                                                                \
-    lanes ? tile_rows<DTYPE, mode, true>(p, x, groups, c, keys, values, count)                              \
-          : tile_rows<DTYPE, mode, false>(p, x, groups, c, keys, values, count);                            \
+#define FB_MODE(mode)                                                                  \
+  case mode:                                                                           \
+    half    ? tile_rows<DTYPE, mode, true, KT / W / 2>(p, x, groups, c, tile)          \
+    : lanes ? tile_rows<DTYPE, mode, true, KT / W>(p, x, groups, c, tile)              \
+            : tile_rows<DTYPE, mode, false, KT / W>(p, x, groups, c, tile);            \
     break
     FB_MODE(kFold);
     FB_MODE(kSum);
@@ -224,8 +234,7 @@ struct Sweep {
     for (int32_t n = layout->group_tiles[g]; n < layout->group_tiles[g + 1]; ++n) {
       const Tile& tile = layout->tiles[n];
       const Piece* pieces = layout->pieces + tile.first_piece;
-      const uint32_t* keys = (const uint32_t*)packed->keys + n * steps * KT;
-      const uint32_t* values = (const uint32_t*)packed->values + n * (KT / per<DTYPE>()) * DP;
+      const Operands operands{(const uint32_t*)packed->keys + n * steps * KT, (const uint32_t*)packed->values + n * (KT / per<DTYPE>()) * DP, tile.count};
       const int64_t c = pieces[0].segment;
       const bool mixed = tile.pieces > 1;
       if (open >= 0 && (mixed || open != c)) close(open, unfold), open = -1;
@@ -263,7 +272,7 @@ struct Sweep {
         k.lane_add = lane_add, k.lane_post = lane_post;
       }
       if (mode == kClip) {
-        run_tile<DTYPE>(mode, p, x, groups, k, keys, values, tile.count);
+        run_tile<DTYPE>(mode, p, x, groups, k, operands, tile.count);
         continue;
       }
       if (open < 0) {
@@ -271,9 +280,9 @@ struct Sweep {
         unfold = unfold_now;
       }
       if (mixed && x.mass && !clip) {
-        run_mixed(mode, k, tile, pieces, keys, values);
+        run_mixed(mode, k, tile, pieces, operands);
       } else {
-        run_tile<DTYPE>(mode, p, x, groups, k, keys, values, tile.count);
+        run_tile<DTYPE>(mode, p, x, groups, k, operands, tile.count);
       }
       if (mixed) {
         close_mixed();
@@ -289,13 +298,14 @@ struct Sweep {
   }
 
   // Several segments in one tile, their masses wanted: six rows at a time, so that s still holds the probabilities.
-  void run_mixed(Mode mode, const Constants& k, const Tile& tile, const Piece* pieces, const uint32_t* keys, const uint32_t* values) {
+  void run_mixed(Mode mode, const Constants& k, const Tile& tile, const Piece* pieces, Operands operands) {
     const int64_t steps = dim_steps<DTYPE>(p->D), DP = padded_dim(p->D);
     Block part = x;
+    if (mode == kSum) operands.count = 0;
     for (int64_t first = 0; first < groups * MR; first += MR) {
       part.q = x.q + first * steps, part.o = x.o + first * DP, part.lanes = x.lanes + first * W;
       part.m = x.m + first, part.l = x.l + first;
-      run_tile<DTYPE>(kPost, p, part, 1, k, keys, values, mode == kSum ? 0 : tile.count);
+      run_tile<DTYPE>(kPost, p, part, 1, k, operands, tile.count);
       for (int n = 0; n < tile.pieces; ++n)
         for (int r = 0; r < MR; ++r) {
           float mass = 0.f;

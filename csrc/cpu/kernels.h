@@ -9,6 +9,8 @@ namespace flashbrush {
 
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
+constexpr int kForwardKeys = 128;  // of a tile: long sums in PV; K and V of a tile stay in L2, and K or V in L1
+constexpr int kBackwardKeys = 64;  // K, V, dK and dV of a tile stay in L2 beside the block's rows
 // A weight within 2^-60 .. 2^60 is folded into the exponent; float32 holds such probabilities without loss.
 constexpr float kFoldLow = 0x1p-60f, kFoldHigh = 0x1p60f;
 
@@ -18,7 +20,7 @@ struct Piece {
   int64_t start;  // token within the tensor
 };
 
-// Up to tile_keys keys: of one segment, or of several short ones, each lane then with constants of its own.
+// Up to kForwardKeys or kBackwardKeys keys: of one segment, or of several short ones, each lane then with constants of its own.
 struct Tile {
   int32_t first_piece, pieces, count;
 };
@@ -55,7 +57,7 @@ struct BackwardSizes {
 // What one instruction set offers.
 struct Kernels {
   const char* isa;
-  int32_t tile_keys, row_group, dim_multiple;
+  int32_t row_group, dim_multiple;
   size_t (*key_tile_bytes)(const FbAttention*);
   size_t (*value_tile_bytes)(const FbAttention*);
   size_t (*scratch_bytes)(const FbAttention*, int64_t block_rows);

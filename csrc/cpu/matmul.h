@@ -20,7 +20,6 @@ constexpr int NV = 4;  // 6 x 4 accumulators, 4 columns of B and one of A fill 2
 constexpr int NV = 2;  // 6 x 2, 2 and 1: 15 of 16
 #endif
 constexpr int MR = 6;
-constexpr int KT = 64;  // keys of a tile: K and V of 64 keys at D 128 in bfloat16 are 32 KiB, and stay in L1
 
 // How an element of a dtype is held in packed tiles: pairs of bfloat16 where the hardware multiplies them, else float32.
 template <bool PAIRS>
@@ -78,8 +77,7 @@ struct Strips {
 };
 
 template <bool PAIRS, bool ADD>
-inline void multiply_strips(int64_t steps, const uint32_t* a, int64_t lda, const uint32_t* b, int64_t depth, int vectors, float* c, int64_t ldc) {
-  const Strips strips(vectors);
+inline void multiply_strips(int64_t steps, const uint32_t* a, int64_t lda, const uint32_t* b, int64_t depth, const Strips& strips, float* c, int64_t ldc) {
   for (int i = 0; i < strips.count; ++i) {
     const int first = strips.first(i);
     const uint32_t* strip = b + int64_t(first) * W * depth;

@@ -29,6 +29,7 @@ inline int64_t dim_steps(int64_t D) {
 // The rows of a tile's keys or values; a row of zeros stands for the missing ones.
 alignas(64) const char kZeros[4 * 1024] = {};
 
+template <int KT>
 struct TileRows {
   const char* row[KT];
 
@@ -43,8 +44,8 @@ struct TileRows {
 };
 
 // K^T in strips of NV vectors of keys: [strip][step][key]
-template <int DTYPE>
-inline void pack_keys(const FbAttention* p, const TileRows& rows, uint32_t* out) {
+template <int DTYPE, int KT>
+inline void pack_keys(const FbAttention* p, const TileRows<KT>& rows, uint32_t* out) {
   const int64_t D = p->D, steps = dim_steps<DTYPE>(D);
   const Strips strips(KT / W);
   for (int i = 0; i < strips.count; ++i) {
@@ -88,8 +89,8 @@ inline void pack_depth(const char* const* rows, int64_t D, int64_t depth, const 
   }
 }
 
-template <int DTYPE>
-inline void pack_values(const FbAttention* p, const TileRows& rows, uint32_t* out) {
+template <int DTYPE, int KT>
+inline void pack_values(const FbAttention* p, const TileRows<KT>& rows, uint32_t* out) {
   pack_depth<DTYPE>(rows.row, p->D, KT / per<DTYPE>(), Strips(int(padded_dim(p->D) / W)), out);
 }
 

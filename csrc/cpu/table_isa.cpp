@@ -27,7 +27,7 @@ void norm_rope_backward_token(const FbNormRopeBackward*, int64_t, int64_t, int64
 extern "C" const flashbrush::Kernels* FB_NAME(FLASHBRUSH_ISA)() {
   using namespace flashbrush::FLASHBRUSH_ISA;
   static const flashbrush::Kernels kernels = {
-      FB_STRING(FLASHBRUSH_ISA), KT, MR, W, key_tile_bytes, value_tile_bytes, scratch_bytes, pack, rows, scale_row,
+      FB_STRING(FLASHBRUSH_ISA), MR, W, key_tile_bytes, value_tile_bytes, scratch_bytes, pack, rows, scale_row,
       backward_sizes, backward_unit, norm_rope_token, norm_rope_backward_token,
   };
   return &kernels;
