@@ -176,8 +176,7 @@ def _lower_control(control: Control, device: torch.device) -> dict:
     if control.head_gain is not None:
         spec = control.head_gain
         parts = (control.head_gain_rows, control.head_gain_keys, control.head_gain_apply)
-        span, floor = control.head_gain_values  # type: ignore[misc]
-        rule = GainRule(*parts, span=span, floor=floor, norm=spec.norm)  # type: ignore[arg-type]
+        rule = GainRule(*parts, values=control.head_gain_values, norm=spec.norm)  # type: ignore[arg-type]
     return {
         "row_lengths": control.rows.lengths,
         "key_lengths": control.keys.lengths,

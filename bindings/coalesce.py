@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .problem import Problem
@@ -28,19 +29,22 @@ def coalesce(problem: Problem) -> Problem:
         return p
 
     def pick(table: Tensor | None) -> Tensor | None:
-        return None if table is None else table[:, :, joined.rows][..., joined.keys]
+        return None if table is None else table.index_select(2, rows).index_select(3, keys)
+
+    # Index tensors are kept, so that a call makes no copy to the device, which a GPU would have to wait for.
+    rows, keys = _index(joined.rows, p.q.device), _index(joined.keys, p.q.device)
 
     return replace(
         p, row_lengths=joined.row_lengths, key_lengths=joined.key_lengths, groups=joined.groups, kinds=joined.kinds,
-        bias=pick(p.bias), weight=pick(p.weight), gain=None if p.gain is None else p.gain[:, :, joined.rows],
-        valid=None if p.valid is None else p.valid[:, joined.keys],
+        bias=pick(p.bias), weight=pick(p.weight), gain=None if p.gain is None else p.gain.index_select(2, rows),
+        valid=None if p.valid is None else p.valid.index_select(1, keys),
         head_gain=replace(rule, rows=joined.rule[0], keys=joined.rule[1], apply=joined.rule[2]) if rule else None,
     )  # fmt: skip
 
 
 class _Joined(NamedTuple):
-    rows: list[int]  # the first segment of each run, whose table entries stand for it
-    keys: list[int]
+    rows: Indices  # the first segment of each run, whose table entries stand for it
+    keys: Indices
     row_lengths: Indices
     key_lengths: Indices
     groups: Indices
@@ -71,7 +75,7 @@ def _join(
     keys = _runs(C, key_identity, keys_may)
     if len(rows) == R and len(keys) == C:
         return None
-    first_rows, first_keys = [run[0] for run in rows], [run[0] for run in keys]
+    first_rows, first_keys = tuple(run[0] for run in rows), tuple(run[0] for run in keys)
 
     def new(old: Indices, runs: list[list[int]]) -> Indices:
         return tuple(n for n, run in enumerate(runs) if not set(old).isdisjoint(run))
@@ -85,6 +89,11 @@ def _join(
         kinds=tuple(kinds[r * C + c] for r in first_rows for c in first_keys),
         rule=(new(rule[0], rows), new(rule[1], keys), new(rule[2], rows)),
     )
+
+
+@functools.lru_cache(1024)
+def _index(indices: Indices, device: torch.device) -> Tensor:
+    return torch.tensor(indices, dtype=torch.int64, device=device)
 
 
 def _runs(count: int, identity: Callable[[int], tuple], may: bool) -> list[list[int]]:

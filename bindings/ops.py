@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .backends import Result
+from .backends.reference import total_gain
 from .coalesce import coalesce
 from .control import NORMS, Contrast
 from .plan import resolve, resolve_backward
@@ -56,13 +57,12 @@ def pack_gain(rule: GainRule | None) -> list[int]:
 
 
 def _unpack_gain(flat: list[int], values: Any) -> GainRule | None:
-    """values: (2,) span, floor, on q's device."""
     if not flat:
         return None
     norm, n_rows, n_keys = flat[:3]
     rest = flat[4:]
     rows, keys, apply = rest[:n_rows], rest[n_rows : n_rows + n_keys], rest[n_rows + n_keys :]
-    return GainRule(tuple(rows), tuple(keys), tuple(apply), span=values[0], floor=values[1], norm=NORMS[norm])
+    return GainRule(tuple(rows), tuple(keys), tuple(apply), values=values, norm=NORMS[norm])
 
 
 def _problem(
@@ -73,9 +73,10 @@ def _problem(
     return Problem(
         q=q, k=tuple(k), v=tuple(v), batch=_batch(q, source_q), row_lengths=tuple(row_lengths),
         key_lengths=tuple(key_lengths), groups=tuple(groups), kinds=tuple(kinds),
-        contrast=_unpack_contrast(contrast, contrast_values), scale=scale, scales=scales, row_items=row_items, key_items=key_items, valid=valid, bias=bias, weight=weight,
-        gain=gain, gates=gates, head_gain=_unpack_gain(head_gain, head_gain_values), source_q=source_q,
-        source_k=source_k, source_v=source_v, mask=mask, need_stats=need_stats, out=out,
+        contrast=_unpack_contrast(contrast, contrast_values), scale=scale, scales=scales, row_items=row_items,
+        key_items=key_items, valid=valid, bias=bias, weight=weight, gain=gain, gates=gates,
+        head_gain=_unpack_gain(head_gain, head_gain_values), source_q=source_q, source_k=source_k, source_v=source_v,
+        mask=mask, need_stats=need_stats, out=out,
     )  # fmt: skip
 
 
@@ -104,8 +105,6 @@ def _empty(p: Problem) -> Result:
         if p.gain is not None:
             gain.mul_(p.gain)
         if p.head_gain is not None:
-            from .backends.reference import total_gain
-
             gain.copy_(total_gain(p, mass))
     return Result(out, lse, mass, gain)
 
@@ -124,8 +123,7 @@ def _stats_like(q: Tensor, batch, rows, row_segments, key_segments, groups, need
 
 def _stats(problem: Problem, result: Result) -> tuple[Tensor, Tensor, Tensor]:
     if not problem.need_stats:
-        none = [problem.q.new_empty(0, dtype=torch.float64 if problem.q.dtype == torch.float64 else torch.float32)] * 3
-        return tuple(t.clone() for t in none)  # type: ignore[return-value]
+        return tuple(_stats_like(problem.q, 0, 0, 0, 0, 0, False))  # type: ignore[return-value]
     assert result.lse is not None and result.mass is not None and result.gain is not None
     # An operator's output may not share memory with an input, as a backend's gain does with the table it was given.
     gain = result.gain if problem.gain is None else result.gain.clone(memory_format=torch.contiguous_format)

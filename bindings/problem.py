@@ -19,9 +19,16 @@ class GainRule:
     rows: tuple[int, ...]
     keys: tuple[int, ...]
     apply: tuple[int, ...]
-    span: float
-    floor: float
+    values: Tensor  # (2,) float32: span, floor
     norm: str
+
+    @property
+    def span(self) -> Tensor:
+        return self.values[0]
+
+    @property
+    def floor(self) -> Tensor:
+        return self.values[1]
 
 
 @dataclass(frozen=True)
@@ -29,7 +36,8 @@ class Problem:
     """B output items, H heads, M rows in R segments, N keys in C segments and G groups, head dim D.
 
     Table entry [b, h] is read at [b or 0, h or 0] where its dimension is 1. Segment lengths differ from item to item
-    where row_items or key_items is set. Key segment c lies in tensor 0 after its predecessors, or is tensor c of a list.
+    where row_items or key_items is set. Key segment c lies in tensor 0 after its predecessors, or is tensor c of a
+    list.
     """
 
     q: Tensor  # (batch, M, H, D)

@@ -11,7 +11,7 @@ import functools
 import json
 import os
 from collections.abc import Sequence
-from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, addressof, byref, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
 from pathlib import Path
 
 import torch
@@ -109,7 +109,7 @@ def isas() -> list[str]:
 
 
 def forward(problem: Problem) -> Result:
-    """Any layout with a contiguous last dimension. Extra memory: packed K and V of two heads, and scratch per thread."""
+    """Any layout with a contiguous last dimension. Extra memory: packed K and V of two heads, scratch per thread."""
     p = problem
     R, C = len(p.row_lengths), len(p.key_lengths)
     out = torch.empty(p.batch, p.rows, p.heads, p.dim, dtype=p.q.dtype) if p.out is None else p.out
@@ -120,7 +120,7 @@ def forward(problem: Problem) -> Result:
     call = _describe_call(p, out, lse, keep)
     call.mass, call.gains = (None if t is None else t.data_ptr() for t in (mass, gains))
     if (rule := p.head_gain) is not None:
-        call.derived, call.span, call.floor = NORMS.index(rule.norm), float(rule.span), float(rule.floor)
+        call.derived, (call.span, call.floor) = NORMS.index(rule.norm), rule.values.tolist()
         call.gain_rows, call.gain_keys = _flags(rule.rows, R), _flags(rule.keys, C)
         call.gain_apply = _flags(rule.apply, R)
     run("attention", call)
@@ -145,11 +145,12 @@ def backward(
         dk=describe_list(dk, False), dv=describe_list(dv, False), gains=gain.data_ptr(),
     )  # fmt: skip
     run("backward", call)
-    return (
-        _collect(dq, p.q, p.source_q),
-        [_collect(g, t, None if p.source_k is None else p.source_k[i]) for i, (g, t) in enumerate(zip(dk, p.k, strict=True))],
-        [_collect(g, t, None if p.source_v is None else p.source_v[i]) for i, (g, t) in enumerate(zip(dv, p.v, strict=True))],
-    )
+
+    def collect(grads: list[Tensor], tensors: tuple[Tensor, ...], source: Tensor | None) -> list[Tensor]:
+        sources = [None] * len(grads) if source is None else source
+        return [_collect(g, t, index) for g, t, index in zip(grads, tensors, sources, strict=True)]
+
+    return _collect(dq, p.q, p.source_q), collect(dk, p.k, p.source_k), collect(dv, p.v, p.source_v)
 
 
 def _collect(grad: Tensor, t: Tensor, source: Tensor | None) -> Tensor:
@@ -175,8 +176,15 @@ def _describe_call(p: Problem, out: Tensor, lse: Tensor | None, keep: list) -> _
     def ints(values: Tensor | tuple[int, ...] | None, dtype: torch.dtype) -> int | None:
         if values is None:
             return None
-        keep.append(torch.as_tensor(values, dtype=dtype).contiguous())
+        if isinstance(values, tuple):
+            keep.append((c_int32 * len(values))(*values))
+            return addressof(keep[-1])
+        keep.append(values.to(dtype).contiguous())
         return keep[-1].data_ptr()
+
+    def number(value: float) -> _Table:
+        keep.append(c_float(value))
+        return _Table(addressof(keep[-1]), 0, 0)
 
     contrast: list[float] = []
     for c in p.contrast:
@@ -192,7 +200,7 @@ def _describe_call(p: Problem, out: Tensor, lse: Tensor | None, keep: list) -> _
         valid=ints(None if p.valid is None else p.valid.clamp(min=0), torch.int32),
         rows_by_item=p.row_items is not None, keys_by_item=p.key_items is not None,
         groups=(c_int32 * C)(*p.groups), contrast=(c_float * len(contrast))(*contrast),
-        scale=table(torch.full((1, 1), p.scale) if p.scales is None else p.scales), bias=table(p.bias),
+        scale=number(p.scale) if p.scales is None else table(p.scales), bias=table(p.bias),
         weight=table(p.weight), gain=table(p.gain), gates=table(p.gates),
         lse=None if lse is None else lse.data_ptr(), derived=-1, threads=torch.get_num_threads(),
     )  # fmt: skip

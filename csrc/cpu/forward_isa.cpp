@@ -184,10 +184,9 @@ void run_tile(Mode mode, const FbAttention* p, Block& x, int64_t groups, const C
   const bool lanes = c.lane_add != nullptr, half = keys <= KT / 2;
   switch (mode) {
 #define FB_MODE(mode)                                                                  \
-  case mode:                                                                           \
-    half    ? tile_rows<DTYPE, mode, true, KT / W / 2>(p, x, groups, c, tile)          \
-    : lanes ? tile_rows<DTYPE, mode, true, KT / W>(p, x, groups, c, tile)              \
-            : tile_rows<DTYPE, mode, false, KT / W>(p, x, groups, c, tile);            \
+  case mode:                                                                                                         \
+    if (half) lanes ? tile_rows<DTYPE, mode, true, KT / W / 2>(p, x, groups, c, tile) : tile_rows<DTYPE, mode, false, KT / W / 2>(p, x, groups, c, tile); \
+    else lanes ? tile_rows<DTYPE, mode, true, KT / W>(p, x, groups, c, tile) : tile_rows<DTYPE, mode, false, KT / W>(p, x, groups, c, tile);             \
     break
     FB_MODE(kFold);
     FB_MODE(kSum);
@@ -262,7 +261,7 @@ struct Sweep {
       } else if (mode == kFold) {
         mode = kPost;
       }
-      if (mixed || tile.count < KT) {
+      if (mixed || (tile.count != KT && tile.count != KT / 2)) {
         for (int j = 0; j < KT; ++j) lane_add[j] = -kInf, lane_post[j] = 0.f;
         for (int i = 0; i < tile.pieces; ++i)
           for (int j = pieces[i].lane; j < pieces[i].lane + pieces[i].count; ++j) {
