@@ -112,8 +112,8 @@ class _NormRope(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout):  # type: ignore[override]
-        n = len(ctx.weighted)
-        xs, given = list(ctx.saved_tensors[:n]), list(ctx.saved_tensors[n:])
+        n, saved = len(ctx.weighted), ctx.saved_tensors
+        xs, given = list(saved[:n]), list(saved[n:])
         weights = [given.pop(0) if has else None for has in ctx.weighted]
         dxs, dweights = _backward(dout, xs, weights, *ctx.rest)
         return (*(None,) * 7, *dxs, *(d if has else None for d, has in zip(dweights, ctx.weighted, strict=True)))

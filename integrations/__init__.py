@@ -1,0 +1,23 @@
+"""Attention control inside diffusers: methods, processors and pipelines. Importing this does not import diffusers."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .methods import InContextBrush
+    from .pipelines import InContextBrushPipeline
+
+__all__ = ["InContextBrush", "InContextBrushPipeline"]
+_HOMES = {"InContextBrush": ".methods", "InContextBrushPipeline": ".pipelines"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

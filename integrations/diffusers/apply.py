@@ -1,0 +1,384 @@
+"""apply(): a method's control on a diffusers model, and the handle that steers it and takes it away again."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Container, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ...bindings import Stats, backends
+from .host import Geometry, Host, Place, find_host
+from .plan import Layer, Method, Plan, Step
+
+
+class Record(NamedTuple):
+    """Statistics of one controlled attention call."""
+
+    step: int
+    layer: int  # Layer.index
+    kind: str  # Layer.kind
+    stats: Stats  # on the model's device; a field that was not asked for is an empty tensor
+
+
+def apply(
+    model: nn.Module,
+    method: Method | None = None,
+    *,
+    layers: str | int | Iterable[str | int] | None = None,
+    steps: int | Iterable[int] | None = None,
+    stats: bool | Sequence[str] = False,
+    backend: str = "auto",
+) -> Handle:
+    """Control a diffusers model's attention with `method`; without one, run it through flashbrush.attention as it is.
+
+        with apply(pipe.transformer, InContextBrush(alpha_subject=0.5)) as handle:
+            pipe(...)
+
+    or ``handle = apply(...)`` and later ``handle.remove()``. Works under torch.compile in any order, with offloading,
+    LoRA, fused projections and quantised linears; a deep copy of the model carries a copy of the control
+    (``Handle.of(copy)``). A call without a plan is plain attention through flashbrush, or through the backend set by
+    ``model.set_attention_backend`` or ``attention_backend``, or, with a dense attention_mask, as diffusers does it.
+
+    One step is one forward call, counted from 0, unless ``handle.set_step`` says otherwise: call it from the pipeline's
+    callback where a step takes several forward calls, or where the method needs the sigma.
+
+    Args:
+        model: FluxTransformer2DModel (FLUX.1 dev, Fill, Kontext); a torch.compile wrapper around one will do. host.py
+            says how to add an architecture.
+        method: what to do in each layer and step.
+        layers: a kind ("double", "single"), an index in the order of the forward pass, or several of them; None: all.
+            Other layers are plain; without a method they stay diffusers' own.
+        steps: step indices to control; None: all. Other steps are plain.
+        stats: collect Stats of the controlled calls in ``handle.stats``, without waiting for the GPU. True: mass and
+            gain; a sequence of "lse", "mass", "gain": those. lse holds a float32 per head and row: 0.5 MB a layer and
+            step at FLUX's 5120 tokens.
+        backend: as in attention(), for controlled and plain calls.
+
+    Raises:
+        TypeError: a model class without a processor here; processors in place that are not diffusers' own (IP-Adapter,
+            trained ones); a method that is none.
+        ValueError: layers, steps, stats or backend that do not exist or are not usable here.
+        NotImplementedError: context parallelism. A derived head gain across tensor-parallel ranks raises when planned.
+        RuntimeError: the model is under control already.
+    """
+    if not isinstance(model, nn.Module):
+        hint = "; pass its transformer" if hasattr(model, "transformer") else ""
+        raise TypeError(f"model: expected a diffusers model, got {type(model).__name__}{hint}")
+    inner = getattr(model, "_orig_mod", model)
+    host = find_host(inner)
+    if isinstance(method, type) or not (method is None or isinstance(method, Method)):
+        got = f"the class {method.__name__}" if isinstance(method, type) else type(method).__name__
+        raise TypeError(f"method: expected an object with plan(layer, step) or None, got {got}")
+    places = host.places(inner)
+    _check_processors(inner, places, host)
+    handle = Handle(
+        model,
+        host,
+        method,
+        layers=_select_layers(layers, places),
+        steps=_select_steps(steps),
+        fields=_select_fields(stats),
+        backend=_check_backend(backend),
+    )
+    handle._install()
+    return handle
+
+
+class Handle:
+    """A control in place; made by apply(). A context manager that removes it at the end.
+
+    Attributes:
+        method: may be replaced, or its knobs changed, at any time; the next forward call sees it.
+        grid: (rows, columns) of the image tokens, handed on to the method as Layer.grid.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        host: Host,
+        method: Method | None,
+        *,
+        layers: frozenset[int],
+        steps: Container[int] | None,
+        fields: frozenset[str],
+        backend: str,
+    ) -> None:
+        self.method = method
+        self.grid: tuple[int, int] | None = None
+        self._outer = model
+        self._model: nn.Module = getattr(model, "_orig_mod", model)
+        self._host, self._layers, self._steps, self._fields = host, layers, steps, fields
+        self._places = host.places(self._model)
+        self._originals = [place.attn.processor for place in self._places]
+        self._processors = [host.processor_class(backend=backend, collect=bool(fields)) for _ in self._places]
+        self._hooks: list[Any] = []
+        self._calls: tuple[Any, Any] | None = None  # (ours around model.compile()'s, model.compile()'s)
+        self._records: list[Record] = []
+        self._geometry: Geometry | None = None
+        self._step, self._counting, self._planned_step = Step(0), True, 0
+
+    @staticmethod
+    def of(model: nn.Module) -> Handle | None:
+        """The handle of a model under control, as after a deep copy, else None."""
+        for hook in model._forward_pre_hooks.values():
+            if isinstance(owner := getattr(hook, "__self__", None), Handle):
+                return owner
+        return None
+
+    @property
+    def stats(self) -> list[Record]:
+        """Records of all calls since apply() or reset(), in the order of the calls."""
+        self._collect()
+        return self._records
+
+    @property
+    def step(self) -> Step:
+        """The step that the next forward call belongs to."""
+        return self._step
+
+    def set_step(self, index: int, count: int | None = None, sigma: float | None = None) -> None:
+        """Say which step the coming forward calls belong to; counting stops until reset().
+
+        Args:
+            index: from 0. count: steps of the run. sigma: noise level at which the model is evaluated next.
+
+        Raises:
+            ValueError: a negative index, or one that is not below count.
+        """
+        if isinstance(index, bool) or not isinstance(index, int) or index < 0:
+            raise ValueError(f"index: expected a step of 0 or more, got {index!r}")
+        if count is not None and index >= count:
+            raise ValueError(f"index: expected a step below count={count}, got {index}")
+        self._step, self._counting = Step(index, count, sigma), False
+        if self._geometry is not None and self._hooks:
+            self._plan_all(self._geometry)
+
+    def reset(self) -> None:
+        """Start over, as for a new image: step 0, counting forward calls, without statistics."""
+        self._collect()
+        self._records = []
+        self._step, self._counting = Step(0), True
+
+    def prepare(self, *, text_len: int, image_len: int, batch: int = 1, device: torch.device | str | None = None) -> None:
+        """Plan ahead for calls of these shapes, where the forward pre-hook is compiled into the model and cannot.
+
+        Only a whole model compiled *after* apply() needs this; set_step() then plans the following steps.
+
+        Args:
+            text_len, image_len: tokens. batch: items of a call. device: the model's if None.
+        """
+        device = next(self._model.parameters()).device if device is None else torch.device(device)
+        self._plan_all(Geometry(text_len, image_len, batch, device))
+
+    def remove(self) -> None:
+        """Put back the processors that were in place before, the same objects. A second call does nothing.
+
+        A processor that somebody else has put there in the meantime stays.
+        """
+        if not self._hooks:
+            return
+        self._collect()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        if self._calls is not None and self._model._compiled_call_impl is self._calls[0]:
+            self._model._compiled_call_impl = self._calls[1]
+        for place, original, mine in zip(self._places, self._originals, self._processors, strict=True):
+            if not isinstance(place.attn.processor, self._host.processor_class):
+                continue
+            if mine._attention_backend is not original._attention_backend:
+                original._attention_backend = mine._attention_backend
+            place.attn.set_processor(original)
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        state = f"{len(self._layers)} of {len(self._places)} layers" if self._hooks else "removed"
+        return f"Handle({type(self._model).__name__}, method={self.method!r}, {state})"
+
+    def _install(self) -> None:
+        for i, (place, original, mine) in enumerate(zip(self._places, self._originals, self._processors, strict=True)):
+            if original._attention_backend is not None:
+                mine._attention_backend = original._attention_backend
+            mine.planned = self.method is None
+            mine.defer = self.method is None and i not in self._layers
+            place.attn.set_processor(mine)
+        # A torch.compile wrapper has hooks of its own, which run outside of the compiled region.
+        for module in dict.fromkeys((self._model, self._outer)):
+            self._hooks.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
+            self._hooks.append(module.register_forward_hook(self._after))
+        if (compiled := self._model._compiled_call_impl) is not None:
+            # model.compile() has taken the hooks into the compiled region: step in before it.
+            def call(*args: Any, **kwargs: Any) -> Any:
+                self._before(self._model, args, kwargs)
+                result = compiled(*args, **kwargs)
+                self._after(self._model, args, result)
+                return result
+
+            self._calls = (call, compiled)
+            self._model._compiled_call_impl = call
+        if self.method is None and all(p._attention_backend is not None for p in self._processors):
+            name = getattr(self._processors[0]._attention_backend, "value", self._processors[0]._attention_backend)
+            warnings.warn(
+                f"flashbrush: the model's attention backend is set to {name!r}, which plain calls keep to: apply() "
+                "without a method changes nothing. model.reset_attention_backend() gives them to flashbrush",
+                stacklevel=3,
+            )
+
+    def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            return
+        self._check_in_place()
+        self._plan_all(self._host.geometry(args, kwargs))
+
+    def _after(self, module: nn.Module, args: tuple, output: object) -> None:
+        if torch.compiler.is_compiling():
+            return
+        self._collect()
+        if self._counting:
+            self._step = Step(self._step.index + 1)
+
+    def _check_in_place(self) -> None:
+        for place, mine in zip(self._places, self._processors, strict=True):
+            if place.attn.processor is not mine:
+                raise RuntimeError(
+                    "flashbrush: the model's attention processors were replaced after apply() (now "
+                    f"{type(place.attn.processor).__name__}); call handle.remove() before loading an IP-Adapter or "
+                    "setting processors"
+                )
+            if mine._parallel_config is not None:
+                raise NotImplementedError(_CONTEXT_PARALLEL)
+
+    def _plan_all(self, geometry: Geometry) -> None:
+        self._collect()
+        self._geometry, self._planned_step = geometry, self._step.index
+        defer = _active_backend_is_set()
+        controlled_step = self._steps is None or self._step.index in self._steps
+        for i, (place, processor) in enumerate(zip(self._places, self._processors, strict=True)):
+            plan = self._ask(i, place, geometry) if controlled_step and i in self._layers else None
+            processor.plan, processor.planned = plan, True
+            processor.defer = defer or (self.method is None and i not in self._layers)
+
+    def _ask(self, index: int, place: Place, geometry: Geometry) -> Plan | None:
+        if self.method is None:
+            return None
+        layer = Layer(
+            index, place.kind, place.place, place.attn.heads, place.attn.head_dim, geometry.text_len,
+            geometry.image_len, geometry.batch, self.grid,
+        )  # fmt: skip
+        plan = self.method.plan(layer, self._step)
+        if plan is None:
+            return None
+        if not isinstance(plan, Plan):
+            raise TypeError(f"{type(self.method).__name__}.plan: expected a Plan or None, got {type(plan).__name__}")
+        plan.check(layer)
+        parallel = getattr(getattr(self._model, "_parallel_config", None), "tensor_parallel_config", None)
+        if parallel is not None and plan.control is not None and plan.control.head_gain is not None:
+            raise NotImplementedError(
+                "flashbrush: a derived head gain compares all heads, but tensor parallelism spreads them over ranks; "
+                "use a method without one"
+            )
+        return plan.to(geometry.device)
+
+    def _collect(self) -> None:
+        for i, (place, processor) in enumerate(zip(self._places, self._processors, strict=True)):
+            if processor.stats is not None:
+                # Copies: a CUDA graph would overwrite its own outputs in the next step.
+                kept = {name: _kept(t, name in self._fields) for name, t in processor.stats._asdict().items()}
+                self._records.append(Record(self._planned_step, i, place.kind, Stats(**kept)))
+                processor.stats = None
+
+
+_CONTEXT_PARALLEL = (
+    "flashbrush: context parallelism is configured on the model, but a processor sees only its rank's tokens and cannot "
+    "tell the segments; use tensor parallelism, or none"
+)
+
+
+def _kept(t: Tensor, wanted: bool) -> Tensor:
+    return t.detach().clone() if wanted else t.new_empty(0)
+
+
+def _active_backend_is_set() -> bool:
+    """Whether the user has chosen an attention backend for all of diffusers (attention_backend, environment)."""
+    dispatch = sys.modules["diffusers.models.attention_dispatch"]
+    registry = getattr(dispatch, "_AttentionBackendRegistry", None)
+    return registry is not None and registry.get_active_backend()[0] is not dispatch.AttentionBackendName.NATIVE
+
+
+def _check_processors(model: nn.Module, places: list[Place], host: Host) -> None:
+    for i, place in enumerate(places):
+        processor = place.attn.processor
+        if isinstance(processor, host.processor_class):
+            raise RuntimeError("model: it is under flashbrush's control already; handle.remove() comes first")
+        # A subclass may do anything; only the stock classes themselves are known to be replaceable.
+        if type(processor) not in host.stock:
+            raise TypeError(
+                f"model: layer {i} ({place.kind}) has a {type(processor).__name__}, which apply() would replace; expected "
+                f"{' or '.join(cls.__name__ for cls in host.stock)} (unload IP-Adapters and other processors first)"
+            )
+        if processor._parallel_config is not None:
+            raise NotImplementedError(_CONTEXT_PARALLEL)
+    if getattr(getattr(model, "_parallel_config", None), "context_parallel_config", None) is not None:
+        raise NotImplementedError(_CONTEXT_PARALLEL)
+
+
+def _select_layers(layers: str | int | Iterable[str | int] | None, places: list[Place]) -> frozenset[int]:
+    if layers is None:
+        return frozenset(range(len(places)))
+    if isinstance(layers, (str, int)):
+        layers = [layers]
+    kinds = list(dict.fromkeys(place.kind for place in places))
+    chosen: set[int] = set()
+    for entry in layers:
+        if isinstance(entry, str):
+            if entry not in kinds:
+                raise ValueError(f"layers: expected one of {', '.join(kinds)} or an index, got {entry!r}")
+            chosen |= {i for i, place in enumerate(places) if place.kind == entry}
+        elif isinstance(entry, bool) or not isinstance(entry, int):
+            raise ValueError(f"layers: expected a kind or an index, got {entry!r}")
+        elif not 0 <= entry < len(places):
+            raise ValueError(f"layers: expected indices in 0..{len(places) - 1}, got {entry}")
+        else:
+            chosen.add(entry)
+    if not chosen:
+        raise ValueError("layers: expected at least one, got none")
+    return frozenset(chosen)
+
+
+def _select_steps(steps: int | Iterable[int] | None) -> Container[int] | None:
+    if steps is None:
+        return None
+    entries = [steps] if isinstance(steps, int) else list(steps)
+    for entry in entries:
+        if isinstance(entry, bool) or not isinstance(entry, int) or entry < 0:
+            raise ValueError(f"steps: expected step indices of 0 or more, got {entry!r}")
+    if not entries:
+        raise ValueError("steps: expected at least one, got none")
+    return frozenset(entries)
+
+
+def _select_fields(stats: bool | Sequence[str]) -> frozenset[str]:
+    if isinstance(stats, bool):
+        return frozenset(("mass", "gain") if stats else ())
+    fields = [stats] if isinstance(stats, str) else list(stats)
+    if unknown := [f for f in fields if f not in Stats._fields]:
+        raise ValueError(f"stats: expected True, False or some of {', '.join(Stats._fields)}, got {unknown[0]!r}")
+    return frozenset(fields)
+
+
+def _check_backend(backend: str) -> str:
+    usable = backends()
+    if backend != "auto" and backend not in usable:
+        raise ValueError(f"backend: expected 'auto' or one of {', '.join(usable)}, got {backend!r}")
+    if reasons := usable.get(backend):
+        raise ValueError(f"backend: {backend!r} is not usable here: {'; '.join(reasons)}")
+    return backend

@@ -1,0 +1,67 @@
+"""What apply() must know of an architecture: where its attention layers are, and what a call's inputs say.
+
+To add an architecture, write one file beside flux.py with
+
+1. a processor: a subclass of ControlledProcessor whose __call__ has the stock processor's signature (diffusers filters
+   joint_attention_kwargs by it) and does the stock processor's work around the attention itself: projections; `join`,
+   which normalises the streams, joins them as [text ; image], adds the plan's offset and rotates; `self.attend`; output
+   projections, in the model's own order of outputs;
+2. a Host: the model's class, that processor, the stock processors it may replace, `places` and `geometry`;
+
+and name the model's class in HOSTS. The tests that every architecture must pass are those of tests/.../test_flux.py.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import nn
+
+HOSTS = {"FluxTransformer2DModel": (".flux", "FluxHost")}  # model class: (module, host)
+
+
+class Place(NamedTuple):
+    """An attention module that holds a processor."""
+
+    attn: Any
+    kind: str  # "double", "single", "self", "cross", "joint"
+    place: str | None = None  # "down", "mid", "up"
+
+
+class Geometry(NamedTuple):
+    """Shapes of one forward call of the model."""
+
+    text_len: int
+    image_len: int
+    batch: int
+    device: torch.device
+
+
+class Host(Protocol):
+    model_class: type[nn.Module]
+    processor_class: type
+    stock: tuple[type, ...]  # processors of which ours is a drop-in
+
+    @staticmethod
+    def places(model: nn.Module) -> list[Place]:
+        """All attention layers, in the order of the forward pass."""
+        ...
+
+    @staticmethod
+    def geometry(args: tuple, kwargs: dict[str, Any]) -> Geometry:
+        """From the arguments of model.forward, reading shapes only."""
+        ...
+
+
+def find_host(model: nn.Module) -> Host:
+    """TypeError where the model's class has no processor here."""
+    for cls in type(model).__mro__:
+        if cls.__name__ in HOSTS:
+            module, name = HOSTS[cls.__name__]
+            host = getattr(import_module(module, __package__), name)()
+            if isinstance(model, host.model_class):
+                return host
+    hint = "; pass its transformer" if hasattr(model, "transformer") else ""
+    raise TypeError(f"model: expected one of {', '.join(HOSTS)}, got {type(model).__name__}{hint}")

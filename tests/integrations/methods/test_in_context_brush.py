@@ -1,0 +1,286 @@
+"""In-Context Brush against a second, eager implementation of the paper, which materialises the attention map."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from flashbrush.integrations import InContextBrush
+from flashbrush.integrations.diffusers import Layer, Step, apply
+
+from ..tiny import TEXT, forward, relative, tiny_call, tiny_flux
+
+TOLERANCE = 1e-5  # float32, relative to the largest output
+
+
+@dataclasses.dataclass
+class EagerBrush:
+    """The released processor's arithmetic: A o W, then V, then the gain; for one layer of FLUX.
+
+    `prompt` (batch,) counts the prompt's tokens, `subject` is the subject panel's slice of the joint sequence.
+    """
+
+    shift: bool
+    prompt: list[int]
+    subject: slice
+    target: slice
+    alpha_prompt: float = 0.3
+    alpha_subject: float = 0.3
+    gain_span: float = 0.2
+    gain_floor: float = 1.0
+    gain_norm: str = "minmax"
+    gain_rows: str = "*"
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None):
+        def split(x: Tensor) -> Tensor:
+            return x.reshape(x.shape[0], x.shape[1], attn.heads, -1).transpose(1, 2)  # (batch, heads, tokens, dim)
+
+        q, k, v = (split(linear(hidden_states)) for linear in (attn.to_q, attn.to_k, attn.to_v))
+        q, k = attn.norm_q(q), attn.norm_k(k)
+        if encoder_hidden_states is not None:
+            linears = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+            text_q, text_k, text_v = (split(linear(encoder_hidden_states)) for linear in linears)
+            q = torch.cat([attn.norm_added_q(text_q), q], 2)
+            k = torch.cat([attn.norm_added_k(text_k), k], 2)
+            v = torch.cat([text_v, v], 2)
+        q, k = rotate(q, image_rotary_emb), rotate(k, image_rotary_emb)
+        prob = torch.softmax(q @ k.mT / math.sqrt(q.shape[-1]), -1)
+
+        out, target = [], self.target
+        for item, prompt in zip(prob, self.prompt, strict=True):  # (heads, rows, keys)
+            weight = torch.ones_like(item)
+            if self.shift:
+                weight[:, target, :prompt] = 1 + self.alpha_prompt
+                weight[:, target, self.subject] = 1 + self.alpha_subject
+            mass = item[:, target, :prompt].sum((1, 2))
+            gain = self.gain_floor + self.gain_span * self.norm(mass, target.stop - target.start)
+            rows = (item * weight) @ v[len(out)]
+            scaled = gain[:, None, None] * rows
+            if self.gain_rows == "target":
+                rows[:, target] = scaled[:, target]
+                scaled = rows
+            out.append(scaled)
+        result = torch.stack(out).transpose(1, 2).flatten(2)
+        if encoder_hidden_states is None:
+            return result
+        text = encoder_hidden_states.shape[1]
+        return attn.to_out[0](result[:, text:]), attn.to_add_out(result[:, :text])
+
+    def norm(self, mass: Tensor, rows: int) -> Tensor:
+        if self.gain_norm == "minmax":
+            return (mass - mass.min()) / (mass.max() - mass.min() + torch.finfo(mass.dtype).eps)
+        if self.gain_norm == "mean":
+            return mass / mass.mean()
+        if self.gain_norm == "max":
+            return mass / mass.max()
+        return len(mass) * torch.softmax(mass / rows, 0)
+
+
+def rotate(x: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
+    """RoPE on neighbouring pairs of x (batch, heads, tokens, dim), as a product of complex numbers."""
+    cos, sin = (t[:, ::2] for t in cos_sin)
+    turned = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * torch.complex(cos, sin)
+    return torch.view_as_real(turned).flatten(-2)
+
+
+def run(model, call: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """(output, what each attention module returned: image and text apart)"""
+    seen: list[Tensor] = []
+
+    def keep(module, inputs, output):
+        seen.extend(output if isinstance(output, tuple) else (output,))
+
+    blocks = [*model.transformer_blocks, *model.single_transformer_blocks]
+    hooks = [block.attn.register_forward_hook(keep) for block in blocks]
+    try:
+        return forward(model, call), seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def run_eager(model, call: dict[str, Tensor], **knobs) -> tuple[Tensor, list[Tensor]]:
+    blocks = [*model.transformer_blocks, *model.single_transformer_blocks]
+    stock = [block.attn.processor for block in blocks]
+    for i, block in enumerate(blocks):
+        block.attn.processor = EagerBrush(shift=i < len(model.transformer_blocks), **knobs)
+    try:
+        return run(model, call)
+    finally:
+        for block, processor in zip(blocks, stock, strict=True):
+            block.attn.processor = processor
+
+
+END = TEXT + 24
+HALVES = {"prompt": [TEXT] * 2, "subject": slice(TEXT, TEXT + 12), "target": slice(TEXT + 12, END)}
+CASES = {
+    "released": ({}, HALVES),
+    "paper rows": ({"gain_rows": "target"}, HALVES | {"gain_rows": "target"}),
+    "other knobs": (
+        {"alpha_prompt": 0.9, "alpha_subject": -0.4, "gain_span": 0.7, "gain_floor": 0.6},
+        HALVES | {"alpha_prompt": 0.9, "alpha_subject": -0.4, "gain_span": 0.7, "gain_floor": 0.6},
+    ),
+    "mean": ({"gain_norm": "mean"}, HALVES | {"gain_norm": "mean"}),
+    "max": ({"gain_norm": "max"}, HALVES | {"gain_norm": "max"}),
+    "softmax": ({"gain_norm": "softmax"}, HALVES | {"gain_norm": "softmax"}),
+    "subject last": ({"subject_first": False}, HALVES | {"subject": slice(END - 12, END), "target": slice(TEXT, END - 12)}),
+    "small subject": (
+        {"subject_tokens": 5},
+        HALVES | {"subject": slice(TEXT, TEXT + 5), "target": slice(TEXT + 5, END)},
+    ),
+    "without padding": ({"count_padding": False, "prompt_tokens": 4}, HALVES | {"prompt": [4, 4]}),
+    "without padding, by item": (
+        {"count_padding": False, "prompt_tokens": torch.tensor([3, 6])},
+        HALVES | {"prompt": [3, 6]},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_the_eager_form_in_every_block(case: str) -> None:
+    knobs, eager = CASES[case]
+    model = tiny_flux()
+    call = tiny_call(model, batch=2)
+    expected, expected_blocks = run_eager(model, call, **eager)
+    with apply(model, InContextBrush(**knobs)):
+        out, blocks = run(model, call)
+    assert len(blocks) == len(expected_blocks) == 2 * 2 + 2
+    for mine, theirs in zip(blocks, expected_blocks, strict=True):
+        assert relative(mine, theirs) <= TOLERANCE
+    assert relative(out, expected) <= TOLERANCE
+
+
+def test_the_eager_form_without_control_is_the_stock_model() -> None:
+    model = tiny_flux()
+    call = tiny_call(model, batch=2)
+    neutral, _ = run_eager(model, call, **HALVES, alpha_prompt=0.0, alpha_subject=0.0, gain_span=0.0)
+    assert relative(neutral, forward(model, call)) <= TOLERANCE
+
+
+def test_gradients_are_the_eager_form_s_with_a_constant_gain() -> None:
+    model = tiny_flux(double=1, single=1)
+    gradients = []
+    for install in ("eager", "ours", "checkpointed"):
+        call = tiny_call(model)
+        call["hidden_states"].requires_grad_()
+        model.train(install == "checkpointed")
+        if install == "checkpointed":
+            model.enable_gradient_checkpointing()
+        if install == "eager":
+            knobs = HALVES | {"prompt": [TEXT]}
+            eager = EagerBrush(shift=True, **knobs), EagerBrush(shift=False, **knobs)
+            blocks = [*model.transformer_blocks, *model.single_transformer_blocks]
+            stock = [block.attn.processor for block in blocks]
+            for block, processor in zip(blocks, eager, strict=True):
+                processor.norm = lambda m, rows, p=processor: EagerBrush.norm(p, m.detach(), rows)
+                block.attn.processor = processor
+            model(**call).sample.square().sum().backward()
+            for block, processor in zip(blocks, stock, strict=True):
+                block.attn.processor = processor
+        else:
+            with apply(model, InContextBrush()):
+                model(**call).sample.square().sum().backward()
+        gradients.append(call["hidden_states"].grad)
+    assert relative(gradients[1], gradients[0]) <= 1e-4
+    assert relative(gradients[2], gradients[0]) <= 1e-4
+
+
+@pytest.mark.parametrize(
+    "knob",
+    [
+        {"alpha_prompt": 0.35}, {"alpha_subject": 0.35}, {"gain_span": 0.3}, {"gain_floor": 1.1}, {"gain_norm": "mean"},
+        {"gain_norm": "max"}, {"gain_norm": "softmax"}, {"gain_rows": "target"},
+        {"count_padding": False, "prompt_tokens": 3}, {"subject_first": False}, {"subject_tokens": 10},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_every_knob_changes_the_output(knob: dict) -> None:
+    model = tiny_flux()
+    call = tiny_call(model)
+    with apply(model, InContextBrush()) as handle:
+        before = forward(model, call)
+        handle.method = InContextBrush(**knob)
+        after = forward(model, call)
+    assert relative(after, before) > 100 * TOLERANCE
+
+
+def test_neutral_knobs_are_the_plain_model() -> None:
+    model = tiny_flux()
+    call = tiny_call(model)
+    plain = forward(model, call)
+    with apply(model, InContextBrush(alpha_prompt=0, alpha_subject=0, gain_span=0)):
+        assert relative(forward(model, call), plain) <= TOLERANCE
+    with apply(model, InContextBrush()):
+        assert relative(forward(model, call), plain) > 100 * TOLERANCE
+
+
+def test_a_knob_set_between_steps_counts_from_the_next_call() -> None:
+    model = tiny_flux()
+    call = tiny_call(model)
+    method = InContextBrush()
+    with apply(model, method) as handle:
+        first = forward(model, call)
+        method.alpha_subject = 0.8
+        second = forward(model, call)
+        handle.method = InContextBrush(alpha_subject=0.8)
+        assert torch.equal(forward(model, call), second)
+        method.alpha_subject = 0.3
+        handle.method = method
+        assert torch.equal(forward(model, call), first)
+    assert not torch.equal(first, second)
+
+
+def test_equal_knobs_share_one_control() -> None:
+    def control(method: InContextBrush, kind: str):
+        return method.plan(Layer(0, kind, None, 4, 32, 7, 24), Step(0)).control
+
+    method = InContextBrush()
+    first = control(method, "double")
+    assert control(InContextBrush(), "double") is first
+    assert control(method, "single") is not first
+    assert control(method, "single").weight is None
+    method.gain_span = 0.5
+    assert control(method, "double") is not first
+
+
+@pytest.mark.parametrize(
+    ("knob", "value"),
+    [
+        ("alpha_prompt", -1.5), ("alpha_subject", math.nan), ("alpha_subject", "0.3"), ("gain_span", math.inf),
+        ("gain_floor", -math.inf), ("gain_floor", None), ("gain_norm", "min"), ("gain_rows", "prompt"),
+    ],
+)  # fmt: skip
+def test_a_knob_out_of_range_is_named(knob: str, value) -> None:
+    with pytest.raises(ValueError, match=knob):
+        InContextBrush(**{knob: value})
+    method = InContextBrush()
+    with pytest.raises(ValueError, match=knob):
+        setattr(method, knob, value)
+    assert method == InContextBrush()
+
+
+@pytest.mark.parametrize(
+    ("knobs", "match"),
+    [
+        ({"subject_tokens": 25}, "subject_tokens"),
+        ({"subject_tokens": -1}, "subject_tokens"),
+        ({"count_padding": False, "prompt_tokens": "four"}, "prompt_tokens"),
+        ({"count_padding": False}, "prompt_tokens"),
+        ({"count_padding": False, "prompt_tokens": 8}, "prompt_tokens"),
+        ({"count_padding": False, "prompt_tokens": [3, 3.5]}, "prompt_tokens"),
+        ({"count_padding": False, "prompt_tokens": [3, 4]}, r"\[2\] items"),
+    ],
+)
+def test_knobs_that_do_not_fit_the_call_are_named(knobs: dict, match: str) -> None:
+    model = tiny_flux(double=1, single=1)
+    with apply(model, InContextBrush(**knobs)), pytest.raises(ValueError, match=match):
+        forward(model, tiny_call(model))
+
+
+def test_an_odd_image_has_no_halves() -> None:
+    with pytest.raises(ValueError, match="subject_tokens"):
+        InContextBrush().plan(Layer(0, "double", None, 4, 32, 7, 25), Step(0))
