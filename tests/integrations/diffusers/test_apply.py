@@ -1,0 +1,286 @@
+"""apply() and its handle: putting control in place, selecting, steering, compiling, and leaving nothing behind."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, FluxIPAdapterAttnProcessor
+from torch import nn
+
+import flashbrush as fb
+from flashbrush.integrations import InContextBrush
+from flashbrush.integrations.diffusers import Handle, Layer, Plan, Step, apply
+
+from ..tiny import COLUMNS, ROWS, TEXT, forward, relative, tiny_call, tiny_flux
+
+TOLERANCE = 1e-5
+LAYERS = ["double", "double", "single", "single"]
+
+
+class Recorder:
+    """A method that notes what it is asked and answers with the same control."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Layer, Step]] = []
+        self.control = fb.Control(fb.Segments(text=TEXT, image=ROWS * COLUMNS), weight={("image", "text"): 3.0})
+
+    def plan(self, layer: Layer, step: Step) -> Plan:
+        self.asked.append((layer, step))
+        return Plan(self.control)
+
+
+def test_restores_the_same_objects() -> None:
+    model = tiny_flux()
+    before, keys = list(model.attn_processors.values()), set(model.state_dict())
+    call = tiny_call(model)
+    stock = forward(model, call)
+    handle = apply(model, InContextBrush())
+    assert set(model.state_dict()) == keys and Handle.of(model) is handle
+    assert relative(forward(model, call), stock) > 1e-3
+    handle.remove()
+    handle.remove()
+    assert all(a is b for a, b in zip(model.attn_processors.values(), before, strict=True))
+    assert not model._forward_hooks and not model._forward_pre_hooks and Handle.of(model) is None
+    assert torch.equal(forward(model, call), stock)
+
+
+def test_restores_after_an_error() -> None:
+    model = tiny_flux()
+    with pytest.raises(ZeroDivisionError), apply(model, InContextBrush()):
+        raise ZeroDivisionError
+    assert all(type(p) is FluxAttnProcessor for p in model.attn_processors.values())
+
+
+def test_tells_the_method_what_it_promises() -> None:
+    model, method = tiny_flux(), Recorder()
+    with apply(model, method) as handle:
+        handle.grid = (ROWS, COLUMNS)
+        forward(model, tiny_call(model, batch=2))
+        forward(model, tiny_call(model, batch=2))
+        handle.set_step(5, 9, 0.25)
+        forward(model, tiny_call(model, batch=2))
+    layers, steps = zip(*method.asked[:8], strict=True)
+    assert [layer.kind for layer in layers] == LAYERS * 2 and [layer.index for layer in layers] == [0, 1, 2, 3] * 2
+    assert [step.index for step in steps] == [0] * 4 + [1] * 4
+    first = layers[0]
+    assert (first.text_len, first.image_len, first.batch, first.heads, first.head_dim) == (TEXT, ROWS * COLUMNS, 2, 4, 32)
+    assert first.grid == (ROWS, COLUMNS) and first.place is None
+    assert method.asked[-1][1] == Step(5, 9, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [("double", [0, 1]), ("single", [2, 3]), (3, [3]), ([0, "single"], [0, 2, 3]), (None, [0, 1, 2, 3])],
+    ids=str,
+)
+def test_layer_selection(layers, expected: list[int]) -> None:
+    model, method = tiny_flux(), Recorder()
+    with apply(model, method, layers=layers, stats=True) as handle:
+        forward(model, tiny_call(model))
+        assert [layer.index for layer, _ in method.asked] == expected
+        assert [record.layer for record in handle.stats] == expected
+        assert [record.kind for record in handle.stats] == [LAYERS[i] for i in expected]
+
+
+def test_step_selection_and_reset() -> None:
+    model, method = tiny_flux(), Recorder()
+    call = tiny_call(model)
+    stock = forward(model, call)
+    with apply(model, method, steps=[1], stats=True) as handle:
+        assert relative(forward(model, call), stock) <= TOLERANCE
+        assert relative(forward(model, call), stock) > 1e-3
+        assert {record.step for record in handle.stats} == {1}
+        handle.reset()
+        assert handle.stats == [] and handle.step == Step(0)
+        assert relative(forward(model, call), stock) <= TOLERANCE
+
+
+def test_statistics() -> None:
+    model, tokens = tiny_flux(), TEXT + ROWS * COLUMNS
+    with apply(model, Recorder(), stats=("lse", "mass")) as handle:
+        forward(model, tiny_call(model, batch=2))
+        records = handle.stats
+    assert len(records) == 4
+    for record in records:
+        assert record.stats.lse.shape == (2, 4, tokens, 1) and record.stats.gain.numel() == 0
+        rows = record.stats.mass.sum(3)  # of each row segment: its number of rows
+        torch.testing.assert_close(rows, torch.tensor([float(TEXT), float(ROWS * COLUMNS)]).expand(2, 4, 2))
+
+
+def test_a_deep_copy_carries_its_own_control() -> None:
+    model = tiny_flux()
+    call = tiny_call(model)
+    stock = forward(model, call)
+    with apply(model, InContextBrush()) as handle:
+        controlled = forward(model, call)
+        twin = copy.deepcopy(model)
+    own = Handle.of(twin)
+    assert own is not None and own is not handle
+    assert torch.equal(forward(twin, call), controlled) and torch.equal(forward(model, call), stock)
+    own.remove()
+    assert torch.equal(forward(twin, call), stock)
+
+
+def test_pickles() -> None:
+    model = tiny_flux()
+    call = tiny_call(model)
+    with apply(model, InContextBrush()):
+        controlled = forward(model, call)
+        twin = pickle.loads(pickle.dumps(model))
+    assert torch.equal(forward(twin, call), controlled)
+
+
+@pytest.mark.parametrize("sequential", [False, True], ids=["model", "layer by layer"])
+def test_offloading_hooks(sequential: bool) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = tiny_flux()
+    call = tiny_call(model)
+    with apply(model, InContextBrush()):
+        expected = forward(model, call)
+    if sequential:
+        # Weights of every leaf are on "meta" until its hook brings them.
+        accelerate.cpu_offload(model, torch.device("cpu"))
+    else:
+        model, _ = accelerate.cpu_offload_with_hook(model, torch.device("cpu"))
+    with apply(model, InContextBrush()):
+        assert relative(forward(model, call), expected) <= TOLERANCE
+
+
+def test_a_set_attention_backend_keeps_plain_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flashbrush.integrations.diffusers import processor
+
+    model, taken = tiny_flux(), []
+    call = tiny_call(model)
+    dispatch = processor.dispatch_attention_fn
+    monkeypatch.setattr(
+        processor, "dispatch_attention_fn", lambda *a, **k: (taken.append(k["backend"]), dispatch(*a, **k))[1]
+    )
+    with apply(model, InContextBrush(), layers="single"):
+        model.set_attention_backend("native")
+        forward(model, call)
+        assert len(taken) == 2 and all(getattr(name, "value", name) == "native" for name in taken)
+    assert all(p._attention_backend is not None for p in model.attn_processors.values())
+
+
+def test_without_a_method_unselected_layers_stay_the_model_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flashbrush.integrations.diffusers import processor
+
+    model, ours = tiny_flux(), []
+    monkeypatch.setattr(processor, "attention", lambda *a, **k: (ours.append(1), fb.attention(*a, **k))[1])
+    with apply(model, layers="double"):
+        forward(model, tiny_call(model))
+    assert len(ours) == 2
+
+
+class Counting:
+    """A torch.compile backend that counts its compilations and runs the graph as it is."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, graph, inputs):
+        self.count += 1
+        return graph.forward
+
+
+@pytest.fixture
+def compilations():
+    torch._dynamo.reset()
+    yield Counting()
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("first", ["compile", "apply"])
+def test_compiled_repeated_blocks(first: str, compilations: Counting) -> None:
+    model = tiny_flux(double=3, single=3)
+    call = tiny_call(model)
+    with apply(model, InContextBrush(0.3, 0.3)):
+        expected = forward(model, call)
+    with apply(model, InContextBrush(0.9, 0.1, gain_span=0.4)):
+        changed = forward(model, call)
+    if first == "compile":
+        model.compile_repeated_blocks(fullgraph=True, backend=compilations)
+    handle = apply(model, InContextBrush(0.3, 0.3))
+    if first == "apply":
+        model.compile_repeated_blocks(fullgraph=True, backend=compilations)
+    assert relative(forward(model, call), expected) <= TOLERANCE
+    assert 2 <= compilations.count <= 4
+    before = compilations.count
+    handle.method = InContextBrush(0.9, 0.1, gain_span=0.4)
+    assert relative(forward(model, call), changed) <= TOLERANCE
+    handle.set_step(7, 20, 0.3)
+    forward(model, call)
+    assert compilations.count == before
+    handle.remove()
+
+
+def test_whole_model_compiled_before(compilations: Counting) -> None:
+    model = tiny_flux()
+    call = tiny_call(model)
+    with apply(model, InContextBrush()):
+        expected = forward(model, call)
+    compiled = torch.compile(model, backend=compilations)
+    with apply(compiled, InContextBrush()):
+        assert relative(forward(compiled, call), expected) <= TOLERANCE
+    model.compile(backend=compilations)
+    with apply(model, InContextBrush()):
+        assert relative(forward(model, call), expected) <= TOLERANCE
+
+
+def context_parallel(model: nn.Module) -> None:
+    model._parallel_config = SimpleNamespace(context_parallel_config=object(), tensor_parallel_config=None)
+
+
+def ip_adapter(model: nn.Module) -> None:
+    model.set_attn_processor(FluxIPAdapterAttnProcessor(hidden_size=128, cross_attention_dim=16))
+
+
+@pytest.mark.parametrize(
+    ("prepare", "arguments", "error", "match"),
+    [
+        (context_parallel, {}, NotImplementedError, "context parallelism"),
+        (ip_adapter, {}, TypeError, "FluxIPAdapterAttnProcessor"),
+        (apply, {}, RuntimeError, "under flashbrush's control"),
+        (None, {"method": InContextBrush}, TypeError, "the class InContextBrush"),
+        (None, {"method": 3}, TypeError, "plan.*int"),
+        (None, {"layers": "middle"}, ValueError, "layers.*double, single.*middle"),
+        (None, {"layers": 4}, ValueError, r"layers.*0\.\.3, got 4"),
+        (None, {"layers": []}, ValueError, "layers: expected at least one"),
+        (None, {"steps": -1}, ValueError, "steps.*-1"),
+        (None, {"stats": ["heat"]}, ValueError, "stats.*heat"),
+        (None, {"backend": "fast"}, ValueError, "backend.*cpu.*fast"),
+    ],
+)
+def test_refuses(prepare, arguments: dict, error: type[Exception], match: str) -> None:
+    model = tiny_flux()
+    if prepare is not None:
+        prepare(model)
+    with pytest.raises(error, match=match):
+        apply(model, **{"method": InContextBrush(), **arguments})
+
+
+@pytest.mark.parametrize("model", [nn.Linear(2, 2), "a name", SimpleNamespace(transformer=1)], ids=["other", "str", "pipeline"])
+def test_refuses_other_models(model) -> None:
+    with pytest.raises(TypeError, match="model: expected"):
+        apply(model)
+
+
+def test_processors_replaced_under_control_raise() -> None:
+    model = tiny_flux()
+    handle = apply(model, InContextBrush())
+    ip_adapter(model)
+    with pytest.raises(RuntimeError, match="FluxIPAdapterAttnProcessor"):
+        forward(model, tiny_call(model))
+    handle.remove()
+    assert all(type(p) is FluxIPAdapterAttnProcessor for p in model.attn_processors.values())
+
+
+def test_a_derived_gain_over_tensor_parallel_ranks_raises() -> None:
+    model = tiny_flux()
+    model._parallel_config = SimpleNamespace(context_parallel_config=None, tensor_parallel_config=object())
+    with apply(model, InContextBrush()), pytest.raises(NotImplementedError, match="derived head gain"):
+        forward(model, tiny_call(model))
