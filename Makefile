@@ -11,7 +11,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 DEMO ?= demo
 # One thread each: two processes that both use every core slow each other many times over.
-PYTEST_WORKERS ?= -n 2
+PYTEST_WORKERS ?= -n 2 --dist loadfile
 PYTEST_ARGS ?=
 
 PY := $(VENV)/bin/python

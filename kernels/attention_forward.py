@@ -15,130 +15,42 @@ Verified in Triton's interpreter and compiled for sm_80 and sm_90; not yet run o
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .segments import dot, find_rows, load_tile, pick, rounded, store_tile
+from .attention_blocks import (
+    LOG2E,
+    Descriptor,
+    Traits,
+    accumulate,
+    added,
+    flipped,
+    item_strides,
+    load_level,
+    load_rows,
+    open_pair,
+    open_tensor,
+    products,
+    scaled,
+    store_rows,
+    zeros,
+)
+from .segments import find_rows
 
-LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # Largest |log2(weight)| inside the exponent. Two such weights move the largest logit 60 away from the running max,
 # which leaves the sum of the unweighted probabilities 66 binary digits above float32's underflow.
 MAX_FOLD = tl.constexpr(30.0)
-LOWEST = tl.constexpr(-3.0e38)  # a finite bias stays finite in log2 units
 UNCLIPPED, CLIPPED = tl.constexpr(1), tl.constexpr(2)  # kinds of contrast; 0 is none
 
 # Sizes whose every new value would otherwise compile again.
 UNSPECIALIZED = [
-    "stride_tables", "stride_starts", "n_items", "n_heads", "n_rows", "n_keys", "n_row_blocks", "n_row_segments",
-    "n_key_segments", "n_groups",
+    "steps_k", "steps_v", "stride_tables", "stride_starts", "n_items", "n_heads", "n_rows", "n_keys", "n_row_blocks",
+    "n_row_segments", "n_key_segments", "n_groups",
 ]  # fmt: skip
-
-
-class Traits(NamedTuple):
-    """What a kernel is compiled for; features that it does not name are compiled away."""
-
-    D: tl.constexpr
-    D1: tl.constexpr  # the head dim is one tile of D1 columns, or a second one of D2 (0: none)
-    D2: tl.constexpr
-    BLOCK_M: tl.constexpr
-    BLOCK_N: tl.constexpr
-    TENSORS: tl.constexpr  # 1: all keys in one tensor; else one per key segment
-    HEADS_PER_KV: tl.constexpr
-    ALIGN: tl.constexpr  # a power of two that divides every stride
-    RAGGED: tl.constexpr  # an item may have fewer row blocks than the grid
-    GROUPED: tl.constexpr  # several softmax groups
-    SILENT: tl.constexpr  # some tiles count in max and sum, but their values are not read
-    UNCLIPPED: tl.constexpr  # some group has a contrast without clip
-    CLIPPED: tl.constexpr  # some group has one with clip: a second sweep
-    SIGNED: tl.constexpr  # the scale may be negative
-    MASS: tl.constexpr  # columns of the mass, a power of two; 0: no mass
-    PRECISION: tl.constexpr  # of float32 products
-    EMULATE: tl.constexpr  # bfloat16 in the interpreter
-
-
-@triton.jit
-def zeros(T: tl.constexpr):
-    if T.D2 > 0:
-        return tl.zeros([T.BLOCK_M, T.D1], tl.float32), tl.zeros([T.BLOCK_M, T.D2], tl.float32)
-    else:
-        return (tl.zeros([T.BLOCK_M, T.D1], tl.float32),)
-
-
-@triton.jit
-def scaled(b_x, factor, T: tl.constexpr):
-    if T.D2 > 0:
-        return b_x[0] * factor, b_x[1] * factor
-    else:
-        return (b_x[0] * factor,)
-
-
-@triton.jit
-def added(b_x, b_y, T: tl.constexpr):
-    if T.D2 > 0:
-        return b_x[0] + b_y[0], b_x[1] + b_y[1]
-    else:
-        return (b_x[0] + b_y[0],)
-
-
-@triton.jit
-def load_rows(p, stride, m, ROWS: tl.constexpr, MASKED: tl.constexpr, T: tl.constexpr):
-    """ROWS rows from p on, those outside m as 0: (ROWS, D1) and, if there is one, (ROWS, D2)"""
-    if T.D2 > 0:
-        return (
-            load_tile(p, stride, m, 0, T.D1, T.D, ROWS, T.ALIGN, MASKED),
-            load_tile(p, stride, m, T.D1, T.D2, T.D, ROWS, T.ALIGN, MASKED),
-        )
-    else:
-        return (load_tile(p, stride, m, 0, T.D1, T.D, ROWS, T.ALIGN, MASKED),)
-
-
-@triton.jit
-def store_rows(p, stride, b_x, m, T: tl.constexpr):
-    store_tile(p, stride, b_x[0], m, 0, T.D1, T.D, T.BLOCK_M, T.ALIGN, T.EMULATE)
-    if T.D2 > 0:
-        store_tile(p, stride, b_x[1], m, T.D1, T.D2, T.D, T.BLOCK_M, T.ALIGN, T.EMULATE)
-
-
-@triton.jit
-def flipped(b_x, scale, T: tl.constexpr):
-    """b_x with the scale's sign, so that the largest product is the largest logit"""
-    sign = tl.where(scale < 0, -1.0, 1.0)
-    if T.D2 > 0:
-        return (b_x[0].to(tl.float32) * sign).to(b_x[0].dtype), (b_x[1].to(tl.float32) * sign).to(b_x[1].dtype)
-    else:
-        return ((b_x[0].to(tl.float32) * sign).to(b_x[0].dtype),)
-
-
-@triton.jit
-def products(b_q, keys, j, m_n, MASKED: tl.constexpr, T: tl.constexpr):
-    """<q_i, k_j> of the tile from key j on, (BLOCK_M, BLOCK_N)"""
-    p_k, stride = keys[0], keys[1]
-    b_k = load_rows(p_k + tl.multiple_of(tl.cast(j, tl.int64) * stride, T.ALIGN), stride, m_n, T.BLOCK_N, MASKED, T)
-    b_s = dot(b_q[0], tl.trans(b_k[0]), None, T.PRECISION, T.EMULATE)
-    if T.D2 > 0:
-        b_s = dot(b_q[1], tl.trans(b_k[1]), b_s, T.PRECISION, T.EMULATE)
-    return b_s
-
-
-@triton.jit
-def accumulate(b_acc, b_p, values, j, m_n, MASKED: tl.constexpr, T: tl.constexpr):
-    """b_acc + P V of the tile from key j on"""
-    p_v, stride = values[0], values[1]
-    b_v = load_rows(p_v + tl.multiple_of(tl.cast(j, tl.int64) * stride, T.ALIGN), stride, m_n, T.BLOCK_N, MASKED, T)
-    b_p = rounded(b_p, b_v[0].dtype, T.EMULATE)
-    if T.D2 > 0:
-        return (
-            dot(b_p, b_v[0], b_acc[0], T.PRECISION, T.EMULATE),
-            dot(b_p, b_v[1], b_acc[1], T.PRECISION, T.EMULATE),
-        )
-    else:
-        return (dot(b_p, b_v[0], b_acc[0], T.PRECISION, T.EMULATE),)
 
 
 @triton.jit
@@ -221,67 +133,13 @@ def fold_weight(weight):
     return power - shift, shift
 
 
-@triton.jit
-def open_tensor(p_xs, stride_b, stride_n, stride_h, p_source, b, h, c, start, n_items, T: tl.constexpr):
-    """(pointer to the first token of segment c for one item and head, stride of its tokens)"""
-    t = c
-    if T.TENSORS == 1:
-        t = 0
-    if p_source is not None:
-        b = tl.load(p_source + t * n_items + b)
-    stride = pick(stride_n, t, T.TENSORS)
-    x = pick(p_xs, t, T.TENSORS)
-    x += tl.multiple_of(tl.cast(b, tl.int64) * pick(stride_b, t, T.TENSORS), T.ALIGN)
-    x += tl.multiple_of(tl.cast(h, tl.int64) * pick(stride_h, t, T.TENSORS), T.ALIGN)
-    x += tl.multiple_of(tl.cast(start, tl.int64) * stride, T.ALIGN)
-    return x, stride
-
-
-@triton.jit
-def open_pair(c, b, p_key_starts, n_keys, n_key_segments, p_valid, p_bias, T: tl.constexpr):
-    """(first key in its tensor, keys to read, bias in log2 units) of segment c for this program's rows"""
-    start = 0
-    n = n_keys
-    if p_key_starts is not None:
-        start = tl.load(p_key_starts + c)
-        n = tl.load(p_key_starts + c + 1) - start
-    if T.TENSORS > 1:
-        start = 0
-    if p_valid is not None:
-        n = tl.minimum(n, tl.maximum(tl.load(p_valid + b * n_key_segments + c), 0))
-    bias = 0.0
-    if p_bias is not None:
-        bias = tl.load(p_bias + c)
-        n = tl.where(bias == float("-inf"), 0, n)
-        bias = tl.maximum(bias * LOG2E, LOWEST, propagate_nan=tl.PropagateNan.ALL)
-    return start, n, bias
-
-
-@triton.jit
-def zeros_level(T: tl.constexpr):
-    if T.D2 > 0:
-        return tl.zeros([1, T.D1], tl.float32), tl.zeros([1, T.D2], tl.float32)
-    else:
-        return (tl.zeros([1, T.D1], tl.float32),)
-
-
-@triton.jit
-def add_level(b_level, p_sums, weight, T: tl.constexpr):
-    """b_level + weight * the D sums of values at p_sums; a weight of 0 reads none"""
-    o_1 = tl.arange(0, T.D1)[None, :]
-    b_1 = b_level[0] + weight * tl.load(p_sums + o_1, mask=(o_1 < T.D) & (weight != 0), other=0.0)
-    if T.D2 > 0:
-        o_2 = T.D1 + tl.arange(0, T.D2)[None, :]
-        return b_1, b_level[1] + weight * tl.load(p_sums + o_2, mask=(o_2 < T.D) & (weight != 0), other=0.0)
-    else:
-        return (b_1,)
-
-
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def attention_forward_kernel(
     p_q,  # (batch, M, H, D)
     p_ks,  # tuple of T.TENSORS: (batch, N, Hkv, D), or (batch, keys of segment c, Hkv, D)
     p_vs,
+    d_k,  # descriptor of the only tensor as a matrix of tokens, or None
+    d_v,
     p_out,  # (B, M, H, D)
     p_lse,  # (B, H, M, G) float32, or None
     p_partial,  # (B, H, row blocks, C) float32: mass of each row block
@@ -307,6 +165,8 @@ def attention_forward_kernel(
     stride_vb,
     stride_vn,
     stride_vh,
+    steps_k,  # (rows an item, rows a head, columns a head) of d_k
+    steps_v,
     stride_tables,  # (item, head) of scales, bias, weight and gain, then (item, row) of gates; 0 broadcasts
     stride_starts,  # of an item in p_row_starts and p_key_starts
     scale,
@@ -354,7 +214,7 @@ def attention_forward_kernel(
     if p_value_sums is not None:
         p_value_sums += (b * (n_heads // T.HEADS_PER_KV) + h_kv).to(tl.int64) * n_key_segments * T.D
 
-    b_out = zeros(T)
+    b_out = zeros(T.BLOCK_M, T)
     if T.MASS > 0:
         o_c = tl.arange(0, T.MASS)
         b_mass = tl.zeros([T.MASS], tl.float32)
@@ -372,19 +232,19 @@ def attention_forward_kernel(
 
         b_max = tl.full([T.BLOCK_M], float("-inf"), tl.float32)
         b_norm = tl.zeros([T.BLOCK_M], tl.float32)  # sum of 2**(s - b_max), without weights
-        b_acc = zeros(T)
+        b_acc = zeros(T.BLOCK_M, T)
         n_allowed = 0
         if T.MASS > 0:
             b_parts = tl.zeros([T.BLOCK_M, T.MASS], tl.float32)  # b_norm by segment
         if T.UNCLIPPED:
-            b_level = zeros_level(T)  # sum over segments of weight times the sum of values
+            b_level = zeros(1, T)  # sum over segments of weight times the sum of values
         for i in range(place, last):
             c = i
             if T.GROUPED:
                 c = tl.load(p_order + i)
             start, n, offset = open_pair(c, b, p_key_starts, n_keys, n_key_segments, p_valid, p_bias, T)
-            keys = open_tensor(p_ks, stride_kb, stride_kn, stride_kh, p_source_k, b, h_kv, c, start, n_items, T)
-            values = open_tensor(p_vs, stride_vb, stride_vn, stride_vh, p_source_v, b, h_kv, c, start, n_items, T)
+            keys = open_tensor(p_ks, stride_kb, stride_kn, stride_kh, p_source_k, d_k, steps_k, b, h_kv, c, start, n_items, T)
+            values = open_tensor(p_vs, stride_vb, stride_vn, stride_vh, p_source_v, d_v, steps_v, b, h_kv, c, start, n_items, T)
             n_allowed += n
             fold = 0.0
             b_before = b_max
@@ -418,7 +278,7 @@ def attention_forward_kernel(
                 level_weight = tl.where(n > 0, 1.0, 0.0)
                 if p_weight is not None:
                     level_weight *= weight
-                b_level = add_level(b_level, p_value_sums + c * T.D, level_weight, T)
+                b_level = added(b_level, load_level(p_value_sums + c * T.D, level_weight, T), T)
 
         b_share = tl.where(b_norm == 0, 0.0, 1.0 / b_norm)
         b_lse = b_max + tl.log2(b_norm)
@@ -441,10 +301,10 @@ def attention_forward_kernel(
                         c = tl.load(p_order + i)
                     start, n, offset = open_pair(c, b, p_key_starts, n_keys, n_key_segments, p_valid, p_bias, T)
                     keys = open_tensor(
-                        p_ks, stride_kb, stride_kn, stride_kh, p_source_k, b, h_kv, c, start, n_items, T
+                        p_ks, stride_kb, stride_kn, stride_kh, p_source_k, d_k, steps_k, b, h_kv, c, start, n_items, T
                     )
                     values = open_tensor(
-                        p_vs, stride_vb, stride_vn, stride_vh, p_source_v, b, h_kv, c, start, n_items, T
+                        p_vs, stride_vb, stride_vn, stride_vh, p_source_v, d_v, steps_v, b, h_kv, c, start, n_items, T
                     )
                     weight = 1.0
                     if p_weight is not None:
@@ -505,6 +365,7 @@ def attention_forward(
     source_v: Tensor | None = None,
     contrast: Tensor | None = None,
     value_sums: Tensor | None = None,
+    descriptors: tuple[Descriptor, Descriptor] | None = None,
     lse: Tensor | None = None,
     partial: Tensor | None = None,
 ) -> None:
@@ -519,8 +380,10 @@ def attention_forward(
     def items(tensors: Sequence[Tensor], source: Tensor | None) -> tuple[int, ...]:
         return tuple(t.stride(0) if source is not None or t.shape[0] > 1 else 0 for t in tensors)
 
+    d_k, d_v = (None, None) if descriptors is None else (d.make(traits) for d in descriptors)
+    steps_k, steps_v = ((0, 0, 0),) * 2 if descriptors is None else (d.steps for d in descriptors)
     attention_forward_kernel[(row_blocks * batch * heads,)](
-        q, tuple(ks), tuple(vs), out, lse, partial, row_starts, key_starts, order, valid, source_q, source_k, source_v,
+        q, tuple(ks), tuple(vs), d_k, d_v, out, lse, partial, row_starts, key_starts, order, valid, source_q, source_k, source_v,
         scales, bias, weight, gain, gates, contrast, value_sums,
         stride_q=(q.stride(0), q.stride(1), q.stride(2)),
         stride_out=(out.stride(0), out.stride(1), out.stride(2)),
@@ -530,25 +393,11 @@ def attention_forward(
         stride_vb=items(vs, source_v),
         stride_vn=tuple(t.stride(1) for t in vs),
         stride_vh=tuple(t.stride(2) for t in vs),
+        steps_k=steps_k,
+        steps_v=steps_v,
         stride_tables=tuple(s for t in (scales, bias, weight, gain, gates) for s in item_strides(t)),
         stride_starts=(item_strides(row_starts)[0], item_strides(key_starts)[0]),
         scale=scale, n_items=batch, n_heads=heads, n_rows=rows, n_keys=ks[0].shape[1], n_row_blocks=row_blocks,
         n_row_segments=row_segments, n_key_segments=key_segments, n_groups=groups,
         T=traits, num_warps=warps, num_stages=stages, enable_fp_fusion=True,
     )  # fmt: skip
-
-
-def item_strides(t: Tensor | None) -> tuple[int, int]:
-    """Strides of the first two dimensions, 0 where one is broadcast."""
-    if t is None:
-        return 0, 0
-    return t.stride(0) * (t.shape[0] > 1), t.stride(1) * (t.shape[1] > 1)
-
-
-def alignment(tensors: Sequence[Tensor]) -> int:
-    """The largest power of two, up to 16, that divides the strides of every item, token and head."""
-    common = 16
-    for t in tensors:
-        for size, stride in zip(t.shape[:3], t.stride()[:3], strict=True):
-            common = math.gcd(common, stride) if size > 1 else common
-    return common

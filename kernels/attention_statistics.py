@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_forward import Traits, item_strides, open_tensor
+from .attention_blocks import Traits, item_strides, open_tensor
 from .segments import find_rows, load_tile, rounded
 
 
@@ -34,12 +34,12 @@ def value_sums_kernel(
         start = 0
     if p_valid is not None:
         n = tl.minimum(n, tl.maximum(tl.load(p_valid + b * n_key_segments + c), 0))
-    p_v, stride = open_tensor(p_vs, stride_vb, stride_vn, stride_vh, p_source_v, b, h, c, start, n_items, T)
+    x = open_tensor(p_vs, stride_vb, stride_vn, stride_vh, p_source_v, None, None, b, h, c, start, n_items, T)
     b_sum = tl.zeros([BLOCK_D], tl.float32)
     for j in tl.range(0, n, T.BLOCK_N):
         m_n = j + tl.arange(0, T.BLOCK_N) < n
-        p_tile = p_v + tl.multiple_of(tl.cast(j, tl.int64) * stride, T.ALIGN)
-        b_v = load_tile(p_tile, stride, m_n, 0, BLOCK_D, T.D, T.BLOCK_N, T.ALIGN, True)
+        p_tile = x[0] + tl.multiple_of(tl.cast(j, tl.int64) * x[1], T.ALIGN)
+        b_v = load_tile(p_tile, x[1], m_n, 0, BLOCK_D, T.D, T.BLOCK_N, T.ALIGN, True)
         b_sum += tl.sum(b_v.to(tl.float32), 0)
     o_d = tl.arange(0, BLOCK_D)
     tl.store(p_sums + tl.program_id(0).to(tl.int64) * T.D + o_d, b_sum, mask=o_d < T.D)

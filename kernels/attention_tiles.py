@@ -10,19 +10,47 @@ class Tile(NamedTuple):
     block_n: int
     warps: int
     stages: int
+    descriptors: bool = False  # read full tiles of keys and values through tensor descriptors (TMA)
 
 
-def split_dim(dim: int) -> tuple[int, int]:
-    """A head dim as one or two power-of-two tiles of at least 16 columns; (D1, 0) where a second saves nothing.
+def split_dim(dim: int, itemsize: int) -> tuple[int, ...]:
+    """A head dim as tiles of power-of-two widths, the last one padded.
 
-    40 = 32 + 8, 80 = 64 + 16, 96 = 64 + 32 and 160 = 128 + 32 would waste 24 to 96 columns of every product as one.
+    40 = 32 + 8, 80 = 64 + 16, 96 = 64 + 32, 160 = 128 + 32: as one power of two they would pad 24 to 96 columns of
+    every product. float32 is cut into tiles of 32: an IEEE product keeps its whole operands in registers.
     """
-    whole = max(16, 1 << (dim - 1).bit_length())
-    first = max(16, whole // 2)
-    second = max(16, 1 << (dim - first - 1).bit_length()) if dim > first else 0
-    return (whole, 0) if whole == dim or first + second >= whole else (first, second)
+    widest = 32 if itemsize == 4 else 256
+    parts = []
+    while dim > 0:
+        whole = max(16, 1 << (dim - 1).bit_length())
+        width = whole if whole - dim < whole // 4 or whole == 16 else whole // 2
+        parts.append(min(width, widest))
+        dim -= parts[-1]
+    return tuple(parts)
 
 
 def forward_tile(arch: int, dim: int, itemsize: int, grouped: bool = False, mass: int = 0) -> Tile:
-    """Tile of the forward kernel. arch: compute capability * 10; itemsize: bytes of an element."""
-    return Tile(128, 64, 8, 2)
+    """Tile of the forward kernel: the largest that spills no register in any feature, compiled for sm_80 and sm_90.
+
+    Args:
+        arch: compute capability * 10; 0 where there is none (the interpreter, other vendors).
+        dim: head dim. itemsize: bytes of an element.
+        grouped: several softmax groups, whose accumulators a block of rows holds beside the sum over groups.
+        mass: columns of the mass. Its row sums are 1 of dim registers a row: no reason for another tile.
+    """
+    if itemsize == 4:
+        # An IEEE product goes through FMA, with whole operands in registers: beyond D 64, 32 rows spill in contrast with
+        # clip.
+        return Tile(64, 32, 8, 2) if dim <= 64 else Tile(16, 32, 4, 2)
+    hopper = arch >= 90
+    if dim <= 64:
+        # 128 x 128 fits without groups only; a third stage pays for itself where copies are asynchronous to wgmma.
+        return Tile(128, 64, 8, 3 if hopper else 2)
+    if dim > 128:
+        # Two accumulators of 64 x 256 leave no room for wider tiles.
+        return Tile(64, 16, 8, 2)
+    if hopper:
+        # 128 KiB of K and V in flight of the 227 KiB; a second accumulator takes the registers of half the tile.
+        return Tile(128, 32 if grouped else 64, 8, 3)
+    # Four warps with 64 rows keep each warp's share of Q in registers; eight leave room for the second accumulator.
+    return Tile(64, 32, 8, 2) if grouped else Tile(64, 32, 4, 3)

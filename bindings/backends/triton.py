@@ -73,8 +73,9 @@ def forward(problem: Problem) -> Result:
 
 
 def _forward(p: Problem) -> Result:
-    from ...kernels import attention_forward as kernel
+    from ...kernels import attention_blocks as blocks
     from ...kernels import attention_statistics as statistics
+    from ...kernels.attention_forward import attention_forward
     from ...kernels.attention_tiles import split_dim
 
     device, B, H, G = p.q.device, p.batch, p.heads, p.n_groups
@@ -84,17 +85,19 @@ def _forward(p: Problem) -> Result:
     row_blocks = _row_blocks(p, tile.block_m)
     row_starts = _starts(p.row_lengths, p.row_items, device) if R > 1 or p.need_mass else None
     key_starts = _starts(p.key_lengths, p.key_items, device) if C > 1 else None
+    described = _describe(p, tile)
     kinds = [0 if c is None else 1 + (c.clip is not None) for c in p.contrast]
-    D1, D2 = split_dim(p.dim)
-    traits = kernel.Traits(
+    parts = split_dim(p.dim, p.q.element_size())
+    traits = blocks.Traits(
         D=p.dim,
-        D1=D1,
-        D2=D2,
+        PARTS=parts,
+        FIRSTS=tuple(accumulate(parts, initial=0))[:-1],
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         TENSORS=len(p.k),
         HEADS_PER_KV=H // p.kv_heads,
-        ALIGN=kernel.alignment([p.q, *p.k, *p.v, out]),
+        ALIGN=blocks.alignment([p.q, *p.k, *p.v, out]),
+        DESCRIBED=described is not None,
         RAGGED=p.row_items is not None,
         GROUPED=G > 1,
         SILENT=p.weight is not None or 2 in kinds,
@@ -108,7 +111,7 @@ def _forward(p: Problem) -> Result:
     lse = torch.empty(B, H, p.rows, G, dtype=torch.float32, device=device) if p.need_stats else None
     partial = torch.empty(B, H, row_blocks, C, dtype=torch.float32, device=device) if p.need_mass else None
     keys = {"key_starts": key_starts, "valid": p.valid, "source_v": p.source_v}
-    kernel.attention_forward(
+    attention_forward(
         p.q, p.k, p.v, out, traits,
         warps=tile.warps, stages=tile.stages, row_blocks=row_blocks, row_segments=R, key_segments=C, groups=G,
         scale=p.scale, scales=_table(p.scales), bias=_table(p.bias), weight=_table(p.weight),
@@ -117,7 +120,7 @@ def _forward(p: Problem) -> Result:
         source_q=p.source_q, source_k=p.source_k,
         contrast=_contrast(p, kinds, device) if any(kinds) else None,
         value_sums=statistics.value_sums(p.v, B, C, traits, **keys) if 1 in kinds else None,
-        lse=lse, partial=partial, **keys,
+        descriptors=described, lse=lse, partial=partial, **keys,
     )  # fmt: skip
     mass = None if partial is None else statistics.sum_mass(partial, row_starts, R, tile.block_m)
     gain = None
@@ -141,6 +144,17 @@ def _tile(p: Problem) -> Tile:
 
     mass = _power_of_two(len(p.key_lengths)) if p.need_mass else 0
     return forward_tile(_arch(p.q.device), p.dim, p.q.element_size(), p.n_groups > 1, mass)
+
+
+def _describe(p: Problem, tile: Tile):
+    """Descriptors of the keys and the values, where the tile asks for them and the layout allows them."""
+    from ...kernels.attention_blocks import describe
+
+    if not tile.descriptors or len(p.k) > 1 or p.dim & (p.dim - 1) or p.dim < 16:
+        return None
+    k = describe(p.k[0], p.source_k is None and p.k[0].shape[0] == 1)
+    v = describe(p.v[0], p.source_v is None and p.v[0].shape[0] == 1)
+    return None if k is None or v is None else (k, v)
 
 
 @functools.cache

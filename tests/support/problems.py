@@ -34,6 +34,14 @@ class Call:
 
         return Call(cast(self.q), cast(self.k), cast(self.v), self.control, self.kwargs)
 
+    def on(self, device: torch.device) -> Call:
+        def move(x):
+            if isinstance(x, (list, dict)):
+                return [move(t) for t in x] if isinstance(x, list) else {name: move(t) for name, t in x.items()}
+            return x.to(device) if isinstance(x, Tensor) else x
+
+        return Call(move(self.q), move(self.k), move(self.v), self.control, move(self.kwargs))
+
     def problem(self) -> Problem:
         more = {name: self.kwargs.get(name) for name in ("scale", "source", "mask")}
         return _lower(self.q, self.k, self.v, self.control, out=None, **more)

@@ -1,0 +1,231 @@
+"""Blocks of rows, tiles of keys and values: what the attention kernels are compiled for, read, multiply and store."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .segments import dot, load_tile, pick, rounded, store_tile
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-3.0e38)  # a finite bias stays finite in log2 units
+
+
+class Traits(NamedTuple):
+    """What a kernel is compiled for; features that it does not name are compiled away."""
+
+    D: tl.constexpr
+    PARTS: tl.constexpr  # the head dim as tiles of these widths, powers of two
+    FIRSTS: tl.constexpr  # the first column of each
+    BLOCK_M: tl.constexpr
+    BLOCK_N: tl.constexpr
+    TENSORS: tl.constexpr  # 1: all keys in one tensor; else one per key segment
+    HEADS_PER_KV: tl.constexpr
+    ALIGN: tl.constexpr  # a power of two that divides every stride
+    DESCRIBED: tl.constexpr  # full tiles of keys and values are read through tensor descriptors
+    RAGGED: tl.constexpr  # an item may have fewer row blocks than the grid
+    GROUPED: tl.constexpr  # several softmax groups
+    SILENT: tl.constexpr  # some tiles count in max and sum, but their values are not read
+    UNCLIPPED: tl.constexpr  # some group has a contrast without clip
+    CLIPPED: tl.constexpr  # some group has one with clip: a second sweep
+    SIGNED: tl.constexpr  # the scale may be negative
+    MASS: tl.constexpr  # columns of the mass, a power of two; 0: no mass
+    PRECISION: tl.constexpr  # of float32 products
+    EMULATE: tl.constexpr  # bfloat16 in the interpreter
+
+
+@triton.jit
+def zeros(ROWS: tl.constexpr, T: tl.constexpr):
+    """(ROWS, D) as one tile for each of T.PARTS"""
+    b_x = (tl.zeros([ROWS, T.PARTS[0]], tl.float32),)
+    for i in tl.static_range(1, len(T.PARTS)):
+        b_x += (tl.zeros([ROWS, T.PARTS[i]], tl.float32),)
+    return b_x
+
+
+@triton.jit
+def scaled(b_x, factor, T: tl.constexpr):
+    b_y = (b_x[0] * factor,)
+    for i in tl.static_range(1, len(T.PARTS)):
+        b_y += (b_x[i] * factor,)
+    return b_y
+
+
+@triton.jit
+def added(b_x, b_y, T: tl.constexpr):
+    b_z = (b_x[0] + b_y[0],)
+    for i in tl.static_range(1, len(T.PARTS)):
+        b_z += (b_x[i] + b_y[i],)
+    return b_z
+
+
+@triton.jit
+def flipped(b_x, scale, T: tl.constexpr):
+    """b_x with the scale's sign, so that the largest product is the largest logit"""
+    sign = tl.where(scale < 0, -1.0, 1.0)
+    b_y = ((b_x[0].to(tl.float32) * sign).to(b_x[0].dtype),)
+    for i in tl.static_range(1, len(T.PARTS)):
+        b_y += ((b_x[i].to(tl.float32) * sign).to(b_x[i].dtype),)
+    return b_y
+
+
+@triton.jit
+def load_rows(p, stride, m, ROWS: tl.constexpr, MASKED: tl.constexpr, T: tl.constexpr):
+    """ROWS rows from p on, those outside m as 0 if MASKED"""
+    b_x = (load_tile(p, stride, m, T.FIRSTS[0], T.PARTS[0], T.D, ROWS, T.ALIGN, MASKED),)
+    for i in tl.static_range(1, len(T.PARTS)):
+        b_x += (load_tile(p, stride, m, T.FIRSTS[i], T.PARTS[i], T.D, ROWS, T.ALIGN, MASKED),)
+    return b_x
+
+
+@triton.jit
+def store_rows(p, stride, b_x, m, T: tl.constexpr):
+    for i in tl.static_range(len(T.PARTS)):
+        store_tile(p, stride, b_x[i], m, T.FIRSTS[i], T.PARTS[i], T.D, T.BLOCK_M, T.ALIGN, T.EMULATE)
+
+
+@triton.jit
+def load_keys(x, j, m_n, MASKED: tl.constexpr, T: tl.constexpr):
+    """The tile from key j on, of what open_tensor returned; those outside m_n as 0 if MASKED"""
+    if T.DESCRIBED:
+        b_x = x[2].load([x[3] + j, x[4]])
+        if MASKED:
+            b_x = tl.where(m_n[:, None], b_x, 0.0)
+        return (b_x,)
+    else:
+        return load_rows(x[0] + tl.multiple_of(tl.cast(j, tl.int64) * x[1], T.ALIGN), x[1], m_n, T.BLOCK_N, MASKED, T)
+
+
+@triton.jit
+def products(b_q, keys, j, m_n, MASKED: tl.constexpr, T: tl.constexpr):
+    """<q_i, k_j> of the tile from key j on, (BLOCK_M, BLOCK_N)"""
+    b_k = load_keys(keys, j, m_n, MASKED, T)
+    b_s = dot(b_q[0], tl.trans(b_k[0]), None, T.PRECISION, T.EMULATE)
+    for i in tl.static_range(1, len(T.PARTS)):
+        b_s = dot(b_q[i], tl.trans(b_k[i]), b_s, T.PRECISION, T.EMULATE)
+    return b_s
+
+
+@triton.jit
+def accumulate(b_acc, b_p, values, j, m_n, MASKED: tl.constexpr, T: tl.constexpr):
+    """b_acc + P V of the tile from key j on"""
+    b_v = load_keys(values, j, m_n, MASKED, T)
+    b_p = rounded(b_p, b_v[0].dtype, T.EMULATE)
+    b_y = (dot(b_p, b_v[0], b_acc[0], T.PRECISION, T.EMULATE),)
+    for i in tl.static_range(1, len(T.PARTS)):
+        b_y += (dot(b_p, b_v[i], b_acc[i], T.PRECISION, T.EMULATE),)
+    return b_y
+
+
+@triton.jit
+def open_tensor(p_xs, stride_b, stride_n, stride_h, p_source, d_x, steps, b, h, c, start, n_items, T: tl.constexpr):
+    """(pointer to the first token of segment c for one item and head, stride of its tokens, descriptor, row, column)"""
+    t = c
+    if T.TENSORS == 1:
+        t = 0
+    if p_source is not None:
+        b = tl.load(p_source + t * n_items + b)
+    stride = pick(stride_n, t, T.TENSORS)
+    x = pick(p_xs, t, T.TENSORS)
+    x += tl.multiple_of(tl.cast(b, tl.int64) * pick(stride_b, t, T.TENSORS), T.ALIGN)
+    x += tl.multiple_of(tl.cast(h, tl.int64) * pick(stride_h, t, T.TENSORS), T.ALIGN)
+    x += tl.multiple_of(tl.cast(start, tl.int64) * stride, T.ALIGN)
+    row = 0
+    column = 0
+    if T.DESCRIBED:
+        row = tl.cast(b, tl.int32) * steps[0] + h * steps[1] + start
+        column = h * steps[2]
+    return x, stride, d_x, row, column
+
+
+@triton.jit
+def open_pair(c, b, p_key_starts, n_keys, n_key_segments, p_valid, p_bias, T: tl.constexpr):
+    """(first key in its tensor, keys to read, bias in log2 units) of segment c for this program's rows"""
+    start = 0
+    n = n_keys
+    if p_key_starts is not None:
+        start = tl.load(p_key_starts + c)
+        n = tl.load(p_key_starts + c + 1) - start
+    if T.TENSORS > 1:
+        start = 0
+    if p_valid is not None:
+        n = tl.minimum(n, tl.maximum(tl.load(p_valid + b * n_key_segments + c), 0))
+    bias = 0.0
+    if p_bias is not None:
+        bias = tl.load(p_bias + c)
+        n = tl.where(bias == float("-inf"), 0, n)
+        bias = tl.maximum(bias * LOG2E, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+    return start, n, bias
+
+
+@triton.jit
+def load_level(p, weight, T: tl.constexpr):
+    """weight times D float32 at p, as rows (1, T.PARTS[i]); a weight of 0 reads none"""
+    m = tl.full([1, 1], weight, tl.float32) != 0
+    o_d = tl.arange(0, T.PARTS[0])[None, :]
+    b_x = (tl.load(p + o_d, mask=(o_d < T.D) & m, other=0.0) * weight,)
+    for i in tl.static_range(1, len(T.PARTS)):
+        o_d = T.FIRSTS[i] + tl.arange(0, T.PARTS[i])[None, :]
+        b_x += (tl.load(p + o_d, mask=(o_d < T.D) & m, other=0.0) * weight,)
+    return b_x
+
+
+class Descriptor(NamedTuple):
+    """A tensor (batch, tokens, heads, D) as a matrix: token n of item b and head h is D columns of one row."""
+
+    base: Tensor
+    rows: int
+    columns: int
+    stride: int
+    steps: tuple[int, int, int]  # row b * steps[0] + h * steps[1] + n, column h * steps[2]
+
+    def make(self, traits: Traits) -> TensorDescriptor:
+        shape, strides = [self.rows, self.columns], [self.stride, 1]
+        return TensorDescriptor(self.base, shape, strides, [traits.BLOCK_N, traits.D])
+
+
+def describe(t: Tensor, broadcast: bool) -> Descriptor | None:
+    """The matrix that holds t, if its strides allow one; broadcast: every item reads the first.
+
+    Rows are tokens, and heads lie beside each other in a row or follow each other in rows. The copy engine wants the
+    base and the stride to be multiples of 16 bytes.
+    """
+    batch, tokens, heads, dim = t.shape
+    stride_b, stride_n, stride_h, _ = t.stride()
+    if tokens == 0 or t.data_ptr() % 16 or stride_n * t.element_size() % 16 or stride_n < dim:
+        return None
+    row_b, row_h, column_h = 0, 0, 0
+    if batch > 1 and not broadcast:
+        if stride_b % stride_n:
+            return None
+        row_b = stride_b // stride_n
+    if heads > 1 and stride_h % stride_n == 0:
+        row_h = stride_h // stride_n
+    elif heads > 1:
+        if (heads - 1) * stride_h + dim > stride_n:
+            return None
+        column_h = stride_h
+    rows = (batch - 1) * row_b + (heads - 1) * row_h + tokens
+    return Descriptor(t, rows, (heads - 1) * column_h + dim, stride_n, (row_b, row_h, column_h))
+
+
+def item_strides(t: Tensor | None) -> tuple[int, int]:
+    """Strides of the first two dimensions, 0 where one is broadcast."""
+    if t is None:
+        return 0, 0
+    return t.stride(0) * (t.shape[0] > 1), t.stride(1) * (t.shape[1] > 1)
+
+
+def alignment(tensors: Sequence[Tensor]) -> int:
+    """The largest power of two, up to 16, that divides the strides of every item, token and head."""
+    common = 16
+    for t in tensors:
+        for size, stride in zip(t.shape[:3], t.stride()[:3], strict=True):
+            common = math.gcd(common, stride) if size > 1 else common
+    return common
