@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import given, settings
-from support.problems import Call, calls, check
 
 from flashbrush.bindings.backends import cpu
+from support.problems import Call, calls, check
 
 
 def run(call: Call) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import given, settings
-from support.problems import Call, calls
 from torch import Tensor
 
 from flashbrush.bindings.backends import cpu
+from support.problems import Call, calls
 
 # P and dS are rounded to the dtype once, products are summed in float32: relative error of the root mean square.
 LIMIT = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 3e-3}

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import given, settings
-from support.problems import Call, calls, check
 
 import flashbrush as fb
 from flashbrush.bindings.backends import triton as backend
 from flashbrush.kernels import attention_blocks, attention_tiles
+from support.problems import Call, calls, check
 
 pytestmark = pytest.mark.skipif(bool(backend.available()), reason="; ".join(backend.available()))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

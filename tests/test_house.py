@@ -1,0 +1,315 @@
+"""The house: imports never run up a floor, files have one subject, and the public names are there and described."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+from types import FunctionType
+
+import pytest
+import torch
+
+import flashbrush as fb
+import flashbrush.integrations
+import flashbrush.integrations.diffusers as diffusers_integration
+from flashbrush import Stats, bindings
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("kernels", "bindings", "integrations", "benchmarks")
+# From the ground up; a module may import from its own floor and from those below.
+FLOORS = (
+    "kernels",
+    "what a problem is",
+    "bindings/backends",
+    "bindings",
+    "the package",
+    "integrations/diffusers",
+    "integrations/methods",
+    "integrations/pipelines",
+    "benchmarks",
+    "integrations",
+)
+# What backends may know of bindings: how a call is described, not how it is made.
+DESCRIPTIONS = ("bindings/segments.py", "bindings/control.py", "bindings/problem.py")
+LINES = 500
+
+
+def floor(place: str) -> int:
+    """place: a module's file or a package's folder, from the root."""
+    if place in DESCRIPTIONS:
+        return FLOORS.index("what a problem is")
+    if place == "__main__.py":
+        return len(FLOORS)
+    if place in ("", "__init__.py"):
+        return FLOORS.index("the package")
+    return FLOORS.index(max((f for f in FLOORS if f"{place}/".startswith(f"{f}/")), key=len))
+
+
+def own_files() -> list[str]:
+    """What the package is made of, and not what only pytest reads."""
+    files = [*ROOT.glob("__*__.py"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))]
+    names = sorted(path.relative_to(ROOT).as_posix() for path in files)
+    return [name for name in names if not Path(name).name.startswith(("test_", "conftest"))]
+
+
+def imports(place: str, source: str) -> list[tuple[int, str | None, str]]:
+    """(line, place that is imported or None where it is outside the package, name) of every import in a file of ours.
+
+    Those in functions and under TYPE_CHECKING count. So do the relative names of a package that imports lazily.
+    """
+    tree = ast.parse(source, place)
+    found: list[tuple[int, str | None, str]] = []
+
+    def relative(line: int, dotted: str, name: str) -> None:
+        module = dotted.lstrip(".")
+        folder = Path(place).parents[len(dotted) - len(module) - 1] / module.replace(".", "/")
+        for target in (folder / name, folder / f"{name}.py", folder, Path(f"{folder}.py")):
+            if name and target.name and (ROOT / target).exists():
+                found.append((line, "" if target == Path() else target.as_posix(), name))
+                return
+        found.append((line, "" if folder == Path() else folder.as_posix(), name))
+
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, None, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found += [(node.lineno, None, node.module or "")]
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                relative(node.lineno, "." * node.level + (node.module or ""), alias.name)
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) in (
+            "import_module",
+            "__import__",
+        ):
+            lazy = [n for n in ast.walk(tree) if isinstance(n, ast.Constant) and str(n.value).startswith(".")]
+            for name in lazy:
+                relative(name.lineno, str(name.value), "")
+            if not lazy:
+                found.append((node.lineno, None, ast.unparse(node)))
+    return found
+
+
+def violations(place: str, source: str) -> list[str]:
+    wrong = []
+    inside = place.split("/")[0]
+    for line, target, name in imports(place, source):
+        if target is None:
+            if name.split(".")[0] in ("flashbrush", *FOLDERS) or "(" in name:
+                wrong.append(f"{place}:{line}: {name} is not imported relatively")
+        elif floor(target) > floor(place):
+            wrong.append(f"{place}:{line}: {name} of {target or 'the package'} is on a higher floor")
+        elif inside == "kernels" and not target.startswith("kernels/"):
+            wrong.append(f"{place}:{line}: {name} of {target}: kernels import nothing of ours")
+        elif inside in ("integrations", "benchmarks") and not allowed_outside(target, name):
+            wrong.append(f"{place}:{line}: {name} of {target} is not a public name of bindings")
+    return wrong
+
+
+def allowed_outside(target: str, name: str) -> bool:
+    if target.startswith("kernels"):
+        return False
+    return not target.startswith("bindings") or name in bindings.__all__
+
+
+def test_imports_never_run_up() -> None:
+    files = own_files()
+    assert {Path(file).parts[0] for file in files} >= set(FOLDERS)
+    assert not [line for file in files for line in violations(file, (ROOT / file).read_text())]
+
+
+@pytest.mark.parametrize(
+    ("place", "line"),
+    [
+        ("kernels/a.py", "from ..bindings.problem import Problem"),
+        ("kernels/a.py", "from .. import __version__"),
+        ("bindings/backends/a.py", "from ..attention import attention"),
+        ("bindings/backends/a.py", "from .. import attention"),
+        ("bindings/problem.py", "from .backends import Result"),
+        ("bindings/a.py", "def f():\n    from ..integrations.diffusers import apply"),
+        ("bindings/a.py", "from ..benchmarks import shapes"),
+        ("bindings/a.py", "from .. import merge"),
+        ("bindings/a.py", "import flashbrush"),
+        ("bindings/a.py", "from kernels import attention_forward"),
+        ("integrations/diffusers/a.py", "from ..methods import InContextBrush"),
+        ("integrations/diffusers/a.py", "from .. import InContextBrush"),
+        ("integrations/diffusers/a.py", "from ...bindings.problem import Problem"),
+        ("integrations/diffusers/a.py", "from ...bindings import problem"),
+        ("integrations/methods/a.py", "from ...kernels.segments import dot"),
+        ("integrations/methods/a.py", "from ..pipelines import InContextBrushPipeline"),
+        ("integrations/diffusers/__init__.py", "import_module('..methods', __name__)"),
+        ("integrations/pipelines/a.py", "from ...benchmarks import shapes"),
+        ("integrations/a.py", "importlib.import_module(name)"),
+        ("integrations/a.py", "from flashbrush.bindings import attention"),
+    ],
+)
+def test_an_import_that_runs_up_is_seen(place: str, line: str) -> None:
+    assert violations(place, line)
+
+
+@pytest.mark.parametrize(
+    ("place", "line"),
+    [
+        ("kernels/a.py", "from .segments import dot"),
+        ("bindings/backends/a.py", "from ...kernels import attention_forward\nfrom ..problem import Problem"),
+        ("bindings/a.py", "from . import ops\nfrom .backends import cpu"),
+        ("integrations/methods/a.py", "from ...bindings import Control, attention\nfrom ..diffusers.plan import Plan"),
+        ("integrations/__init__.py", "import_module('.methods', __name__)"),
+        ("integrations/a.py", "from .pipelines import InContextBrushPipeline\nfrom ..benchmarks import table"),
+    ],
+)
+def test_an_import_that_runs_down_is_not(place: str, line: str) -> None:
+    assert not violations(place, line)
+
+
+def test_tests_import_the_package_by_its_name() -> None:
+    """A root module imported under another name would register the operators a second time."""
+    wrong = []
+    for path in [*(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").glob("test_*.py")]:
+        depth = len(path.relative_to(ROOT).parts) - 1
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module or ""] if not node.level else [""] * (node.level > depth)
+            wrong += [f"{path}: {name}" for name in names if name.split(".")[0] in ("", *FOLDERS)]
+    assert not wrong
+
+
+def test_files_have_one_subject() -> None:
+    files = [path for folder in (*FOLDERS, "csrc", "tests") for path in (ROOT / folder).rglob("*")]
+    files += list(ROOT.glob("*.py"))
+    code = [path for path in files if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh")]
+    assert len(code) > 50
+    lengths = {path.relative_to(ROOT).as_posix(): len(path.read_text().splitlines()) for path in code}
+    assert not {name: lines for name, lines in lengths.items() if lines > LINES}
+
+
+# Public names
+
+NAMES = {
+    "Branch": "q k v control gate scale source",
+    "Contrast": "beta clip",
+    "Control": "rows keys bias weight gain head_gain groups gates contrast valid",
+    "HeadGain": "rows keys span floor norm apply_to",
+    "Segments": "lengths named",
+    "Stats": "lse mass gain",
+    "adain": "x style mask style_mask",
+    "attention": "q k v control scale source mask backend out return_stats",
+    "attention_sum": "branches out",
+    "backends": "",
+    "blend_latents": "generated source noise mask sigma",
+    "column_mass": "q k lse control scale source rows",
+    "key_probabilities": "q k lse keys control scale source",
+    "merge": "parts",
+    "qk_norm_rope": "streams cos sin eps rope permutation",
+}
+
+
+def described(thing: object) -> bool:
+    """With a docstring of its own: dataclasses and named tuples write their signature into one that is missing."""
+    text = (inspect.getdoc(thing) or "").strip()
+    return len(text) > 20 and not text.startswith((f"{getattr(thing, '__name__', '')}(", "Alias for field"))
+
+
+def test_the_package_has_the_public_names_and_no_others() -> None:
+    assert set(fb.__all__) == {*NAMES, "__version__"}
+    assert set(bindings.__all__) == set(NAMES)
+    assert all(getattr(fb, name) is getattr(bindings, name) for name in NAMES)
+    assert fb.__all__ == sorted(fb.__all__)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_public_name_takes_what_it_says(name: str) -> None:
+    assert list(inspect.signature(getattr(fb, name)).parameters) == NAMES[name].split()
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [(fb, name) for name in NAMES]
+    + [(flashbrush.integrations, name) for name in flashbrush.integrations.__all__]
+    + [(diffusers_integration, name) for name in diffusers_integration.__all__],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
+def test_a_public_name_is_described(module: object, name: str) -> None:
+    thing = getattr(module, name)
+    assert described(thing)
+    methods = {
+        key: value
+        for key, value in (vars(thing) if inspect.isclass(thing) else {}).items()
+        if not key.startswith("_") and isinstance(value, property | staticmethod | classmethod | FunctionType)
+    }
+    methods.pop("plan", None)  # the method protocol, which the class `Method` describes
+    assert not [key for key, value in methods.items() if not described(getattr(value, "__func__", value))]
+
+
+def test_a_missing_docstring_is_seen() -> None:
+    assert not described(type("Bare", (), {}))
+    assert not described(type("Record", (), {"__doc__": "Record(a: int, b: int) -> None"}))
+    assert not described(Stats.lse)
+
+
+def test_integrations_have_their_names() -> None:
+    assert {"InContextBrush", "InContextBrushPipeline"} <= set(flashbrush.integrations.__all__)
+    names = {"FluxControlledAttnProcessor", "Handle", "Layer", "Method", "Plan", "Step", "apply"}
+    assert names <= set(diffusers_integration.__all__)
+    with pytest.raises(AttributeError, match="NoSuchName"):
+        flashbrush.integrations.NoSuchName  # noqa: B018
+
+
+@pytest.mark.parametrize("name", ["attention", "attention_out", "attention_backward", "qk_norm_rope"])
+def test_operators_are_registered(name: str) -> None:
+    assert isinstance(getattr(torch.ops.flashbrush, name), torch._ops.OpOverloadPacket)
+
+
+# What an import costs
+
+HEAVY = ("diffusers", "transformers", "accelerate", "peft", "triton", "PIL", "matplotlib", "typer", "torch._inductor")
+IMPORT = """
+import sys, time
+import torch
+before = set(sys.modules)
+started = time.perf_counter()
+import {module}
+seconds = time.perf_counter() - started
+print(seconds, *sorted(set(sys.modules) - before))
+"""
+
+
+def import_alone(module: str) -> tuple[float, set[str]]:
+    """(seconds, modules) that an import takes beside torch, in an interpreter of its own"""
+    code = IMPORT.format(module=module)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent)
+    assert done.returncode == 0, done.stderr
+    seconds, *modules = done.stdout.split()
+    return float(seconds), set(modules)
+
+
+def heavy(modules: set[str]) -> list[str]:
+    return [m for m in modules if any(m == name or m.startswith(f"{name}.") for name in HEAVY)]
+
+
+def test_the_import_is_light() -> None:
+    seconds, modules = import_alone("flashbrush")
+    assert "flashbrush.bindings.attention" in modules
+    assert not heavy(modules)
+    assert min([seconds, *(import_alone("flashbrush")[0] for _ in range(2 * (seconds > 2.0)))]) < 2.0
+
+
+@pytest.mark.parametrize("module", ["flashbrush.integrations", "flashbrush.integrations.diffusers"])
+def test_diffusers_is_imported_when_it_is_needed(module: str) -> None:
+    assert not heavy(import_alone(module)[1])
+
+
+# Hugging Face's kernels
+
+
+def test_kernels_shadow_nothing(tmp_path: Path) -> None:
+    """diffusers imports a package of that name; with the root as the working directory it must be found, not ours."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("theirs = True\n")
+    code = f"import sys; sys.path.append({str(tmp_path)!r}); import kernels; assert kernels.theirs"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
