@@ -1,0 +1,257 @@
+"""The command line: flashbrush insert, demo, info, bench.
+
+Wrong input gives one line on standard error and exit code 2, and nothing is written.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Sequence
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from .pipelines import InContextBrushOutput, InContextBrushPipeline
+
+app = typer.Typer(
+    name="flashbrush", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="Segment-controlled attention for in-context image editing.",
+)  # fmt: skip
+
+
+class Dtype(str, Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Norm(str, Enum):
+    minmax = "minmax"
+    mean = "mean"
+    max = "max"
+    softmax = "softmax"
+
+
+Out = Annotated[Path, typer.Option("--output", "-o", help="Picture to write.")]
+Steps = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of the noise.")]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; ends with SystemExit."""
+    command = typer.main.get_command(app)
+    try:
+        code = command.main(list(sys.argv[1:] if arguments is None else arguments), "flashbrush", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(130)
+    except Exception as error:
+        message = error.format_message() if hasattr(error, "format_message") else str(error)  # type: ignore[attr-defined]
+        expected = (ValueError, TypeError, OSError, ImportError, NotImplementedError)
+        if not hasattr(error, "format_message") and not isinstance(error, expected):
+            raise
+        print(f"flashbrush: {' '.join(message.split()) or type(error).__name__}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+@app.command()
+def insert(
+    subject: Annotated[Path, typer.Option(help="Photo of the subject.")],
+    image: Annotated[Path, typer.Option(help="Photo to insert it into.")],
+    mask: Annotated[Path, typer.Option(help="Of the image's size, white where to paint.")],
+    prompt: Annotated[str, typer.Option(help="What the result shows.")],
+    output: Out,
+    model: Annotated[str, typer.Option(help="FLUX.1-Fill: a Hugging Face name or a diffusers folder.")],
+    subject_mask: Annotated[Path | None, typer.Option(help="White on the subject. Default: its transparency, or all.")] = None,
+    subject_name: Annotated[str | None, typer.Option(help="Find the subject by its name, with Grounding DINO and SAM.")] = None,
+    alpha_prompt: Annotated[float, typer.Option(help="How much more the target reads of the prompt.")] = 0.3,
+    alpha_subject: Annotated[float, typer.Option(help="How much more the target reads of the subject.")] = 0.3,
+    gain_span: Annotated[float, typer.Option(help="Heads gain from 1 to 1 + this.")] = 0.2,
+    gain_norm: Annotated[Norm, typer.Option(help="How a head's attention to the prompt is compared.")] = Norm.minmax,
+    steps: Steps = 50,
+    guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 30.0,
+    seed: Seed = 0,
+    width: Annotated[int | None, typer.Option(help="Of a panel, pixels; a multiple of 16.")] = None,
+    height: Annotated[int | None, typer.Option(help="Of a panel, pixels; a multiple of 16.")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Of the model.")] = Dtype.bfloat16,
+    device: Annotated[str | None, typer.Option(help="Default: cuda where there is one, else cpu.")] = None,
+    offload: Annotated[bool, typer.Option(help="Move each part of the model to the device only while it works.")] = False,
+    backend: Annotated[str, typer.Option(help="Of the attention; see flashbrush info.")] = "auto",
+    paste_back: Annotated[bool, typer.Option(help="Keep the photo's own pixels outside of the mask.")] = True,
+    report: Annotated[Path | None, typer.Option(help="Also write a figure: diptych, mask, result, head gains.")] = None,
+) -> None:
+    """Insert the subject of one photo into the hole of another (In-Context Brush)."""
+    from .methods import InContextBrush
+    from .pipelines import images as im
+
+    _check_outputs(output, report)
+    method = InContextBrush(alpha_prompt, alpha_subject, gain_span, gain_norm=gain_norm.value)
+    # Before a model is loaded, which takes minutes.
+    photo = im.open_image(image, "image")
+    im.open_mask(mask, photo.size)
+    picture = im.open_image(subject, "subject")
+    if subject_mask is not None:
+        im.open_mask(subject_mask, picture.size, "subject_mask", "subject")
+    if subject_mask is not None and subject_name is not None:
+        raise ValueError("subject_mask: expected it or subject_name, got both")
+    pipe = _load(model, dtype, device, offload, backend)
+    size = im.panel_size(photo.size, width=width, height=height, multiple=2 * pipe.pipe.vae_scale_factor)
+    if size != photo.size:
+        print(f"{image} is {_times(photo.size)} pixels; the model sees it at {_times(size)}")
+    result = pipe(
+        prompt, subject=subject, image=image, mask=mask, subject_mask=subject_mask, subject_name=subject_name,
+        method=method, width=size[0], height=size[1], num_inference_steps=steps, guidance_scale=guidance, seed=seed,
+        paste_back=paste_back,
+    )  # fmt: skip
+    _write(result, output, report, prompt)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pictures.")] = Path("demo"),
+    steps: Steps = 8,
+    seed: Seed = 0,
+) -> None:
+    """Insert scikit-image's cat into its coffee scene, with a tiny untrained checkpoint: the hole fills with noise."""
+    import torch
+
+    from . import tiny_checkpoint
+    from .demo import PANEL, PROMPT, photos
+    from .pipelines import InContextBrushPipeline
+
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output: expected a folder, got a file: {output}")
+    paths = photos().save(output)
+    pipe = InContextBrushPipeline.from_pretrained(tiny_checkpoint.build(output / "checkpoint"), dtype=torch.float32)
+    pipe.pipe.set_progress_bar_config(desc="inserting")
+    result = pipe(
+        PROMPT, subject=paths["subject"], subject_mask=paths["subject_mask"], image=paths["scene"], mask=paths["hole"],
+        width=PANEL[0], height=PANEL[1], num_inference_steps=steps, seed=seed,
+    )  # fmt: skip
+    _write(result, output / "result.png", output / "report.png", "the model is tiny and untrained: the hole holds noise")
+
+
+@app.command()
+def info() -> None:
+    """What is usable here, and why the rest is not: backends, versions, devices."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from ..bindings import backends
+    from ..bindings.backends import cpu
+
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    table = Table("backend", "usable", "why not", title="Backends", title_justify="left")
+    for name, reasons in backends().items():
+        table.add_row(name, "no" if reasons else "yes", "\n".join(reasons))
+    console.print(table)
+    table = Table("package", "version", title="Versions", title_justify="left")
+    for name in ("flashbrush", "torch", "triton", "diffusers", "transformers", "accelerate", "numpy", "Pillow"):
+        try:
+            table.add_row(name, version(name))
+        except PackageNotFoundError:
+            table.add_row(name, "not installed")
+    table.add_row("Python", platform.python_version())
+    console.print(table)
+    table = Table("device", "what", title="Devices", title_justify="left")
+    sets = f"; built and usable: {', '.join(cpu.isas())}" if cpu.isas() else ""
+    table.add_row("cpu", f"{torch.get_num_threads()} threads; {torch.backends.cpu.get_cpu_capability()}{sets}")
+    for i in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(i)
+        table.add_row(f"cuda:{i}", f"{torch.cuda.get_device_name(i)}, compute capability {major}.{minor}")
+    console.print(table)
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    add_help_option=False,
+)
+def bench(context: typer.Context) -> None:
+    """Measure attention on this machine's CPU, ours beside others'; --help lists the options."""
+    from ..benchmarks.table import main as run
+
+    raise typer.Exit(run(context.args))
+
+
+def _check_outputs(output: Path, report: Path | None) -> None:
+    from PIL import Image
+
+    Image.init()
+    for name, path in (("output", output), ("report", report)):
+        if path is None:
+            continue
+        if path.is_dir():
+            raise ValueError(f"{name}: expected a file to write, got a folder: {path}")
+        if not path.absolute().parent.is_dir():
+            raise ValueError(f"{name}: no such folder: {path.absolute().parent}")
+        if Image.EXTENSION.get(path.suffix.lower()) not in Image.SAVE:
+            raise ValueError(f"{name}: expected the name of a picture, such as out.png, got {path.name}")
+    if report is not None and report.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise ValueError(f"report: expected a png, jpg or webp file, got {report.name}")
+
+
+def _load(model: str, dtype: Dtype, device: str | None, offload: bool, backend: str) -> InContextBrushPipeline:
+    import torch
+
+    from ..bindings import backends
+    from .pipelines import InContextBrushPipeline
+
+    if backend != "auto" and backend not in (known := backends()):
+        raise ValueError(f"backend: expected auto or one of {', '.join(known)}, got {backend!r}")
+    if backend != "auto" and (reasons := backends()[backend]):
+        raise ValueError(f"backend: {backend!r} is not usable here: {'; '.join(reasons)}")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device: {device!r} is not usable here: {str(error).splitlines()[0]}") from error
+    if os.sep in model and not Path(model).exists() and (Path(model).is_absolute() or model.startswith(".")):
+        raise ValueError(f"model: no such folder: {model}")
+    if Path(model).is_file():
+        raise ValueError(f"model: expected a diffusers folder or a Hugging Face name, got a file: {model}")
+    pipe = InContextBrushPipeline.from_pretrained(model, dtype=getattr(torch, dtype.value), backend=backend)
+    if offload and device != "cpu":
+        pipe.pipe.enable_model_cpu_offload(device=device)
+    else:
+        pipe.to(device)
+    return pipe
+
+
+def _write(result: InContextBrushOutput, output: Path, report: Path | None, title: str) -> None:
+    """Both pictures or none: each is complete before it takes its name."""
+    from .report import insertion_report
+
+    with tempfile.TemporaryDirectory(dir=output.absolute().parent) as scratch:
+        finished: list[tuple[Path, Path]] = []
+        draft = Path(scratch) / f"picture{output.suffix}"
+        result.images[0].save(draft)
+        finished.append((draft, output))
+        if report is not None:
+            draft = Path(scratch) / f"report{report.suffix}"
+            insertion_report(result, title=title).savefig(draft, dpi=110)
+            finished.append((draft, report))
+        for draft, path in finished:
+            _take(draft, path)
+    print(f"the picture is {output}" + (f", its report {report}" if report is not None else ""))
+
+
+def _take(draft: Path, path: Path) -> None:
+    import shutil
+
+    if draft.absolute().parent.stat().st_dev == path.absolute().parent.stat().st_dev:
+        os.replace(draft, path)
+    else:
+        shutil.copyfile(draft, path)
+
+
+def _times(size: Any) -> str:
+    return f"{size[0]}x{size[1]}"

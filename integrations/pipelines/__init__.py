@@ -1,0 +1,27 @@
+"""Pipelines: photos in, pictures out. Importing this does not import diffusers."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .in_context_brush import InContextBrushOutput, InContextBrushPipeline
+    from .subject import SubjectFinder
+
+__all__ = ["InContextBrushOutput", "InContextBrushPipeline", "SubjectFinder"]
+_HOMES = {
+    "InContextBrushOutput": ".in_context_brush",
+    "InContextBrushPipeline": ".in_context_brush",
+    "SubjectFinder": ".subject",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,300 @@
+"""In-Context Brush from photos to a picture: a subject of one photo, inserted into the hole of another."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ...bindings import blend_latents
+from ..diffusers import Handle, apply
+from ..methods import InContextBrush
+from . import images as im
+from .images import ImageLike
+from .subject import DETECTOR, SEGMENTER, SubjectFinder
+
+
+@dataclass
+class InContextBrushOutput:
+    """What one call made, a list entry for each item of the batch.
+
+    Attributes:
+        images: the results: the photo's own size with paste_back, else the panel's.
+        diptychs, masks: what the model was given, the subject's panel above the photo's, and where it paints.
+        latents: (batch, image tokens, channels), the final ones, packed.
+        source_latents: those of the diptych.
+        known: (batch, image tokens) bool: tokens that are not painted.
+        head_gains: (steps, layers, batch, heads) float32; of the target's rows.
+        layer_kinds: "double" or "single", for each layer of head_gains.
+    """
+
+    images: list[Image.Image]
+    diptychs: list[Image.Image]
+    masks: list[Image.Image]
+    latents: Tensor
+    source_latents: Tensor
+    known: Tensor
+    head_gains: Tensor
+    layer_kinds: list[str] = field(default_factory=list)
+
+
+class InContextBrushPipeline:
+    """FluxFillPipeline with In-Context Brush (arXiv 2505.20271) in its transformer's attention.
+
+        pipe = InContextBrushPipeline.from_pretrained("black-forest-labs/FLUX.1-Fill-dev", dtype=torch.bfloat16)
+        result = pipe("a cat on a table", subject="cat.png", subject_name="cat", image="table.jpg", mask="hole.png")
+        result.images[0].save("out.png")
+
+    The subject, on white, is the upper panel of a vertical diptych, the photo the lower. Tokens outside the mask are put
+    back after every step onto the line between the photo's latents and one fixed noise; after the last step they are
+    the photo's latents. The wrapped pipeline is `pipe.pipe`; offload it, load LoRAs into it or compile its transformer
+    as usual.
+
+    Args:
+        pipe: a diffusers FluxFillPipeline.
+        finder: finds a subject by its name; None: loaded when a name is first given.
+        backend: as in flashbrush.attention.
+    """
+
+    def __init__(self, pipe: Any, *, finder: SubjectFinder | None = None, backend: str = "auto") -> None:
+        from diffusers import FluxFillPipeline
+
+        if not isinstance(pipe, FluxFillPipeline):
+            raise TypeError(f"pipe: expected a FluxFillPipeline, got {type(pipe).__name__}")
+        self.pipe, self.finder, self.backend = pipe, finder, backend
+        self._finder_models: dict[str, Any] = {}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | os.PathLike[str],
+        *,
+        detector: str | os.PathLike[str] = DETECTOR,
+        segmenter: str | os.PathLike[str] = SEGMENTER,
+        backend: str = "auto",
+        **options: Any,
+    ) -> InContextBrushPipeline:
+        """Load from a hub id or a diffusers folder; safetensors only.
+
+        Args:
+            model: FLUX.1-Fill-dev, or another checkpoint of FluxFillPipeline.
+            detector, segmenter: models that find a subject by its name, loaded when first needed.
+            backend: as in flashbrush.attention.
+            options: passed on to FluxFillPipeline.from_pretrained (dtype, device_map, revision ...).
+
+        Raises:
+            OSError: not found. ValueError: a folder that holds no FluxFillPipeline.
+        """
+        from diffusers import FluxFillPipeline
+
+        if os.path.isdir(model):
+            _check_folder(model)
+        pipe = FluxFillPipeline.from_pretrained(model, use_safetensors=True, **options)
+        self = cls(pipe, backend=backend)
+        self._finder_models = {"detector": detector, "segmenter": segmenter}
+        return self
+
+    def to(self, *args: Any, **options: Any) -> InContextBrushPipeline:
+        """As DiffusionPipeline.to."""
+        self.pipe.to(*args, **options)
+        return self
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        subject: ImageLike | Sequence[ImageLike],
+        image: ImageLike | Sequence[ImageLike],
+        mask: ImageLike | Sequence[ImageLike],
+        subject_mask: ImageLike | Sequence[ImageLike] | None = None,
+        subject_name: str | Sequence[str] | None = None,
+        method: InContextBrush | None = None,
+        width: int | None = None,
+        height: int | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 30.0,
+        seed: int | Sequence[int] | None = None,
+        paste_back: bool = True,
+        max_sequence_length: int = 512,
+        progress: bool = True,
+    ) -> InContextBrushOutput:
+        """Insert subjects; sequences make a batch, and a single value serves all of its items.
+
+        Args:
+            prompt: what the result shows.
+            subject: the photo of the subject: a file, a PIL image, or a uint8 array.
+            image: the photo to insert into.
+            mask: of image's size, white where to paint.
+            subject_mask: of subject's size, white on the subject. Without it, and without a name, the subject's own
+                transparency; an opaque subject is taken whole.
+            subject_name: what to look for in the subject's photo, in place of a mask.
+            method: the knobs; None: InContextBrush(), the released code's.
+            width, height: of a panel, multiples of 16; None: near the photo's own size (images.panel_size).
+            num_inference_steps, guidance_scale, max_sequence_length: as in FluxFillPipeline; the length is cut to the
+                tokenizer's.
+            seed: of item 0, and counted up; or one for each; None: a new one.
+            paste_back: put the painted region into the photo, whose other pixels stay identical.
+            progress: show a progress bar.
+
+        Raises:
+            TypeError, ValueError, FileNotFoundError: naming the argument, what was expected and what came.
+        """
+        items = self._items(prompt, subject, image, mask, subject_mask, subject_name, seed)
+        if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, int) or num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps: expected at least 1, got {num_inference_steps!r}")
+        method = InContextBrush() if method is None else method
+        if not isinstance(method, InContextBrush):
+            raise TypeError(f"method: expected an InContextBrush, got {type(method).__name__}")
+        photos, holes, panels = [], [], []
+        for item in items:
+            photo = im.open_image(item["image"], "image")
+            photos.append(im.flatten(photo))
+            holes.append(im.open_mask(item["mask"], photo.size))
+            panels.append(self._subject(item))
+        side = 2 * self.pipe.vae_scale_factor  # pixels of a token
+        size = im.panel_size(photos[0].size, width=width, height=height, multiple=side)
+        if wrong := [p.size for p in photos if p.size != photos[0].size]:
+            raise ValueError(f"image: expected photos of one size in a batch, got {photos[0].size} and {wrong[0]}")
+
+        diptychs = [
+            im.stack(im.subject_panel(*subject, size), im.resize_photo(photo, size))
+            for subject, photo in zip(panels, photos, strict=True)
+        ]
+        nothing = Image.new("L", size, 0)
+        masks = [im.stack(nothing, im.resize_mask(hole, size)) for hole in holes]
+        latents = self._source_latents(diptychs)
+        known = torch.stack([~self._tokens(mask) for mask in masks]).to(latents.device)
+        noise = self._noise(latents, [item["seed"] for item in items])
+
+        bar = dict(getattr(self.pipe, "_progress_bar_config", {}))
+        if not progress:
+            self.pipe.set_progress_bar_config(disable=True)
+        loop = _Blending(latents, noise, known, num_inference_steps)
+        try:
+            with apply(self.pipe.transformer, method, stats=("gain",), backend=self.backend) as handle:
+                handle.grid = (2 * size[1] // side, size[0] // side)
+                handle.set_step(0, num_inference_steps, 1.0)
+                loop.handle = handle
+                canvases = self.pipe(
+                    prompt=[item["prompt"] for item in items],
+                    image=diptychs,
+                    mask_image=masks,
+                    width=size[0],
+                    height=2 * size[1],
+                    latents=noise.clone(),
+                    # The pipeline draws the masked photo's latents.
+                    generator=[torch.Generator().manual_seed(item["seed"]) for item in items],
+                    num_inference_steps=num_inference_steps,
+                    guidance_scale=guidance_scale,
+                    max_sequence_length=min(max_sequence_length, self.pipe.tokenizer_2.model_max_length),
+                    callback_on_step_end=loop,
+                ).images
+                gains, kinds = _gains(handle)
+        finally:
+            self.pipe._progress_bar_config = bar
+        results = [im.lower_panel(canvas) for canvas in canvases]
+        if paste_back:
+            results = [
+                im.paste_back(im.resize_photo(result, photo.size), photo, hole)
+                for result, photo, hole in zip(results, photos, holes, strict=True)
+            ]
+        assert loop.last is not None
+        return InContextBrushOutput(results, diptychs, masks, loop.last, latents, known, gains, kinds)
+
+    def _items(self, prompt, subject, image, mask, subject_mask, subject_name, seed) -> list[dict[str, Any]]:
+        if subject_mask is not None and subject_name is not None:
+            raise ValueError("subject_mask: expected it or subject_name, got both")
+        given = {
+            "prompt": prompt, "subject": subject, "image": image, "mask": mask, "subject_mask": subject_mask,
+            "subject_name": subject_name, "seed": seed,
+        }  # fmt: skip
+        counts = {name: len(value) for name, value in given.items() if isinstance(value, (list, tuple))}
+        batch = max(counts.values(), default=1)
+        for name, count in counts.items():
+            if count not in (1, batch) or count == 0:
+                raise ValueError(f"{name}: expected 1 or {batch} entries, as the longest argument has, got {count}")
+        items = []
+        for i in range(batch):
+            item = {n: v[i % len(v)] if isinstance(v, (list, tuple)) else v for n, v in given.items()}
+            if not isinstance(item["prompt"], str):
+                raise TypeError(f"prompt: expected a string, got {type(item['prompt']).__name__}")
+            if item["seed"] is None:
+                item["seed"] = torch.seed() % 2**63
+            elif isinstance(item["seed"], bool) or not isinstance(item["seed"], int) or not 0 <= item["seed"] < 2**63:
+                raise ValueError(f"seed: expected an integer of 0 or more, got {item['seed']!r}")
+            elif not isinstance(seed, (list, tuple)):
+                item["seed"] += i
+            items.append(item)
+        return items
+
+    def _subject(self, item: dict[str, Any]) -> tuple[Image.Image, Image.Image | None]:
+        """The subject's photo and its mask, None where all of the photo counts."""
+        picture = im.open_image(item["subject"], "subject")
+        if item["subject_mask"] is not None:
+            return picture, im.open_mask(item["subject_mask"], picture.size, "subject_mask", "subject")
+        if item["subject_name"] is not None:
+            if self.finder is None:
+                self.finder = SubjectFinder.from_pretrained(**self._finder_models, device=self.pipe._execution_device)
+            return picture, self.finder(picture, item["subject_name"])
+        alpha = im.alpha_mask(picture)
+        return picture, None if alpha is None else im.check_mask(alpha, "subject: its transparency")
+
+    def _source_latents(self, diptychs: list[Image.Image]) -> Tensor:
+        """(batch, image tokens, channels): the means of the autoencoder, packed as the pipeline packs them."""
+        pipe, vae = self.pipe, self.pipe.vae
+        pixels = pipe.image_processor.preprocess(diptychs).to(pipe._execution_device, vae.dtype)
+        latents = (vae.encode(pixels).latent_dist.mode() - vae.config.shift_factor) * vae.config.scaling_factor
+        return pipe._pack_latents(latents.to(pipe.transformer.dtype), *latents.shape)
+
+    def _noise(self, like: Tensor, seeds: list[int]) -> Tensor:
+        """Drawn on the CPU, an item at a time, so that neither the device nor the batch changes it."""
+        draws = [torch.randn(like.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        return torch.stack(draws).to(like)
+
+    def _tokens(self, mask: Image.Image) -> Tensor:
+        """(image tokens,) bool: tokens of which any pixel is on."""
+        side = 2 * self.pipe.vae_scale_factor
+        pixels = torch.frombuffer(bytearray(mask.tobytes()), dtype=torch.uint8)
+        cells = pixels.reshape(mask.height // side, side, mask.width // side, side)
+        return (cells.amax((1, 3)) > 0).flatten()
+
+
+class _Blending:
+    """The step callback: known tokens go back to their line, and the method hears of the next step."""
+
+    def __init__(self, source: Tensor, noise: Tensor, known: Tensor, steps: int) -> None:
+        self.source, self.noise, self.steps = source, noise, steps
+        self.painted = ~known[:, :, None]
+        self.handle: Handle | None = None
+        self.last: Tensor | None = None
+
+    def __call__(self, pipe: Any, index: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        sigma = float(pipe.scheduler.sigmas[index + 1])  # kept on the CPU by the scheduler
+        latents = blend_latents(tensors["latents"], self.source, self.noise, self.painted, sigma)
+        if index + 1 < self.steps:
+            assert self.handle is not None
+            self.handle.set_step(index + 1, self.steps, sigma)
+        self.last = latents
+        return {"latents": latents}
+
+
+def _gains(handle: Handle) -> tuple[Tensor, list[str]]:
+    """((steps, layers, batch, heads), kinds of the layers); the target is the last row segment."""
+    records = handle.stats
+    steps, layers = sorted({r.step for r in records}), sorted({(r.layer, r.kind) for r in records})
+    by_place = {(r.step, r.layer): r.stats.gain[:, :, -1].float().cpu() for r in records}
+    gains = [torch.stack([by_place[step, layer] for layer, _ in layers]) for step in steps]
+    return torch.stack(gains), [kind for _, kind in layers]
+
+
+def _check_folder(folder: str | os.PathLike[str]) -> None:
+    """ValueError unless the folder holds all parts that a FluxFillPipeline needs."""
+    parts = ("model_index.json", "transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+    if missing := [part for part in parts if not os.path.exists(os.path.join(folder, part))]:
+        raise ValueError(f"model: {os.fspath(folder)} is not a FLUX-Fill checkpoint: it has no {', '.join(missing)}")

@@ -1,0 +1,177 @@
+"""InContextBrushPipeline on the tiny checkpoint: what must stay, stays bitwise; what must change, changes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxFillPipeline
+from PIL import Image
+
+from flashbrush.integrations import InContextBrush, InContextBrushPipeline
+from flashbrush.integrations.diffusers import Handle, apply
+from flashbrush.integrations.pipelines import images as im
+
+STEPS = 3
+
+
+def run(pipe, photos, **more):
+    arguments = {"seed": 0, "num_inference_steps": STEPS, "progress": False, **photos, **more}
+    return pipe(arguments.pop("prompt", "a red cup"), **arguments)
+
+
+def test_outside_of_the_mask_nothing_changes(pipe, photos) -> None:
+    result = run(pipe, photos)
+    photo, mask = np.asarray(Image.open(photos["image"])), np.asarray(Image.open(photos["mask"]))
+    picture = np.asarray(result.images[0])
+    assert picture.shape == photo.shape
+    assert (picture[mask == 0] == photo[mask == 0]).all()
+    assert (picture[mask > 0] != photo[mask > 0]).mean() > 0.5
+    known = result.known[:, :, None].expand_as(result.latents)
+    assert torch.equal(result.latents[known], result.source_latents[known])
+    assert not torch.equal(result.latents, result.source_latents) and bool(torch.isfinite(result.latents).all())
+    # The subject's panel is known whole; of the photo's, the tokens that the hole does not touch.
+    tokens = result.known[0].reshape(2, 48 // 8, 64 // 8)
+    hole = torch.zeros(6, 8, dtype=torch.bool)
+    hole[1:5, 2:6] = True
+    assert bool(tokens[0].all()) and torch.equal(~tokens[1], hole)
+
+
+def test_every_step_stays_on_one_line(pipe, photos, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flashbrush.integrations.pipelines import in_context_brush as module
+
+    seen = []
+    blend = module.blend_latents
+
+    def spy(generated, source, noise, mask, sigma):
+        out = blend(generated, source, noise, mask, sigma)
+        seen.append((out, source, noise, mask, sigma))
+        return out
+
+    monkeypatch.setattr(module, "blend_latents", spy)
+    run(pipe, photos)
+    sigmas = [float(s) for s in pipe.pipe.scheduler.sigmas[1:]]
+    assert [entry[4] for entry in seen] == sigmas and sigmas[-1] == 0.0 and len(sigmas) == STEPS
+    for out, source, noise, mask, sigma in seen:
+        assert noise is seen[0][2]
+        line = (1 - sigma) * source + sigma * noise
+        torch.testing.assert_close(torch.where(mask, 0, out), torch.where(mask, 0, line))
+
+
+def test_statistics(pipe, photos) -> None:
+    result = run(pipe, photos)
+    assert result.head_gains.shape == (STEPS, 6, 1, 4)
+    assert result.layer_kinds == ["double"] * 2 + ["single"] * 4
+    low, high = result.head_gains.amin(3), result.head_gains.amax(3)
+    torch.testing.assert_close(low, torch.ones_like(low))
+    torch.testing.assert_close(high, torch.full_like(high, 1.2), atol=1e-3, rtol=0)
+    assert Handle.of(pipe.pipe.transformer) is None
+
+
+def test_neutral_knobs_are_fluxfill_with_blending(pipe, photos) -> None:
+    neutral = run(pipe, photos, method=InContextBrush(0, 0, gain_span=0), paste_back=False)
+    changed = run(pipe, photos, method=InContextBrush(0.9, 0.9, gain_span=0.5), paste_back=False)
+    assert (np.asarray(neutral.images[0]) != np.asarray(changed.images[0])).any()
+    canvas = neutral.diptychs[0]
+    inputs = {"prompt": "a red cup", "image": canvas, "mask_image": neutral.masks[0], "width": 64, "height": 96}
+    inputs |= {"num_inference_steps": STEPS, "max_sequence_length": 32, "output_type": "latent"}
+    stock = pipe.pipe(**inputs, generator=torch.Generator().manual_seed(0)).images
+    with apply(pipe.pipe.transformer):
+        plain = pipe.pipe(**inputs, generator=torch.Generator().manual_seed(0)).images
+    torch.testing.assert_close(plain, stock, rtol=1e-4, atol=1e-4)
+    after = pipe.pipe(**inputs, generator=torch.Generator().manual_seed(0)).images
+    assert torch.equal(after, stock)
+
+
+def test_seeds_and_batches(pipe, photos) -> None:
+    first, again, other = (run(pipe, photos, seed=seed) for seed in (3, 3, 4))
+    assert torch.equal(first.latents, again.latents) and not torch.equal(first.latents, other.latents)
+    both = run(pipe, photos, seed=3, prompt=["a red cup", "a red cup"])
+    assert len(both.images) == 2 and both.head_gains.shape[2] == 2
+    for i, alone in enumerate((first, other)):
+        torch.testing.assert_close(both.latents[i], alone.latents[0], rtol=1e-3, atol=1e-3)
+    subjects = [photos["subject"], photos["image"]]
+    several = run(pipe, {**photos, "subject_mask": None}, subject=subjects, seed=[7, 7])
+    assert not torch.equal(several.latents[0], several.latents[1])
+    assert np.asarray(several.diptychs[0])[:48].tobytes() != np.asarray(several.diptychs[1])[:48].tobytes()
+
+
+def test_the_subject_is_cut_out(pipe, photos) -> None:
+    panel = np.asarray(run(pipe, photos).diptychs[0])[:48]
+    assert (panel[:2, :2] == 255).all() and (panel[20:28, 28:36] != 255).any()
+    whole = np.asarray(run(pipe, photos | {"subject_mask": None}).diptychs[0])[:48]
+    assert (whole[:, 0] != 255).any() and (whole[:, -1] != 255).any()
+    transparent = Image.open(photos["subject"]).convert("RGBA")
+    transparent.putalpha(Image.open(photos["subject_mask"]))
+    by_alpha = run(pipe, photos | {"subject": transparent, "subject_mask": None})
+    by_mask = run(pipe, photos)
+    assert by_alpha.diptychs[0].tobytes() == by_mask.diptychs[0].tobytes()
+
+
+def test_sizes(pipe, photos) -> None:
+    result = run(pipe, photos, width=32, height=24, paste_back=False)
+    assert result.images[0].size == (32, 24) and result.diptychs[0].size == (32, 48)
+    assert run(pipe, photos, width=32).images[0].size == (64, 48)
+
+
+def test_a_name_takes_the_finder(pipe, photos) -> None:
+    asked = []
+
+    def finder(picture, name):
+        asked.append((picture.size, name))
+        return Image.open(photos["subject_mask"])
+
+    own = InContextBrushPipeline(pipe.pipe, finder=finder)
+    found = run(own, photos | {"subject_mask": None}, subject_name="cup")
+    assert asked == [((40, 30), "cup")]
+    assert found.diptychs[0].tobytes() == run(pipe, photos).diptychs[0].tobytes()
+
+
+def test_progress_bar_setting_survives(pipe, photos) -> None:
+    before = dict(pipe.pipe._progress_bar_config)
+    run(pipe, photos, progress=False)
+    assert pipe.pipe._progress_bar_config == before
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        ({"prompt": 3}, TypeError, "prompt.*int"),
+        ({"prompt": []}, ValueError, "prompt.*got 0"),
+        ({"prompt": ["a"] * 3, "seed": [1, 2]}, ValueError, "seed: expected 1 or 3 entries.*got 2"),
+        ({"seed": -1}, ValueError, "seed.*-1"),
+        ({"seed": 0.5}, ValueError, r"seed.*0\.5"),
+        ({"subject_name": "cup"}, ValueError, "subject_mask.*subject_name"),
+        ({"num_inference_steps": 0}, ValueError, "num_inference_steps.*0"),
+        ({"method": "brush"}, TypeError, "method.*str"),
+        ({"width": 30}, ValueError, "width.*multiple of 8.*30"),
+        ({"height": -8}, ValueError, "height.*-8"),
+        ({"image": np.zeros((48, 64), np.float32)}, TypeError, "image.*uint8.*float32"),
+        ({"image": 7}, TypeError, "image.*int"),
+        ({"subject_mask": Image.new("L", (40, 30))}, ValueError, "subject_mask: nothing is on"),
+        ({"mask": Image.new("L", (64, 48), 255)}, ValueError, "mask: everything is on"),
+        ({"mask": Image.new("L", (48, 64), 255)}, ValueError, "mask.*64x48.*48x64"),
+        ({"image": [Image.new("RGB", (64, 48)), Image.new("RGB", (32, 48))],
+          "mask": [Image.linear_gradient("L").resize((64, 48)), Image.linear_gradient("L").resize((32, 48))]},
+         ValueError, "image: expected photos of one size"),
+    ],
+)  # fmt: skip
+def test_bad_calls(pipe, photos, change: dict, error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        run(pipe, photos | change)
+    assert Handle.of(pipe.pipe.transformer) is None
+
+
+def test_loads_the_real_way(checkpoint, tmp_path) -> None:
+    assert isinstance(InContextBrushPipeline.from_pretrained(checkpoint).pipe, FluxFillPipeline)
+    (tmp_path / "model").mkdir()
+    with pytest.raises(ValueError, match="model.*model_index.json, transformer"):
+        InContextBrushPipeline.from_pretrained(tmp_path / "model")
+    with pytest.raises(TypeError, match="FluxFillPipeline, got str"):
+        InContextBrushPipeline("black-forest-labs/FLUX.1-Fill-dev")
+
+
+def test_masks_keep_thin_lines() -> None:
+    mask = Image.new("L", (64, 48))
+    mask.putpixel((20, 10), 255)
+    assert im.resize_mask(mask, (16, 12)).getbbox() == (5, 2, 6, 3)
