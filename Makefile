@@ -4,32 +4,49 @@
 # make lint    ruff and pyright
 # make sanitize    the CPU library's tests under AddressSanitizer and UndefinedBehaviorSanitizer
 #
-# Each sets up .venv first. Variables: PYTHON, VENV, TORCH, PYTEST_ARGS, PYTEST_WORKERS, DEMO.
+# Each sets up .venv first. Variables: PYTHON, VENV, TORCH, PYTEST_ARGS, PYTEST_WORKERS, SANITIZED, DEMO.
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+CPU_WHEELS ?= https://download.pytorch.org/whl/cpu
 DEMO ?= demo
 # One thread each: two processes that both use every core slow each other many times over.
-PYTEST_WORKERS ?= -n 2 --dist loadfile
+PYTEST_WORKERS ?= -n 2
 PYTEST_ARGS ?=
+SANITIZED ?= tests/bindings -k "cpu or norm_rope"
 
 PY := $(VENV)/bin/python
-STAMP := $(VENV)/.installed
+PIP := $(PY) -m pip install -q --disable-pip-version-check
+STAMP := $(VENV)/installed.txt
+CONSTRAINTS := $(VENV)/constraints.txt
 # A torch that the machine already has, built for its GPU say, is kept.
 HAS_TORCH := "import importlib.metadata as m; assert tuple(map(int, m.version('torch').split('.')[:2])) >= (2, 11)"
-SANITIZERS := $(shell gcc -print-file-name=libasan.so) $(shell gcc -print-file-name=libstdc++.so.6)
+TORCH_VERSION := "import importlib.metadata as m; print('torch==' + m.version('torch'))"
+SANITIZERS = $(shell g++ -print-file-name=libasan.so) $(shell g++ -print-file-name=libstdc++.so.6)
 
 .PHONY: demo test bench lint sanitize clean
 .DEFAULT_GOAL := demo
 
-$(STAMP): setup.py pyproject.toml $(wildcard csrc/cpu/*)
-	if $(PYTHON) -c $(HAS_TORCH) 2>/dev/null; then $(PYTHON) -m venv --system-site-packages $(VENV); \
-	else $(PYTHON) -m venv $(VENV); fi
-	$(PY) -m pip install -q --upgrade pip "setuptools>=77"
-	$(PY) -c $(HAS_TORCH) 2>/dev/null || $(PY) -m pip install -q $(TORCH)
-	$(PY) -m pip install -q --no-build-isolation -e ".[all,dev]"
-	touch $@
+# Debian's Python has no venv with pip in it before python3-venv is installed; the next two ways need only its pip.
+$(PY):
+	site=$$($(PYTHON) -c $(HAS_TORCH) 2>/dev/null && echo --system-site-packages); \
+	$(PYTHON) -m venv --clear $$site $(VENV) \
+	|| $(PYTHON) -m virtualenv -q --clear $$site $(VENV) \
+	|| { $(PYTHON) -m venv --clear --without-pip $$site $(VENV) && $(PYTHON) -m pip --python $(PY) install -q pip; } \
+	|| { rm -rf $(VENV); echo "$(PYTHON) makes no virtual environment: install python3-venv or virtualenv" >&2; exit 1; }
+
+# Without an NVIDIA driver the CPU's torch, from the configured indexes or PyTorch's own: the other one brings gigabytes
+# of CUDA libraries along. The constraint keeps what is installed after it from exchanging it.
+$(STAMP): setup.py pyproject.toml $(wildcard csrc/cpu/*) | $(PY)
+	$(PIP) --upgrade pip "setuptools>=77"
+	$(PY) -c $(HAS_TORCH) 2>/dev/null \
+	|| { test "$$(uname)" = Linux && ! command -v nvidia-smi >/dev/null && { $(PIP) "$(TORCH)+cpu" 2>/dev/null \
+		|| $(PIP) --retries 1 --timeout 15 --index-url $(CPU_WHEELS) "$(TORCH)"; }; } \
+	|| $(PIP) "$(TORCH)"
+	$(PY) -c $(TORCH_VERSION) > $(CONSTRAINTS)
+	$(PIP) --no-build-isolation -c $(CONSTRAINTS) -e ".[all,dev]"
+	$(PY) -m pip freeze --exclude-editable > $@
 
 demo: $(STAMP)
 	$(PY) -m flashbrush demo -o $(DEMO)
@@ -45,11 +62,12 @@ lint: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m pyright --pythonpath $(PY)
 
-# The library of every other target comes back whatever the tests say.
+# The library of every other target comes back whatever the tests say. Leaks are left out: the interpreter has thousands.
 sanitize: $(STAMP)
 	trap '$(PY) setup.py -q build_ext --inplace' EXIT; \
-	FLASHBRUSH_SANITIZE=1 $(PY) setup.py -q build_ext --inplace && \
-	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 $(PY) -m pytest tests/bindings -q -k cpu $(PYTEST_ARGS)
+	CXX=g++ FLASHBRUSH_SANITIZE=1 $(PY) setup.py -q build_ext --inplace && \
+	OMP_NUM_THREADS=2 LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	$(PY) -m pytest $(SANITIZED) -q $(PYTEST_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist demo flashbrush.egg-info .benchmarks .pytest_cache .ruff_cache

@@ -8,7 +8,7 @@ An instruction set that the compiler cannot do is left out. Without a compiler, 
 package installs without the library. bindings/backends/build_report.json says what was built, how, and what went wrong.
 
     CXX                     the compiler; by default the first of c++, g++, clang++
-    FLASHBRUSH_SANITIZE=1   with AddressSanitizer and UndefinedBehaviorSanitizer
+    FLASHBRUSH_SANITIZE=1   with AddressSanitizer and UndefinedBehaviorSanitizer, or not at all
 """
 
 from __future__ import annotations
@@ -105,6 +105,8 @@ def build_library(folder: Path) -> None:
         report["library"] = LIBRARY
     except (BuildError, OSError) as error:
         library.unlink(missing_ok=True)
+        if sanitize:
+            raise
         report["error"] = str(error)
         report["output"] = getattr(error, "output", "")
         print(f"flashbrush: installing without the CPU library: {error}\n{report['output']}", file=sys.stderr)
