@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from rich import box
@@ -53,8 +54,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"flashbrush: {message}\n")
+
+
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="flashbrush bench", description="Attention on this CPU, ours beside others'."
     )
     choices = f"of {', '.join(SHAPES)}; with --quick of {', '.join(QUICK)}"

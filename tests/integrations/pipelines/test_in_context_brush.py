@@ -165,7 +165,7 @@ def test_bad_calls(pipe, photos, change: dict, error: type[Exception], match: st
 def test_loads_the_real_way(checkpoint, tmp_path) -> None:
     assert isinstance(InContextBrushPipeline.from_pretrained(checkpoint).pipe, FluxFillPipeline)
     (tmp_path / "model").mkdir()
-    with pytest.raises(ValueError, match="model.*model_index.json, transformer"):
+    with pytest.raises(ValueError, match=r"model.*model_index\.json, transformer"):
         InContextBrushPipeline.from_pretrained(tmp_path / "model")
     with pytest.raises(TypeError, match="FluxFillPipeline, got str"):
         InContextBrushPipeline("black-forest-labs/FLUX.1-Fill-dev")
