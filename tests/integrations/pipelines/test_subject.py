@@ -41,7 +41,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
                 out_features=["stage2", "stage3", "stage4"], out_indices=[2, 3, 4],
             ),
             text_config=BertConfig(vocab_size=len(WORDS), **small),
-            d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=32, decoder_ffn_dim=32, num_queries=12,
+            d_model=64, encoder_layers=1, decoder_layers=2, encoder_ffn_dim=32, decoder_ffn_dim=32, num_queries=12,
             encoder_attention_heads=2, decoder_attention_heads=2, num_feature_levels=4,
         )
     )  # fmt: skip
@@ -50,7 +50,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         GroundingDinoImageProcessor(size={"shortest_edge": 64, "longest_edge": 64}),
         BertTokenizer(str(folder / "vocab.txt")),
     ).save_pretrained(folder / "detector")
-    vision = {**small, "image_size": 64, "patch_size": 16, "output_channels": 16, "window_size": 2, "mlp_dim": 32,
+    vision = {**small, "image_size": 64, "patch_size": 16, "output_channels": 16, "window_size": 2, "mlp_dim": 32, "num_pos_feats": 8,
               "global_attn_indexes": [0]}  # fmt: skip
     prompt = {"hidden_size": 16, "image_embedding_size": 4, "image_size": 64, "mask_input_channels": 4}
     mask = {"hidden_size": 16, "num_attention_heads": 2, "mlp_dim": 32, "iou_head_hidden_dim": 16, "num_hidden_layers": 1}
