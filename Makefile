@@ -60,7 +60,7 @@ bench: $(STAMP)
 
 lint: $(STAMP)
 	$(PY) -m ruff check .
-	$(PY) -m pyright --pythonpath $(PY)
+	$(PY) -m pyright -p pyproject.toml --pythonpath $(PY)
 
 # The library of every other target comes back whatever the tests say. Leaks are left out: the interpreter has thousands.
 sanitize: $(STAMP)
