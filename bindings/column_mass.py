@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .attention import Keys, Source, _lower
+from .backends import cpu_column_mass
 from .backends.composed_backward import blocks, compute_dtype
 from .backends.reference import gather
 from .control import Control, _indices
@@ -28,7 +29,7 @@ def column_mass(
     """sum_i p_ij for each key j, over the rows i of some row segments: self-attention guidance's column mass.
 
     p is the probability within the key's softmax group, before weight, gate, contrast and gain, as in `Stats.mass`;
-    here it is resolved by key. The map is recomputed from lse, a block of rows at a time.
+    here it is resolved by key. The map is recomputed from lse, in tiles.
 
     Args:
         q, k, control, scale, source: as in attention().
@@ -43,22 +44,56 @@ def column_mass(
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
     p = lower_with_lse(q, k, lse, control, scale, source)
-    counted = None
-    if rows != "*":
-        if control is None:
-            raise ValueError(f"rows: expected '*' in a call without a control, got {rows!r}")
-        counted = torch.tensor(_indices("rows", rows, control.rows), dtype=torch.int64, device=q.device)
-    dtype = compute_dtype(p)
-    mass = torch.zeros(p.batch, p.heads, p.keys, dtype=dtype, device=q.device)
-    if p.batch * p.rows * p.heads == 0 or p.keys == 0:
-        return mass
+    if rows == "*":
+        counted = tuple(range(len(p.row_lengths)))
+    elif control is None:
+        raise ValueError(f"rows: expected '*' in a call without a control, got {rows!r}")
+    else:
+        counted = _indices("rows", rows, control.rows)
+    return torch.ops.flashbrush.column_mass.default(
+        p.q, list(p.k), lse, list(p.row_lengths), list(p.key_lengths), list(p.groups), list(p.kinds), p.scale, p.scales,
+        p.row_items, p.key_items, p.valid, p.bias, p.source_q, p.source_k, list(counted),
+    )  # fmt: skip
+
+
+def _composed(p: Problem, lse: Tensor, counted: tuple[int, ...]) -> Tensor:
+    dtype, device = compute_dtype(p), p.q.device
+    mass = torch.zeros(p.batch, p.heads, p.keys, dtype=dtype, device=device)
+    chosen = torch.tensor(counted, dtype=torch.int64, device=device)
     queries, keys, _ = gather(p, dtype)
     for block in blocks(p, queries, keys, lse):
-        prob = block.prob
-        if counted is not None:
-            prob = torch.where(torch.isin(block.label, counted)[:, None, :, None], prob, 0)
-        mass += prob.sum(2)
+        mass += torch.where(torch.isin(block.label, chosen)[:, None, :, None], block.prob, 0).sum(2)
     return mass
+
+
+def _run(
+    q, k, lse, row_lengths, key_lengths, groups, kinds, scale, scales, row_items, key_items, valid, bias, source_q, source_k,
+    counted,
+) -> Tensor:  # fmt: skip
+    p = Problem(
+        q=q, k=tuple(k), v=tuple(k), batch=lse.shape[0], row_lengths=tuple(row_lengths), key_lengths=tuple(key_lengths),
+        groups=tuple(groups), kinds=tuple(kinds), contrast=(None,) * lse.shape[3], scale=scale, scales=scales,
+        row_items=row_items, key_items=key_items, valid=valid, bias=bias, source_q=source_q, source_k=source_k,
+        source_v=source_k,
+    )  # fmt: skip
+    if p.batch * p.rows * p.keys == 0:
+        return torch.zeros(p.batch, p.heads, p.keys, dtype=compute_dtype(p), device=q.device)
+    return (cpu_column_mass.column_mass if cpu_column_mass.usable(p) else _composed)(p, lse, tuple(counted))
+
+
+def _fake(q, k, lse, *rest) -> Tensor:
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(lse.shape[0], q.shape[2], sum(t.shape[1] for t in k), dtype=dtype)
+
+
+_library = torch.library.Library("flashbrush", "FRAGMENT")
+_library.define(
+    "column_mass(Tensor q, Tensor[] k, Tensor lse, SymInt[] row_lengths, SymInt[] key_lengths, int[] groups, "
+    "int[] kinds, float scale, Tensor? scales, Tensor? row_items, Tensor? key_items, Tensor? valid, Tensor? bias, "
+    "Tensor? source_q, Tensor? source_k, int[] counted) -> Tensor"
+)
+_library.impl("column_mass", _run, "CompositeExplicitAutograd")
+torch.library.register_fake("flashbrush::column_mass", _fake, lib=_library)
 
 
 def lower_with_lse(

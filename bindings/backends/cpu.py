@@ -41,7 +41,7 @@ class _Table(Structure):
     _fields_ = (("data", c_void_p), ("stride_b", c_int64), ("stride_h", c_int64))
 
 
-class _Attention(Structure):
+class Attention(Structure):
     _fields_ = (
         ("abi", c_int32),
         ("dtype", c_int32),
@@ -69,7 +69,7 @@ class _Attention(Structure):
 
 class _Backward(Structure):
     _fields_ = (
-        ("call", _Attention),
+        ("call", Attention),
         ("dout", Tensor4),
         ("dq", Tensor4),
         ("dk", POINTER(Tensor4)),
@@ -117,7 +117,7 @@ def forward(problem: Problem) -> Result:
     mass = torch.empty(p.batch, p.heads, R, C) if p.need_mass else None
     gains = torch.empty(p.batch, p.heads, R) if p.need_mass else None
     keep: list = []
-    call = _describe_call(p, out, lse, keep)
+    call = describe_call(p, out, lse, keep)
     call.mass, call.gains = (None if t is None else t.data_ptr() for t in (mass, gains))
     if (rule := p.head_gain) is not None:
         call.derived, (call.span, call.floor) = NORMS.index(rule.norm), rule.values.tolist()
@@ -141,7 +141,7 @@ def backward(
     dq = torch.empty(p.batch, p.rows, p.heads, p.dim, dtype=p.q.dtype)
     dk, dv = ([torch.zeros(p.batch, *t.shape[1:]) for t in tensors] for tensors in (p.k, p.v))
     call = _Backward(
-        call=_describe_call(p, out, lse, keep), dout=describe(dout, False), dq=describe(dq, False),
+        call=describe_call(p, out, lse, keep), dout=describe(dout, False), dq=describe(dq, False),
         dk=describe_list(dk, False), dv=describe_list(dv, False), gains=gain.data_ptr(),
     )  # fmt: skip
     run("backward", call)
@@ -162,7 +162,7 @@ def _collect(grad: Tensor, t: Tensor, source: Tensor | None) -> Tensor:
     return grad.to(t.dtype)
 
 
-def _describe_call(p: Problem, out: Tensor, lse: Tensor | None, keep: list) -> _Attention:
+def describe_call(p: Problem, out: Tensor, lse: Tensor | None, keep: list) -> Attention:
     """The C structure; `keep` takes what it points to, and must live as long."""
     R, C = len(p.row_lengths), len(p.key_lengths)
 
@@ -189,7 +189,7 @@ def _describe_call(p: Problem, out: Tensor, lse: Tensor | None, keep: list) -> _
     contrast: list[float] = []
     for c in p.contrast:
         contrast += [0.0] * 4 if c is None else [1.0 + (c.clip is not None), c.beta, *(c.clip or (0.0, 0.0))]
-    return _Attention(
+    return Attention(
         abi=ABI, dtype=DTYPES[p.q.dtype], B=p.batch, M=p.rows, H=p.heads, Hkv=p.kv_heads, D=p.dim, R=R, C=C,
         G=p.n_groups, L=len(p.k), q=describe(p.q, p.source_q is None), out=describe(out, True),
         k=describe_list(p.k, p.source_k is None), v=describe_list(p.v, p.source_v is None),
@@ -248,7 +248,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         return None, _FAILURES[3]
     library.flashbrush_isa.restype = c_char_p
     library.flashbrush_isa.argtypes = (c_int,)
-    for function in ("attention", "backward", "norm_rope", "norm_rope_backward"):
+    for function in ("attention", "backward", "column_mass", "norm_rope", "norm_rope_backward"):
         getattr(library, f"flashbrush_{function}").argtypes = (c_void_p, c_char_p, c_void_p)
     return library, ""
 

@@ -244,8 +244,8 @@ struct Backward {
     for (int32_t n = 0; n < layout->n_tiles; ++n) {
       const Tile& tile = layout->tiles[n];
       const TileRows<KT> keys(p, layout, tile, p->k, p->source_k, b, kv), values(p, layout, tile, p->v, p->source_v, b, kv);
-      pack_keys<DTYPE>(p, keys, (uint32_t*)packed->keys + n * steps * KT);
-      pack_keys<DTYPE>(p, values, (uint32_t*)packed->values + n * steps * KT);
+      pack_keys<DTYPE, KT>(p, keys.row, (uint32_t*)packed->keys + n * steps * KT);
+      pack_keys<DTYPE, KT>(p, values.row, (uint32_t*)packed->values + n * steps * KT);
       pack_values<DTYPE>(p, keys, (uint32_t*)packed->key_rows + n * (KT / per<DTYPE>()) * DP);
     }
     memset(packed->dk, 0, size_t(layout->n_tiles * KTP * DP) * 4);

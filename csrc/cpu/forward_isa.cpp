@@ -29,7 +29,7 @@ void pack(const FbAttention* p, const Layout* layout, int64_t b, int64_t kv, int
   const int64_t steps = dim_steps<DTYPE>(p->D), DP = padded_dim(p->D);
   for (int64_t n = first; n < last; ++n) {
     const Tile& tile = layout->tiles[n];
-    pack_keys<DTYPE>(p, TileRows<KT>(p, layout, tile, p->k, p->source_k, b, kv), (uint32_t*)to->keys + n * steps * KT);
+    pack_keys<DTYPE, KT>(p, TileRows<KT>(p, layout, tile, p->k, p->source_k, b, kv).row, (uint32_t*)to->keys + n * steps * KT);
     const TileRows<KT> values(p, layout, tile, p->v, p->source_v, b, kv);
     pack_values<DTYPE>(p, values, (uint32_t*)to->values + n * (KT / per<DTYPE>()) * DP);
     if (to->sums) add_values<DTYPE>(p, layout, tile, values, to->sums);

@@ -3,6 +3,7 @@
 #pragma once
 #include "attention.h"
 #include "backward.h"
+#include "column_mass.h"
 #include "norm_rope.h"
 
 namespace flashbrush {
@@ -11,6 +12,7 @@ constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 constexpr int kForwardKeys = 128;  // of a tile: long sums in PV; K and V of a tile stay in L2, and K or V in L1
 constexpr int kBackwardKeys = 64;  // K, V, dK and dV of a tile stay in L2 beside the block's rows
+constexpr int64_t kColumnKeys = 192;  // of a block: many enough to hide the packing of the queries
 // A weight within 2^-60 .. 2^60 is folded into the exponent; float32 holds such probabilities without loss.
 constexpr float kFoldLow = 0x1p-60f, kFoldHigh = 0x1p60f;
 
@@ -36,6 +38,12 @@ struct Layout {
 struct RowTask {
   int32_t b, h, segment, slot;  // slot: where the block's mass goes
   int64_t first, count;         // rows
+};
+
+// Keys first .. first + count of one tensor and segment, whose masses go to `place` on.
+struct ColumnTask {
+  int32_t b, h, segment, tensor;
+  int64_t first, place, count;
 };
 
 struct Packed {
@@ -66,6 +74,8 @@ struct Kernels {
   void (*scale_row)(int32_t dtype, void* row, int64_t count, float factor);
   BackwardSizes (*backward_sizes)(const FbAttention*, int64_t tiles);
   void (*backward_unit)(const FbBackward*, const Layout*, const RowTask* blocks, int64_t count, int64_t b, int64_t kv_head, const BackwardPacked*, char* scratch);
+  size_t (*column_mass_scratch)(const FbAttention*);
+  void (*column_mass_block)(const FbColumnMass*, const ColumnTask*, char* scratch);
   void (*norm_rope_token)(const FbNormRope*, int64_t b, int64_t token);
   void (*norm_rope_backward_token)(const FbNormRopeBackward*, int64_t b, int64_t token, int64_t part);
 };

@@ -45,7 +45,7 @@ struct TileRows {
 
 // K^T in strips of NV vectors of keys: [strip][step][key]
 template <int DTYPE, int KT>
-inline void pack_keys(const FbAttention* p, const TileRows<KT>& rows, uint32_t* out) {
+inline void pack_keys(const FbAttention* p, const char* const* rows, uint32_t* out) {
   const int64_t D = p->D, steps = dim_steps<DTYPE>(D);
   const Strips strips(KT / W);
   for (int i = 0; i < strips.count; ++i) {
@@ -55,11 +55,11 @@ inline void pack_keys(const FbAttention* p, const TileRows<KT>& rows, uint32_t* 
 #if defined(__AVX512F__)
     if constexpr (pairs<DTYPE>() || DTYPE == FB_F32)
       for (; s + 16 <= D / per<DTYPE>(); s += 16)
-        for (int j = 0; j < width; j += 16) transpose_words(rows.row + first + j, s, to + s * width + j, width);
+        for (int j = 0; j < width; j += 16) transpose_words(rows + first + j, s, to + s * width + j, width);
 #endif
     for (; s < steps; ++s)
       for (int j = 0; j < width; ++j) {
-        const char* row = rows.row[first + j];
+        const char* row = rows[first + j];
         if constexpr (pairs<DTYPE>()) {
           const uint16_t* x = (const uint16_t*)row + 2 * s;
           to[s * width + j] = uint32_t(x[0]) | (2 * s + 1 < D ? uint32_t(x[1]) << 16 : 0);

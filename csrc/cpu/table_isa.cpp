@@ -18,6 +18,8 @@ void rows(const FbAttention*, const Layout*, const RowTask*, const Packed*, floa
 void scale_row(int32_t, void*, int64_t, float);
 BackwardSizes backward_sizes(const FbAttention*, int64_t);
 void backward_unit(const FbBackward*, const Layout*, const RowTask*, int64_t, int64_t, int64_t, const BackwardPacked*, char*);
+size_t column_mass_scratch(const FbAttention*);
+void column_mass_block(const FbColumnMass*, const ColumnTask*, char*);
 void norm_rope_token(const FbNormRope*, int64_t, int64_t);
 void norm_rope_backward_token(const FbNormRopeBackward*, int64_t, int64_t, int64_t);
 
@@ -28,7 +30,7 @@ extern "C" const flashbrush::Kernels* FB_NAME(FLASHBRUSH_ISA)() {
   using namespace flashbrush::FLASHBRUSH_ISA;
   static const flashbrush::Kernels kernels = {
       FB_STRING(FLASHBRUSH_ISA), MR, W, key_tile_bytes, value_tile_bytes, scratch_bytes, pack, rows, scale_row,
-      backward_sizes, backward_unit, norm_rope_token, norm_rope_backward_token,
+      backward_sizes, backward_unit, column_mass_scratch, column_mass_block, norm_rope_token, norm_rope_backward_token,
   };
   return &kernels;
 }

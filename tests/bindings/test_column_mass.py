@@ -6,10 +6,12 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
 
 import flashbrush as fb
-from flashbrush.bindings.backends import composed_backward
+from flashbrush.bindings.backends import composed_backward, cpu
 from support.oracle import name_at, whole_map
+from support.problems import Call, calls
 from support.specs import draw, without_values
 
 
@@ -76,3 +78,44 @@ def test_bad_calls() -> None:
     ):
         with pytest.raises(error, match=word):
             fb.column_mass(*arguments_, **more)
+
+
+@settings(max_examples=200)
+@given(calls(contrast=False))
+def test_drawn_calls_on_the_cpu(call: Call) -> None:
+    check_on_the_cpu(call)
+
+
+@pytest.mark.parametrize("isa", cpu.isas())
+@settings(max_examples=40)
+@given(call=calls(contrast=False))
+def test_instruction_sets(isa: str, call: Call) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLASHBRUSH_CPU_ISA", isa)
+        check_on_the_cpu(call)
+
+
+def check_on_the_cpu(call: Call) -> None:
+    """The C++ kernel against float64; its probabilities are float32 products of the inputs as they are."""
+    if reasons := cpu.available():
+        pytest.skip("; ".join(reasons))
+    assert call.control is None or call.control.rows is not None
+    kwargs = {name: value for name, value in call.kwargs.items() if name != "mask"}
+    if (source := kwargs.pop("source", None)) is not None:
+        kwargs["source"] = {name: source[name] for name in ("q", "k")}
+    exact = call.to(torch.float64)
+    lse = exact.run("reference", return_stats=True)[1].lse
+    names = ("*",) if call.control is None else ("*", call.control.rows.names[-1])
+    for rows in names:
+        truth = fb.column_mass(exact.q, exact.k, lse, call.control, rows=rows, **kwargs)
+        got = fb.column_mass(call.q, call.k, lse.float(), call.control, rows=rows, **kwargs)
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got.double(), truth, rtol=1e-4, atol=1e-5)
+
+
+def test_in_a_compiled_graph() -> None:
+    q, k, lse = torch.randn(2, 40, 4, 16), torch.randn(2, 70, 2, 16), torch.randn(2, 4, 40, 1) + 4
+    compiled = torch.compile(fb.column_mass, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q, k, lse), fb.column_mass(q, k, lse))
+    arguments = (q, [k], lse, [40], [70], [0], [0], 0.25, *(None,) * 7, [0])
+    torch.library.opcheck(torch.ops.flashbrush.column_mass.default, arguments)

@@ -50,8 +50,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         GroundingDinoImageProcessor(size={"shortest_edge": 64, "longest_edge": 64}),
         BertTokenizer(str(folder / "vocab.txt")),
     ).save_pretrained(folder / "detector")
-    vision = {**small, "image_size": 64, "patch_size": 16, "output_channels": 16, "window_size": 2, "mlp_dim": 32, "num_pos_feats": 8,
-              "global_attn_indexes": [0]}  # fmt: skip
+    vision = {**small, "image_size": 64, "patch_size": 16, "output_channels": 16, "window_size": 2, "mlp_dim": 32,
+              "num_pos_feats": 8, "global_attn_indexes": [0]}  # fmt: skip
     prompt = {"hidden_size": 16, "image_embedding_size": 4, "image_size": 64, "mask_input_channels": 4}
     mask = {"hidden_size": 16, "num_attention_heads": 2, "mlp_dim": 32, "iou_head_hidden_dim": 16, "num_hidden_layers": 1}
     SamModel(
