@@ -18,7 +18,7 @@ from .problem import GainRule, Problem, default_scale
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_DIM = 256
 Keys = Tensor | Sequence[Tensor]
-Source = Mapping[str, Tensor | Sequence[Tensor]]
+Source = Mapping[str, Tensor | Sequence[Tensor | None] | None]
 
 
 class Stats(NamedTuple):
@@ -229,14 +229,15 @@ def _check_list(name: str, tensors: Keys, q: Tensor) -> tuple[Tensor, ...]:
 def _check_pairs(q: Tensor, k: tuple[Tensor, ...], v: tuple[Tensor, ...]) -> None:
     if len(k) != len(v):
         raise ValueError(f"v: expected as many tensors as k ({len(k)}), got {len(v)}")
+    first, several = k[0], len(k) > 1
     for i, (a, b) in enumerate(zip(k, v, strict=True)):
-        which = f"v[{i}]" if len(k) > 1 else "v"
+        which = f"v[{i}]" if several else "v"
         if a.shape[1:3] != b.shape[1:3]:
             raise ValueError(f"{which}: expected k's tokens and heads {tuple(a.shape[1:3])}, got {tuple(b.shape[1:3])}")
-        if a.shape[2] != k[0].shape[2]:
-            raise ValueError(f"k[{i}]: expected {k[0].shape[2]} heads as in k[0], got {a.shape[2]}")
-    if k[0].shape[2] < 1 or q.shape[2] % k[0].shape[2]:
-        raise ValueError(f"k: q's {q.shape[2]} heads are not a multiple of its {k[0].shape[2]} heads")
+        if a.shape[2] != first.shape[2]:
+            raise ValueError(f"k[{i}]: expected {first.shape[2]} heads as in k[0], got {a.shape[2]}")
+    if first.shape[2] < 1 or q.shape[2] % first.shape[2]:
+        raise ValueError(f"k: q's {q.shape[2]} heads are not a multiple of its {first.shape[2]} heads")
 
 
 def _check_out(out: Tensor, q: Tensor, expected: tuple[int, ...]) -> None:
@@ -272,11 +273,11 @@ def _lower_source(
         listed = list(given) if isinstance(given, (list, tuple)) else [given] * len(tensors)
         if len(listed) != len(tensors):
             raise ValueError(f"source[{name!r}]: expected {len(tensors)} index tensors, got {len(listed)}")
-        for index, t in zip(listed, tensors, strict=True):
-            if index is not None:
-                _check_index(f"source[{name!r}]", index, t)
-                sizes.add(index.shape[0])
-        indices[name] = listed
+        indices[name] = [
+            None if index is None else _check_index(f"source[{name!r}]", index, t)
+            for index, t in zip(listed, tensors, strict=True)
+        ]
+        sizes |= {index.shape[0] for index in indices[name] if index is not None}
     if len(sizes) > 1:
         raise ValueError(f"source: the index tensors' lengths differ: {sorted(sizes)}")
     batch = sizes.pop() if sizes else q.shape[0]
@@ -296,7 +297,7 @@ def _lower_source(
     return source_q, lowered[1], lowered[2], batch
 
 
-def _check_index(name: str, index: Tensor, t: Tensor) -> None:
+def _check_index(name: str, index: object, t: Tensor) -> Tensor:
     if not isinstance(index, Tensor) or index.dtype not in (torch.int32, torch.int64) or index.dim() != 1:
         got = f"{index.dtype} {tuple(index.shape)}" if isinstance(index, Tensor) else type(index).__name__
         raise TypeError(f"{name}: expected an int32 or int64 tensor (out_batch,), got {got}")
@@ -304,6 +305,7 @@ def _check_index(name: str, index: Tensor, t: Tensor) -> None:
         low, high = int(index.min()), int(index.max())
         if low < 0 or high >= t.shape[0]:
             raise ValueError(f"{name}: expected indices in 0..{t.shape[0] - 1}, got {low}..{high}")
+    return index
 
 
 def _lower_scales(scale: Tensor, batch: int, q: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import shutil
 import string
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -153,10 +153,13 @@ def _autoencoder() -> AutoencoderKL:
     """
     from diffusers import AutoencoderKL
 
+    blocks: dict[str, Any] = {  # annotated as tuples of one in diffusers
+        "down_block_types": ("DownEncoderBlock2D",) * 3,
+        "up_block_types": ("UpDecoderBlock2D",) * 3,
+        "block_out_channels": (16, 16, 32),
+    }
     vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(16, 16, 32),
+        **blocks,
         layers_per_block=1,
         latent_channels=LATENT_CHANNELS,
         norm_num_groups=1,
@@ -165,7 +168,8 @@ def _autoencoder() -> AutoencoderKL:
         use_quant_conv=False,
         use_post_quant_conv=False,
     )
-    encoder, decoder = vae.encoder, vae.decoder
+    encoder: Any = vae.encoder
+    decoder: Any = vae.decoder
     for name, parameter in vae.named_parameters():
         if ".conv2." in name or ".to_out." in name:  # the ends of the residual branches
             nn.init.zeros_(parameter)

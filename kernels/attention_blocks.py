@@ -20,24 +20,24 @@ LOWEST = tl.constexpr(-3.0e38)  # a finite bias stays finite in log2 units
 class Traits(NamedTuple):
     """What a kernel is compiled for; features that it does not name are compiled away."""
 
-    D: tl.constexpr
-    PARTS: tl.constexpr  # the head dim as tiles of these widths, powers of two
-    FIRSTS: tl.constexpr  # the first column of each
-    BLOCK_M: tl.constexpr
-    BLOCK_N: tl.constexpr
-    TENSORS: tl.constexpr  # 1: all keys in one tensor; else one per key segment
-    HEADS_PER_KV: tl.constexpr
-    ALIGN: tl.constexpr  # a power of two that divides every stride
-    DESCRIBED: tl.constexpr  # full tiles of keys and values are read through tensor descriptors
-    RAGGED: tl.constexpr  # an item may have fewer row blocks than the grid
-    GROUPED: tl.constexpr  # several softmax groups
-    SILENT: tl.constexpr  # some tiles count in max and sum, but their values are not read
-    UNCLIPPED: tl.constexpr  # some group has a contrast without clip
-    CLIPPED: tl.constexpr  # some group has one with clip: a second sweep
-    SIGNED: tl.constexpr  # the scale may be negative
-    MASS: tl.constexpr  # columns of the mass, a power of two; 0: no mass
-    PRECISION: tl.constexpr  # of float32 products
-    EMULATE: tl.constexpr  # bfloat16 in the interpreter
+    D: int
+    PARTS: tuple[int, ...]  # the head dim as tiles of these widths, powers of two
+    FIRSTS: tuple[int, ...]  # the first column of each
+    BLOCK_M: int
+    BLOCK_N: int
+    TENSORS: int  # 1: all keys in one tensor; else one per key segment
+    HEADS_PER_KV: int
+    ALIGN: int  # a power of two that divides every stride
+    DESCRIBED: bool  # full tiles of keys and values are read through tensor descriptors
+    RAGGED: bool  # an item may have fewer row blocks than the grid
+    GROUPED: bool  # several softmax groups
+    SILENT: bool  # some tiles count in max and sum, but their values are not read
+    UNCLIPPED: bool  # some group has a contrast without clip
+    CLIPPED: bool  # some group has one with clip: a second sweep
+    SIGNED: bool  # the scale may be negative
+    MASS: int  # columns of the mass, a power of two; 0: no mass
+    PRECISION: str  # of float32 products
+    EMULATE: bool  # bfloat16 in the interpreter
 
 
 @triton.jit

@@ -122,6 +122,7 @@ def _uniform(p: Problem, exist: list[int] | None) -> tuple[Tensor, Tensor, Tenso
                     count[:, :, rows] += n * allowed
             segment_lse.append((this, c, g))
         if (contrast := p.contrast[g]) is not None:
+            assert group_sum is not None
             group_acc = contrast.beta * group_acc + (1 - contrast.beta) / count.clamp(min=1) * group_sum
         acc += group_acc if gate is None else group_acc * gate[..., g, None]
         lse[..., g] = group_lse

@@ -62,9 +62,9 @@ def interpreted() -> bool:
     """Whether Triton interprets kernels on the CPU (TRITON_INTERPRET=1 when it was imported)."""
     if importlib.util.find_spec("triton") is None:
         return False
-    import triton
+    from triton import knobs
 
-    return bool(triton.knobs.runtime.interpret)
+    return bool(knobs.runtime.interpret)
 
 
 def forward(problem: Problem) -> Result:
@@ -122,9 +122,12 @@ def _forward(p: Problem) -> Result:
         value_sums=statistics.value_sums(p.v, B, C, traits, **keys) if 1 in kinds else None,
         descriptors=described, lse=lse, partial=partial, **keys,
     )  # fmt: skip
-    mass = None if partial is None else statistics.sum_mass(partial, row_starts, R, tile.block_m)
-    gain = None
+    mass = gain = None
+    if partial is not None:
+        assert row_starts is not None
+        mass = statistics.sum_mass(partial, row_starts, R, tile.block_m)
     if p.head_gain is not None:
+        assert mass is not None and row_starts is not None
         rule = p.head_gain
         flags = (*_flags(rule.rows, R), *_flags(rule.apply, R), *_flags(rule.keys, C))
         gain = statistics.head_gain(
@@ -150,10 +153,11 @@ def _describe(p: Problem, tile: Tile):
     """Descriptors of the keys and the values, where the tile asks for them and the layout allows them."""
     from ...kernels.attention_blocks import describe
 
+    key, value = p.k[0], p.v[0]
     if not tile.descriptors or len(p.k) > 1 or p.dim & (p.dim - 1) or p.dim < 16:
         return None
-    k = describe(p.k[0], p.source_k is None and p.k[0].shape[0] == 1)
-    v = describe(p.v[0], p.source_v is None and p.v[0].shape[0] == 1)
+    k = describe(key, p.source_k is None and key.shape[0] == 1)
+    v = describe(value, p.source_v is None and value.shape[0] == 1)
     return None if k is None or v is None else (k, v)
 
 

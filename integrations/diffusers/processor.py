@@ -79,16 +79,16 @@ class ControlledProcessor:
                 f"{query.shape[2]} on this rank; use a method without one"
             )
         keys: Tensor | Sequence[Tensor] = key
-        values: Tensor | Sequence[Tensor] = value
+        joined: Tensor | Sequence[Tensor] = value
         source = plan.source
         if plan.extra:
             if mask is not None:
                 raise NotImplementedError("flashbrush: attention_mask together with a plan's extra keys")
-            keys, values, source = _segment_lists(plan, key, value)
+            keys, joined, source = _segment_lists(plan, key, value)
         if not self.collect or control is None:
-            return attention(query, keys, values, control, source=source, mask=mask, backend=self.backend)
+            return attention(query, keys, joined, control, source=source, mask=mask, backend=self.backend)
         out, self.stats = attention(
-            query, keys, values, control, source=source, mask=mask, backend=self.backend, return_stats=True
+            query, keys, joined, control, source=source, mask=mask, backend=self.backend, return_stats=True
         )
         return out
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ class InContextBrush:
     alpha_subject: float = 0.3
     gain_span: float = 0.2
     gain_floor: float = 1.0
-    gain_norm: str = "minmax"
+    gain_norm: Literal["minmax", "mean", "max", "softmax"] = "minmax"
     gain_rows: str = "*"
     count_padding: bool = True
     prompt_tokens: int | Sequence[int] | Tensor | None = None
@@ -79,5 +80,5 @@ def _split(name: str, tokens, rest: str, total: int) -> dict[str, int | Tensor]:
     counts = tokens if isinstance(tokens, tuple) else (tokens,)
     if any(not isinstance(n, (int, float)) or n % 1 or not 0 <= n <= total for n in counts):
         raise ValueError(f"{name}_tokens: expected whole numbers from 0 to {total}, got {tokens}")
-    first = torch.tensor(counts).int() if len(counts) > 1 else int(counts[0])
+    first = torch.tensor(counts).int() if counts[1:] else int(counts[0])
     return {name: first, rest: total - first}

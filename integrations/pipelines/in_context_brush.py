@@ -66,7 +66,8 @@ class InContextBrushPipeline:
 
         if not isinstance(pipe, FluxFillPipeline):
             raise TypeError(f"pipe: expected a FluxFillPipeline, got {type(pipe).__name__}")
-        self.pipe, self.finder, self.backend = pipe, finder, backend
+        self.pipe: Any = pipe  # diffusers annotates its call more narrowly than it accepts
+        self.finder, self.backend = finder, backend
         self._finder_models: dict[str, Any] = {}
 
     @classmethod
@@ -163,8 +164,8 @@ class InContextBrushPipeline:
             raise ValueError(f"image: expected photos of one size in a batch, got {photos[0].size} and {wrong[0]}")
 
         diptychs = [
-            im.stack(im.subject_panel(*subject, size), im.resize_photo(photo, size))
-            for subject, photo in zip(panels, photos, strict=True)
+            im.stack(im.subject_panel(picture, outline, size), im.resize_photo(photo, size))
+            for (picture, outline), photo in zip(panels, photos, strict=True)
         ]
         nothing = Image.new("L", size, 0)
         masks = [im.stack(nothing, im.resize_mask(hole, size)) for hole in holes]

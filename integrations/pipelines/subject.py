@@ -50,10 +50,11 @@ class SubjectFinder:
         """
         from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor, SamModel, SamProcessor
 
+        sam: Any = SamModel.from_pretrained(segmenter, use_safetensors=True, **options)
         return cls(
             AutoModelForZeroShotObjectDetection.from_pretrained(detector, use_safetensors=True, **options).to(device),
             AutoProcessor.from_pretrained(detector, **options),
-            SamModel.from_pretrained(segmenter, use_safetensors=True, **options).to(device),
+            sam.to(device),
             SamProcessor.from_pretrained(segmenter, **options),
         )
 

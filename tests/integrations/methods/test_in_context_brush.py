@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import flashbrush as fb
 from flashbrush.integrations import InContextBrush
 from flashbrush.integrations.diffusers import Layer, Step, apply
 
@@ -235,8 +236,10 @@ def test_a_knob_set_between_steps_counts_from_the_next_call() -> None:
 
 
 def test_equal_knobs_share_one_control() -> None:
-    def control(method: InContextBrush, kind: str):
-        return method.plan(Layer(0, kind, None, 4, 32, 7, 24), Step(0)).control
+    def control(method: InContextBrush, kind: str) -> fb.Control:
+        planned = method.plan(Layer(0, kind, None, 4, 32, 7, 24), Step(0)).control
+        assert planned is not None
+        return planned
 
     method = InContextBrush()
     first = control(method, "double")
