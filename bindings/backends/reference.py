@@ -79,11 +79,9 @@ def forward(problem: Problem) -> Result:
 def masked_softmax(s: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
     """(probabilities, lse) over the allowed keys; a row without one gives 0 and -inf. NaN in an allowed logit spreads."""
     s = torch.where(allowed, s, -math.inf)
-    lse = torch.logsumexp(s, -1)
-    prob = torch.where(allowed, (s - lse.detach().nan_to_num(neginf=0.0, posinf=math.inf)[..., None]).exp(), 0)
-    if s.requires_grad and s.shape[-1]:
-        prob = torch.where(allowed, torch.softmax(torch.where(allowed.any(-1, keepdim=True), s, 0), -1), 0)
-    return prob, lse
+    # A softmax of its own: exp(s - lse) would lose what a large lse rounds away.
+    prob = torch.softmax(torch.where(allowed.any(-1, keepdim=True), s, 0), -1)
+    return torch.where(allowed, prob, 0), torch.logsumexp(s, -1)
 
 
 def sum_values(prob: Tensor, allowed: Tensor, v: Tensor) -> Tensor:
