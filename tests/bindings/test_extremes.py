@@ -7,11 +7,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from support.problems import Call, check
 from torch import Tensor
 
 import flashbrush as fb
 from flashbrush.bindings.backends import cpu
+from support.problems import Call, check
 
 BACKENDS = ["reference", "composed", *(f"cpu-{isa}" for isa in cpu.isas())]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
