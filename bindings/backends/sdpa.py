@@ -1,4 +1,7 @@
-"""The vendor's attention with LSE: the best one that this device and this call have."""
+"""The vendor's attention with LSE: the best one that this device and this call have.
+
+The CUDA branches have not been run on hardware yet.
+"""
 
 from __future__ import annotations
 
