@@ -67,7 +67,7 @@ lint: $(STAMP)
 sanitize: $(STAMP)
 	trap '$(PY) setup.py -q build_ext --inplace' EXIT; \
 	CXX=g++ FLASHBRUSH_SANITIZE=1 $(PY) setup.py -q build_ext --inplace && \
-	OMP_NUM_THREADS=2 LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	FLASHBRUSH_TEST_PERCENT=5 OMP_NUM_THREADS=2 LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	$(PY) -m pytest $(SANITIZED) -q --capture=sys $(PYTEST_ARGS)
 
 clean:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 import flashbrush as fb
 from flashbrush.bindings.backends import composed_backward, cpu
 from support.oracle import name_at, whole_map
-from support.problems import Call, calls
+from support.problems import Call, calls, draws
 from support.specs import draw, without_values
 
 
@@ -80,14 +80,14 @@ def test_bad_calls() -> None:
             fb.column_mass(*arguments_, **more)
 
 
-@settings(max_examples=200)
+@settings(max_examples=draws(200))
 @given(calls(contrast=False))
 def test_drawn_calls_on_the_cpu(call: Call) -> None:
     check_on_the_cpu(call)
 
 
 @pytest.mark.parametrize("isa", cpu.isas())
-@settings(max_examples=40)
+@settings(max_examples=draws(40))
 @given(call=calls(contrast=False))
 def test_instruction_sets(isa: str, call: Call) -> None:
     with pytest.MonkeyPatch.context() as patch:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 
 from flashbrush.bindings.backends import cpu
-from support.problems import Call, calls, check
+from support.problems import Call, calls, check, draws
 
 
 def run(call: Call) -> None:
@@ -24,7 +24,7 @@ def test_drawn_calls(dtype: torch.dtype) -> None:
     seed = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}[dtype]
 
     @hypothesis.seed(seed)
-    @settings(max_examples=2000, derandomize=False, database=None)
+    @settings(max_examples=draws(2000), derandomize=False, database=None)
     @given(calls(dtypes=(dtype,)))
     def drawn(call: Call) -> None:
         run(call)
@@ -33,7 +33,7 @@ def test_drawn_calls(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("isa", cpu.isas())
-@settings(max_examples=100)
+@settings(max_examples=draws(100))
 @given(call=calls())
 def test_instruction_sets(isa: str, call: Call) -> None:
     with pytest.MonkeyPatch.context() as patch:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from flashbrush.bindings.backends import cpu
-from support.problems import Call, calls
+from support.problems import Call, calls, draws
 
 # P and dS are rounded to the dtype once, products are summed in float32: relative error of the root mean square.
 LIMIT = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 3e-3}
@@ -61,14 +61,14 @@ def names(call: Call) -> list[str]:
 small = calls(contrast=False, weights=(0.0, 0.25, 0.7, 1.0, 1.3, 4.0))
 
 
-@settings(max_examples=300)
+@settings(max_examples=draws(300))
 @given(small)
 def test_drawn_calls(call: Call) -> None:
     check_gradients(call)
 
 
 @pytest.mark.parametrize("isa", cpu.isas())
-@settings(max_examples=60)
+@settings(max_examples=draws(60))
 @given(call=small)
 def test_instruction_sets(isa: str, call: Call) -> None:
     with pytest.MonkeyPatch.context() as patch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field
 
 import torch
@@ -14,6 +15,12 @@ import flashbrush as fb
 from flashbrush.bindings.attention import _lower
 from flashbrush.bindings.backends import reference
 from flashbrush.bindings.problem import Problem
+
+
+def draws(count: int) -> int:
+    """How many calls a property test draws: FLASHBRUSH_TEST_PERCENT of `count`, for slow runs such as sanitizers'."""
+    return max(1, count * int(os.environ.get("FLASHBRUSH_TEST_PERCENT", "100")) // 100)
+
 
 NUMBERS = (0.0, 0.25, 0.7, 1.0, 1.3, 4.0)
 
