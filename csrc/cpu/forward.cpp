@@ -4,6 +4,11 @@
 // the next entry; a row block waits for the packing of its head, a packing for the head whose buffer it takes over.
 // Earlier entries never wait for later ones, so that no order of threads can block. Who takes what never enters a sum:
 // results are bitwise the same for any number of threads.
+//
+// No two threads write the same memory at once. A packing writes its own tiles of a head's buffer, and its release of
+// `packing` is acquired by every row block that reads them; a buffer is packed anew after the acquire of `running`, which
+// each row block released when it was done. A row block writes its own rows of out and lse, its own slot of masses and its
+// thread's scratch. The parallel region's end comes before masses are reduced, by one thread.
 #include <sched.h>
 #include <string.h>
 
