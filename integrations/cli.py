@@ -8,13 +8,15 @@ from __future__ import annotations
 import os
 import platform
 import sys
-import tempfile
+import textwrap
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from .output import check_pictures, write_pictures
 
 if TYPE_CHECKING:
     from .pipelines import InContextBrushOutput, InContextBrushPipeline
@@ -38,6 +40,18 @@ class Norm(str, Enum):
     softmax = "softmax"
 
 
+PACKAGES = {
+    "torch": "all",
+    "triton": "the triton backend",
+    "diffusers": "apply(), insert, demo",
+    "transformers": "insert, demo",
+    "accelerate": "insert --offload, quick loading",
+    "safetensors": "insert, demo",
+    "numpy": "insert, demo",
+    "Pillow": "insert, demo",
+    "matplotlib": "insert --report, demo",
+    "scikit-image": "demo: its photos",
+}
 Out = Annotated[Path, typer.Option("--output", "-o", help="Picture to write.")]
 Steps = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of the noise.")]
@@ -46,18 +60,29 @@ Seed = Annotated[int, typer.Option(min=0, help="Of the noise.")]
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; ends with SystemExit."""
     command = typer.main.get_command(app)
+    given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
-        code = command.main(list(sys.argv[1:] if arguments is None else arguments), "flashbrush", standalone_mode=False)
+        code = command.main(given, "flashbrush", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
     except Exception as error:
-        message = error.format_message() if hasattr(error, "format_message") else str(error)  # type: ignore[attr-defined]
-        expected = (ValueError, TypeError, OSError, ImportError, NotImplementedError)
-        if not hasattr(error, "format_message") and not isinstance(error, expected):
+        if (message := _explain(error)) is None:
             raise
-        print(f"flashbrush: {' '.join(message.split()) or type(error).__name__}", file=sys.stderr)
+        # Libraries below write pages into an error.
+        line = textwrap.shorten(message, 500, placeholder=" ...") or type(error).__name__
+        print(f"flashbrush: {line}", file=sys.stderr)
         sys.exit(2)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _explain(error: Exception) -> str | None:
+    """What to tell the user; None for an error that is ours."""
+    if hasattr(error, "format_message"):  # of the command line itself
+        return error.format_message()  # type: ignore[attr-defined]
+    if type(error).__name__ == "OutOfMemoryError":  # torch's: importing it for its name takes a second
+        return "the device's memory is full: try --offload, or a smaller --width and --height"
+    expected = (ValueError, TypeError, OSError, ImportError, NotImplementedError, FloatingPointError)
+    return str(error) if isinstance(error, expected) else None
 
 
 @app.command()
@@ -67,7 +92,7 @@ def insert(
     mask: Annotated[Path, typer.Option(help="Of the image's size, white where to paint.")],
     prompt: Annotated[str, typer.Option(help="What the result shows.")],
     output: Out,
-    model: Annotated[str, typer.Option(help="FLUX.1-Fill: a Hugging Face name or a diffusers folder.")],
+    model: Annotated[str | None, typer.Option(help="FLUX.1-Fill: a Hugging Face name or a diffusers folder.")] = None,
     subject_mask: Annotated[Path | None, typer.Option(help="White on the subject. Default: its transparency, or all.")] = None,
     subject_name: Annotated[str | None, typer.Option(help="Find the subject by its name, with Grounding DINO and SAM.")] = None,
     alpha_prompt: Annotated[float, typer.Option(help="How much more the target reads of the prompt.")] = 0.3,
@@ -75,7 +100,7 @@ def insert(
     gain_span: Annotated[float, typer.Option(help="Heads gain from 1 to 1 + this.")] = 0.2,
     gain_norm: Annotated[Norm, typer.Option(help="How a head's attention to the prompt is compared.")] = Norm.minmax,
     steps: Steps = 50,
-    guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 30.0,
+    guidance: Annotated[float, typer.Option(min=0, help="Guidance scale.")] = 30.0,
     seed: Seed = 0,
     width: Annotated[int | None, typer.Option(help="Of a panel, pixels; a multiple of 16.")] = None,
     height: Annotated[int | None, typer.Option(help="Of a panel, pixels; a multiple of 16.")] = None,
@@ -90,7 +115,12 @@ def insert(
     from .methods import InContextBrush
     from .pipelines import images as im
 
-    _check_outputs(output, report)
+    if model is None:
+        raise ValueError(
+            "model: insert needs one: give --model black-forest-labs/FLUX.1-Fill-dev, or a diffusers folder; "
+            "flashbrush demo makes do without"
+        )
+    check_pictures({"output": output, "report": report})
     method = InContextBrush(alpha_prompt, alpha_subject, gain_span, gain_norm=gain_norm.value)
     # Before a model is loaded, which takes minutes.
     photo = im.open_image(image, "image")
@@ -106,10 +136,10 @@ def insert(
         print(f"{image} is {_times(photo.size)} pixels; the model sees it at {_times(size)}")
     result = pipe(
         prompt, subject=subject, image=image, mask=mask, subject_mask=subject_mask, subject_name=subject_name,
-        method=method, width=size[0], height=size[1], num_inference_steps=steps, guidance_scale=guidance, seed=seed,
+        method=method, width=size[0], height=size[1], steps=steps, guidance_scale=guidance, seed=seed,
         paste_back=paste_back,
     )  # fmt: skip
-    _write(result, output, report, prompt)
+    _finish(result, output, report, prompt)
 
 
 @app.command()
@@ -127,14 +157,20 @@ def demo(
 
     if output.exists() and not output.is_dir():
         raise ValueError(f"output: expected a folder, got a file: {output}")
-    paths = photos().save(output)
-    pipe = InContextBrushPipeline.from_pretrained(tiny_checkpoint.build(output / "checkpoint"), dtype=torch.float32)
+    if output.exists() and any(output.iterdir()) and not (output / "checkpoint" / "model_index.json").is_file():
+        raise ValueError(f"output: expected a new folder, or that of another demo: {output} holds other files")
+    pictures = photos()
+    _quiet()
+    checkpoint = tiny_checkpoint.build(output / "checkpoint")
+    paths = pictures.save(output)
+    pipe = InContextBrushPipeline.from_pretrained(checkpoint, dtype=torch.float32)
     pipe.pipe.set_progress_bar_config(desc="inserting")
     result = pipe(
-        PROMPT, subject=paths["subject"], subject_mask=paths["subject_mask"], image=paths["scene"], mask=paths["hole"],
-        width=PANEL[0], height=PANEL[1], num_inference_steps=steps, seed=seed,
+        PROMPT, subject=paths["subject"], subject_mask=paths["subject_mask"], image=paths["scene"], mask=paths["mask"],
+        width=PANEL[0], height=PANEL[1], steps=steps, seed=seed,
     )  # fmt: skip
-    _write(result, output / "result.png", output / "report.png", "the model is tiny and untrained: the hole holds noise")
+    title = f"“{PROMPT}”, by a model that is tiny and untrained: the hole fills with noise"
+    _finish(result, output / "result.png", output / "report.png", title)
 
 
 @app.command()
@@ -154,13 +190,13 @@ def info() -> None:
     for name, reasons in backends().items():
         table.add_row(name, "no" if reasons else "yes", "\n".join(reasons))
     console.print(table)
-    table = Table("package", "version", title="Versions", title_justify="left")
-    for name in ("flashbrush", "torch", "triton", "diffusers", "transformers", "accelerate", "numpy", "Pillow"):
+    table = Table("package", "version", "for", title="Versions", title_justify="left")
+    table.add_row("Python", platform.python_version(), "")
+    for name, use in PACKAGES.items():
         try:
-            table.add_row(name, version(name))
+            table.add_row(name, version(name), use)
         except PackageNotFoundError:
-            table.add_row(name, "not installed")
-    table.add_row("Python", platform.python_version())
+            table.add_row(name, "not installed", use)
     console.print(table)
     table = Table("device", "what", title="Devices", title_justify="left")
     sets = f"; built and usable: {', '.join(cpu.isas())}" if cpu.isas() else ""
@@ -168,6 +204,9 @@ def info() -> None:
     for i in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(i)
         table.add_row(f"cuda:{i}", f"{torch.cuda.get_device_name(i)}, compute capability {major}.{minor}")
+    if not torch.cuda.device_count():
+        built = torch.version.cuda or torch.version.hip
+        table.add_row("cuda", "none: " + ("torch sees no GPU" if built else "torch was built without CUDA"))
     console.print(table)
 
 
@@ -182,23 +221,6 @@ def bench(context: typer.Context) -> None:
     raise typer.Exit(run(context.args))
 
 
-def _check_outputs(output: Path, report: Path | None) -> None:
-    from PIL import Image
-
-    Image.init()
-    for name, path in (("output", output), ("report", report)):
-        if path is None:
-            continue
-        if path.is_dir():
-            raise ValueError(f"{name}: expected a file to write, got a folder: {path}")
-        if not path.absolute().parent.is_dir():
-            raise ValueError(f"{name}: no such folder: {path.absolute().parent}")
-        if Image.EXTENSION.get(path.suffix.lower()) not in Image.SAVE:
-            raise ValueError(f"{name}: expected the name of a picture, such as out.png, got {path.name}")
-    if report is not None and report.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise ValueError(f"report: expected a png, jpg or webp file, got {report.name}")
-
-
 def _load(model: str, dtype: Dtype, device: str | None, offload: bool, backend: str) -> InContextBrushPipeline:
     import torch
 
@@ -211,46 +233,47 @@ def _load(model: str, dtype: Dtype, device: str | None, offload: bool, backend: 
         raise ValueError(f"backend: {backend!r} is not usable here: {'; '.join(reasons)}")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device: {device!r} is not usable here: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0].split(". ")[0]
+        raise ValueError(f"device: {device!r} is not usable here: {reason}") from error
+    if offload and torch.device(device).type == "cpu":
+        raise ValueError("offload: expected another device than the cpu, which is where an idle model is kept")
     if os.sep in model and not Path(model).exists() and (Path(model).is_absolute() or model.startswith(".")):
         raise ValueError(f"model: no such folder: {model}")
     if Path(model).is_file():
         raise ValueError(f"model: expected a diffusers folder or a Hugging Face name, got a file: {model}")
-    pipe = InContextBrushPipeline.from_pretrained(model, dtype=getattr(torch, dtype.value), backend=backend)
-    if offload and device != "cpu":
+    _quiet()
+    try:
+        pipe = InContextBrushPipeline.from_pretrained(model, dtype=getattr(torch, dtype.value), backend=backend)
+    except Exception as error:  # a checkpoint can be wrong in as many ways as it has readers
+        said = str(error) or type(error).__name__
+        raise ValueError(said if said.startswith("model:") else f"model: {model} cannot be loaded: {said}") from error
+    if offload:
         pipe.pipe.enable_model_cpu_offload(device=device)
     else:
         pipe.to(device)
     return pipe
 
 
-def _write(result: InContextBrushOutput, output: Path, report: Path | None, title: str) -> None:
-    """Both pictures or none: each is complete before it takes its name."""
+def _quiet() -> None:
+    """Loading says nothing but its progress."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def _finish(result: InContextBrushOutput, output: Path, report: Path | None, title: str) -> None:
     from .report import insertion_report
 
-    with tempfile.TemporaryDirectory(dir=output.absolute().parent) as scratch:
-        finished: list[tuple[Path, Path]] = []
-        draft = Path(scratch) / f"picture{output.suffix}"
-        result.images[0].save(draft)
-        finished.append((draft, output))
-        if report is not None:
-            draft = Path(scratch) / f"report{report.suffix}"
-            insertion_report(result, title=title).savefig(draft, dpi=110)
-            finished.append((draft, report))
-        for draft, path in finished:
-            _take(draft, path)
+    pictures: dict[Path, Any] = {output: lambda path: result.images[0].save(path, quality=95)}
+    if report is not None:
+        pictures[report] = lambda path: insertion_report(result, title=title).savefig(path, dpi=110)
+    write_pictures(pictures)
     print(f"the picture is {output}" + (f", its report {report}" if report is not None else ""))
-
-
-def _take(draft: Path, path: Path) -> None:
-    import shutil
-
-    if draft.absolute().parent.stat().st_dev == path.absolute().parent.stat().st_dev:
-        os.replace(draft, path)
-    else:
-        shutil.copyfile(draft, path)
 
 
 def _times(size: Any) -> str:

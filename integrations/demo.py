@@ -15,7 +15,7 @@ class Photos(NamedTuple):
     subject: Image.Image
     subject_mask: Image.Image
     scene: Image.Image
-    hole: Image.Image
+    mask: Image.Image
 
     def save(self, folder: Path) -> dict[str, Path]:
         """Write them as PNG files; their paths by field."""

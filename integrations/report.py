@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from .pipelines import InContextBrushOutput
+
+HEIGHT = 3.9  # inches
+INK = "#333333"
 
 
 def insertion_report(output: InContextBrushOutput, item: int = 0, title: str = "") -> Figure:
@@ -25,29 +28,48 @@ def insertion_report(output: InContextBrushOutput, item: int = 0, title: str = "
         IndexError: no such item.
     """
     from matplotlib.figure import Figure
+
+    pictures = {
+        "diptych": output.diptychs[item],
+        "mask: white is painted": output.masks[item],
+        "result": output.images[item],
+    }
+    gains = output.head_gains[:, :, item].mean(0).numpy()  # (layers, heads)
+    shapes = [picture.width / picture.height for picture in pictures.values()]
+    shapes[2] = min(max(shapes[2], 0.8), 1.6)
+    figure = Figure(figsize=(HEIGHT * (sum(shapes) + 1.2), HEIGHT + 0.6), layout="constrained", facecolor="white")
+    figure.suptitle(title or "In-Context Brush", fontsize=12, color=INK)
+    *panels, map_axes = figure.subplots(1, 4, width_ratios=(*shapes, 1.0))
+    for axes, (name, picture) in zip(panels, pictures.items(), strict=True):
+        axes.imshow(np.asarray(picture.convert("RGB")))
+        axes.set_title(name, fontsize=10, color=INK)
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_color("#bbbbbb")
+    for axes in panels[:2]:
+        axes.axhline(output.diptychs[item].height / 2 - 0.5, color="#bbbbbb", linewidth=0.8)
+    _draw_gains(figure, map_axes, gains, output.layer_kinds)
+    return figure
+
+
+def _draw_gains(figure: Figure, axes: Any, gains: np.ndarray, kinds: list[str]) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    diptych, mask, result = output.diptychs[item], output.masks[item], output.images[item]
-    shaded = Image.composite(Image.blend(diptych, Image.new("RGB", diptych.size, (220, 40, 40)), 0.6), diptych, mask)
-    gains = output.head_gains[:, :, item].mean(0).numpy()  # (layers, heads)
-
-    figure = Figure(figsize=(12, 4.4), layout="constrained", facecolor="white")
-    figure.suptitle(title or "In-Context Brush", fontsize=12)
-    axes = figure.subplots(1, 3, width_ratios=(diptych.width / diptych.height, result.width / result.height, 1.15))
-    for axis, picture, name in ((axes[0], shaded, "input; red: the hole"), (axes[1], result, "result")):
-        axis.imshow(np.asarray(picture))
-        axis.set_title(name, fontsize=10)
-        axis.set_axis_off()
-    heat = axes[2].imshow(gains, aspect="auto", cmap="magma", interpolation="nearest")
-    axes[2].set_title("gain of each head, mean over the steps", fontsize=10)
-    axes[2].set_xlabel("head")
-    axes[2].set_ylabel("layer")
-    axes[2].xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes[2].yaxis.set_major_locator(MaxNLocator(integer=True))
-    singles = [i for i, kind in enumerate(output.layer_kinds) if kind == "single"]
-    if singles and singles[0]:
-        axes[2].axhline(singles[0] - 0.5, color="white", linewidth=1.5)
-        axes[2].text(-0.4, singles[0] - 0.6, "double blocks", color="white", fontsize=8, va="bottom")
-        axes[2].text(-0.4, singles[0] - 0.4, "single blocks", color="white", fontsize=8, va="top")
-    figure.colorbar(heat, ax=axes[2])
-    return figure
+    heat = axes.imshow(gains, aspect="auto", cmap="BuPu", interpolation="nearest")
+    axes.set_title("head gains, mean over the steps", fontsize=10, color=INK)
+    axes.set_xlabel("head", color=INK)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
+    axes.tick_params(colors=INK, labelsize=8)
+    axes.spines[:].set_visible(False)
+    edges = [0, *(i for i in range(1, len(kinds)) if kinds[i] != kinds[i - 1]), len(kinds)]
+    for first, end in pairwise(edges):
+        if first:
+            axes.axhline(first - 0.5, color="white", linewidth=3)
+        middle = (first + end - 1) / 2
+        axes.text(
+            -0.16, middle, f"{kinds[first]} blocks", rotation=90, fontsize=9, color=INK, ha="center", va="center",
+            transform=axes.get_yaxis_transform(),
+        )  # fmt: skip
+    bar = figure.colorbar(heat, ax=axes, fraction=0.06)
+    bar.ax.tick_params(colors=INK, labelsize=8)
+    bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]

@@ -63,7 +63,9 @@ def build(folder: str | os.PathLike[str], seed: int = 0) -> Path:
             text_encoder_2=_t5(),
             tokenizer_2=_tokenizer(),  # pyright: ignore[reportArgumentType]
             transformer=_transformer(),
-        ).to(torch.bfloat16)
+        )
+        for part in (pipe.vae, pipe.text_encoder, pipe.text_encoder_2, pipe.transformer):
+            part.bfloat16()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         fresh = Path(scratch) / "fresh"

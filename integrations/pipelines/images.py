@@ -76,7 +76,7 @@ def flatten(image: Image.Image) -> Image.Image:
     if image.mode != "RGBA":
         return image.convert("RGB")
     page = Image.new("RGBA", image.size, (*WHITE, 255))
-    return Image.alpha_composite(page, image).convert("RGB")
+    return _same_colours(Image.alpha_composite(page, image).convert("RGB"), image)
 
 
 def alpha_mask(image: Image.Image) -> Image.Image | None:
@@ -212,7 +212,14 @@ def lower_panel(canvas: Image.Image) -> Image.Image:
 
 def paste_back(generated: Image.Image, photo: Image.Image, mask: Image.Image) -> Image.Image:
     """The photo, its pixels untouched, with `generated` where the mask is on."""
-    return Image.composite(generated, photo, mask)
+    return _same_colours(Image.composite(generated, photo, mask), photo)
+
+
+def _same_colours(picture: Image.Image, source: Image.Image) -> Image.Image:
+    """`picture` with the colour profile of `source`: without it the same numbers are other colours."""
+    if profile := source.info.get("icc_profile"):
+        picture.info["icc_profile"] = profile
+    return picture
 
 
 def _from_array(array: np.ndarray, name: str) -> Image.Image:
@@ -237,7 +244,14 @@ def _upright(image: Image.Image, name: str) -> Image.Image:
         return Image.fromarray((values.astype(np.uint32) // 257).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise ValueError(f"{name}: floating-point pixels are not supported; save it with 8 bits per channel")
-    return image.convert("RGBA" if image.has_transparency_data else "RGB")
+    colours = image.mode in ("RGB", "RGBA", "P", "PA")
+    try:
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    except ValueError as error:
+        raise ValueError(f"{name}: pixels of mode {image.mode} are not supported; save it as RGB") from error
+    if not colours:
+        image.info.pop("icc_profile", None)  # of inks or greys, no longer true
+    return image
 
 
 def _check_pixels(size: tuple[int, int], name: str, max_pixels: int) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ class InContextBrushOutput:
         known: (batch, image tokens) bool: tokens that are not painted.
         head_gains: (steps, layers, batch, heads) float32; of the target's rows.
         layer_kinds: "double" or "single", for each layer of head_gains.
+        seeds: those that make the same pictures again; None where a generator was given.
     """
 
     images: list[Image.Image]
@@ -40,7 +42,8 @@ class InContextBrushOutput:
     source_latents: Tensor
     known: Tensor
     head_gains: Tensor
-    layer_kinds: list[str] = field(default_factory=list)
+    layer_kinds: list[str]
+    seeds: list[int | None]
 
 
 class InContextBrushPipeline:
@@ -59,6 +62,9 @@ class InContextBrushPipeline:
         pipe: a diffusers FluxFillPipeline.
         finder: finds a subject by its name; None: loaded when a name is first given.
         backend: as in flashbrush.attention.
+
+    Raises:
+        TypeError: another pipeline. ValueError: a transformer that does not take FLUX Fill's mask and masked photo.
     """
 
     def __init__(self, pipe: Any, *, finder: SubjectFinder | None = None, backend: str = "auto") -> None:
@@ -66,6 +72,12 @@ class InContextBrushPipeline:
 
         if not isinstance(pipe, FluxFillPipeline):
             raise TypeError(f"pipe: expected a FluxFillPipeline, got {type(pipe).__name__}")
+        # Latents, the masked photo's latents, and the mask's pixels: of a 2x2 block of latents each.
+        expected = 8 * pipe.vae.config.latent_channels + 4 * pipe.vae_scale_factor**2
+        if (channels := pipe.transformer.config.in_channels) != expected:
+            raise ValueError(
+                f"model: expected a transformer of FLUX Fill, with {expected} input channels, got one with {channels}"
+            )
         self.pipe: Any = pipe  # diffusers annotates its call more narrowly than it accepts
         self.finder, self.backend = finder, backend
         self._finder_models: dict[str, Any] = {}
@@ -89,7 +101,7 @@ class InContextBrushPipeline:
             options: passed on to FluxFillPipeline.from_pretrained (dtype, device_map, revision ...).
 
         Raises:
-            OSError: not found. ValueError: a folder that holds no FluxFillPipeline.
+            OSError: not found. ValueError: a folder, or weights, of another kind of model.
         """
         from diffusers import FluxFillPipeline
 
@@ -115,12 +127,16 @@ class InContextBrushPipeline:
         mask: ImageLike | Sequence[ImageLike],
         subject_mask: ImageLike | Sequence[ImageLike] | None = None,
         subject_name: str | Sequence[str] | None = None,
+        alpha_prompt: float | None = None,
+        alpha_subject: float | None = None,
+        gain_span: float | None = None,
         method: InContextBrush | None = None,
         width: int | None = None,
         height: int | None = None,
-        num_inference_steps: int = 50,
+        steps: int = 50,
         guidance_scale: float = 30.0,
         seed: int | Sequence[int] | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
         paste_back: bool = True,
         max_sequence_length: int = 512,
         progress: bool = True,
@@ -135,23 +151,38 @@ class InContextBrushPipeline:
             subject_mask: of subject's size, white on the subject. Without it, and without a name, the subject's own
                 transparency; an opaque subject is taken whole.
             subject_name: what to look for in the subject's photo, in place of a mask.
-            method: the knobs; None: InContextBrush(), the released code's.
+            alpha_prompt, alpha_subject, gain_span: as in InContextBrush; None: the method's.
+            method: all the knobs; None: InContextBrush(), the released code's.
             width, height: of a panel, multiples of 16; None: near the photo's own size (images.panel_size).
-            num_inference_steps, guidance_scale, max_sequence_length: as in FluxFillPipeline; the length is cut to the
-                tokenizer's.
-            seed: of item 0, and counted up; or one for each; None: a new one.
+            steps, guidance_scale, max_sequence_length: as in FluxFillPipeline; the length is cut to the tokenizer's.
+            seed: of item 0, and counted up; or one for each; None: drawn from torch's own random numbers.
+            generator: in place of a seed: one for all items, or one for each.
             paste_back: put the painted region into the photo, whose other pixels stay identical.
             progress: show a progress bar.
 
         Raises:
             TypeError, ValueError, FileNotFoundError: naming the argument, what was expected and what came.
+            FloatingPointError: the latents are no longer finite.
         """
-        items = self._items(prompt, subject, image, mask, subject_mask, subject_name, seed)
-        if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, int) or num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps: expected at least 1, got {num_inference_steps!r}")
+        given = {
+            "prompt": prompt, "subject": subject, "image": image, "mask": mask, "subject_mask": subject_mask,
+            "subject_name": subject_name, "seed": seed, "generator": generator,
+        }  # fmt: skip
+        items = _items(given)
+        for name, count in (("steps", steps), ("max_sequence_length", max_sequence_length)):
+            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+                raise ValueError(f"{name}: expected an integer of at least 1, got {count!r}")
+        if not isinstance(guidance_scale, (int, float)) or not math.isfinite(guidance_scale) or guidance_scale < 0:
+            raise ValueError(f"guidance_scale: expected a finite number of 0 or more, got {guidance_scale!r}")
         method = InContextBrush() if method is None else method
         if not isinstance(method, InContextBrush):
             raise TypeError(f"method: expected an InContextBrush, got {type(method).__name__}")
+        if not method.subject_first or method.subject_tokens is not None:
+            raise ValueError("method: the diptych has the subject first, in one half; got another order or subject_tokens")
+        knobs = {"alpha_prompt": alpha_prompt, "alpha_subject": alpha_subject, "gain_span": gain_span}
+        method = replace(method, **{name: value for name, value in knobs.items() if value is not None})
+        if (order := getattr(self.pipe.scheduler, "order", 1)) != 1:
+            raise ValueError(f"scheduler: expected one with a model call per step, got one of order {order}")
         photos, holes, panels = [], [], []
         for item in items:
             photo = im.open_image(item["image"], "image")
@@ -171,16 +202,18 @@ class InContextBrushPipeline:
         masks = [im.stack(nothing, im.resize_mask(hole, size)) for hole in holes]
         latents = self._source_latents(diptychs)
         known = torch.stack([~self._tokens(mask) for mask in masks]).to(latents.device)
-        noise = self._noise(latents, [item["seed"] for item in items])
+        generators = [item["generator"] for item in items]
+        # An item at a time and where the generator is, so that neither the device nor the batch changes it.
+        noise = torch.stack([torch.randn(latents.shape[1:], generator=g, device=g.device).to(latents) for g in generators])
 
         bar = dict(getattr(self.pipe, "_progress_bar_config", {}))
         if not progress:
             self.pipe.set_progress_bar_config(disable=True)
-        loop = _Blending(latents, noise, known, num_inference_steps)
+        loop = _Blending(latents, noise, known, steps)
         try:
             with apply(self.pipe.transformer, method, stats=("gain",), backend=self.backend) as handle:
                 handle.grid = (2 * size[1] // side, size[0] // side)
-                handle.set_step(0, num_inference_steps, 1.0)
+                handle.set_step(0, steps, 1.0)
                 loop.handle = handle
                 canvases = self.pipe(
                     prompt=[item["prompt"] for item in items],
@@ -189,9 +222,8 @@ class InContextBrushPipeline:
                     width=size[0],
                     height=2 * size[1],
                     latents=noise.clone(),
-                    # The pipeline draws the masked photo's latents.
-                    generator=[torch.Generator().manual_seed(item["seed"]) for item in items],
-                    num_inference_steps=num_inference_steps,
+                    generator=generators,  # the pipeline draws the masked photo's latents
+                    num_inference_steps=steps,
                     guidance_scale=guidance_scale,
                     max_sequence_length=min(max_sequence_length, self.pipe.tokenizer_2.model_max_length),
                     callback_on_step_end=loop,
@@ -206,33 +238,8 @@ class InContextBrushPipeline:
                 for result, photo, hole in zip(results, photos, holes, strict=True)
             ]
         assert loop.last is not None
-        return InContextBrushOutput(results, diptychs, masks, loop.last, latents, known, gains, kinds)
-
-    def _items(self, prompt, subject, image, mask, subject_mask, subject_name, seed) -> list[dict[str, Any]]:
-        if subject_mask is not None and subject_name is not None:
-            raise ValueError("subject_mask: expected it or subject_name, got both")
-        given = {
-            "prompt": prompt, "subject": subject, "image": image, "mask": mask, "subject_mask": subject_mask,
-            "subject_name": subject_name, "seed": seed,
-        }  # fmt: skip
-        counts = {name: len(value) for name, value in given.items() if isinstance(value, (list, tuple))}
-        batch = max(counts.values(), default=1)
-        for name, count in counts.items():
-            if count not in (1, batch) or count == 0:
-                raise ValueError(f"{name}: expected 1 or {batch} entries, as the longest argument has, got {count}")
-        items = []
-        for i in range(batch):
-            item = {n: v[i % len(v)] if isinstance(v, (list, tuple)) else v for n, v in given.items()}
-            if not isinstance(item["prompt"], str):
-                raise TypeError(f"prompt: expected a string, got {type(item['prompt']).__name__}")
-            if item["seed"] is None:
-                item["seed"] = torch.seed() % 2**63
-            elif isinstance(item["seed"], bool) or not isinstance(item["seed"], int) or not 0 <= item["seed"] < 2**63:
-                raise ValueError(f"seed: expected an integer of 0 or more, got {item['seed']!r}")
-            elif not isinstance(seed, (list, tuple)):
-                item["seed"] += i
-            items.append(item)
-        return items
+        seeds = [item["seed"] for item in items]
+        return InContextBrushOutput(results, diptychs, masks, loop.last, latents, known, gains, kinds, seeds)
 
     def _subject(self, item: dict[str, Any]) -> tuple[Image.Image, Image.Image | None]:
         """The subject's photo and its mask, None where all of the photo counts."""
@@ -253,11 +260,6 @@ class InContextBrushPipeline:
         latents = (vae.encode(pixels).latent_dist.mode() - vae.config.shift_factor) * vae.config.scaling_factor
         return pipe._pack_latents(latents.to(pipe.transformer.dtype), *latents.shape)
 
-    def _noise(self, like: Tensor, seeds: list[int]) -> Tensor:
-        """Drawn on the CPU, an item at a time, so that neither the device nor the batch changes it."""
-        draws = [torch.randn(like.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        return torch.stack(draws).to(like)
-
     def _tokens(self, mask: Image.Image) -> Tensor:
         """(image tokens,) bool: tokens of which any pixel is on."""
         side = 2 * self.pipe.vae_scale_factor
@@ -266,21 +268,59 @@ class InContextBrushPipeline:
         return (cells.amax((1, 3)) > 0).flatten()
 
 
+def _items(given: dict[str, Any]) -> list[dict[str, Any]]:
+    """The arguments of each item of the batch, every one with its generator."""
+    if given["subject_mask"] is not None and given["subject_name"] is not None:
+        raise ValueError("subject_mask: expected it or subject_name, got both")
+    if given["seed"] is not None and given["generator"] is not None:
+        raise ValueError("seed: expected it or generator, got both")
+    counts = {name: len(value) for name, value in given.items() if isinstance(value, (list, tuple))}
+    batch = max(counts.values(), default=1)
+    for name, count in counts.items():
+        if count not in (1, batch) or count == 0:
+            raise ValueError(f"{name}: expected 1 or {batch} entries, as the longest argument has, got {count}")
+    items = []
+    for i in range(batch):
+        item = {n: v[i % len(v)] if isinstance(v, (list, tuple)) else v for n, v in given.items()}
+        if not isinstance(item["prompt"], str):
+            raise TypeError(f"prompt: expected a string, got {type(item['prompt']).__name__}")
+        if item["generator"] is None:
+            item["seed"] = _seed(item["seed"], 0 if "seed" in counts else i)
+            item["generator"] = torch.Generator().manual_seed(item["seed"])
+        elif not isinstance(item["generator"], torch.Generator):
+            raise TypeError(f"generator: expected a torch.Generator, got {type(item['generator']).__name__}")
+        items.append(item)
+    return items
+
+
+def _seed(seed: Any, offset: int) -> int:
+    if seed is None:  # so that torch.manual_seed decides
+        return int(torch.randint(2**63 - 1, ()))
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed: expected an integer from 0 to 2**63 - 1, got {seed!r}")
+    return (seed + offset) % 2**63
+
+
 class _Blending:
     """The step callback: known tokens go back to their line, and the method hears of the next step."""
 
     def __init__(self, source: Tensor, noise: Tensor, known: Tensor, steps: int) -> None:
         self.source, self.noise, self.steps = source, noise, steps
         self.painted = ~known[:, :, None]
+        self.sigmas: list[float] = []
         self.handle: Handle | None = None
         self.last: Tensor | None = None
 
     def __call__(self, pipe: Any, index: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        sigma = float(pipe.scheduler.sigmas[index + 1])  # kept on the CPU by the scheduler
+        if index == 0:
+            self.sigmas = pipe.scheduler.sigmas.tolist()  # on the model's device: read once, not in every step
+        sigma = self.sigmas[index + 1]
         latents = blend_latents(tensors["latents"], self.source, self.noise, self.painted, sigma)
         if index + 1 < self.steps:
             assert self.handle is not None
             self.handle.set_step(index + 1, self.steps, sigma)
+        elif not bool(latents.isfinite().all()):
+            raise FloatingPointError(f"the latents are no longer finite in {latents.dtype}: try bfloat16, or smaller knobs")
         self.last = latents
         return {"latents": latents}
 

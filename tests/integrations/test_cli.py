@@ -89,9 +89,9 @@ def test_demo(capsys, tmp_path) -> None:
     code, out, err = flashbrush(capsys, "demo", "-o", tmp_path / "demo", *STEPS)
     assert code == 0, err
     assert str(tmp_path / "demo" / "result.png") in out
-    scene, hole = (np.asarray(Image.open(tmp_path / "demo" / f"{n}.png")) for n in ("scene", "hole"))
+    scene, mask = (np.asarray(Image.open(tmp_path / "demo" / f"{n}.png")) for n in ("scene", "mask"))
     result = np.asarray(Image.open(tmp_path / "demo" / "result.png"))
-    assert (result[hole == 0] == scene[hole == 0]).all() and (result[hole > 0] != scene[hole > 0]).any()
+    assert (result[mask == 0] == scene[mask == 0]).all() and (result[mask > 0] != scene[mask > 0]).any()
     assert (tmp_path / "demo" / "checkpoint" / "model_index.json").is_file()
     assert flashbrush(capsys, "demo", "-o", tmp_path / "demo", *STEPS)[0] == 0
 
@@ -192,7 +192,7 @@ BAD = {
     "mask and name": (lambda b: {"subject_name": "cup"}, "subject_mask: expected it or subject_name"),
     "no mask": (lambda b: {"mask": None}, "Missing option .*--mask"),
     "no prompt": (lambda b: {"prompt": None}, "Missing option .*--prompt"),
-    "no model": (lambda b: {"model": None}, "Missing option .*--model"),
+    "no model": (lambda b: {"model": None}, "model: insert needs one: give --model"),
     "a model folder that is not there": (lambda b: {"model": b.folder / "none"}, "model: no such folder"),
     "a file for a model": (lambda b: {"model": b.photos["image"]}, "model: expected a diffusers folder .* got a file"),
     "an empty model folder": (lambda b: {"model": b.folder}, "model: .*no model_index.json"),

@@ -16,7 +16,7 @@ STEPS = 3
 
 
 def run(pipe, photos, **more):
-    arguments = {"seed": 0, "num_inference_steps": STEPS, "progress": False, **photos, **more}
+    arguments = {"seed": 0, "steps": STEPS, "progress": False, **photos, **more}
     return pipe(arguments.pop("prompt", "a red cup"), **arguments)
 
 
@@ -142,7 +142,7 @@ def test_progress_bar_setting_survives(pipe, photos) -> None:
         ({"seed": -1}, ValueError, "seed.*-1"),
         ({"seed": 0.5}, ValueError, r"seed.*0\.5"),
         ({"subject_name": "cup"}, ValueError, "subject_mask.*subject_name"),
-        ({"num_inference_steps": 0}, ValueError, "num_inference_steps.*0"),
+        ({"steps": 0}, ValueError, "steps.*0"),
         ({"method": "brush"}, TypeError, "method.*str"),
         ({"width": 30}, ValueError, "width.*multiple of 8.*30"),
         ({"height": -8}, ValueError, "height.*-8"),
