@@ -11,6 +11,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from enum import Enum
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -41,6 +42,7 @@ class Norm(str, Enum):
 
 
 PACKAGES = {
+    "flashbrush": "",
     "torch": "all",
     "triton": "the triton backend",
     "diffusers": "apply(), insert, demo",
@@ -121,6 +123,8 @@ def insert(
             "flashbrush demo makes do without"
         )
     check_pictures({"output": output, "report": report})
+    if report is not None and find_spec("matplotlib") is None:
+        raise ImportError("report: needs matplotlib, which is not installed")
     method = InContextBrush(alpha_prompt, alpha_subject, gain_span, gain_norm=gain_norm.value)
     # Before a model is loaded, which takes minutes.
     photo = im.open_image(image, "image")

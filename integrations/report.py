@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,14 +32,14 @@ def insertion_report(output: InContextBrushOutput, item: int = 0, title: str = "
 
     pictures = {
         "diptych": output.diptychs[item],
-        "mask: white is painted": output.masks[item],
+        "mask": output.masks[item],
         "result": output.images[item],
     }
     gains = output.head_gains[:, :, item].mean(0).numpy()  # (layers, heads)
-    shapes = [picture.width / picture.height for picture in pictures.values()]
-    shapes[2] = min(max(shapes[2], 0.8), 1.6)
-    figure = Figure(figsize=(HEIGHT * (sum(shapes) + 1.2), HEIGHT + 0.6), layout="constrained", facecolor="white")
-    figure.suptitle(title or "In-Context Brush", fontsize=12, color=INK)
+    shapes = [min(max(picture.width / picture.height, 0.4), 1.6) for picture in pictures.values()]  # titles need room
+    width = HEIGHT * (sum(shapes) + 1.2)
+    figure = Figure(figsize=(width, HEIGHT + 0.6), layout="constrained", facecolor="white")
+    figure.suptitle(shorten(title, int(width * 10), placeholder=" …") or "In-Context Brush", fontsize=12, color=INK)
     *panels, map_axes = figure.subplots(1, 4, width_ratios=(*shapes, 1.0))
     for axes, (name, picture) in zip(panels, pictures.items(), strict=True):
         axes.imshow(np.asarray(picture.convert("RGB")))

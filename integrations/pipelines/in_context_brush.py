@@ -98,7 +98,8 @@ class InContextBrushPipeline:
             model: FLUX.1-Fill-dev, or another checkpoint of FluxFillPipeline.
             detector, segmenter: models that find a subject by its name, loaded when first needed.
             backend: as in flashbrush.attention.
-            options: passed on to FluxFillPipeline.from_pretrained (dtype, device_map, revision ...).
+            options: passed on to FluxFillPipeline.from_pretrained (dtype, device_map, revision ...). Without a dtype,
+                bfloat16: left to themselves diffusers' parts are float32, and transformers' what the file holds.
 
         Raises:
             OSError: not found. ValueError: a folder, or weights, of another kind of model.
@@ -107,6 +108,8 @@ class InContextBrushPipeline:
 
         if os.path.isdir(model):
             _check_folder(model)
+        if "torch_dtype" not in options:
+            options.setdefault("dtype", torch.bfloat16)
         pipe = FluxFillPipeline.from_pretrained(model, use_safetensors=True, **options)
         self = cls(pipe, backend=backend)
         self._finder_models = {"detector": detector, "segmenter": segmenter}

@@ -53,7 +53,7 @@ def test_markers_are_required(tmp_path: Path, text: str) -> None:
 def test_code_runs() -> None:
     """The tensors' example runs; the model's, which needs a checkpoint, names what exists."""
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for block in blocks:
         if "from_pretrained" not in block:
             exec(compile(block, "README.md", "exec"), {})

@@ -10,7 +10,6 @@ from PIL import Image
 
 from flashbrush.integrations import InContextBrush, InContextBrushPipeline
 from flashbrush.integrations.diffusers import Handle, apply
-from flashbrush.integrations.pipelines import images as im
 
 STEPS = 3
 
@@ -69,11 +68,28 @@ def test_statistics(pipe, photos) -> None:
 
 
 def test_neutral_knobs_are_fluxfill_with_blending(pipe, photos) -> None:
+    """Beside FluxFillPipeline's own call with the blending written out; the brush without effect adds nothing to it."""
     neutral = run(pipe, photos, method=InContextBrush(0, 0, gain_span=0), paste_back=False)
-    changed = run(pipe, photos, method=InContextBrush(0.9, 0.9, gain_span=0.5), paste_back=False)
-    assert (np.asarray(neutral.images[0]) != np.asarray(changed.images[0])).any()
-    canvas = neutral.diptychs[0]
-    inputs = {"prompt": "a red cup", "image": canvas, "mask_image": neutral.masks[0], "width": 64, "height": 96}
+    assert torch.equal(neutral.head_gains, torch.ones_like(neutral.head_gains))
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(neutral.latents.shape, generator=generator)
+
+    def blend(stock, index, timestep, tensors):
+        sigma = stock.scheduler.sigmas[index + 1]
+        line = (1 - sigma) * neutral.source_latents + sigma * noise
+        return {"latents": torch.where(neutral.known[:, :, None], line, tensors["latents"])}
+
+    inputs = {"prompt": "a red cup", "image": neutral.diptychs[0], "mask_image": neutral.masks[0], "width": 64, "height": 96}
+    inputs |= {"num_inference_steps": STEPS, "max_sequence_length": 32, "output_type": "latent"}
+    stock = pipe.pipe(**inputs, latents=noise, generator=generator, callback_on_step_end=blend).images
+    torch.testing.assert_close(neutral.latents, stock, rtol=1e-4, atol=1e-4)
+    changed = run(pipe, photos, method=InContextBrush(0.9, 0.9, gain_span=0.5))
+    assert not torch.allclose(changed.latents, stock, rtol=1e-2, atol=1e-2)
+
+
+def test_plain_acceleration_is_the_stock_pipeline(pipe, photos) -> None:
+    panels = run(pipe, photos)
+    inputs = {"prompt": "a red cup", "image": panels.diptychs[0], "mask_image": panels.masks[0], "width": 64, "height": 96}
     inputs |= {"num_inference_steps": STEPS, "max_sequence_length": 32, "output_type": "latent"}
     stock = pipe.pipe(**inputs, generator=torch.Generator().manual_seed(0)).images
     with apply(pipe.pipe.transformer):
@@ -81,6 +97,78 @@ def test_neutral_knobs_are_fluxfill_with_blending(pipe, photos) -> None:
     torch.testing.assert_close(plain, stock, rtol=1e-4, atol=1e-4)
     after = pipe.pipe(**inputs, generator=torch.Generator().manual_seed(0)).images
     assert torch.equal(after, stock)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_keeps_what_it_must(checkpoint, photos, dtype: torch.dtype) -> None:
+    half = InContextBrushPipeline.from_pretrained(checkpoint, dtype=dtype)
+    result = run(half, photos)
+    assert result.latents.dtype == dtype and bool(result.latents.isfinite().all())
+    known = result.known[:, :, None].expand_as(result.latents)
+    assert torch.equal(result.latents[known], result.source_latents[known])
+    photo, mask = np.asarray(Image.open(photos["image"])), np.asarray(Image.open(photos["mask"]))
+    assert (np.asarray(result.images[0])[mask == 0] == photo[mask == 0]).all()
+
+
+def test_knobs_are_arguments_too(pipe, photos) -> None:
+    knobs = {"alpha_prompt": 0.7, "alpha_subject": 0.1, "gain_span": 0.4}
+    given = run(pipe, photos, **knobs)
+    assert torch.equal(given.latents, run(pipe, photos, method=InContextBrush(**knobs)).latents)
+    method = InContextBrush(0.7, 0.9, gain_span=0.4, gain_norm="softmax")
+    mixed = run(pipe, photos, method=method, alpha_subject=0.1)
+    expected = run(pipe, photos, method=InContextBrush(**knobs, gain_norm="softmax"))
+    assert torch.equal(mixed.latents, expected.latents) and not torch.equal(mixed.latents, given.latents)
+    assert method.alpha_subject == 0.9
+
+
+def test_generators(pipe, photos) -> None:
+    first = run(pipe, photos, seed=3)
+    same = run(pipe, photos, seed=None, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(first.latents, same.latents) and (first.seeds, same.seeds) == ([3], [None])
+    one = torch.Generator().manual_seed(3)
+    draws = run(pipe, photos, seed=None, generator=one, prompt=["a red cup"] * 2)
+    assert not torch.equal(draws.latents[0], draws.latents[1])
+    each = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+    both, seeded = run(pipe, photos, seed=None, generator=each), run(pipe, photos, seed=3, prompt=["a red cup"] * 2)
+    assert torch.equal(both.latents, seeded.latents) and seeded.seeds == [3, 4]
+
+
+def test_without_a_seed_torch_decides(pipe, photos) -> None:
+    results = []
+    for start in (5, 5, 6):
+        torch.manual_seed(start)
+        results.append(run(pipe, photos, seed=None))
+    assert torch.equal(results[0].latents, results[1].latents) and results[0].seeds != results[2].seeds
+    assert torch.equal(results[2].latents, run(pipe, photos, seed=results[2].seeds).latents)
+
+
+def test_latents_that_overflow_are_said_aloud(pipe, photos) -> None:
+    with pytest.raises(FloatingPointError, match=r"latents.*float32"):
+        run(pipe, photos, alpha_prompt=1e38, alpha_subject=1e38)
+    assert Handle.of(pipe.pipe.transformer) is None
+
+
+def test_a_scheduler_of_second_order_is_refused(checkpoint, photos) -> None:
+    from diffusers import FlowMatchHeunDiscreteScheduler
+
+    own = InContextBrushPipeline.from_pretrained(checkpoint)
+    own.pipe.scheduler = FlowMatchHeunDiscreteScheduler()
+    with pytest.raises(ValueError, match=r"scheduler: .*order 2"):
+        run(own, photos)
+
+
+def test_the_method_hears_of_every_step(pipe, photos) -> None:
+    heard = []
+
+    class Listening(InContextBrush):
+        def plan(self, layer, step):
+            if layer.index == 0:
+                heard.append((step.index, step.count, step.sigma, layer.grid))
+            return super().plan(layer, step)
+
+    run(pipe, photos, method=Listening())
+    sigmas = pipe.pipe.scheduler.sigmas.tolist()
+    assert list(dict.fromkeys(heard)) == [(i, STEPS, sigmas[i], (12, 8)) for i in range(STEPS)]
 
 
 def test_seeds_and_batches(pipe, photos) -> None:
@@ -143,7 +231,17 @@ def test_progress_bar_setting_survives(pipe, photos) -> None:
         ({"seed": 0.5}, ValueError, r"seed.*0\.5"),
         ({"subject_name": "cup"}, ValueError, "subject_mask.*subject_name"),
         ({"steps": 0}, ValueError, "steps.*0"),
+        ({"steps": 2.0}, ValueError, r"steps.*2\.0"),
+        ({"max_sequence_length": 0}, ValueError, "max_sequence_length.*0"),
+        ({"guidance_scale": float("nan")}, ValueError, "guidance_scale.*nan"),
+        ({"guidance_scale": "high"}, ValueError, "guidance_scale.*'high'"),
+        ({"generator": torch.Generator()}, ValueError, "seed.*generator"),
+        ({"seed": None, "generator": 3}, TypeError, r"generator.*torch\.Generator.*int"),
         ({"method": "brush"}, TypeError, "method.*str"),
+        ({"method": InContextBrush(subject_first=False)}, ValueError, "method: the diptych has the subject first"),
+        ({"method": InContextBrush(subject_tokens=5)}, ValueError, "method: .*subject_tokens"),
+        ({"alpha_subject": -2}, ValueError, "alpha_subject.*-2"),
+        ({"alpha_prompt": float("inf")}, ValueError, "alpha_prompt.*inf"),
         ({"width": 30}, ValueError, "width.*multiple of 8.*30"),
         ({"height": -8}, ValueError, "height.*-8"),
         ({"image": np.zeros((48, 64), np.float32)}, TypeError, "image.*uint8.*float32"),
@@ -171,7 +269,29 @@ def test_loads_the_real_way(checkpoint, tmp_path) -> None:
         InContextBrushPipeline("black-forest-labs/FLUX.1-Fill-dev")
 
 
-def test_masks_keep_thin_lines() -> None:
-    mask = Image.new("L", (64, 48))
-    mask.putpixel((20, 10), 255)
-    assert im.resize_mask(mask, (16, 12)).getbbox() == (5, 2, 6, 3)
+def test_options_reach_diffusers(checkpoint) -> None:
+    for options, dtype in (({}, torch.bfloat16), ({"dtype": torch.float32}, torch.float32)):
+        parts = InContextBrushPipeline.from_pretrained(checkpoint, **options).pipe
+        assert {part.dtype for part in (parts.transformer, parts.vae, parts.text_encoder, parts.text_encoder_2)} == {dtype}
+    moved = InContextBrushPipeline.from_pretrained(checkpoint)
+    assert moved.to("cpu", torch.float16) is moved and moved.pipe.vae.dtype == torch.float16
+    with pytest.raises(NotImplementedError, match="nowhere"):
+        InContextBrushPipeline.from_pretrained(checkpoint, device_map="nowhere")
+
+
+def test_the_finder_is_loaded_when_a_name_comes(checkpoint, photos, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flashbrush.integrations.pipelines import SubjectFinder
+
+    loaded = []
+
+    def load(detector, segmenter, *, device):
+        loaded.append((detector, segmenter, str(device)))
+        return lambda picture, name: Image.open(photos["subject_mask"])
+
+    monkeypatch.setattr(SubjectFinder, "from_pretrained", load)
+    own = InContextBrushPipeline.from_pretrained(checkpoint, detector="one", segmenter="two")
+    run(own, photos)
+    assert loaded == []
+    for _ in range(2):
+        run(own, photos | {"subject_mask": None}, subject_name="cup")
+    assert loaded == [("one", "two", "cpu")]

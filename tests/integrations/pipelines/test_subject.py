@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from flashbrush.integrations.pipelines import SubjectFinder
+from flashbrush.integrations.pipelines import InContextBrushPipeline, SubjectFinder
+from flashbrush.integrations.pipelines.images import subject_panel
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "cat", "dog", ".", "?"]
 
@@ -106,3 +107,12 @@ def test_pickles_are_not_loaded(folders: tuple[Path, Path], tmp_path: Path) -> N
         (tmp_path / "segmenter" / name).write_bytes(file.read_bytes())
     with pytest.raises(OSError, match="safetensors"):
         SubjectFinder.from_pretrained(detector, tmp_path / "segmenter")
+
+
+def test_in_the_pipeline(folders: tuple[Path, Path], finder: SubjectFinder, checkpoint, photos) -> None:
+    pipe = InContextBrushPipeline.from_pretrained(checkpoint, detector=folders[0], segmenter=folders[1])
+    inputs = {name: photos[name] for name in ("subject", "image", "mask")}
+    result = pipe("a cat", **inputs, subject_name="a cat", steps=1, seed=0, progress=False)
+    subject = Image.open(photos["subject"])
+    panel = subject_panel(subject, finder(subject, "a cat"), (64, 48))
+    assert result.diptychs[0].crop((0, 0, 64, 48)).tobytes() == panel.tobytes()
