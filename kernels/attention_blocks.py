@@ -31,6 +31,7 @@ class Traits(NamedTuple):
     DESCRIBED: bool  # full tiles of keys and values are read through tensor descriptors
     RAGGED: bool  # an item may have fewer row blocks than the grid
     GROUPED: bool  # several softmax groups
+    LANES: bool  # neighbouring short segments share tiles, each key with the constants of its own
     SILENT: bool  # some tiles count in max and sum, but their values are not read
     UNCLIPPED: bool  # some group has a contrast without clip
     CLIPPED: bool  # some group has one with clip: a second sweep
@@ -85,9 +86,9 @@ def load_rows(p, stride, m, ROWS: tl.constexpr, MASKED: tl.constexpr, T: tl.cons
 
 
 @triton.jit
-def store_rows(p, stride, b_x, m, T: tl.constexpr):
+def store_rows(p, stride, b_x, m, ROWS: tl.constexpr, T: tl.constexpr):
     for i in tl.static_range(len(T.PARTS)):
-        store_tile(p, stride, b_x[i], m, T.FIRSTS[i], T.PARTS[i], T.D, T.BLOCK_M, T.ALIGN, T.EMULATE)
+        store_tile(p, stride, b_x[i], m, T.FIRSTS[i], T.PARTS[i], T.D, ROWS, T.ALIGN, T.EMULATE)
 
 
 @triton.jit
@@ -103,24 +104,34 @@ def load_keys(x, j, m_n, MASKED: tl.constexpr, T: tl.constexpr):
 
 
 @triton.jit
+def row_products(b_x, b_y, T: tl.constexpr):
+    """<x_i, y_j> for all rows of two blocks"""
+    b_s = dot(b_x[0], tl.trans(b_y[0]), None, T.PRECISION, T.EMULATE)
+    for i in tl.static_range(1, len(T.PARTS)):
+        b_s = dot(b_x[i], tl.trans(b_y[i]), b_s, T.PRECISION, T.EMULATE)
+    return b_s
+
+
+@triton.jit
+def combined(b_acc, b_p, b_x, T: tl.constexpr):
+    """b_acc + P X, P rounded to the dtype of X"""
+    b_p = rounded(b_p, b_x[0].dtype, T.EMULATE)
+    b_y = (dot(b_p, b_x[0], b_acc[0], T.PRECISION, T.EMULATE),)
+    for i in tl.static_range(1, len(T.PARTS)):
+        b_y += (dot(b_p, b_x[i], b_acc[i], T.PRECISION, T.EMULATE),)
+    return b_y
+
+
+@triton.jit
 def products(b_q, keys, j, m_n, MASKED: tl.constexpr, T: tl.constexpr):
     """<q_i, k_j> of the tile from key j on, (BLOCK_M, BLOCK_N)"""
-    b_k = load_keys(keys, j, m_n, MASKED, T)
-    b_s = dot(b_q[0], tl.trans(b_k[0]), None, T.PRECISION, T.EMULATE)
-    for i in tl.static_range(1, len(T.PARTS)):
-        b_s = dot(b_q[i], tl.trans(b_k[i]), b_s, T.PRECISION, T.EMULATE)
-    return b_s
+    return row_products(b_q, load_keys(keys, j, m_n, MASKED, T), T)
 
 
 @triton.jit
 def accumulate(b_acc, b_p, values, j, m_n, MASKED: tl.constexpr, T: tl.constexpr):
     """b_acc + P V of the tile from key j on"""
-    b_v = load_keys(values, j, m_n, MASKED, T)
-    b_p = rounded(b_p, b_v[0].dtype, T.EMULATE)
-    b_y = (dot(b_p, b_v[0], b_acc[0], T.PRECISION, T.EMULATE),)
-    for i in tl.static_range(1, len(T.PARTS)):
-        b_y += (dot(b_p, b_v[i], b_acc[i], T.PRECISION, T.EMULATE),)
-    return b_y
+    return combined(b_acc, b_p, load_keys(values, j, m_n, MASKED, T), T)
 
 
 @triton.jit
@@ -145,23 +156,58 @@ def open_tensor(p_xs, stride_b, stride_n, stride_h, p_source, d_x, steps, b, h, 
 
 
 @triton.jit
-def open_pair(c, b, p_key_starts, n_keys, n_key_segments, p_valid, p_bias, T: tl.constexpr):
-    """(first key in its tensor, keys to read, bias in log2 units) of segment c for this program's rows"""
+def segment_of(i, p_segments):
+    """The segment of a piece, -1 for a piece of several short ones"""
+    c = i
+    if p_segments is not None:
+        c = tl.load(p_segments + i)
+    return c
+
+
+@triton.jit
+def open_pair(i, c, b, p_key_starts, n_keys, n_key_segments, p_valid, p_bias, T: tl.constexpr):
+    """(first key in its tensor, keys to read, bias in log2 units) of piece i, segment c, for this program's rows"""
     start = 0
     n = n_keys
     if p_key_starts is not None:
-        start = tl.load(p_key_starts + c)
-        n = tl.load(p_key_starts + c + 1) - start
+        start = tl.load(p_key_starts + i)
+        n = tl.load(p_key_starts + i + 1) - start
     if T.TENSORS > 1:
         start = 0
     if p_valid is not None:
         n = tl.minimum(n, tl.maximum(tl.load(p_valid + b * n_key_segments + c), 0))
     bias = 0.0
     if p_bias is not None:
-        bias = tl.load(p_bias + c)
+        if T.LANES:
+            bias = tl.load(p_bias + c, mask=c >= 0, other=0.0)
+        else:
+            bias = tl.load(p_bias + c)
         n = tl.where(bias == float("-inf"), 0, n)
-        bias = tl.maximum(bias * LOG2E, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+        bias = in_log2(bias)
     return start, n, bias
+
+
+@triton.jit
+def in_log2(bias):
+    return tl.maximum(bias * LOG2E, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def open_lanes(p_labels, p_bias, p_weight, o_n, m_n):
+    """(keys to read, keys whose values count, bias in log2 units, weight) of a tile of several short segments
+
+    p_labels: (N,) int32 segment of each key.
+    """
+    b_label = tl.load(p_labels + o_n, mask=m_n, other=0)
+    b_bias = tl.zeros_like(b_label).to(tl.float32)
+    b_weight = b_bias + 1.0
+    if p_bias is not None:
+        b_bias = tl.load(p_bias + b_label, mask=m_n, other=0.0)
+        m_n = m_n & (b_bias != float("-inf"))
+        b_bias = in_log2(b_bias)
+    if p_weight is not None:
+        b_weight = tl.load(p_weight + b_label, mask=m_n, other=0.0)
+    return m_n, m_n & (b_weight != 0), b_bias, b_weight
 
 
 @triton.jit
@@ -220,6 +266,20 @@ def item_strides(t: Tensor | None) -> tuple[int, int]:
     if t is None:
         return 0, 0
     return t.stride(0) * (t.shape[0] > 1), t.stride(1) * (t.shape[1] > 1)
+
+
+def token_strides(t: Tensor) -> tuple[int, int, int]:
+    """Strides of items, tokens and heads."""
+    return t.stride(0), t.stride(1), t.stride(2)
+
+
+def list_strides(name: str, tensors: Sequence[Tensor], source: Tensor | None) -> dict[str, tuple[int, ...]]:
+    """stride_{name}b, n and h: strides of items (0 where one item serves all), tokens and heads of each tensor."""
+    return {
+        f"stride_{name}b": tuple(t.stride(0) if source is not None or t.shape[0] > 1 else 0 for t in tensors),
+        f"stride_{name}n": tuple(t.stride(1) for t in tensors),
+        f"stride_{name}h": tuple(t.stride(2) for t in tensors),
+    }
 
 
 def alignment(tensors: Sequence[Tensor]) -> int:

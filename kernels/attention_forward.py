@@ -29,13 +29,17 @@ from .attention_blocks import (
     added,
     flipped,
     item_strides,
+    list_strides,
     load_level,
     load_rows,
+    open_lanes,
     open_pair,
     open_tensor,
     products,
     scaled,
+    segment_of,
     store_rows,
+    token_strides,
     zeros,
 )
 from .segments import find_rows
@@ -49,7 +53,7 @@ UNCLIPPED, CLIPPED = tl.constexpr(1), tl.constexpr(2)  # kinds of contrast; 0 is
 # Sizes whose every new value would otherwise compile again.
 UNSPECIALIZED = [
     "steps_k", "steps_v", "stride_tables", "stride_starts", "n_items", "n_heads", "n_rows", "n_keys", "n_row_blocks",
-    "n_row_segments", "n_key_segments", "n_groups",
+    "n_row_segments", "n_key_segments", "n_pieces", "n_groups",
 ]  # fmt: skip
 
 
@@ -90,6 +94,23 @@ def softmax_sweep(b_q, b_max, b_sum, b_acc, keys, values, n, scale, offset, VALU
         b_max, b_sum, b_acc = softmax_tile(
             b_q, b_max, b_sum, b_acc, keys, values, full, n, scale, offset, VALUES, True, T
         )
+    return b_max, b_sum, b_acc
+
+
+@triton.jit
+def lanes_sweep(b_q, b_max, b_sum, b_acc, keys, values, start, n, scale, p_labels, p_bias, p_weight, T: tl.constexpr):
+    """The n keys of several short segments from key `start` on. Their weights differ, so that they act on P."""
+    for j in tl.range(0, n, T.BLOCK_N):
+        o_n = j + tl.arange(0, T.BLOCK_N)
+        m_k, m_v, b_bias, b_weight = open_lanes(p_labels, p_bias, p_weight, start + o_n, o_n < n)
+        b_s = products(b_q, keys, j, m_k, True, T) * scale + b_bias[None, :]
+        b_s = tl.where(m_k[None, :], b_s, float("-inf"))
+        b_top = tl.maximum(b_max, tl.max(b_s, 1))
+        b_p = tl.where(m_k[None, :], tl.exp2(b_s - pivot(b_top)[:, None]), 0.0)
+        b_decay = tl.exp2(b_max - pivot(b_top))
+        b_acc = accumulate(scaled(b_acc, b_decay[:, None], T), b_p * b_weight[None, :], values, j, m_v, True, T)
+        b_sum = b_sum * b_decay + tl.sum(b_p, 1)
+        b_max = b_top
     return b_max, b_sum, b_acc
 
 
@@ -144,8 +165,10 @@ def attention_forward_kernel(
     p_lse,  # (B, H, M, G) float32, or None
     p_partial,  # (B, H, row blocks, C) float32: mass of each row block
     p_row_starts,  # (1|B, R + 1) int32, or None: one segment
-    p_key_starts,  # (1|B, C + 1) int32, or None: one segment
-    p_order,  # (C + G + 1,) int32: the key segments sorted by group, then each group's first place; or None: one group
+    p_key_starts,  # (1|B, P + 1) int32 starts of the key pieces, or None: one. A piece is a segment but for T.LANES
+    p_order,  # (P + G + 1,) int32: the pieces sorted by group, then each group's first place; or None: one group
+    p_segments,  # (P,) int32 segment of each piece, -1: several short ones; or None: the pieces are the segments
+    p_labels,  # (N,) int32 segment of each key, where p_segments holds a -1
     p_valid,  # (B, C) int32, or None
     p_source_q,  # (B,) int64, or None
     p_source_k,  # (T.TENSORS, B) int64, or None
@@ -177,6 +200,7 @@ def attention_forward_kernel(
     n_row_blocks,
     n_row_segments,
     n_key_segments,
+    n_pieces,
     n_groups,
     T: tl.constexpr,
 ):
@@ -220,12 +244,10 @@ def attention_forward_kernel(
         b_mass = tl.zeros([T.MASS], tl.float32)
     for g in range(0, n_groups if T.GROUPED else 1):
         place = 0
-        last = n_key_segments
-        if p_key_starts is None:
-            last = 1
+        last = n_pieces
         if T.GROUPED:
-            place = tl.load(p_order + n_key_segments + g)
-            last = tl.load(p_order + n_key_segments + g + 1)
+            place = tl.load(p_order + n_pieces + g)
+            last = tl.load(p_order + n_pieces + g + 1)
         clipped = False
         if T.CLIPPED:
             clipped = tl.load(p_contrast + 4 * g) == CLIPPED
@@ -238,21 +260,26 @@ def attention_forward_kernel(
             b_parts = tl.zeros([T.BLOCK_M, T.MASS], tl.float32)  # b_norm by segment
         if T.UNCLIPPED:
             b_level = zeros(1, T)  # sum over segments of weight times the sum of values
-        for i in range(place, last):
-            c = i
+        for place_i in range(place, last):
+            i = place_i
             if T.GROUPED:
-                c = tl.load(p_order + i)
-            start, n, offset = open_pair(c, b, p_key_starts, n_keys, n_key_segments, p_valid, p_bias, T)
+                i = tl.load(p_order + place_i)
+            c = segment_of(i, p_segments)
+            start, n, offset = open_pair(i, c, b, p_key_starts, n_keys, n_key_segments, p_valid, p_bias, T)
             keys = open_tensor(p_ks, stride_kb, stride_kn, stride_kh, p_source_k, d_k, steps_k, b, h_kv, c, start, n_items, T)
             values = open_tensor(p_vs, stride_vb, stride_vn, stride_vh, p_source_v, d_v, steps_v, b, h_kv, c, start, n_items, T)
             n_allowed += n
+            n_mixed = 0
+            if T.LANES:
+                n_mixed = tl.where(c < 0, n, 0)
+                n -= n_mixed
             fold = 0.0
             b_before = b_max
             b_sum = tl.zeros([T.BLOCK_M], tl.float32)
             if T.SILENT:
                 silent = clipped
                 if p_weight is not None:
-                    weight = tl.load(p_weight + c)
+                    weight = tl.load(p_weight + c, mask=c >= 0, other=1.0) if T.LANES else tl.load(p_weight + c)
                     silent = silent | (weight == 0)
                     fold, shift = fold_weight(weight)
                     b_acc = scaled(b_acc, tl.exp2(-shift), T)
@@ -268,6 +295,10 @@ def attention_forward_kernel(
             else:
                 b_max, b_sum, b_acc = softmax_sweep(
                     b_q, b_max, b_sum, b_acc, keys, values, n, scale, offset, True, T
+                )
+            if T.LANES:
+                b_max, b_sum, b_acc = lanes_sweep(
+                    b_q, b_max, b_sum, b_acc, keys, values, start, n_mixed, scale, p_labels, p_bias, p_weight, T
                 )
             b_decay = tl.exp2(b_before - pivot(b_max))
             b_sum *= tl.exp2(-fold)
@@ -295,11 +326,12 @@ def attention_forward_kernel(
                 low = tl.load(p_contrast + 4 * g + 2)
                 high = tl.load(p_contrast + 4 * g + 3)
                 mean = (beta - 1.0) / tl.maximum(n_allowed, 1).to(tl.float32)
-                for i in range(place, last):
-                    c = i
+                for place_i in range(place, last):
+                    i = place_i
                     if T.GROUPED:
-                        c = tl.load(p_order + i)
-                    start, n, offset = open_pair(c, b, p_key_starts, n_keys, n_key_segments, p_valid, p_bias, T)
+                        i = tl.load(p_order + place_i)
+                    c = segment_of(i, p_segments)
+                    start, n, offset = open_pair(i, c, b, p_key_starts, n_keys, n_key_segments, p_valid, p_bias, T)
                     keys = open_tensor(
                         p_ks, stride_kb, stride_kn, stride_kh, p_source_k, d_k, steps_k, b, h_kv, c, start, n_items, T
                     )
@@ -331,7 +363,7 @@ def attention_forward_kernel(
     p_out += tl.multiple_of(b.to(tl.int64) * stride_out[0], T.ALIGN)
     p_out += tl.multiple_of(tl.cast(first, tl.int64) * stride_out[1], T.ALIGN)
     p_out += tl.multiple_of(h.to(tl.int64) * stride_out[2], T.ALIGN)
-    store_rows(p_out, stride_out[1], b_out, m_m, T)
+    store_rows(p_out, stride_out[1], b_out, m_m, T.BLOCK_M, T)
     if T.MASS > 0:
         p_partial += (tl.program_id(0).to(tl.int64)) * n_key_segments
         tl.store(p_partial + o_c, b_mass, mask=o_c < n_key_segments)
@@ -349,6 +381,7 @@ def attention_forward(
     row_blocks: int,
     row_segments: int = 1,
     key_segments: int = 1,
+    pieces: int = 1,
     groups: int = 1,
     scale: float = 1.0,
     scales: Tensor | None = None,
@@ -359,6 +392,8 @@ def attention_forward(
     row_starts: Tensor | None = None,
     key_starts: Tensor | None = None,
     order: Tensor | None = None,
+    segments: Tensor | None = None,
+    labels: Tensor | None = None,
     valid: Tensor | None = None,
     source_q: Tensor | None = None,
     source_k: Tensor | None = None,
@@ -376,28 +411,16 @@ def attention_forward(
     row_blocks: programs per item and head, at least the sum over row segments of ceil(length / BLOCK_M).
     """
     batch, rows, heads, _ = out.shape
-
-    def items(tensors: Sequence[Tensor], source: Tensor | None) -> tuple[int, ...]:
-        return tuple(t.stride(0) if source is not None or t.shape[0] > 1 else 0 for t in tensors)
-
     d_k, d_v = (None, None) if descriptors is None else (d.make(traits) for d in descriptors)
     steps_k, steps_v = ((0, 0, 0),) * 2 if descriptors is None else (d.steps for d in descriptors)
     attention_forward_kernel[(row_blocks * batch * heads,)](
-        q, tuple(ks), tuple(vs), d_k, d_v, out, lse, partial, row_starts, key_starts, order, valid, source_q, source_k, source_v,
-        scales, bias, weight, gain, gates, contrast, value_sums,
-        stride_q=(q.stride(0), q.stride(1), q.stride(2)),
-        stride_out=(out.stride(0), out.stride(1), out.stride(2)),
-        stride_kb=items(ks, source_k),
-        stride_kn=tuple(t.stride(1) for t in ks),
-        stride_kh=tuple(t.stride(2) for t in ks),
-        stride_vb=items(vs, source_v),
-        stride_vn=tuple(t.stride(1) for t in vs),
-        stride_vh=tuple(t.stride(2) for t in vs),
-        steps_k=steps_k,
-        steps_v=steps_v,
+        q, tuple(ks), tuple(vs), d_k, d_v, out, lse, partial, row_starts, key_starts, order, segments, labels, valid,
+        source_q, source_k, source_v, scales, bias, weight, gain, gates, contrast, value_sums,
+        stride_q=token_strides(q), stride_out=token_strides(out), **list_strides("k", ks, source_k),
+        **list_strides("v", vs, source_v), steps_k=steps_k, steps_v=steps_v,
         stride_tables=tuple(s for t in (scales, bias, weight, gain, gates) for s in item_strides(t)),
         stride_starts=(item_strides(row_starts)[0], item_strides(key_starts)[0]),
         scale=scale, n_items=batch, n_heads=heads, n_rows=rows, n_keys=ks[0].shape[1], n_row_blocks=row_blocks,
-        n_row_segments=row_segments, n_key_segments=key_segments, n_groups=groups,
+        n_row_segments=row_segments, n_key_segments=key_segments, n_pieces=pieces, n_groups=groups,
         T=traits, num_warps=warps, num_stages=stages, enable_fp_fusion=True,
     )  # fmt: skip

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_blocks import Traits, item_strides, open_tensor
+from .attention_blocks import Traits, item_strides, list_strides, open_tensor
 from .segments import find_rows, load_tile, rounded
 
 
@@ -54,9 +54,7 @@ def value_sums(
     sums = torch.empty(batch, kv_heads, key_segments, traits.D, dtype=torch.float32, device=vs[0].device)
     value_sums_kernel[(batch * kv_heads * key_segments,)](
         tuple(vs), sums, key_starts, valid, source_v,
-        stride_vb=tuple(t.stride(0) if source_v is not None or t.shape[0] > 1 else 0 for t in vs),
-        stride_vn=tuple(t.stride(1) for t in vs),
-        stride_vh=tuple(t.stride(2) for t in vs),
+        **list_strides("v", vs, source_v),
         stride_starts=item_strides(key_starts)[0],
         n_items=batch, n_kv_heads=kv_heads, n_keys=vs[0].shape[1], n_key_segments=key_segments,
         BLOCK_D=max(16, triton.next_power_of_2(traits.D)), T=traits, num_warps=4,

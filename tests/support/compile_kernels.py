@@ -23,6 +23,7 @@ from triton.runtime.jit import JITFunction
 import flashbrush as fb
 from flashbrush.bindings.attention import _lower
 from flashbrush.bindings.backends import triton as backend
+from flashbrush.bindings.backends import triton_launch
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 CONTROLS = {
@@ -97,5 +98,5 @@ def resources(kernel) -> dict:
 if __name__ == "__main__":
     wanted = int(sys.argv[1])
     triton.runtime.driver.set_active(Device(wanted))
-    backend._arch = lambda device: 10 * (wanted // 10) + wanted % 10
+    triton_launch.arch = lambda device: 10 * (wanted // 10) + wanted % 10
     json.dump([{"case": case, "kernels": compile_case(*case)} for case in json.load(sys.stdin)], sys.stdout)
