@@ -5,6 +5,8 @@ Tensors are (batch, heads, tokens, dim), as in the released code; formulas from 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -43,3 +45,17 @@ def in_context_brush(
 def reweight(q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> Tensor:
     """Prompt-to-Prompt (arXiv 2208.01626), re-weighting: every column of the map times its word's weight."""
     return (attention_map(q, k) * weight) @ v
+
+
+def contrast(q: Tensor, k: Tensor, v: Tensor, beta: float, clip: tuple[float, float] | None) -> Tensor:
+    """SD-VICL (arXiv 2508.09949) and cross-image attention: clip(mean + beta * (map - mean)) V, mean over a row's keys."""
+    attention = attention_map(q, k)
+    mean = attention.mean(-1, keepdim=True)
+    attention = mean + beta * (attention - mean)
+    return (attention if clip is None else attention.clamp(*clip)) @ v
+
+
+def decoupled(q: Tensor, k: Tensor, v: Tensor, keys: Sequence[slice], gates: Sequence[float]) -> Tensor:
+    """IP-Adapter (arXiv 2308.06721), decoupled cross-attention: one softmax for each run of keys, gated and added."""
+    parts = [g * (attention_map(q, k[:, :, s]) @ v[:, :, s]) for s, g in zip(keys, gates, strict=True)]
+    return torch.stack(parts).sum(0)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from ..bindings import Control, HeadGain, Segments
+from ..bindings import Contrast, Control, HeadGain, Segments
 
 Pair = tuple[str, str]
 
@@ -27,6 +27,9 @@ class Shape:
     keys: Mapping[str, int]
     weight: Mapping[Pair, float] = field(default_factory=lambda: BRUSH)
     head_gain: HeadGain | None = BRUSH_GAIN
+    groups: Mapping[str, Sequence[str]] | None = None
+    gates: Mapping[str, float] = field(default_factory=dict)
+    contrast: Contrast | None = None
 
     @property
     def n_rows(self) -> int:
@@ -49,7 +52,10 @@ class Shape:
     def control(self) -> Control:
         rows = Segments(dict(self.rows))
         keys = rows if self.keys == self.rows else Segments(dict(self.keys))
-        return Control(rows, keys, weight=dict(self.weight), head_gain=self.head_gain)
+        return Control(
+            rows, keys, weight=dict(self.weight), head_gain=self.head_gain, groups=self.groups, gates=self.gates,
+            contrast=self.contrast,
+        )  # fmt: skip
 
     def shrunk(self, longest: int = 40, heads: int = 3) -> Shape:
         """The same structure with short segments and few heads: to warm up, or to compare everything."""

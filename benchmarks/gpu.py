@@ -1,0 +1,150 @@
+"""One command for a machine with a GPU: is every kernel right, and how fast is it beside every other that is installed.
+
+    python benchmarks/gpu.py --out results          from a checkout; needs torch, triton and numpy alone
+    python benchmarks/gpu.py --dry-run              the whole plan on the CPU, with tiny shapes
+
+Exit code 0; 1 where a result is wrong or a task failed, which has no time then; 2 for wrong arguments or no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import runpy
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from .gpu_machine import Setup
+
+ROOT = Path(__file__).resolve().parents[1]
+MODULE = "flashbrush.benchmarks.gpu"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    from . import gpu_plots, gpu_report, gpu_runner
+    from .gpu_plan import tasks
+
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    options = _parse(arguments)
+    try:
+        plan = tasks(options.sections)
+        setup = _setup(options)
+    except (ValueError, OSError) as error:
+        print(f"gpu.py: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    if options.worker is not None:
+        indices = [int(i) for i in options.tasks.split(",")]
+        return gpu_runner.work(setup, plan, indices, options.deadline, options.worker)
+    deadline = time.time() + 60 * options.minutes
+    conditions = {
+        "device": str(setup.device), "backend": setup.backend, "dry_run": setup.dry, "minutes": options.minutes,
+        "sections": list(options.sections), "jobs": options.jobs,
+        "timing": "device events, L2 flushed before each call, contestants in turns in random order, inputs rotate",
+    }  # fmt: skip
+    results = gpu_report.Results(plan, conditions, options.out)
+    command = gpu_runner.python_command(Path(__file__), arguments, deadline)
+    gpu_runner.supervise(command, plan, deadline, options.jobs, results.add, results.set_machine)
+    results.write()
+    for line in gpu_report.summary(results):
+        print(line)
+    plots = gpu_plots.write(results.ordered, results.machine, results.gemm, options.out)
+    print(f"plots: left out: {plots}" if isinstance(plots, str) else f"plots: {', '.join(map(str, plots))}")
+    print(f"written: {results.paths['json']}, {results.paths['csv']}; {time.time() - results.start:.0f} s")
+    return 1 if results.collect("failures") else 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"gpu.py: {message}\n")
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    from .gpu_plan import SECTIONS
+
+    parser = _Parser(prog="gpu.py", description="Our attention on this GPU, checked and timed beside others'.")
+    parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder for what is written (gpu-results)")
+    parser.add_argument("--minutes", type=float, default=8.0, help="what there is no time for is listed as skipped (8)")
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--dry-run", action="store_true", help="on the CPU, with tiny shapes; its times mean nothing")
+    parser.add_argument("--device", default="cuda", help="cuda, or cuda:1 ...")
+    parser.add_argument("--backend", help="of ours: see flashbrush info (triton; in a dry run cpu, or composed)")
+    parser.add_argument("--jobs", type=int, help="processes that check side by side (6; in a dry run 1)")
+    parser.add_argument(
+        "--peers", type=Path, metavar="FILE",
+        help="Python file whose contestants() gives more of them: {name: flashbrush.benchmarks.peers.Peer}",
+    )  # fmt: skip
+    for name, kind in (("--worker", Path), ("--tasks", str), ("--deadline", float)):
+        parser.add_argument(name, type=kind, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    options.jobs = options.jobs or (1 if options.dry_run else max(1, min(6, (os.cpu_count() or 2) // 2)))
+    if options.jobs < 1:
+        parser.error(f"--jobs: expected at least 1, got {options.jobs}")
+    if not 0 < options.minutes < 1e4:
+        parser.error(f"--minutes: expected a positive number, got {options.minutes:g}")
+    if options.out.exists() and not options.out.is_dir():
+        parser.error(f"--out: expected a folder, got a file: {options.out}")
+    return options
+
+
+def _setup(options: argparse.Namespace) -> Setup:
+    """Raises ValueError: no such GPU, backend or contestants."""
+    import torch
+
+    from ..bindings import backends
+    from .gpu_machine import Setup
+
+    device = torch.device("cpu" if options.dry_run else options.device)
+    known = backends()
+    if not options.dry_run and (device.type != "cuda" or not torch.cuda.is_available()):
+        raise ValueError(f"device: no GPU is visible to torch as {options.device!r}; --dry-run walks the plan on the CPU")
+    fallback = "composed" if known["cpu"] else "cpu"
+    backend = options.backend or (fallback if options.dry_run else "triton")
+    if backend not in known:
+        raise ValueError(f"backend: expected one of {', '.join(known)}, got {backend!r}")
+    if known[backend]:
+        raise ValueError(f"backend: {backend!r} is not usable here: {'; '.join(known[backend])}")
+    if device.type == "cuda":
+        torch.cuda.set_device(device if device.index is not None else 0)
+        device = torch.device("cuda", torch.cuda.current_device())
+    return Setup(device, backend, options.dry_run, _more(options.peers))
+
+
+def _more(file: Path | None) -> dict:
+    from .gpu_peers import VENDORS
+    from .gpu_shapes import VARIANTS
+
+    if file is None:
+        return {}
+    if not file.is_file():
+        raise ValueError(f"peers: expected a Python file, got {file}")
+    found: Any = runpy.run_path(str(file)).get("contestants")
+    if not callable(found):
+        raise ValueError(f"peers: {file} has no function contestants()")
+    more: Any = found()
+    if taken := {*VENDORS, *VARIANTS, "composed", "eager"} & more.keys():
+        raise ValueError(f"peers: these names are taken: {', '.join(sorted(taken))}")
+    return more
+
+
+def _run_as_module() -> None:
+    """Make the checkout's root the package flashbrush, whatever is installed, and run this file as a part of it."""
+    sys.path = [p for p in sys.path if Path(p or ".").resolve() != ROOT / "benchmarks"]  # its names are common words
+    spec = importlib.util.spec_from_file_location(
+        "flashbrush", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+    )
+    assert spec is not None and spec.loader is not None
+    sys.modules["flashbrush"] = package = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(package)
+    runpy.run_module(MODULE, run_name="__main__")
+
+
+if __name__ == "__main__":
+    if not __package__:
+        _run_as_module()
+    else:
+        sys.exit(main())

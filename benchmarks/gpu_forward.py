@@ -1,0 +1,158 @@
+"""The forward pass on a GPU: each contestant checked, then timed in turns with all others, then its peak memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from . import gpu_peers, timing
+from .forward import Row, describe, rounded, seconds
+from .gpu_machine import Setup
+from .gpu_shapes import VARIANTS, dry, vary
+from .gpu_timing import interleaved, replayed, sets
+from .peers import Case, Missing, Peer, draw
+from .shapes import Shape
+from .truth import Truth, WrongResult
+
+Entry = tuple[str, Peer, str]  # what it is called in the results, the contestant, the variant that it is given
+SECONDS = 2.0  # that the rounds of one row may take
+
+
+def main_entries(setup: Setup) -> list[Entry]:
+    """Every plain attention there is, ours plain and with In-Context Brush, and the latter's other forms."""
+    entries: list[Entry] = [(name, peer, "plain") for name, peer in gpu_peers.VENDORS.items()]
+    entries += [(name, gpu_peers.mine(setup, name), name) for name in ("plain", "shift", "brush")]
+    entries += [("composed", gpu_peers.COMPOSED, "brush"), ("eager", gpu_peers.EAGER, "brush")]
+    return entries + [(name, peer, "brush" if peer.controlled else "plain") for name, peer in setup.more.items()]
+
+
+def feature_entries(setup: Setup) -> list[Entry]:
+    """Every other variant of ours, beside our plain call and the other forms of the same."""
+    names = ("plain", "groups", "contrast", "contrast_linear", "quarter")
+    entries: list[Entry] = [(name, gpu_peers.mine(setup, name), name) for name in names]
+    entries += [("cudnn", gpu_peers.VENDORS["cudnn"], "plain")]
+    entries += [(f"composed_{name}", gpu_peers.COMPOSED, name) for name in ("groups", "contrast_linear", "quarter")]
+    return entries + [(f"eager_{name}", gpu_peers.EAGER, name) for name in ("groups", "contrast")]
+
+
+def compiled_entries(setup: Setup) -> list[Entry]:
+    """What has to be compiled first, which takes torch its time."""
+    entries: list[Entry] = [(name, gpu_peers.mine(setup, name), name) for name in ("plain", "brush")]
+    entries += [("cudnn", gpu_peers.VENDORS["cudnn"], "plain"), ("flex", gpu_peers.FLEX, "plain")]
+    return entries + [(name, peer, "brush") for name, peer in gpu_peers.composed_forms().items()]
+
+
+@torch.no_grad()
+def measure(setup: Setup, shape: Shape, entries: Iterable[Entry], graphs: bool = False) -> Row:
+    """One row: who is wrong is named in `failures` with its error, and has no time; who cannot run is in `missing`."""
+    shape, dtype, device = dry(shape) if setup.dry else shape, torch.bfloat16, setup.device
+    inputs = 2 * shape.batch * shape.heads * shape.dim * (shape.n_rows + 2 * shape.n_keys)
+    cases = [draw(shape, dtype, seed, device) for seed in range(sets(device, inputs))]
+    row: Row = {"section": "forward", "shape": describe(shape), "dtype": "bfloat16"}
+    truths: dict[tuple[str, bool], Truth] = {}
+    varied: dict[str, list[Case]] = {}
+    calls: dict[str, list[Callable[[], Tensor]]] = {}
+    errors, missing, failures, memory, work = {}, {}, {}, {}, {}
+    for label, peer, name in entries:
+        if name not in varied:
+            varied[name] = [vary(case, name) for case in cases]
+        case = varied[name][0]
+        try:
+            prepared = [peer.prepare(c) for c in varied[name]]
+            out, heads_first, memory[label] = *first(prepared[0], case), peak(prepared[0][0], device)
+            if (name, peer.controlled) not in truths:
+                truths[name, peer.controlled] = Truth(case, peer.controlled)
+            where = f"{peer.title} at {shape.name}"
+            found = out.transpose(1, 2) if heads_first else out
+            errors[label] = truths[name, peer.controlled].check(where, found, peer.slack)
+            calls[label], work[label] = [call for call, _ in prepared], case.shape.flops
+            del out, found
+        except Missing as reason:
+            missing[label] = str(reason)
+        except WrongResult as wrong:
+            failures[label] = str(wrong)
+        except torch.cuda.OutOfMemoryError:
+            missing[label] = "the device's memory is not enough"
+        except ValueError as error:
+            if not str(error).startswith("backend:"):
+                raise
+            missing[label] = str(error)
+    memory = {label: cell for label, cell in memory.items() if label in calls}
+    samples = interleaved(calls, device, setup.seconds(SECONDS)) if calls else {}
+    return {
+        **row,
+        "seconds": seconds(samples),
+        "replay_seconds": _replays(calls, device) if graphs else {},
+        "tflops": rates(samples, work),
+        "ratios": rounded(ratios(samples)),
+        "errors": errors,
+        "memory": {"q_k_v_out": inputs + cases[0].q.numel() * 2, **memory},
+        "missing": missing,
+        "failures": failures,
+    }
+
+
+def first(prepared: tuple[Callable[[], Tensor], bool], case: Case) -> tuple[Tensor, bool]:
+    """A first result; the block that the allocator will hand out for it holds NaN, should parts not be written."""
+    call, heads_first = prepared
+    if case.q.device.type == "cuda":
+        call()  # compiles, and allocates what it keeps
+        poison = torch.full_like(case.q, float("nan"))
+        del poison
+    return call(), heads_first
+
+
+def peak(call: Callable[[], Tensor | tuple[Tensor, ...]], device: torch.device) -> Row:
+    """Bytes above what was allocated before: at the most within the call, and less its result."""
+    if device.type != "cuda":
+        return {}
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    out = call()
+    torch.cuda.synchronize(device)
+    most = torch.cuda.max_memory_allocated(device) - before
+    output = sum(t.numel() * t.element_size() for t in ((out,) if isinstance(out, Tensor) else out))
+    return {"peak": most, "extra": max(most - output, 0)}
+
+
+def rates(samples: Mapping[str, list[float]], work: Mapping[str, float]) -> dict[str, float]:
+    return {n: round(work[n] / timing.spread(s).median / 1e12, 2) for n, s in samples.items() if n in work}
+
+
+def ratios(samples: Mapping[str, list[float]]) -> dict[str, timing.Spread]:
+    """Time over time, round by round, of ours over others': below 1 ours is faster; `vendor`: the fastest plain one."""
+    own = [n for n in VARIANTS if n in samples]
+    vendors = [n for n in (*gpu_peers.VENDORS, "flex") if n in samples]
+    pairs = [(name, "plain") for name in own if name != "plain" and "plain" in own]
+    pairs += [(name, vendor) for name in own for vendor in vendors]
+    pairs += [(name, other) for other in samples if (name := _counterpart(other)) in own]
+    found = {f"{a}/{b}": timing.ratio(samples, a, b) for a, b in pairs if a is not None}
+    if vendors:
+        fastest = min(vendors, key=lambda n: timing.spread(samples[n]).median)
+        found |= {f"{name}/vendor": timing.ratio(samples, name, fastest) for name in own}
+    return found
+
+
+def _counterpart(label: str) -> str | None:
+    """Our variant that another form computes: composed_groups and eager_groups our groups, composed and eager brush."""
+    kind, _, rest = label.partition("_")
+    if kind not in ("composed", "eager"):
+        return None
+    return rest if rest in VARIANTS else "brush"
+
+
+def _replays(calls: Mapping[str, list[Callable[[], Tensor]]], device: torch.device) -> Row:
+    """Median and quartiles of a call within a CUDA graph, or why it cannot be captured."""
+    found: Row = {}
+    if device.type != "cuda":
+        return found
+    for label, group in calls.items():
+        try:
+            found[label] = timing.spread(replayed(group, device)).as_dict()
+        except RuntimeError as error:
+            torch.cuda.synchronize(device)
+            found[label] = {"missing": str(error).splitlines()[0]}
+    return found
