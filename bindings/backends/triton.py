@@ -138,10 +138,10 @@ def _forward(p: Problem) -> Result:
 
 
 def _tile(p: Problem) -> Tile:
-    from ...kernels.attention_tiles import forward_tile
+    from . import tiles
 
     mass = launch.power_of_two(len(p.key_lengths)) if p.need_mass else 0
-    return forward_tile(launch.arch(p.q.device), p.dim, p.q.element_size(), p.n_groups > 1, mass)
+    return tiles.forward_tile(p.q.device, p.dim, p.q.element_size(), p.n_groups > 1, mass)
 
 
 def _describe(p: Problem, tile: Tile):
