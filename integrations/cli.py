@@ -203,7 +203,9 @@ def info() -> None:
             table.add_row(name, "not installed", use)
     console.print(table)
     table = Table("device", "what", title="Devices", title_justify="left")
-    sets = f"; built and usable: {', '.join(cpu.isas())}" if cpu.isas() else ""
+    unproven = " (not yet run on hardware: only with FLASHBRUSH_CPU_ISA={0})"
+    names = [isa + unproven.format(isa) * (isa in cpu.BY_NAME_ONLY) for isa in cpu.isas()]
+    sets = f"; built and usable: {', '.join(names)}" if names else ""
     table.add_row("cpu", f"{torch.get_num_threads()} threads; {torch.backends.cpu.get_cpu_capability()}{sets}")
     for i in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(i)

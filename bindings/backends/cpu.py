@@ -1,7 +1,8 @@
 """Fused attention on the CPU, through the shared library built from csrc/cpu.
 
 The library knows nothing of torch; it is called through its C interface and runs on torch's own threads.
-FLASHBRUSH_CPU_ISA=avx512bf16|avx512|avx2|portable forces one of the instruction sets that are built in.
+FLASHBRUSH_CPU_ISA=amx|avx512bf16|avx512|avx2|portable forces one of the instruction sets that are built in; without it
+the best of them runs, but never AMX, whose logic is verified by emulation and which has not yet run on hardware.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ name = "cpu"
 ABI = 2
 LIBRARY = Path(__file__).with_name("libflashbrush_cpu.so")
 REPORT = Path(__file__).with_name("build_report.json")
+BY_NAME_ONLY = ("amx",)  # of the instruction sets
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _FAILURES = {
     1: "the instruction set is not available",
@@ -100,7 +102,7 @@ def why_not(problem: Problem) -> list[str]:
 
 
 def isas() -> list[str]:
-    """The instruction sets that are built in and run on this machine, best first."""
+    """The instruction sets that are built in and run on this machine, best first, those that have to be named too."""
     library, _ = _load()
     names = []
     while library is not None and (isa := library.flashbrush_isa(len(names))):

@@ -1,6 +1,6 @@
 // The gradient for one instruction set: one (item, key head) at a time, its row blocks against all tiles of keys.
 //
-// A block of rows and a tile of 64 keys give S and dP (6 rows at a time), from them P and dS, and then three products:
+// A block of rows and a tile of 64 keys give S and dP (6 rows at a time, 16 with AMX), from them P and dS, and then three products:
 // dQ += dS K with dS as it lies, dV += P^T dO and dK += dS^T Q with both transposed in 16 x 16 blocks. dK and dV of the
 // head stay in float32 until its last row; one thread sums them, in order.
 #include "backward.h"
@@ -8,16 +8,21 @@
 
 namespace {
 
-constexpr int64_t kRows = 96;  // of a block: a multiple of MR, and of 16 pairs
+constexpr int64_t kRows = 96;  // of a block: a multiple of 6 and 16 rows, and of 16 pairs
 constexpr int KT = kBackwardKeys;
-constexpr int KTP = 66;        // rows of a transposed tile, a multiple of MR
+
+// Rows of a transposed tile: whole groups.
+template <int DTYPE>
+constexpr int transposed_rows() {
+  return (KT + group_of<DTYPE>() - 1) / group_of<DTYPE>() * group_of<DTYPE>();
+}
 
 // Scratch of a thread.
 struct Work {
   uint32_t *q, *dout;              // [kRows][steps] as A operand
   uint32_t *q_columns, *dout_columns;  // [kRows / per][padded D] as B operand
   uint32_t* ds;                    // [kRows][KT / per] as A operand
-  uint32_t *prob_t, *ds_t;         // [KTP][kRows / per] as A operand
+  uint32_t *prob_t, *ds_t;         // [transposed_rows][kRows / per] as A operand
   uint32_t *prob_pairs, *ds_pairs; // [kRows / per][KT], transposed into the two above
   float *s, *dp;                   // [MR][KT]
   float* dq;                       // [kRows][padded D]
@@ -30,7 +35,7 @@ struct Work {
       pointer = (decltype(+pointer))(base + offset);
       offset += size_t(round_up(count * 4, 64));
     };
-    constexpr int PER = per<DTYPE>();
+    constexpr int PER = per<DTYPE>(), MR = group_of<DTYPE>(), KTP = transposed_rows<DTYPE>();
     const int64_t DP = padded_dim(p->D), steps = dim_steps<DTYPE>(p->D);
     take(q, kRows * steps), take(dout, kRows * steps);
     take(q_columns, kRows / PER * DP), take(dout_columns, kRows / PER * DP);
@@ -145,6 +150,7 @@ inline void row_pair(Work& x, int64_t row, int r, int64_t g, const Constants& c)
 template <int DTYPE, bool LANES, bool DELTA>
 void tile_rows(const FbAttention* p, Work& x, int64_t g, const Constants& c, const uint32_t* keys, const uint32_t* values) {
   constexpr bool PAIRS = pairs<DTYPE>();
+  constexpr int MR = group_of<DTYPE>();
   const int64_t steps = dim_steps<DTYPE>(p->D);
   for (int64_t first = 0; first < kRows; first += MR) {
     multiply_strips<PAIRS, false>(steps, x.q + first * steps, steps, keys, steps, Strips(KT / W), x.s, KT);
@@ -155,6 +161,7 @@ void tile_rows(const FbAttention* p, Work& x, int64_t g, const Constants& c, con
 
 template <int DTYPE>
 struct Backward {
+  static constexpr int MR = group_of<DTYPE>(), KTP = transposed_rows<DTYPE>();
   const FbBackward* call;
   const FbAttention* p;
   const Layout* layout;
@@ -272,6 +279,7 @@ struct Backward {
 
 template <int DTYPE>
 void unit(const FbBackward* call, const Layout* layout, const RowTask* blocks, int64_t count, int64_t b, int64_t kv, const BackwardPacked* packed, char* scratch) {
+  const Tiles<pairs<DTYPE>()> tiles;
   Backward<DTYPE> backward{call, &call->call, layout, packed, {}};
   backward.x.template place<DTYPE>(&call->call, scratch);
   backward.run(blocks, count, b, kv);
@@ -281,7 +289,7 @@ template <int DTYPE>
 BackwardSizes sizes(const FbAttention* p, int64_t tiles) {
   Work x;
   const size_t tile = size_t(dim_steps<DTYPE>(p->D)) * KT * 4, rows = size_t(KT / per<DTYPE>() * padded_dim(p->D)) * 4;
-  return {size_t(tiles) * tile, size_t(tiles) * rows, size_t(tiles * KTP * padded_dim(p->D)) * 4, x.place<DTYPE>(p, nullptr), kRows};
+  return {size_t(tiles) * tile, size_t(tiles) * rows, size_t(tiles * transposed_rows<DTYPE>() * padded_dim(p->D)) * 4, x.place<DTYPE>(p, nullptr), kRows};
 }
 
 }  // namespace

@@ -12,7 +12,7 @@ struct Block {
   uint32_t *keys, *queries;  // [kColumnKeys][steps], [strip][step][KT]
   float *s, *sums;           // [MR][KT], [kColumnKeys][W]
 
-  size_t place(int64_t steps, char* base) {
+  size_t place(int64_t steps, int64_t MR, char* base) {
     size_t offset = 0;
     auto take = [&](auto*& pointer, int64_t count) {
       pointer = (decltype(+pointer))(base + offset);
@@ -27,11 +27,13 @@ struct Block {
 template <int DTYPE>
 void column_mass(const FbColumnMass* call, const ColumnTask* task, char* scratch) {
   constexpr bool PAIRS = pairs<DTYPE>();
+  constexpr int MR = group_of<DTYPE>();
+  const Tiles<PAIRS> tiles;
   const FbAttention* p = &call->call;
   const int64_t b = task->b, h = task->h, c = task->segment, steps = dim_steps<DTYPE>(p->D), per_kv = p->H / p->Hkv;
   const int64_t groups = round_up(task->count, MR) / MR, group = p->groups[c];
   Block x;
-  x.place(steps, scratch);
+  x.place(steps, MR, scratch);
   const RowTask keys{task->b, int32_t(h / per_kv), 0, 0, task->first, task->count};
   const int64_t key_item = p->source_k ? p->source_k[task->tensor * p->B + b] : b;
   pack_rows<DTYPE>(p, p->k[task->tensor], key_item, keys, groups * MR, x.keys);
@@ -78,7 +80,7 @@ namespace FLASHBRUSH_ISA {
 
 size_t column_mass_scratch(const FbAttention* p) {
   Block x;
-#define FB_CALL(T) return x.place(dim_steps<T>(p->D), nullptr)
+#define FB_CALL(T) return x.place(dim_steps<T>(p->D), group_of<T>(), nullptr)
   FB_BY_DTYPE(p->dtype, FB_CALL)
 #undef FB_CALL
 }

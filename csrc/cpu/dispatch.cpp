@@ -1,5 +1,10 @@
 // Chooses the instruction set at run time.
 #include <string.h>
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "dispatch.h"
 
@@ -10,6 +15,7 @@ __attribute__((weak)) const Kernels* flashbrush_kernels_portable();
 __attribute__((weak)) const Kernels* flashbrush_kernels_avx2();
 __attribute__((weak)) const Kernels* flashbrush_kernels_avx512();
 __attribute__((weak)) const Kernels* flashbrush_kernels_avx512bf16();
+__attribute__((weak)) const Kernels* flashbrush_kernels_amx();
 }
 
 namespace {
@@ -18,6 +24,7 @@ struct Isa {
   const char* name;
   const Kernels* (*kernels)();
   bool (*supported)();
+  bool by_name_only;  // never chosen by itself
 };
 
 #if defined(__x86_64__)
@@ -32,26 +39,47 @@ bool has_avx2() { return false; }
 bool has_avx512() { return false; }
 bool has_avx512bf16() { return false; }
 #endif
+#if defined(FLASHBRUSH_AMX_EMULATED)
+bool has_amx() { return has_avx512(); }
+#elif defined(__x86_64__) && defined(__linux__)
+// The processor has AMX's tiles and their bfloat16 product, and the kernel saves this process's tiles: it has to be asked.
+bool ask_for_amx() {
+  constexpr unsigned kTile = 1u << 24, kBf16 = 1u << 22;  // EDX of leaf 7
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  unsigned a, b, c, d;
+  return has_avx512bf16() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kTile) && (d & kBf16) &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+bool has_amx() {
+  static const bool has = ask_for_amx();
+  return has;
+}
+#else
+bool has_amx() { return false; }
+#endif
 bool always() { return true; }
 
 const Isa kIsas[] = {  // best first
-    {"avx512bf16", flashbrush_kernels_avx512bf16, has_avx512bf16},
-    {"avx512", flashbrush_kernels_avx512, has_avx512},
-    {"avx2", flashbrush_kernels_avx2, has_avx2},
-    {"portable", flashbrush_kernels_portable, always},
+    {"amx", flashbrush_kernels_amx, has_amx, true},  // tested by emulation, not yet run on hardware
+    {"avx512bf16", flashbrush_kernels_avx512bf16, has_avx512bf16, false},
+    {"avx512", flashbrush_kernels_avx512, has_avx512, false},
+    {"avx2", flashbrush_kernels_avx2, has_avx2, false},
+    {"portable", flashbrush_kernels_portable, always, false},
 };
 
 }  // namespace
 
 const Kernels* flashbrush::find(const char* name) {
+  const bool any = !name || !*name;
   for (const Isa& isa : kIsas)
-    if (isa.kernels && isa.supported() && (!name || !*name || !strcmp(name, isa.name))) return isa.kernels();
+    if (isa.kernels && (any ? !isa.by_name_only : !strcmp(name, isa.name)) && isa.supported()) return isa.kernels();
   return nullptr;
 }
 
 FLASHBRUSH_EXPORT int flashbrush_abi() { return FLASHBRUSH_ABI; }
 
-// Name of the i-th instruction set that is built in and runs here, best first; null after the last.
+// Name of the i-th instruction set that is built in and runs here, best first; null after the last. One of them may be
+// for those who name it only.
 FLASHBRUSH_EXPORT const char* flashbrush_isa(int i) {
   for (const Isa& isa : kIsas)
     if (isa.kernels && isa.supported() && i-- == 0) return isa.name;

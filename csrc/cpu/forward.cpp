@@ -18,6 +18,7 @@
 #include <memory>
 #include <vector>
 
+#include "few_rows.h"
 #include "layout.h"
 
 using namespace flashbrush;
@@ -193,6 +194,12 @@ FLASHBRUSH_EXPORT int flashbrush_attention(const FbAttention* p, const char* isa
   if (p->abi != FLASHBRUSH_ABI) return kOtherVersion;
   const Kernels* kernels = find(isa);
   if (!kernels) return kNoIsa;
+  if (has_few_rows(p)) {
+    if (p->mass) memset(p->mass, 0, sizeof(float) * size_t(p->B * p->H * p->R * p->C));
+    const int status = attend_few_rows(p, kernels, parallel);
+    if (status == kOk) apply_gains(p, kernels, parallel, p->threads);
+    return status;
+  }
   Job job;
   job.p = p, job.kernels = kernels;
   std::vector<char> shareable(p->C);

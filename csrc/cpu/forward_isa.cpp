@@ -1,16 +1,14 @@
 // The forward kernel for one instruction set: packing, and one block of query rows against all tiles of keys.
 //
-// A row block keeps its maximum m, sum l and output in scratch; for each tile of 128 keys, six rows at a time go through
-// QK^T, exp2 and PV while the tile's K and V stay in the caches next to the core. m is the maximum of the first tile and
-// moves only when a logit exceeds it by kSlack: probabilities are floating point, so that their scale costs no precision.
-#include "pack.h"
+// A row block keeps its maximum m, sum l and output in scratch; for each tile of 128 keys, six rows at a time (16 with AMX) go through
+// QK^T, exp2 and PV while the tile's K and V stay in the caches next to the core.
+#include "softmax.h"
 
 namespace {
 
 using namespace flashbrush;
 
 constexpr int KT = kForwardKeys;
-constexpr float kSlack = 256.f;  // how far a probability may exceed 1 before its row is rescaled
 
 // ---------------------------------------------------------------------------------------------------------------- pack
 
@@ -56,6 +54,7 @@ struct Block {
       offset += size_t(round_up(count * 4, 64));
     };
     const int64_t DP = padded_dim(p->D);
+    constexpr int MR = group_of<DTYPE>();
     take(q, rows * dim_steps<DTYPE>(p->D));
     take(o, rows * DP);
     take(total, p->G > 1 ? rows * DP : 0);
@@ -69,95 +68,9 @@ struct Block {
     take(mass_m, p->mass ? rows * p->C : 0);
     return offset;
   }
+
+  RowSums sums(int64_t i, int64_t DP) { return {m + i, l + i, lanes + i * W, o + i * DP}; }
 };
-
-enum Mode {
-  kFold,   // P = exp2(t - m), a weight is part of t
-  kSum,    // only the sum: a first sweep, or weight 0
-  kPost,   // P = exp2(t - m) * post
-  kClip,   // P = clip(beta * exp2(t - lse) - shift, lo, hi) * post; m holds the row's lse
-};
-
-// The constants of a tile for the rows of one segment.
-struct Constants {
-  float scale, add, post;               // t = s * scale + add
-  float beta, shift, lo, hi;            // of kClip
-  const float *lane_add, *lane_post;    // [KT] where lanes differ, else null
-};
-
-template <int DTYPE, int N>
-inline void store_prob(uint32_t* prob, const vf* e) {
-  if constexpr (pairs<DTYPE>()) {
-#if defined(__AVX512BF16__)
-#pragma GCC unroll 16
-    for (int j = 0; j < N; j += 2) _mm512_storeu_si512(prob + j / 2 * W, (__m512i)_mm512_cvtne2ps_pbh(e[j + 1], e[j]));
-#endif
-  } else {
-#pragma GCC unroll 16
-    for (int j = 0; j < N; ++j) store((float*)prob + j * W, e[j]);
-  }
-}
-
-// Raise row i's maximum to that of its logits in s, and rescale what was summed so far.
-template <int N>
-inline void rescale(Block& x, int64_t i, const float* s, const Constants& c, int64_t DP) {
-  vf top = splat(-kInf);
-  for (int j = 0; j < N * W; j += W) top = maximum(fma(load(s + j), splat(c.scale), c.lane_add ? load(c.lane_add + j) : splat(c.add)), top);
-  const float m = largest(top);
-  if (!(m > x.m[i])) return;
-  const float factor = x.m[i] == -kInf ? 0.f : __builtin_exp2f(x.m[i] - m);
-  x.m[i] = m;
-  x.l[i] *= factor;
-  store(x.lanes + i * W, load(x.lanes + i * W) * splat(factor));
-  for (int64_t d = 0; d < DP; d += W) store(x.o + i * DP + d, load(x.o + i * DP + d) * splat(factor));
-}
-
-// s[MR][KT] logits of rows first.. -> probabilities as A operand; the row sums gain theirs. N vectors hold the tile's keys.
-template <int DTYPE, int MODE, bool LANES, int N>
-inline void softmax(Block& x, int64_t first, const Constants& c, int64_t DP) {
-  constexpr int DEGREE = DTYPE == FB_F32 ? 5 : 4;
-  for (int r = 0; r < MR; ++r) {
-    const int64_t i = first + r;
-    float* s = x.s + r * KT;
-    vf t[N];
-    const vf scale = splat(c.scale);
-    vf total = splat(0.f);
-    auto exponentials = [&] {
-      const float m = MODE != kClip && x.m[i] == -kInf ? 0.f : x.m[i];
-      total = splat(0.f);
-#pragma GCC unroll 16
-      for (int j = 0; j < N; ++j) {
-        t[j] = exp2<DEGREE>(fma(load(s + j * W), scale, LANES ? load(c.lane_add + j * W) - splat(m) : splat(c.add - m)));
-        total = total + t[j];
-      }
-    };
-    if (MODE != kClip && __builtin_expect(x.m[i] == -kInf, 0)) rescale<N>(x, i, s, c, DP);
-    exponentials();
-    // A probability above kSlack shows in its lane's sum: the maximum has to move.
-    if (MODE != kClip && __builtin_expect(any_greater(total, splat(kSlack)), 0)) {
-      rescale<N>(x, i, s, c, DP);
-      exponentials();
-    }
-    if constexpr (MODE == kPost || MODE == kClip)
-#pragma GCC unroll 16
-      for (int j = 0; j < N; ++j) {
-        const vf post = LANES ? load(c.lane_post + j * W) : splat(c.post);
-        vf e = t[j];
-        if constexpr (MODE == kPost) {
-          store(s + j * W, e);  // the masses of a mixed tile are taken from here
-        } else {
-          e = maximum(splat(c.lo), fma(e, splat(c.beta), splat(-c.shift)));
-          e = -maximum(splat(-c.hi), -e);
-        }
-        e = keep_from(post, splat(1e-45f), e * post);
-        // A lane of -inf is no key: phi(0) must not count.
-        if (MODE == kClip && LANES) e = keep_from(load(c.lane_add + j * W), splat(-3e38f), e);
-        t[j] = e;
-      }
-    if constexpr (MODE != kClip) store(x.lanes + i * W, load(x.lanes + i * W) + total);
-    if constexpr (MODE != kSum) store_prob<DTYPE, N>(x.prob + r * (KT / per<DTYPE>()), t);
-  }
-}
 
 // What a tile's rows are multiplied with.
 struct Operands {
@@ -168,12 +81,13 @@ struct Operands {
 template <int DTYPE, int MODE, bool LANES, int N>
 void tile_rows(const FbAttention* p, Block& x, int64_t groups, const Constants& c, const Operands& tile) {
   constexpr bool PAIRS = pairs<DTYPE>();
-  constexpr int PER = per<DTYPE>();
+  constexpr int PER = per<DTYPE>(), MR = group_of<DTYPE>();
   const int64_t steps = dim_steps<DTYPE>(p->D), DP = padded_dim(p->D);
   const Strips columns(N), dims(int(DP / W));
   for (int64_t first = 0; first < groups * MR; first += MR) {
     multiply_strips<PAIRS, false>(steps, x.q + first * steps, steps, tile.keys, steps, columns, x.s, KT);
-    softmax<DTYPE, MODE, LANES, N>(x, first, c, DP);
+    for (int r = 0; r < MR; ++r)
+      softmax_row<DTYPE, MODE, LANES, N>(x.sums(first + r, DP), x.s + r * KT, x.prob + r * (KT / PER), c, DP);
     if constexpr (MODE != kSum)
       multiply_strips<PAIRS, true>((tile.count + PER - 1) / PER, x.prob, KT / PER, tile.values, KT / PER, dims, x.o + first * DP, DP);
   }
@@ -199,6 +113,7 @@ void run_tile(Mode mode, const FbAttention* p, Block& x, int64_t groups, const C
 // One sweep of a row block over the tiles of a group.
 template <int DTYPE>
 struct Sweep {
+  static constexpr int MR = group_of<DTYPE>();
   const FbAttention* p;
   const Layout* layout;
   const RowTask* task;
@@ -207,8 +122,8 @@ struct Sweep {
   int64_t rows, groups;
   float scale;
 
-  float bias(int64_t c) const { return entry(p->bias, task->b, task->h, task->segment * p->C + c, 0.f); }
-  float weight(int64_t c) const { return entry(p->weight, task->b, task->h, task->segment * p->C + c, 1.f); }
+  float bias(int64_t c) const { return bias_of(p, *task, c); }
+  float weight(int64_t c) const { return weight_of(p, *task, c); }
 
   void clear() {
     const int64_t DP = padded_dim(p->D);
@@ -239,44 +154,19 @@ struct Sweep {
       if (open >= 0 && (mixed || open != c)) close(open, unfold), open = -1;
       // Segments that share a tile are never removed.
       if (bias(c) == -kInf) continue;
-      Constants k{scale * kLog2e, 0.f, 1.f, 0.f, 0.f, 0.f, 0.f, nullptr, nullptr};
+      Constants k{};
+      k.scale = scale * kLog2e;
       if (clip) k.beta = clip[1], k.lo = clip[2], k.hi = clip[3], k.shift = shift;
-      Mode mode = sums_only ? kSum : clip ? kClip : kFold;
-      float unfold_now = 1.f;
-      if (!mixed) {
-        const float w = weight(c);
-        k.add = bias(c) * kLog2e;
-        if (mode == kFold && w != 1.f) {
-          if (w == 0.f) {
-            mode = kSum;
-          } else if (w >= kFoldLow && w <= kFoldHigh) {
-            k.add += __builtin_log2f(w);
-            unfold_now = 1.f / w;
-          } else {
-            mode = kPost;
-          }
-        }
-        if (mode == kClip && w == 0.f) continue;
-        k.post = w;
-      } else if (mode == kFold) {
-        mode = kPost;
-      }
-      if (mixed || (tile.count != KT && tile.count != KT / 2)) {
-        for (int j = 0; j < KT; ++j) lane_add[j] = -kInf, lane_post[j] = 0.f;
-        for (int i = 0; i < tile.pieces; ++i)
-          for (int j = pieces[i].lane; j < pieces[i].lane + pieces[i].count; ++j) {
-            lane_add[j] = mixed ? bias(pieces[i].segment) * kLog2e : k.add;
-            lane_post[j] = weight(pieces[i].segment);
-          }
-        k.lane_add = lane_add, k.lane_post = lane_post;
-      }
+      const Use use = use_tile(p, layout, tile, *task, sums_only ? kSum : clip ? kClip : kFold, k, lane_add, lane_post);
+      if (!use.seen) continue;
+      const Mode mode = use.mode;
       if (mode == kClip) {
         run_tile<DTYPE>(mode, p, x, groups, k, operands, tile.count);
         continue;
       }
       if (open < 0) {
         memset(x.lanes, 0, size_t(groups * MR * W) * 4);
-        unfold = unfold_now;
+        unfold = use.unfold;
       }
       if (mixed && x.mass && !clip) {
         run_mixed(mode, k, tile, pieces, operands);
@@ -296,7 +186,7 @@ struct Sweep {
     for (int64_t i = 0; i < groups * MR; ++i) x.l[i] += sum(load(x.lanes + i * W));
   }
 
-  // Several segments in one tile, their masses wanted: six rows at a time, so that s still holds the probabilities.
+  // Several segments in one tile, their masses wanted: a few rows at a time, so that s still holds the probabilities.
   void run_mixed(Mode mode, const Constants& k, const Tile& tile, const Piece* pieces, Operands operands) {
     const int64_t steps = dim_steps<DTYPE>(p->D), DP = padded_dim(p->D);
     Block part = x;
@@ -319,6 +209,8 @@ struct Sweep {
 template <int DTYPE>
 void rows(const FbAttention* p, const Layout* layout, const RowTask* task, const Packed* packed, float* block_mass, char* scratch) {
   const int64_t b = task->b, h = task->h, D = p->D, DP = padded_dim(D), C = p->C;
+  constexpr int MR = group_of<DTYPE>();
+  const Tiles<pairs<DTYPE>()> tiles;
   const int64_t padded = round_up(task->count, MR);
   Block x;
   x.place<DTYPE>(p, padded, scratch);
@@ -351,12 +243,7 @@ void rows(const FbAttention* p, const Layout* layout, const RowTask* task, const
     }
     float shift = 0.f, mean_factor = 0.f;
     if (clipped || linear) {
-      int64_t count = 0;  // allowed, existing keys of the group
-      for (int32_t n = layout->group_tiles[g]; n < layout->group_tiles[g + 1]; ++n)
-        for (int i = 0; i < layout->tiles[n].pieces; ++i) {
-          const Piece& piece = layout->pieces[layout->tiles[n].first_piece + i];
-          if (sweep.bias(piece.segment) != -kInf) count += piece.count;
-        }
+      const int64_t count = allowed_keys(p, layout, *task, g);
       shift = count ? (contrast[1] - 1.f) / float(count) : 0.f;
       mean_factor = -shift;
     }
@@ -414,7 +301,7 @@ size_t value_tile_bytes(const FbAttention* p) {
 
 size_t scratch_bytes(const FbAttention* p, int64_t block_rows) {
   Block x;
-#define FB_CALL(T) return x.place<T>(p, round_up(block_rows, MR), nullptr)
+#define FB_CALL(T) return x.place<T>(p, round_up(block_rows, group_of<T>()), nullptr)
   FB_BY_DTYPE(p->dtype, FB_CALL)
 #undef FB_CALL
 }

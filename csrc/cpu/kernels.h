@@ -62,6 +62,17 @@ struct BackwardSizes {
   int64_t block_rows;
 };
 
+// The few rows that share a key head, and memory for the sums of its chunks of keys.
+struct FewRows {
+  const FbAttention* call;
+  const Layout* layout;
+  const RowTask* bands;  // runs of rows of one head and segment, in order
+  int64_t count;         // bands
+  int64_t b, kv, rows, chunks;
+  char* sums;
+  size_t chunk_bytes;
+};
+
 // What one instruction set offers.
 struct Kernels {
   const char* isa;
@@ -72,6 +83,11 @@ struct Kernels {
   void (*pack)(const FbAttention*, const Layout*, int64_t b, int64_t kv_head, int64_t first_tile, int64_t last_tile, const Packed*);
   void (*rows)(const FbAttention*, const Layout*, const RowTask*, const Packed*, float* block_mass, char* scratch);
   void (*scale_row)(int32_t dtype, void* row, int64_t count, float factor);
+  size_t (*few_rows_sums)(const FbAttention*);     // bytes of a chunk
+  size_t (*few_rows_scratch)(const FbAttention*);  // bytes of a thread
+  void (*few_rows_sweep)(const FewRows*, int64_t chunk, int32_t first_tile, int32_t last_tile, bool second, char* scratch);
+  void (*few_rows_merge)(const FewRows*);
+  void (*few_rows_finish)(const FewRows*);
   BackwardSizes (*backward_sizes)(const FbAttention*, int64_t tiles);
   void (*backward_unit)(const FbBackward*, const Layout*, const RowTask* blocks, int64_t count, int64_t b, int64_t kv_head, const BackwardPacked*, char* scratch);
   size_t (*column_mass_scratch)(const FbAttention*);

@@ -3,6 +3,9 @@
 #pragma once
 #include "convert.h"
 #include "kernels.h"
+#if defined(__AMX_BF16__)
+#include "amx.h"
+#endif
 
 namespace {
 
@@ -19,7 +22,25 @@ constexpr int NV = 4;  // 6 x 4 accumulators, 4 columns of B and one of A fill 2
 #else
 constexpr int NV = 2;  // 6 x 2, 2 and 1: 15 of 16
 #endif
-constexpr int MR = 6;
+constexpr int kVectorRows = 6;
+
+#if defined(__AMX_BF16__)
+constexpr bool kHasTiles = true;
+#else
+constexpr bool kHasTiles = false;
+template <bool ON>
+struct Tiles {
+  Tiles() {}
+};
+#endif
+
+// Rows that a product takes at a time.
+template <bool PAIRS>
+constexpr int group_rows() {
+  return kHasTiles && PAIRS ? 16 : kVectorRows;
+}
+
+constexpr int kRowGroup = kHasTiles ? 48 : kVectorRows;  // a multiple of both
 
 // How an element of a dtype is held in packed tiles: pairs of bfloat16 where the hardware multiplies them, else float32.
 template <bool PAIRS>
@@ -76,18 +97,30 @@ struct Strips {
   int first(int i) const { return i * (vectors / count) + (i < vectors % count ? i : vectors % count); }
 };
 
+// c[group_rows][vectors] (+)= a * b, b in strips. Tiles must be configured, and take operands padded to 16 steps.
 template <bool PAIRS, bool ADD>
 inline void multiply_strips(int64_t steps, const uint32_t* a, int64_t lda, const uint32_t* b, int64_t depth, const Strips& strips, float* c, int64_t ldc) {
   for (int i = 0; i < strips.count; ++i) {
     const int first = strips.first(i);
     const uint32_t* strip = b + int64_t(first) * W * depth;
     float* out = c + first * W;
+#if defined(__AMX_BF16__)
+    if constexpr (PAIRS) {
+      switch (strips.width(i)) {
+        case 1: multiply_tiles<1, ADD>(steps, a, lda, strip, out, ldc); break;
+        case 2: multiply_tiles<2, ADD>(steps, a, lda, strip, out, ldc); break;
+        case 3: multiply_tiles<3, ADD>(steps, a, lda, strip, out, ldc); break;
+        case 4: multiply_tiles<4, ADD>(steps, a, lda, strip, out, ldc); break;
+      }
+      continue;
+    }
+#endif
     switch (strips.width(i)) {
-      case 1: multiply<PAIRS, MR, 1, ADD>(steps, a, lda, strip, out, ldc); break;
-      case 2: multiply<PAIRS, MR, 2, ADD>(steps, a, lda, strip, out, ldc); break;
+      case 1: multiply<PAIRS, kVectorRows, 1, ADD>(steps, a, lda, strip, out, ldc); break;
+      case 2: multiply<PAIRS, kVectorRows, 2, ADD>(steps, a, lda, strip, out, ldc); break;
 #if defined(__AVX512F__)
-      case 3: multiply<PAIRS, MR, 3, ADD>(steps, a, lda, strip, out, ldc); break;
-      case 4: multiply<PAIRS, MR, 4, ADD>(steps, a, lda, strip, out, ldc); break;
+      case 3: multiply<PAIRS, kVectorRows, 3, ADD>(steps, a, lda, strip, out, ldc); break;
+      case 4: multiply<PAIRS, kVectorRows, 4, ADD>(steps, a, lda, strip, out, ldc); break;
 #endif
     }
   }

@@ -19,11 +19,17 @@ constexpr int per() {
   return pairs<DTYPE>() ? 2 : 1;
 }
 
+template <int DTYPE>
+constexpr int group_of() {
+  return group_rows<pairs<DTYPE>()>();
+}
+
 inline int64_t padded_dim(int64_t D) { return round_up(D, W); }
 
+// Tiles take 16 steps at a time, zeros beyond the head dim.
 template <int DTYPE>
 inline int64_t dim_steps(int64_t D) {
-  return (D + per<DTYPE>() - 1) / per<DTYPE>();
+  return round_up((D + per<DTYPE>() - 1) / per<DTYPE>(), kHasTiles && pairs<DTYPE>() ? 16 : 1);
 }
 
 // The rows of a tile's keys or values; a row of zeros stands for the missing ones.
@@ -62,7 +68,7 @@ inline void pack_keys(const FbAttention* p, const char* const* rows, uint32_t* o
         const char* row = rows[first + j];
         if constexpr (pairs<DTYPE>()) {
           const uint16_t* x = (const uint16_t*)row + 2 * s;
-          to[s * width + j] = uint32_t(x[0]) | (2 * s + 1 < D ? uint32_t(x[1]) << 16 : 0);
+          to[s * width + j] = (2 * s < D ? uint32_t(x[0]) : 0) | (2 * s + 1 < D ? uint32_t(x[1]) << 16 : 0);
         } else {
           to[s * width + j] = f32_bits<DTYPE>(row, s);
         }
@@ -106,7 +112,7 @@ inline void pack_rows(const FbAttention* p, const FbTensor& t, int64_t item, con
     }
     const char* row = at(t, p->dtype, item, task.first + i, task.h);
     if constexpr (pairs<DTYPE>()) {
-      to[steps - 1] = 0;
+      memset(to + D / 2, 0, size_t(steps - D / 2) * 4);
       memcpy(to, row, size_t(D) * 2);
     } else {
       for (int64_t d = 0; d < D; ++d) to[d] = f32_bits<DTYPE>(row, d);

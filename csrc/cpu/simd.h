@@ -20,6 +20,14 @@ inline vf maximum(vf a, vf b) { return _mm512_max_ps(a, b); }
 inline bool any_greater(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLE_UQ) != 0; }  // true for NaN
 inline float sum(vf x) { return _mm512_reduce_add_ps(x); }
 inline float largest(vf x) { return _mm512_reduce_max_ps(x); }
+// to[i] = sum(x_i)
+inline void store_sums(float* to, vf x0, vf x1, vf x2, vf x3) {
+  const vf low = _mm512_add_ps(_mm512_unpacklo_ps(x0, x1), _mm512_unpackhi_ps(x0, x1));
+  const vf high = _mm512_add_ps(_mm512_unpacklo_ps(x2, x3), _mm512_unpackhi_ps(x2, x3));
+  const vf lanes = _mm512_add_ps(_mm512_shuffle_ps(low, high, 0x44), _mm512_shuffle_ps(low, high, 0xee));
+  const vf halves = _mm512_add_ps(lanes, _mm512_shuffle_f32x4(lanes, lanes, 0x4e));
+  _mm_storeu_ps(to, _mm512_castps512_ps128(_mm512_add_ps(halves, _mm512_shuffle_f32x4(halves, halves, 0xb1))));
+}
 // x where t >= bound or t is NaN, else 0
 inline vf keep_from(vf t, vf bound, vf x) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(t, bound, _CMP_NLT_UQ), x); }
 #elif defined(__AVX2__)
@@ -43,6 +51,10 @@ inline float largest(vf x) {
   float m = lane[0];
   for (int i = 1; i < 8; ++i) m = lane[i] > m ? lane[i] : m;
   return m;
+}
+inline void store_sums(float* to, vf x0, vf x1, vf x2, vf x3) {
+  const vf lanes = _mm256_hadd_ps(_mm256_hadd_ps(x0, x1), _mm256_hadd_ps(x2, x3));
+  _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps(lanes, 1)));
 }
 inline vf keep_from(vf t, vf bound, vf x) { return _mm256_and_ps(_mm256_cmp_ps(t, bound, _CMP_NLT_UQ), x); }
 #else
@@ -69,6 +81,7 @@ inline float largest(vf x) {
   for (int i = 1; i < W; ++i) m = x[i] > m ? x[i] : m;
   return m;
 }
+inline void store_sums(float* to, vf x0, vf x1, vf x2, vf x3) { to[0] = sum(x0), to[1] = sum(x1), to[2] = sum(x2), to[3] = sum(x3); }
 inline vf keep_from(vf t, vf bound, vf x) { return t < bound ? splat(0.f) : x; }
 #endif
 

@@ -73,20 +73,26 @@ def calls(
     source: bool = True,
     items: bool = True,
     weights: tuple[float, ...] | None = None,
+    row_sizes: tuple[int, ...] | None = None,
 ) -> Call:
-    """A call with random segments (empty ones too), tables, groups, gates, contrast, strides, key lists, sources."""
+    """A call with random segments (empty ones too), tables, groups, gates, contrast, strides, key lists, sources.
+
+    row_sizes: the lengths that segments of rows may have, in place of those that segments of keys have.
+    """
     chance = lambda p: draw(st.integers(0, 99)) < 100 * p  # noqa: E731
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31 - 1)))
     dtype, dim = draw(st.sampled_from(dtypes)), draw(st.sampled_from(dims))
     batch, kv_heads, repeat = draw(st.integers(1, 3)), draw(st.integers(1, 2)), draw(st.sampled_from((1, 1, 2, 3)))
     heads = kv_heads * repeat
 
-    def lengths(prefix: str) -> dict[str, int]:
+    sizes = (0, 1, 2, 5, 16, 31, 33, longest)
+
+    def lengths(prefix: str, sizes: tuple[int, ...] = sizes) -> dict[str, int]:
         count = draw(st.integers(1, 4))
-        return {f"{prefix}{i}": draw(st.sampled_from((0, 1, 2, 5, 16, 31, 33, longest))) for i in range(count)}
+        return {f"{prefix}{i}": draw(st.sampled_from(sizes)) for i in range(count)}
 
     same = chance(0.4)
-    row_lengths = lengths("s")
+    row_lengths = lengths("s", row_sizes or sizes)
     key_lengths = dict(row_lengths) if same else lengths("k")
 
     def segments(sizes: dict[str, int], by_item: bool) -> fb.Segments:
