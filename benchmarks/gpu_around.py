@@ -13,7 +13,7 @@ from torch import Tensor
 from ..bindings import adain, attention, blend_latents, column_mass, qk_norm_rope, query_blur
 from . import timing
 from .forward import Row, rounded, seconds
-from .gpu_machine import Setup
+from .gpu_machine import Setup, judged
 from .gpu_timing import interleaved, replayed, sets
 from .truth import WrongResult, compare
 
@@ -146,13 +146,10 @@ def measure(setup: Setup, operator: Operator) -> Row:
     exact = operator.form(*(t.double() if t.is_floating_point() else t for t in first))
     eager = operator.form(*first)
     calls: dict[str, list[Callable[[], Tensor]]] = {}
-    errors, failures = {}, {}
+    errors, missing, failures = {}, {}, {}
     for name, call in (("ours", operator.ours), ("torch", operator.form)):
-        try:
+        with judged(name, missing, failures, device, ours=name == "ours"):
             errors[name] = check(operator, name, call(*first), exact, eager)
-        except WrongResult as wrong:
-            failures[name] = str(wrong)
-        else:
             calls[name] = [lambda call=call, inputs=inputs: call(*inputs) for inputs in groups]
     samples = interleaved(calls, device, setup.seconds(0.5)) if calls else {}
     moved = sum(t.numel() * t.element_size() for t in (*first, eager))
@@ -170,7 +167,7 @@ def measure(setup: Setup, operator: Operator) -> Row:
         "seconds": seconds(samples), "replay_seconds": replays,
         "gb_per_s": {n: round(moved / timing.spread(s).median / 1e9, 1) for n, s in samples.items()},
         "ratios": rounded({"ours/torch": timing.ratio(samples, "ours", "torch")} if len(samples) == 2 else {}),
-        "errors": errors, "missing": {}, "failures": failures,
+        "errors": errors, "missing": missing, "failures": failures,
     }  # fmt: skip
 
 
@@ -185,14 +182,12 @@ def checks(setup: Setup) -> Row:
     """All of them at a small size, and what a time would not show: masks, both kinds of RoPE, offsets, promises kept bit
     by bit."""
     tiny = replace(setup, dry=True)
-    errors, failures = {}, {}
+    errors, missing, failures = {}, {}, {}
     generator = torch.Generator(setup.device).manual_seed(3)
 
     def one(label: str, run: Callable[[], dict[str, float]]) -> None:
-        try:
+        with judged(label, missing, failures, setup.device):
             errors[label] = run()
-        except WrongResult as wrong:
-            failures[label] = str(wrong)
 
     for operator in OPERATORS:
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
@@ -206,7 +201,7 @@ def checks(setup: Setup) -> Row:
             one(label, lambda o=operator, i=inputs, x=exact, e=eager: check(o, "ours", o.ours(*i), x, e))
     for label, run in _promises(tiny, generator).items():
         one(label, run)
-    return {"section": "checks", "errors": errors, "missing": {}, "failures": failures}
+    return {"section": "checks", "errors": errors, "missing": missing, "failures": failures}
 
 
 def _promises(setup: Setup, generator: torch.Generator) -> dict[str, Callable[[], dict[str, float]]]:

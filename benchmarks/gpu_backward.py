@@ -13,7 +13,7 @@ from ..bindings import attention
 from . import gpu_peers, timing
 from .forward import Row, describe, rounded, seconds
 from .gpu_forward import rates
-from .gpu_machine import Setup
+from .gpu_machine import Setup, judged
 from .gpu_shapes import dry, vary
 from .gpu_timing import interleaved, sets
 from .peers import Case, Missing, draw
@@ -39,26 +39,17 @@ def measure(setup: Setup, shape: Shape) -> Row:
         for label in (*PEERS, *OURS):
             variant = label if label in OURS else "plain"
             varied = [vary(case, variant) for case in cases]
-            try:
+            with judged(label, missing, failures, device, ours=label in OURS):
                 steps = [_step(label, case, setup) for case in varied]
                 grads = steps[0]()
                 if variant not in exact:
                     exact[variant] = Gradients(varied[0])
-                errors[label] = exact[variant].check(f"{label} at {shape.name}", grads, bars if label in OURS else None)
+                where = f"{label} at {shape.name}"
+                errors[label] = exact[variant].check(where, grads, bars if label in OURS else None)
                 calls[label] = list(steps)
                 if label in PEERS and bars is None:
                     bars = {what: cell["max_error"] / cell["largest"] for what, cell in errors[label].items()}
                 del grads
-            except Missing as reason:
-                missing[label] = str(reason)
-            except WrongResult as wrong:
-                failures[label] = str(wrong)
-            except torch.cuda.OutOfMemoryError:
-                missing[label] = "the device's memory is not enough"
-            except ValueError as error:
-                if not str(error).startswith("backend:"):
-                    raise
-                missing[label] = str(error)
         samples = interleaved(calls, device, setup.seconds(1.5)) if calls else {}
     vendors = [n for n in PEERS if n in samples]
     found = {f"{a}/{b}": timing.ratio(samples, a, b) for a in OURS for b in vendors if a in samples}

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..bindings import Contrast, HeadGain, attention
 from .dense import Answer, Problem, answer
 from .forward import Row
-from .gpu_machine import Setup
+from .gpu_machine import Setup, judged
 from .truth import WrongResult, compare
 
 ROWS = {"prompt": 33, "subject": 70, "target": 150}
@@ -216,14 +216,8 @@ def _row(setup: Setup, cases: dict[str, Callable[[Setup, str], Row]]) -> Row:
     row: Row = {"section": "checks"}
     errors, missing, failures = {}, {}, {}
     for label, case in cases.items():
-        try:
+        with judged(label, missing, failures, setup.device):
             errors[label] = case(setup, label)
-        except WrongResult as wrong:
-            failures[label] = str(wrong)
-        except ValueError as error:
-            if not str(error).startswith("backend:"):
-                raise
-            missing[label] = str(error)
     return {**row, "errors": errors, "missing": missing, "failures": failures}
 
 

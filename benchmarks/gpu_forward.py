@@ -9,12 +9,12 @@ from torch import Tensor
 
 from . import gpu_peers, timing
 from .forward import Row, describe, rounded, seconds
-from .gpu_machine import Setup
+from .gpu_machine import Setup, judged
 from .gpu_shapes import VARIANTS, dry, vary
 from .gpu_timing import interleaved, replayed, sets
-from .peers import Case, Missing, Peer, draw
+from .peers import Case, Peer, draw
 from .shapes import Shape
-from .truth import Truth, WrongResult
+from .truth import Truth
 
 Entry = tuple[str, Peer, str]  # what it is called in the results, the contestant, the variant that it is given
 SECONDS = 2.0  # that the rounds of one row may take
@@ -59,27 +59,18 @@ def measure(setup: Setup, shape: Shape, entries: Iterable[Entry], graphs: bool =
         if name not in varied:
             varied[name] = [vary(case, name) for case in cases]
         case = varied[name][0]
-        try:
+        with judged(label, missing, failures, device, ours=label in VARIANTS):
             prepared = [peer.prepare(c) for c in varied[name]]
-            out, heads_first, memory[label] = *first(prepared[0], case), peak(prepared[0][0], device)
+            out, heads_first = first(prepared[0], case)
             if (name, peer.controlled) not in truths:
                 truths[name, peer.controlled] = Truth(case, peer.controlled)
-            where = f"{peer.title} at {shape.name}"
             found = out.transpose(1, 2) if heads_first else out
-            errors[label] = truths[name, peer.controlled].check(where, found, peer.slack)
-            calls[label], work[label] = [call for call, _ in prepared], case.shape.flops
+            where = f"{peer.title} at {shape.name}"
+            report = truths[name, peer.controlled].check(where, found, peer.slack)
             del out, found
-        except Missing as reason:
-            missing[label] = str(reason)
-        except WrongResult as wrong:
-            failures[label] = str(wrong)
-        except torch.cuda.OutOfMemoryError:
-            missing[label] = "the device's memory is not enough"
-        except ValueError as error:
-            if not str(error).startswith("backend:"):
-                raise
-            missing[label] = str(error)
-    memory = {label: cell for label, cell in memory.items() if label in calls}
+            memory[label] = peak(prepared[0][0], device)
+            errors[label] = report
+            calls[label], work[label] = [call for call, _ in prepared], case.shape.flops
     samples = interleaved(calls, device, setup.seconds(SECONDS)) if calls else {}
     return {
         **row,
@@ -150,6 +141,8 @@ def _replays(calls: Mapping[str, list[Callable[[], Tensor]]], device: torch.devi
     if device.type != "cuda":
         return found
     for label, group in calls.items():
+        if label.startswith(("composed", "eager")):  # they copy tables from the host, which cannot be captured
+            continue
         try:
             found[label] = timing.spread(replayed(group, device)).as_dict()
         except RuntimeError as error:

@@ -17,13 +17,13 @@ from ..bindings import Control, attention, qk_norm_rope
 from . import gpu_peers, layer, timing
 from .forward import Row, describe, rounded, seconds
 from .gpu_forward import peak
-from .gpu_machine import Setup
+from .gpu_machine import Setup, judged
 from .gpu_shapes import dry
 from .gpu_timing import interleaved, sets
 from .layer import EPS, Inputs
-from .peers import Case, Missing
+from .peers import Case
 from .shapes import Shape
-from .truth import Truth, WrongResult
+from .truth import Truth
 
 Parts = tuple[Tensor, Tensor]  # what goes to the output projections: image, text (batch, tokens, heads * dim)
 
@@ -109,20 +109,13 @@ def measure(setup: Setup, shape: Shape) -> Row:
         if device.type != "cuda" and name in ("stock_cudnn", "stock_efficient"):
             missing[name] = "torch has no such kernel on the CPU"
             continue
-        try:
+        with judged(name, missing, failures, device, ours=not name.startswith("stock")):
             image, text = form(groups[0])
             out = torch.cat([text, image], 1).unflatten(-1, (shape.heads, shape.dim))
-            errors[name] = truths[name.startswith("controlled")].check(f"FLUX layer, {name} at {shape.name}", out)
+            report = truths[name.startswith("controlled")].check(f"FLUX layer, {name} at {shape.name}", out)
+            memory[name] = peak(functools.partial(form, groups[0]), device)
+            errors[name] = report
             calls[name] = [functools.partial(form, inputs) for inputs in groups]
-            memory[name] = peak(calls[name][0], device)
-        except Missing as reason:
-            missing[name] = str(reason)
-        except WrongResult as wrong:
-            failures[name] = str(wrong)
-        except ValueError as error:
-            if not str(error).startswith("backend:"):
-                raise
-            missing[name] = str(error)
     agreement = compare_with_diffusers(groups[0].shape, device)
     if agreement is not None and not agreement <= 1e-5:
         failures["stock_form"] = f"the stock form differs from diffusers' processor by {agreement:.3g}"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -12,7 +14,8 @@ import torch
 from . import machine, timing
 from .forward import Row
 from .gpu_timing import interleaved, l2_bytes
-from .peers import Peer
+from .peers import Missing, Peer
+from .truth import WrongResult
 
 QUERY = (
     "driver_version", "pstate", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.draw",
@@ -32,6 +35,32 @@ class Setup:
     def seconds(self, seconds: float) -> float:
         """How long a task may time; a dry run makes the fewest rounds."""
         return 0.0 if self.dry else seconds
+
+
+@contextlib.contextmanager
+def judged(
+    label: str, missing: dict[str, str], failures: dict[str, str], device: torch.device, ours: bool = True
+) -> Iterator[None]:
+    """What becomes of a contestant: who cannot run here is missing, who is wrong has failed, and the others go on.
+
+    Another error counts as a failure of ours, and as a reason why a peer is missing. It is raised again where the device
+    no longer answers.
+    """
+    try:
+        yield
+    except Missing as reason:
+        missing[label] = str(reason)
+    except WrongResult as wrong:
+        failures[label] = str(wrong)
+    except torch.cuda.OutOfMemoryError:
+        missing[label] = "the device's memory is not enough"
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        refused = isinstance(error, ValueError) and str(error).startswith("backend:")
+        why = str(error) if refused else f"{type(error).__name__}: {lines[0] if lines else ''}"
+        (missing if refused or not ours else failures)[label] = why
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
 
 def describe(setup: Setup) -> Row:

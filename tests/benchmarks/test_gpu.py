@@ -188,11 +188,13 @@ def test_a_crash_and_a_hang_cost_their_own_rows(tmp_path: Path, monkeypatch: pyt
     )
     gpu_runner.supervise(command, shortened, time.time() + 120, 1, found.__setitem__, lambda machine: None)
     assert sorted(found) == list(range(len(plan)))
-    said = {plan[i].title: "".join(row["failures"].values()) for i, row in found.items()}
-    assert said["flux-768-diptych"] == "the process ended with exit code 9"
-    assert said["flux-1024"] == "no result after 2 s"
-    assert said["sd3-1024"] == said["tokens-64k"] == "RuntimeError: no luck"
-    assert not any("seconds" in row for row in found.values())
+    rows = {plan[i].title: row for i, row in found.items()}
+    died, hung = rows.pop("flux-768-diptych"), rows.pop("flux-1024")
+    assert died == {"failures": {"flux-768-diptych": "the process ended with exit code 9"}}
+    assert hung == {"failures": {"flux-1024": "no result after 2 s"}}
+    for row in rows.values():
+        assert row["missing"]["fatal"] == "RuntimeError: no luck" and not row["failures"]
+        assert {"plain", "brush"} <= set(row["seconds"])
 
 
 class ShortTask(gpu_plan.Task):
@@ -324,6 +326,19 @@ def test_a_wrong_feature_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_checks, "attention", spoil(fb.attention))
     row = gpu_checks.features(SETUP, ("plain", "strides"))
     assert set(row["failures"]) == {"plain", "strides"} and not row["errors"]  # type: ignore[arg-type]
+
+
+def test_an_error_of_ours_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments, **keywords):
+        raise RuntimeError("out of registers\nand more")
+
+    monkeypatch.setattr(gpu_checks, "attention", broken)
+    monkeypatch.setattr(peers, "attention", broken)
+    row = gpu_checks.features(SETUP, ("plain",))
+    assert row["failures"] == {"plain": "RuntimeError: out of registers"}
+    row = gpu_forward.measure(SETUP, GPU_SHAPES["flux-1024"], gpu_forward.main_entries(SETUP))
+    assert {"plain", "shift", "brush"} <= set(row["failures"]) and "sdpa" in row["seconds"]  # type: ignore[arg-type]
+    assert not {"plain", "shift", "brush"} & {*row["seconds"], *row["errors"], *row["memory"]}  # type: ignore[arg-type]
 
 
 def test_a_wrong_layer_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
