@@ -16,6 +16,7 @@ from .bindings import (
     key_probabilities,
     merge,
     qk_norm_rope,
+    query_blur,
 )
 
 __version__ = "0.1.0"
@@ -36,4 +37,5 @@ __all__ = [
     "key_probabilities",
     "merge",
     "qk_norm_rope",
+    "query_blur",
 ]

@@ -10,6 +10,7 @@ from .key_probabilities import key_probabilities
 from .merge import merge
 from .plan import backends
 from .qk_norm_rope import qk_norm_rope
+from .query_blur import query_blur
 from .segments import Segments
 
 __all__ = [
@@ -28,4 +29,5 @@ __all__ = [
     "key_probabilities",
     "merge",
     "qk_norm_rope",
+    "query_blur",
 ]

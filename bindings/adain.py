@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from .backends import triton_adain
+
 EPS = 1e-5  # added to the variance, before the root
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -22,12 +24,13 @@ def adain(x: Tensor, style: Tensor, mask: Tensor | None = None, style_mask: Tens
 
     Args:
         x: (batch, channels, ...) with at least one spatial dimension; float32, bfloat16, float16 or float64.
-        style: (batch or 1, channels, ...) of x's dtype and device; its spatial sizes may differ from x's.
+        style: (batch or 1, channels, ...) of x's dtype and device; its spatial dimensions may differ from x's.
         mask: bool, (batch or 1, 1, ...) over x's spatial dimensions; None: everywhere.
         style_mask: the same for style. With only one of the masks, the other image counts whole.
 
     Returns:
-        A new tensor of x's shape and dtype; computed in float32 at least.
+        A new tensor of x's shape and dtype; computed in float32 at least, and the same bitwise from run to run. On a
+        GPU without gradients Triton kernels make it; else it is made of torch operators, which are differentiable.
 
     Raises:
         TypeError: dtypes or devices that differ, a mask that is not bool.
@@ -36,9 +39,17 @@ def adain(x: Tensor, style: Tensor, mask: Tensor | None = None, style_mask: Tens
     _check(x, style)
     mask = _check_mask("mask", mask, "x", x)
     style_mask = _check_mask("style_mask", style_mask, "style", style)
+    if torch.is_grad_enabled() and (x.requires_grad or style.requires_grad):
+        return composed(x, style, mask, style_mask)
+    return _adain(x, style, mask, style_mask)
+
+
+def composed(x: Tensor, style: Tensor, mask: Tensor | None, style_mask: Tensor | None) -> Tensor:
+    """The same from torch operators: any device and dtype, differentiable in x and style."""
     wide = torch.promote_types(x.dtype, torch.float32)
     mean, std = _statistics(x.to(wide), mask)
-    style_mean, style_std = _statistics(style.to(wide), style_mask)
+    space = [1] * (x.dim() - 2)  # the style may have other dimensions than x
+    style_mean, style_std = (t.reshape(*t.shape[:2], *space) for t in _statistics(style.to(wide), style_mask))
     result = ((x.to(wide) - mean) / std * style_std + style_mean).to(x.dtype)
     return result if mask is None else torch.where(mask, result, x)
 
@@ -53,6 +64,26 @@ def _statistics(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     mean = torch.where(mask, x, 0).sum(dim=space, keepdim=True) / count
     variance = torch.where(mask, x - mean, 0).square().sum(dim=space, keepdim=True) / (count - 1)
     return mean, (variance + EPS).sqrt()
+
+
+def _run(x: Tensor, style: Tensor, mask: Tensor | None, style_mask: Tensor | None) -> Tensor:
+    if triton_adain.usable(x, style, mask, style_mask):
+        return triton_adain.adain(x, style, mask, style_mask, EPS)
+    # in the layout that the fake promises to a compiler
+    result = composed(x, style, mask, style_mask)
+    out = torch.empty_like(x)
+    return result if result.stride() == out.stride() else out.copy_(result)
+
+
+def _fake(x: Tensor, *rest) -> Tensor:
+    return torch.empty_like(x)
+
+
+_library = torch.library.Library("flashbrush", "FRAGMENT")
+_library.define("adain(Tensor x, Tensor style, Tensor? mask, Tensor? style_mask) -> Tensor")
+_library.impl("adain", _run, "CompositeExplicitAutograd")
+torch.library.register_fake("flashbrush::adain", _fake, lib=_library)
+_adain = torch.ops.flashbrush.adain.default
 
 
 def _check(x: Tensor, style: Tensor) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
+
+from .backends import triton_blend
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -29,7 +29,9 @@ def blend_latents(
         sigma: noise level in [0, 1]: a number, or a floating-point tensor () or (batch,).
 
     Returns:
-        A new tensor of generated's shape and dtype; computed in float32 at least.
+        A new tensor of generated's shape and dtype; computed in float32 at least. On a GPU without gradients one
+        Triton kernel makes it, in one pass and without waiting for the device; else it is made of torch operators,
+        which are differentiable.
 
     Raises:
         TypeError: dtypes or devices that differ, a mask that is neither bool nor floating point.
@@ -38,6 +40,18 @@ def blend_latents(
     _check_latents(generated, source, noise)
     _check_mask(mask, generated)
     sigma = _check_sigma(sigma, generated)
+    tensors = (generated, source, noise, mask, sigma)
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
+        return composed(generated, source, noise, mask, sigma)
+    if not isinstance(sigma, Tensor):
+        return _blend(generated, source, noise, mask, None, float(sigma))
+    if sigma.device.type == "cpu" != generated.device.type and sigma.numel() == 1 and not torch.compiler.is_compiling():
+        return _blend(generated, source, noise, mask, None, float(sigma))  # a copy to the device would wait for it
+    return _blend(generated, source, noise, mask, sigma.to(generated.device), 0.0)
+
+
+def composed(generated: Tensor, source: Tensor, noise: Tensor, mask: Tensor, sigma: float | Tensor) -> Tensor:
+    """The same from torch operators: any device and dtype, differentiable in everything."""
     wide = torch.promote_types(generated.dtype, torch.float32)
     if isinstance(sigma, Tensor):
         # (batch, 1, ..., 1); the ends are picked, not computed: noise may be anything where it does not count
@@ -52,6 +66,29 @@ def blend_latents(
         return torch.where(mask, generated, known)
     mixed = torch.lerp(known.to(wide), generated.to(wide), mask.to(wide)).to(generated.dtype)
     return torch.where(mask == 1, generated, torch.where(mask == 0, known, mixed))
+
+
+def _run(generated: Tensor, source: Tensor, noise: Tensor, mask: Tensor, sigma: Tensor | None, number: float) -> Tensor:
+    level = number if sigma is None else sigma
+    if triton_blend.usable(generated, source, noise, mask, level):
+        return triton_blend.blend_latents(generated, source, noise, mask, level)
+    # in the layout that the fake promises to a compiler
+    result = composed(generated, source, noise, mask, level)
+    out = torch.empty_like(generated)
+    return result if result.stride() == out.stride() else out.copy_(result)
+
+
+def _fake(generated: Tensor, *rest) -> Tensor:
+    return torch.empty_like(generated)
+
+
+_library = torch.library.Library("flashbrush", "FRAGMENT")
+_library.define(
+    "blend_latents(Tensor generated, Tensor source, Tensor noise, Tensor mask, Tensor? sigma, float number) -> Tensor"
+)
+_library.impl("blend_latents", _run, "CompositeExplicitAutograd")
+torch.library.register_fake("flashbrush::blend_latents", _fake, lib=_library)
+_blend = torch.ops.flashbrush.blend_latents.default
 
 
 def _check_latents(generated: Tensor, source: Tensor, noise: Tensor) -> None:
@@ -94,7 +131,7 @@ def _check_sigma(sigma: float | Tensor, generated: Tensor) -> float | Tensor:
     if not isinstance(sigma, Tensor):
         if isinstance(sigma, bool) or not isinstance(sigma, (int, float)):
             raise TypeError(f"sigma: expected a number or a tensor, got {type(sigma).__name__}")
-        if math.isnan(sigma) or not 0 <= sigma <= 1:
+        if not 0 <= sigma <= 1:  # NaN too
             raise ValueError(f"sigma: expected a noise level in [0, 1], got {sigma}")
         return sigma
     if not sigma.dtype.is_floating_point:

@@ -206,6 +206,7 @@ NAMES = {
     "key_probabilities": "q k lse keys control scale source",
     "merge": "parts",
     "qk_norm_rope": "streams cos sin eps rope permutation",
+    "query_blur": "q grid sigma tokens",
 }
 
 
@@ -260,7 +261,10 @@ def test_integrations_have_their_names() -> None:
         flashbrush.integrations.NoSuchName  # noqa: B018
 
 
-@pytest.mark.parametrize("name", ["attention", "attention_out", "attention_backward", "qk_norm_rope"])
+OPERATORS = "attention attention_out attention_backward qk_norm_rope blend_latents adain query_blur"
+
+
+@pytest.mark.parametrize("name", OPERATORS.split())
 def test_operators_are_registered(name: str) -> None:
     assert isinstance(getattr(torch.ops.flashbrush, name), torch._ops.OpOverloadPacket)
 
