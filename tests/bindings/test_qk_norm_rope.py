@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 import flashbrush as fb
-from flashbrush.bindings.backends import cpu
+from flashbrush.bindings.backends import cpu, cpu_norm_rope
 from flashbrush.bindings.qk_norm_rope import composed
 
 EPS = 1e-6
@@ -127,6 +127,41 @@ def test_every_instruction_set(isa: str, rope: str, monkeypatch: pytest.MonkeyPa
         for ours, exact in pairs:
             ulp = torch.finfo(dtype).eps * exact.abs().max()
             assert (ours - exact).abs().max() <= (2 if dtype == torch.float32 else 0.51) * ulp
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("kernel", (True, False), ids=("kernel", "torch"))
+def test_what_learns_has_its_gradient(kernel: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not kernel:
+        monkeypatch.setattr(cpu_norm_rope, "usable", lambda x: False)
+    cos, sin = tables(9, 8, "half")
+    permutation = torch.stack([torch.randperm(9) for _ in range(2)])
+    (a, weight, _), (b, _, shift) = streams(4, 5, dtype=dtype)
+    everyone = torch.randn(1, 3, 8)  # of all tokens, in float32 beside x in any dtype
+
+    def call(run, a, b, weight, shift, everyone):
+        parts = [(a, weight, everyone), (b, None, shift)]
+        return run(parts, cos, sin, eps=EPS, rope="half", permutation=permutation)
+
+    def through_torch(parts, cos, sin, eps, rope, permutation):
+        columns = (list(column) for column in zip(*parts, strict=True))
+        return composed(*columns, cos.double(), sin.double(), eps, True, permutation)
+
+    tensors = [t.requires_grad_() for t in (a, b, weight, shift, everyone)]
+    out = call(fb.qk_norm_rope, *tensors)
+    dout = torch.randn_like(out)
+    compiled = torch.compile(fb.qk_norm_rope, fullgraph=True, backend="aot_eager")
+    wide = [t.detach().double().requires_grad_() for t in tensors]
+    truth = torch.autograd.grad(call(through_torch, *wide), wide, dout.double())
+    grads = torch.autograd.grad(out, tensors, dout)
+    again = torch.autograd.grad(call(compiled, *tensors), tensors, dout)
+    assert all(torch.equal(x, y) for x, y in zip(grads, again, strict=True))
+    for t, got, exact in zip(tensors, grads, truth, strict=True):
+        assert got.shape == t.shape and got.dtype == t.dtype
+        assert (got - exact).abs().max() <= 2 * torch.finfo(dtype).eps * exact.abs().max()
+    for i, t in enumerate(tensors):  # alone
+        only = [u if u is t else u.detach() for u in tensors]
+        assert torch.equal(torch.autograd.grad(call(fb.qk_norm_rope, *only), t, dout)[0], grads[i])
 
 
 def test_strided_streams() -> None:
