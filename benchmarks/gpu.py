@@ -12,6 +12,7 @@ import argparse
 import importlib.util
 import os
 import runpy
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -48,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }  # fmt: skip
     results = gpu_report.Results(plan, conditions, options.out)
     command = gpu_runner.python_command(Path(__file__), arguments, deadline)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of `finally`, which ends the processes below
     gpu_runner.supervise(command, plan, deadline, options.jobs, results.add, results.set_machine)
     results.write()
     for line in gpu_report.summary(results):
