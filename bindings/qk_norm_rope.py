@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends import cpu_norm_rope
+from .backends import cpu_norm_rope, triton_norm_rope
 
 Stream = tuple[Tensor, Tensor | None, Tensor | None]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -38,11 +38,12 @@ def qk_norm_rope(
         cos, sin: (all tokens, dim) float, as diffusers' get_1d_rotary_pos_embed(use_real=True) gives them, in the order
             of the joined streams; both None: no rotation.
         eps: of the RMSNorm, > 0 or 0.
-        permutation: int (all tokens,) or (batch, all tokens), as Segments.from_labels gives it; applied last, so that
-            out[:, i] is the joined token permutation[i].
+        permutation: int (all tokens,) or (batch, all tokens), each token once, as Segments.from_labels gives it;
+            applied last, so that out[:, i] is the joined token permutation[i].
 
     Returns:
-        (batch, all tokens, heads, dim) in x's dtype, from float32 arithmetic. On the CPU it is rounded once; elsewhere
+        (batch, all tokens, heads, dim) in x's dtype, from float32 arithmetic. The kernels (C++ on the CPU, Triton on
+        GPUs; head dims up to 256) round once, to x's dtype. Where neither runs it is torch's operators, which round
         after the norm too, as the FLUX processor of diffusers does.
 
     Raises:
@@ -67,10 +68,10 @@ def qk_norm_rope(
     needs_grad = [t is not None and t.requires_grad for t in (*xs, *weights, *offsets, cos, sin)]
     if not torch.is_grad_enabled() or not any(needs_grad):
         return _forward(xs, weights, offsets, cos, sin, eps, half, permutation)
-    # An offset that learns (IC-Custom's embeddings) and other devices take torch's own gradient.
-    if any(needs_grad[2 * len(xs) :]) or not cpu_norm_rope.usable(xs[0]):
+    # Positions that learn take torch's own gradient.
+    if any(needs_grad[-2:]):
         return composed(xs, weights, offsets, cos, sin, eps, half, permutation)
-    return _NormRope.apply(len(xs), offsets, cos, sin, eps, half, permutation, *xs, *weights)
+    return _NormRope.apply(len(xs), cos, sin, eps, half, permutation, *xs, *weights, *offsets)
 
 
 def composed(
@@ -101,47 +102,122 @@ def composed(
     return y[:, index] if index.dim() == 1 else y.gather(1, index[:, :, None, None].expand_as(y))
 
 
+def composed_backward(
+    dout: Tensor,
+    xs: list[Tensor],
+    weights: list[Tensor | None],
+    offsets: list[Tensor | None],
+    cos: Tensor | None,
+    sin: Tensor | None,
+    eps: float,
+    half: bool,
+    permutation: Tensor | None,
+    need_dweight: bool,
+) -> tuple[list[Tensor], list[Tensor | None], list[Tensor | None]]:
+    """dx, dweight and doffset from torch operators, in float32; offsets: those whose gradient is wanted.
+
+    With g = rotate^T(dout) * weight and r = 1 / sqrt(mean(x^2) + eps): dx = r * (g - x * r^2 * mean(g * x)).
+    """
+    wide = torch.float64 if dout.dtype == torch.float64 else torch.float32
+    dy = dout.to(wide)
+    if permutation is not None:
+        index = permutation.long()[..., None, None].expand(dy.shape)
+        dy = torch.zeros_like(dy).scatter_add_(1, index, dy)
+    if cos is not None and sin is not None:
+        turned = dy * sin.to(wide)[:, None]
+        a, b = turned.chunk(2, 3) if half else turned.unflatten(3, (-1, 2)).unbind(4)
+        turned = torch.cat((b, -a), 3) if half else torch.stack((b, -a), 4).flatten(3)
+        dy = dy * cos.to(wide)[:, None] + turned
+    dxs, dweights, doffsets = [], [], []
+    for x, weight, offset, d in zip(xs, weights, offsets, dy.split([x.shape[1] for x in xs], 1), strict=True):
+        doffsets.append(None if offset is None else _sum_to(offset, d))
+        dweight = None
+        if weight is not None:
+            y = x.to(wide)
+            r = (y.square().mean(3, keepdim=True) + eps).rsqrt()
+            dweight = (d * y * r).sum((0, 1, 2)).to(weight.dtype) if need_dweight else None
+            d = d * weight.to(wide)
+            d = r * (d - y * r.square() * (d * y).mean(3, keepdim=True))
+        dweights.append(dweight)
+        dxs.append(torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(d))
+    return dxs, dweights, doffsets
+
+
 class _NormRope(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, n, offsets, cos, sin, eps, half, permutation, *tensors):  # type: ignore[override]
-        xs, weights = list(tensors[:n]), list(tensors[n:])
-        ctx.save_for_backward(*xs, *(w for w in weights if w is not None))
-        ctx.weighted = [w is not None for w in weights]
-        ctx.rest = cos, sin, eps, half, permutation
+    def forward(ctx, n, cos, sin, eps, half, permutation, *tensors):  # type: ignore[override]
+        ctx.save_for_backward(*tensors, cos, sin, permutation)
+        ctx.n, ctx.eps, ctx.half = n, eps, half
+        xs, weights, offsets = (list(tensors[i * n : i * n + n]) for i in range(3))
         return _forward(xs, weights, offsets, cos, sin, eps, half, permutation)
 
     @staticmethod
     def backward(ctx, dout):  # type: ignore[override]
-        n, saved = len(ctx.weighted), ctx.saved_tensors
-        xs, given = list(saved[:n]), list(saved[n:])
-        weights = [given.pop(0) if has else None for has in ctx.weighted]
-        dxs, dweights = _backward(dout, xs, weights, *ctx.rest)
-        return (*(None,) * 7, *dxs, *(d if has else None for d, has in zip(dweights, ctx.weighted, strict=True)))
+        n, (*tensors, cos, sin, permutation) = ctx.n, ctx.saved_tensors
+        xs, weights, offsets = (tensors[i * n : i * n + n] for i in range(3))
+        need_dweight = any(ctx.needs_input_grad[6 + n : 6 + 2 * n])
+        learned = [t if need else None for t, need in zip(offsets, ctx.needs_input_grad[6 + 2 * n :], strict=True)]
+        dxs, dweights, doffsets = _backward(
+            dout, xs, weights, learned, cos, sin, ctx.eps, ctx.half, permutation, need_dweight
+        )
+        dweights = [None if w is None or not need_dweight else d for w, d in zip(weights, dweights, strict=True)]
+        return (*(None,) * 6, *dxs, *dweights, *(None if t is None else d for t, d in zip(learned, doffsets, strict=True)))
 
 
 _TABLES = "Tensor? cos, Tensor? sin, float eps, bool half, Tensor? permutation"
 _library = torch.library.Library("flashbrush", "FRAGMENT")
 _library.define(f"qk_norm_rope(Tensor[] x, Tensor?[] weight, Tensor?[] offset, {_TABLES}) -> Tensor")
 _library.define(
-    f"qk_norm_rope_backward(Tensor dout, Tensor[] x, Tensor?[] weight, {_TABLES}) -> (Tensor[] dx, Tensor[] dweight)"
+    f"qk_norm_rope_backward(Tensor dout, Tensor[] x, Tensor?[] weight, Tensor?[] offset, {_TABLES}, bool need_dweight) "
+    "-> (Tensor[] dx, Tensor[] dweight, Tensor[] doffset)"
 )
 
 
 def _run_forward(xs, weights, offsets, *rest):
-    run = cpu_norm_rope.forward if cpu_norm_rope.usable(xs[0]) else composed
+    if cpu_norm_rope.usable(xs[0]):
+        return cpu_norm_rope.forward(xs, weights, offsets, *rest)
+    run = triton_norm_rope.forward if triton_norm_rope.usable(xs) else composed
     return run(xs, weights, offsets, *rest).contiguous()
+
+
+def _run_backward(dout, xs, weights, offsets, *rest):
+    """offsets: those whose gradient is wanted; of a weight or an offset that is not there it is an empty tensor."""
+    if cpu_norm_rope.usable(xs[0]):
+        run = _cpu_backward
+    else:
+        run = triton_norm_rope.backward if triton_norm_rope.usable(xs) else composed_backward
+    dxs, *more = run(dout, xs, weights, offsets, *rest)
+    return dxs, *([dout.new_empty(0) if d is None else d for d in grads] for grads in more)
+
+
+def _cpu_backward(dout, xs, weights, offsets, *rest):
+    *tables, need_dweight = rest
+    dxs, dweights = cpu_norm_rope.backward(dout, xs, weights, *tables)
+    dweights = [None if w is None or not need_dweight else d for w, d in zip(weights, dweights, strict=True)]
+    if all(t is None for t in offsets):
+        return dxs, dweights, offsets
+    # Without a norm, the gradient of x is that of an offset of its shape.
+    shifts, _ = cpu_norm_rope.backward(dout, xs, [None] * len(xs), *tables)
+    return dxs, dweights, [None if t is None else _sum_to(t, d) for t, d in zip(offsets, shifts, strict=True)]
+
+
+def _sum_to(t: Tensor, grad: Tensor) -> Tensor:
+    wide = grad.to(torch.promote_types(grad.dtype, t.dtype))
+    return wide.sum_to_size(t.shape).to(t.dtype).clone(memory_format=torch.contiguous_format)
 
 
 def _fake_forward(xs, weights, offsets, *rest):
     return xs[0].new_empty(xs[0].shape[0], sum(x.shape[1] for x in xs), *xs[0].shape[2:])
 
 
-def _fake_backward(dout, xs, weights, *rest):
-    return [x.new_empty(x.shape) for x in xs], [dout.new_empty(0) if w is None else torch.empty_like(w) for w in weights]
+def _fake_backward(dout, xs, weights, offsets, *rest):
+    weights = weights if rest[-1] else [None] * len(xs)
+    given = ([dout.new_empty(0) if t is None else t.new_empty(t.shape) for t in tensors] for tensors in (weights, offsets))
+    return [x.new_empty(x.shape) for x in xs], *given
 
 
 _library.impl("qk_norm_rope", _run_forward, "CompositeExplicitAutograd")
-_library.impl("qk_norm_rope_backward", cpu_norm_rope.backward, "CPU")
+_library.impl("qk_norm_rope_backward", _run_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("flashbrush::qk_norm_rope", _fake_forward, lib=_library)
 torch.library.register_fake("flashbrush::qk_norm_rope_backward", _fake_backward, lib=_library)
 _forward = torch.ops.flashbrush.qk_norm_rope.default
