@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -146,7 +147,8 @@ def _attention_out(*inputs):
 
 def _attention_backward(dout, out, lse, head_gains, *inputs):
     *arguments, backend = inputs
-    problem = _problem(*arguments)
+    # The total gain stands in for its rule: short segments may then be joined, and rows keep their segments.
+    problem = coalesce(replace(_problem(*arguments), gain=head_gains, head_gain=None))
     return resolve_backward(problem, backend).backward(problem, dout, out, lse, head_gains)
 
 

@@ -42,6 +42,14 @@ class Traits(NamedTuple):
 
 
 @triton.jit
+def token_at(p, stride, b, n, h, T: tl.constexpr):
+    """Pointer to token n of item b and head h; stride (item, token, head)"""
+    p += tl.multiple_of(tl.cast(b, tl.int64) * stride[0], T.ALIGN)
+    p += tl.multiple_of(tl.cast(n, tl.int64) * stride[1], T.ALIGN)
+    return p + tl.multiple_of(tl.cast(h, tl.int64) * stride[2], T.ALIGN)
+
+
+@triton.jit
 def zeros(ROWS: tl.constexpr, T: tl.constexpr):
     """(ROWS, D) as one tile for each of T.PARTS"""
     b_x = (tl.zeros([ROWS, T.PARTS[0]], tl.float32),)
@@ -143,10 +151,8 @@ def open_tensor(p_xs, stride_b, stride_n, stride_h, p_source, d_x, steps, b, h, 
     if p_source is not None:
         b = tl.load(p_source + t * n_items + b)
     stride = pick(stride_n, t, T.TENSORS)
-    x = pick(p_xs, t, T.TENSORS)
-    x += tl.multiple_of(tl.cast(b, tl.int64) * pick(stride_b, t, T.TENSORS), T.ALIGN)
-    x += tl.multiple_of(tl.cast(h, tl.int64) * pick(stride_h, t, T.TENSORS), T.ALIGN)
-    x += tl.multiple_of(tl.cast(start, tl.int64) * stride, T.ALIGN)
+    strides = (pick(stride_b, t, T.TENSORS), stride, pick(stride_h, t, T.TENSORS))
+    x = token_at(pick(p_xs, t, T.TENSORS), strides, b, start, h, T)
     row = 0
     column = 0
     if T.DESCRIBED:
@@ -185,6 +191,18 @@ def open_pair(i, c, b, p_key_starts, n_keys, n_key_segments, p_valid, p_bias, T:
         n = tl.where(bias == float("-inf"), 0, n)
         bias = in_log2(bias)
     return start, n, bias
+
+
+@triton.jit
+def load_weight(p_weight, c, T: tl.constexpr):
+    """Weight of segment c for this program's rows; 1 for a piece of several segments"""
+    weight = 1.0
+    if p_weight is not None:
+        if T.LANES:
+            weight = tl.load(p_weight + c, mask=c >= 0, other=1.0)
+        else:
+            weight = tl.load(p_weight + c)
+    return weight
 
 
 @triton.jit

@@ -32,6 +32,7 @@ from .attention_blocks import (
     list_strides,
     load_level,
     load_rows,
+    load_weight,
     open_lanes,
     open_pair,
     open_tensor,
@@ -39,6 +40,7 @@ from .attention_blocks import (
     scaled,
     segment_of,
     store_rows,
+    token_at,
     token_strides,
     zeros,
 )
@@ -221,10 +223,7 @@ def attention_forward_kernel(
     q_item = b.to(tl.int64)
     if p_source_q is not None:
         q_item = tl.load(p_source_q + b)
-    p_q += tl.multiple_of(q_item * stride_q[0], T.ALIGN)
-    p_q += tl.multiple_of(tl.cast(first, tl.int64) * stride_q[1], T.ALIGN)
-    p_q += tl.multiple_of(h.to(tl.int64) * stride_q[2], T.ALIGN)
-    b_q = load_rows(p_q, stride_q[1], m_m, T.BLOCK_M, True, T)
+    b_q = load_rows(token_at(p_q, stride_q, q_item, first, h, T), stride_q[1], m_m, T.BLOCK_M, True, T)
     scale = scale * LOG2E
     if p_scales is not None:
         scale = tl.load(p_scales + b * stride_tables[0] + h * stride_tables[1]) * LOG2E
@@ -279,7 +278,7 @@ def attention_forward_kernel(
             if T.SILENT:
                 silent = clipped
                 if p_weight is not None:
-                    weight = tl.load(p_weight + c, mask=c >= 0, other=1.0) if T.LANES else tl.load(p_weight + c)
+                    weight = load_weight(p_weight, c, T)
                     silent = silent | (weight == 0)
                     fold, shift = fold_weight(weight)
                     b_acc = scaled(b_acc, tl.exp2(-shift), T)
@@ -360,10 +359,7 @@ def attention_forward_kernel(
 
     if p_gain is not None:
         b_out = scaled(b_out, tl.load(p_gain + b * stride_tables[6] + h * stride_tables[7] + r), T)
-    p_out += tl.multiple_of(b.to(tl.int64) * stride_out[0], T.ALIGN)
-    p_out += tl.multiple_of(tl.cast(first, tl.int64) * stride_out[1], T.ALIGN)
-    p_out += tl.multiple_of(h.to(tl.int64) * stride_out[2], T.ALIGN)
-    store_rows(p_out, stride_out[1], b_out, m_m, T.BLOCK_M, T)
+    store_rows(token_at(p_out, stride_out, b, first, h, T), stride_out[1], b_out, m_m, T.BLOCK_M, T)
     if T.MASS > 0:
         p_partial += (tl.program_id(0).to(tl.int64)) * n_key_segments
         tl.store(p_partial + o_c, b_mass, mask=o_c < n_key_segments)

@@ -54,3 +54,10 @@ def forward_tile(arch: int, dim: int, itemsize: int, grouped: bool = False, mass
         return Tile(128, 32 if grouped else 64, 8, 3)
     # Four warps with 64 rows keep each warp's share of Q in registers; eight leave room for the second accumulator.
     return Tile(64, 32, 8, 2) if grouped else Tile(64, 32, 4, 3)
+
+
+def backward_tiles(arch: int, dim: int, itemsize: int) -> tuple[Tile, Tile]:
+    """Tiles of the two gradient kernels: the one that owns rows, and the one that owns keys."""
+    if itemsize == 4:
+        return Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)
+    return Tile(128, 32, 8, 2), Tile(32, 128, 8, 2)
