@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .attention import Keys, Source, _lower
-from .backends import cpu_column_mass
+from .backends import cpu_column_mass, triton_column_mass
 from .backends.composed_backward import blocks, compute_dtype
 from .backends.reference import gather
 from .control import Control, _indices
@@ -78,7 +78,8 @@ def _run(
     )  # fmt: skip
     if p.batch * p.rows * p.keys == 0:
         return torch.zeros(p.batch, p.heads, p.keys, dtype=compute_dtype(p), device=q.device)
-    return (cpu_column_mass.column_mass if cpu_column_mass.usable(p) else _composed)(p, lse, tuple(counted))
+    fused = next((m for m in (cpu_column_mass, triton_column_mass) if m.usable(p)), None)
+    return (_composed if fused is None else fused.column_mass)(p, lse, tuple(counted))
 
 
 def _fake(q, k, lse, *rest) -> Tensor:

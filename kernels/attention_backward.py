@@ -23,8 +23,11 @@ from .attention_blocks import (
     LOG2E,
     Traits,
     combined,
-    in_log2,
+    exponent_shift,
+    find_keys,
     item_strides,
+    labels_of,
+    lane_bias,
     list_strides,
     load_keys,
     load_rows,
@@ -47,13 +50,6 @@ UNSPECIALIZED = [
     "stride_tables", "stride_starts", "n_items", "n_heads", "n_rows", "n_keys", "n_row_blocks", "n_key_blocks",
     "n_row_segments", "n_key_segments", "n_pieces", "n_groups",
 ]  # fmt: skip
-
-
-@triton.jit
-def exponent_shift(p_lse, o_row, n_groups, g, m_m):
-    """lse of a block of rows in log2 units; a row without a key subtracts 0, as none of its keys is visited"""
-    b_lse = tl.load(p_lse + o_row * n_groups + g, mask=m_m, other=0.0)
-    return tl.where(b_lse == float("-inf"), 0.0, b_lse * LOG2E)
 
 
 @triton.jit
@@ -331,31 +327,15 @@ def key_gradient_kernel(
     p_row_starts += b * stride_starts[0]
     if p_key_starts is not None:
         p_key_starts += b * stride_starts[1]
-    i, first, end = find_rows(block, p_key_starts, n_pieces, n_keys, T.BLOCK_N)
+    c, g, first, start, end, limit = find_keys(
+        block, b, p_key_starts, p_segments, p_groups, p_valid, n_keys, n_pieces, n_key_segments, T
+    )
     if T.RAGGED:
         if first >= end:
             return
-    c = segment_of(i, p_segments)
-    segment_start = 0
-    if p_key_starts is not None:
-        segment_start = tl.load(p_key_starts + i)
-    start = first  # within the piece's tensor
-    if T.TENSORS > 1:
-        start = first - segment_start
-    limit = end
-    if p_valid is not None:
-        n_valid = tl.maximum(tl.load(p_valid + b * n_key_segments + c), 0)
-        limit = segment_start + tl.minimum(n_valid, end - segment_start)
     o_n = first + tl.arange(0, T.BLOCK_N)
     m_n = o_n < limit
-    g = 0
-    if p_groups is not None:
-        g = tl.load(p_groups + i)
-    if T.LANES:
-        b_label = tl.where(c < 0, tl.load(p_labels + o_n, mask=m_n, other=0), tl.maximum(c, 0))
-    else:
-        b_label = tl.full([1], c, tl.int32)
-    m_label = m_n if T.LANES else tl.full([1], 1, tl.int1)
+    b_label, m_label = labels_of(c, p_labels, o_n, m_n, T)
 
     keys = open_tensor(p_ks, stride_kb, stride_kn, stride_kh, p_source_k, None, None, b, h_kv, c, start, n_items, T)
     values = open_tensor(p_vs, stride_vb, stride_vn, stride_vh, p_source_v, None, None, b, h_kv, c, start, n_items, T)
@@ -379,24 +359,15 @@ def key_gradient_kernel(
             m = tl.load(p_row_starts + r)
             stop = tl.load(p_row_starts + r + 1)
             gain = tl.load(p_gain + b * stride_tables[6] + h * stride_tables[7] + r)
-            b_offset = tl.zeros_like(b_label).to(tl.float32)
-            b_weight = b_offset + 1.0
-            if p_bias is not None:
-                o_table = b * stride_tables[2] + h * stride_tables[3] + r * n_key_segments
-                b_offset = tl.load(p_bias + o_table + b_label, mask=m_label, other=0.0)
-                m_seen = b_offset != float("-inf")
-                stop = tl.where(tl.max(m_seen.to(tl.int32), 0) == 0, m, stop)
-                b_offset = in_log2(b_offset)
+            o_bias = b * stride_tables[2] + h * stride_tables[3] + r * n_key_segments
+            b_offset, m_lane, seen = lane_bias(p_bias, o_bias, b_label, m_label, T)
+            stop = tl.where(seen, stop, m)
+            b_weight = tl.full(b_label.shape, 1.0, tl.float32)
             if p_weight is not None:
-                o_table = b * stride_tables[4] + h * stride_tables[5] + r * n_key_segments
-                b_weight = tl.load(p_weight + o_table + b_label, mask=m_label, other=0.0)
-            if T.LANES:
-                m_lane = m_n
-                if p_bias is not None:
-                    m_lane = m_n & m_seen
+                o_weight = b * stride_tables[4] + h * stride_tables[5] + r * n_key_segments
+                b_weight = tl.load(p_weight + o_weight + b_label, mask=m_label, other=0.0)
+            if m_lane is not None:
                 b_weight = tl.where(m_lane, b_weight, 0.0)
-            else:
-                m_lane = None
             full = m + (stop - m) // T.BLOCK_M * T.BLOCK_M
             for j in tl.range(m, full, T.BLOCK_M):
                 b_dk, b_dv = key_tile(

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .segments import dot, load_tile, pick, rounded, store_tile
+from .segments import dot, find_rows, load_tile, pick, rounded, store_tile
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.0e38)  # a finite bias stays finite in log2 units
@@ -226,6 +226,65 @@ def open_lanes(p_labels, p_bias, p_weight, o_n, m_n):
     if p_weight is not None:
         b_weight = tl.load(p_weight + b_label, mask=m_n, other=0.0)
     return m_n, m_n & (b_weight != 0), b_bias, b_weight
+
+
+@triton.jit
+def exponent_shift(p_lse, o_row, n_groups, g, m_m):
+    """lse of a block of rows in log2 units; a row without a key subtracts 0, as none of its keys is visited"""
+    b_lse = tl.load(p_lse + o_row * n_groups + g, mask=m_m, other=0.0)
+    return tl.where(b_lse == float("-inf"), 0.0, b_lse * LOG2E)
+
+
+@triton.jit
+def find_keys(block, b, p_key_starts, p_segments, p_groups, p_valid, n_keys, n_pieces, n_key_segments, T: tl.constexpr):
+    """What a program that owns a block of keys owns
+
+    (segment, -1: several; group; the block's first key; that key within its tensor; end of the piece; end of its keys
+    that exist)
+    """
+    i, first, end = find_rows(block, p_key_starts, n_pieces, n_keys, T.BLOCK_N)
+    c = segment_of(i, p_segments)
+    segment_start = 0
+    if p_key_starts is not None:
+        segment_start = tl.load(p_key_starts + i)
+    start = first
+    if T.TENSORS > 1:
+        start = first - segment_start
+    limit = end
+    if p_valid is not None:
+        n_valid = tl.maximum(tl.load(p_valid + b * n_key_segments + c), 0)
+        limit = segment_start + tl.minimum(n_valid, end - segment_start)
+    g = 0
+    if p_groups is not None:
+        g = tl.load(p_groups + i)
+    return c, g, first, start, end, limit
+
+
+@triton.jit
+def labels_of(c, p_labels, o_n, m_n, T: tl.constexpr):
+    """Segments of a block's keys, (BLOCK_N,) where they may differ, else (1,); and which of them to look up"""
+    if T.LANES:
+        return tl.where(c < 0, tl.load(p_labels + o_n, mask=m_n, other=0), tl.maximum(c, 0)), m_n
+    else:
+        return tl.full([1], c, tl.int32), tl.full([1], 1, tl.int1)
+
+
+@triton.jit
+def lane_bias(p_bias, o_bias, b_label, m_label, T: tl.constexpr):
+    """(bias in log2 units by label, keys that these rows see or None: all, whether they see any)"""
+    b_bias = tl.zeros_like(b_label).to(tl.float32)
+    seen = True
+    m_lane = None
+    if T.LANES:
+        m_lane = m_label
+    if p_bias is not None:
+        b_bias = tl.load(p_bias + o_bias + b_label, mask=m_label, other=0.0)
+        m_seen = b_bias != float("-inf")
+        seen = tl.max(m_seen.to(tl.int32), 0) != 0
+        b_bias = in_log2(b_bias)
+        if T.LANES:
+            m_lane = m_label & m_seen
+    return b_bias, m_lane, seen
 
 
 @triton.jit

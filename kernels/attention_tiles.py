@@ -61,3 +61,10 @@ def backward_tiles(arch: int, dim: int, itemsize: int) -> tuple[Tile, Tile]:
     if itemsize == 4:
         return Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)
     return Tile(128, 32, 8, 2), Tile(32, 128, 8, 2)
+
+
+def column_tile(arch: int, dim: int, itemsize: int) -> Tile:
+    """Tile of the column mass: a block of keys stays in registers, rows stream past it."""
+    if itemsize == 4:
+        return Tile(32, 32, 4, 2)
+    return Tile(64, 128, 8, 2)
