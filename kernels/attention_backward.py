@@ -209,7 +209,7 @@ def query_gradient_kernel(
                 )
         else:
             b_out = load_rows(token_at(p_out, stride_out, b, first, h, T), stride_out[1], m_m, T.BLOCK_M, True, T)
-            for d in tl.static_range(len(T.PARTS)):
+            for d in tl.static_range(T.N_PARTS):
                 b_delta += tl.sum(b_dout[d].to(tl.float32) * b_out[d].to(tl.float32), 1)
         tl.store(p_delta + o_row * n_groups + g, b_delta, mask=m_m)
         for place_i in range(place, last):
@@ -231,7 +231,7 @@ def query_gradient_kernel(
 @triton.jit
 def kept(b_x, m_n, T: tl.constexpr):
     b_y = (tl.where(m_n[:, None], b_x[0], 0.0),)
-    for i in tl.static_range(1, len(T.PARTS)):
+    for i in tl.static_range(1, T.N_PARTS):
         b_y += (tl.where(m_n[:, None], b_x[i], 0.0),)
     return b_y
 
@@ -253,7 +253,7 @@ def key_tile(b_k, b_v, b_dk, b_dv, p_q, p_dout, p_lse, p_delta, p_gates, stride_
     b_p = tl.exp2(row_products(b_k, b_q, T) * (scale * LOG2E) + (b_offset[:, None] - b_lse[None, :]))
     if MASKED:
         b_p = tl.where(m_m[None, :], b_p, 0.0)
-    if m_lane is not None:
+    if T.LANES:
         b_p = tl.where(m_lane[:, None], b_p, 0.0)
     b_dout = load_rows(p_dout, stride_dout[1], m_m, T.BLOCK_M, MASKED, T)
     b_factor = gain * b_weight[:, None]
@@ -361,12 +361,12 @@ def key_gradient_kernel(
             gain = tl.load(p_gain + b * stride_tables[6] + h * stride_tables[7] + r)
             o_bias = b * stride_tables[2] + h * stride_tables[3] + r * n_key_segments
             b_offset, m_lane, seen = lane_bias(p_bias, o_bias, b_label, m_label, T)
-            stop = tl.where(seen, stop, m)
+            stop = tl.where(seen != 0, stop, m)
             b_weight = tl.full(b_label.shape, 1.0, tl.float32)
             if p_weight is not None:
                 o_weight = b * stride_tables[4] + h * stride_tables[5] + r * n_key_segments
                 b_weight = tl.load(p_weight + o_weight + b_label, mask=m_label, other=0.0)
-            if m_lane is not None:
+            if T.LANES:
                 b_weight = tl.where(m_lane, b_weight, 0.0)
             full = m + (stop - m) // T.BLOCK_M * T.BLOCK_M
             for j in tl.range(m, full, T.BLOCK_M):
@@ -447,12 +447,12 @@ def attention_backward(
         q, tuple(ks), tuple(vs), out, dout, dq, lse, delta, gain, gates, row_starts, key_starts, order, segments, labels,
         valid, source_q, source_k, source_v, scales, bias, weight,
         stride_out=token_strides(out), stride_dq=token_strides(dq), n_row_blocks=row_blocks, **shared,
-        T=traits, num_warps=warps, num_stages=stages, enable_fp_fusion=True,
+        T=traits.constants(), num_warps=warps, num_stages=stages, enable_fp_fusion=True,
     )  # fmt: skip
     traits, warps, stages = key
     key_gradient_kernel[(key_blocks * batch * (heads // traits.HEADS_PER_KV),)](
         q, tuple(ks), tuple(vs), dout, tuple(dks), tuple(dvs), lse, delta, gain, gates, row_starts, key_starts,
         piece_groups, segments, labels, valid, source_q, source_k, source_v, scales, bias, weight,
         **list_strides("dk", dks, None), **list_strides("dv", dvs, None), n_key_blocks=key_blocks, **shared,
-        T=traits, num_warps=warps, num_stages=stages, enable_fp_fusion=True,
+        T=traits.constants(), num_warps=warps, num_stages=stages, enable_fp_fusion=True,
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -23,6 +24,7 @@ class Traits(NamedTuple):
     D: int
     PARTS: tuple[int, ...]  # the head dim as tiles of these widths, powers of two
     FIRSTS: tuple[int, ...]  # the first column of each
+    N_PARTS: int
     BLOCK_M: int
     BLOCK_N: int
     TENSORS: int  # 1: all keys in one tensor; else one per key segment
@@ -40,6 +42,15 @@ class Traits(NamedTuple):
     PRECISION: str  # of float32 products
     EMULATE: bool  # bfloat16 in the interpreter
 
+    def constants(self) -> Traits:
+        """The same, each field a constant of its own: Triton before 3.8 takes a plain field for a run-time number."""
+        return _constants(self)
+
+
+@functools.lru_cache(1024)
+def _constants(traits: Traits) -> Traits:
+    return Traits(*(tuple(map(tl.constexpr, x)) if isinstance(x, tuple) else tl.constexpr(x) for x in traits))
+
 
 @triton.jit
 def token_at(p, stride, b, n, h, T: tl.constexpr):
@@ -53,7 +64,7 @@ def token_at(p, stride, b, n, h, T: tl.constexpr):
 def zeros(ROWS: tl.constexpr, T: tl.constexpr):
     """(ROWS, D) as one tile for each of T.PARTS"""
     b_x = (tl.zeros([ROWS, T.PARTS[0]], tl.float32),)
-    for i in tl.static_range(1, len(T.PARTS)):
+    for i in tl.static_range(1, T.N_PARTS):
         b_x += (tl.zeros([ROWS, T.PARTS[i]], tl.float32),)
     return b_x
 
@@ -61,7 +72,7 @@ def zeros(ROWS: tl.constexpr, T: tl.constexpr):
 @triton.jit
 def scaled(b_x, factor, T: tl.constexpr):
     b_y = (b_x[0] * factor,)
-    for i in tl.static_range(1, len(T.PARTS)):
+    for i in tl.static_range(1, T.N_PARTS):
         b_y += (b_x[i] * factor,)
     return b_y
 
@@ -69,7 +80,7 @@ def scaled(b_x, factor, T: tl.constexpr):
 @triton.jit
 def added(b_x, b_y, T: tl.constexpr):
     b_z = (b_x[0] + b_y[0],)
-    for i in tl.static_range(1, len(T.PARTS)):
+    for i in tl.static_range(1, T.N_PARTS):
         b_z += (b_x[i] + b_y[i],)
     return b_z
 
@@ -79,7 +90,7 @@ def flipped(b_x, scale, T: tl.constexpr):
     """b_x with the scale's sign, so that the largest product is the largest logit"""
     sign = tl.where(scale < 0, -1.0, 1.0)
     b_y = ((b_x[0].to(tl.float32) * sign).to(b_x[0].dtype),)
-    for i in tl.static_range(1, len(T.PARTS)):
+    for i in tl.static_range(1, T.N_PARTS):
         b_y += ((b_x[i].to(tl.float32) * sign).to(b_x[i].dtype),)
     return b_y
 
@@ -88,14 +99,14 @@ def flipped(b_x, scale, T: tl.constexpr):
 def load_rows(p, stride, m, ROWS: tl.constexpr, MASKED: tl.constexpr, T: tl.constexpr):
     """ROWS rows from p on, those outside m as 0 if MASKED"""
     b_x = (load_tile(p, stride, m, T.FIRSTS[0], T.PARTS[0], T.D, ROWS, T.ALIGN, MASKED),)
-    for i in tl.static_range(1, len(T.PARTS)):
+    for i in tl.static_range(1, T.N_PARTS):
         b_x += (load_tile(p, stride, m, T.FIRSTS[i], T.PARTS[i], T.D, ROWS, T.ALIGN, MASKED),)
     return b_x
 
 
 @triton.jit
 def store_rows(p, stride, b_x, m, ROWS: tl.constexpr, T: tl.constexpr):
-    for i in tl.static_range(len(T.PARTS)):
+    for i in tl.static_range(T.N_PARTS):
         store_tile(p, stride, b_x[i], m, T.FIRSTS[i], T.PARTS[i], T.D, ROWS, T.ALIGN, T.EMULATE)
 
 
@@ -115,7 +126,7 @@ def load_keys(x, j, m_n, MASKED: tl.constexpr, T: tl.constexpr):
 def row_products(b_x, b_y, T: tl.constexpr):
     """<x_i, y_j> for all rows of two blocks"""
     b_s = dot(b_x[0], tl.trans(b_y[0]), None, T.PRECISION, T.EMULATE)
-    for i in tl.static_range(1, len(T.PARTS)):
+    for i in tl.static_range(1, T.N_PARTS):
         b_s = dot(b_x[i], tl.trans(b_y[i]), b_s, T.PRECISION, T.EMULATE)
     return b_s
 
@@ -125,7 +136,7 @@ def combined(b_acc, b_p, b_x, T: tl.constexpr):
     """b_acc + P X, P rounded to the dtype of X"""
     b_p = rounded(b_p, b_x[0].dtype, T.EMULATE)
     b_y = (dot(b_p, b_x[0], b_acc[0], T.PRECISION, T.EMULATE),)
-    for i in tl.static_range(1, len(T.PARTS)):
+    for i in tl.static_range(1, T.N_PARTS):
         b_y += (dot(b_p, b_x[i], b_acc[i], T.PRECISION, T.EMULATE),)
     return b_y
 
@@ -144,7 +155,10 @@ def accumulate(b_acc, b_p, values, j, m_n, MASKED: tl.constexpr, T: tl.constexpr
 
 @triton.jit
 def open_tensor(p_xs, stride_b, stride_n, stride_h, p_source, d_x, steps, b, h, c, start, n_items, T: tl.constexpr):
-    """(pointer to the first token of segment c for one item and head, stride of its tokens, descriptor, row, column)"""
+    """(pointer to the first token of segment c for one item and head, stride of its tokens)
+
+    With T.DESCRIBED also the descriptor, and the token's row and column in it.
+    """
     t = c
     if T.TENSORS == 1:
         t = 0
@@ -153,12 +167,11 @@ def open_tensor(p_xs, stride_b, stride_n, stride_h, p_source, d_x, steps, b, h, 
     stride = pick(stride_n, t, T.TENSORS)
     strides = (pick(stride_b, t, T.TENSORS), stride, pick(stride_h, t, T.TENSORS))
     x = token_at(pick(p_xs, t, T.TENSORS), strides, b, start, h, T)
-    row = 0
-    column = 0
     if T.DESCRIBED:
         row = tl.cast(b, tl.int32) * steps[0] + h * steps[1] + start
-        column = h * steps[2]
-    return x, stride, d_x, row, column
+        return x, stride, d_x, row, h * steps[2]
+    else:
+        return x, stride
 
 
 @triton.jit
@@ -271,20 +284,14 @@ def labels_of(c, p_labels, o_n, m_n, T: tl.constexpr):
 
 @triton.jit
 def lane_bias(p_bias, o_bias, b_label, m_label, T: tl.constexpr):
-    """(bias in log2 units by label, keys that these rows see or None: all, whether they see any)"""
+    """(bias in log2 units by label, labels that these rows see, 1 if they see any)"""
     b_bias = tl.zeros_like(b_label).to(tl.float32)
-    seen = True
-    m_lane = None
-    if T.LANES:
-        m_lane = m_label
+    m_lane = m_label
     if p_bias is not None:
         b_bias = tl.load(p_bias + o_bias + b_label, mask=m_label, other=0.0)
-        m_seen = b_bias != float("-inf")
-        seen = tl.max(m_seen.to(tl.int32), 0) != 0
+        m_lane = m_label & (b_bias != float("-inf"))
         b_bias = in_log2(b_bias)
-        if T.LANES:
-            m_lane = m_label & m_seen
-    return b_bias, m_lane, seen
+    return b_bias, m_lane, tl.max(m_lane.to(tl.int32), 0)
 
 
 @triton.jit
@@ -293,7 +300,7 @@ def load_level(p, weight, T: tl.constexpr):
     m = tl.full([1, 1], weight, tl.float32) != 0
     o_d = tl.arange(0, T.PARTS[0])[None, :]
     b_x = (tl.load(p + o_d, mask=(o_d < T.D) & m, other=0.0) * weight,)
-    for i in tl.static_range(1, len(T.PARTS)):
+    for i in tl.static_range(1, T.N_PARTS):
         o_d = T.FIRSTS[i] + tl.arange(0, T.PARTS[i])[None, :]
         b_x += (tl.load(p + o_d, mask=(o_d < T.D) & m, other=0.0) * weight,)
     return b_x

@@ -418,5 +418,5 @@ def attention_forward(
         stride_starts=(item_strides(row_starts)[0], item_strides(key_starts)[0]),
         scale=scale, n_items=batch, n_heads=heads, n_rows=rows, n_keys=ks[0].shape[1], n_row_blocks=row_blocks,
         n_row_segments=row_segments, n_key_segments=key_segments, n_pieces=pieces, n_groups=groups,
-        T=traits, num_warps=warps, num_stages=stages, enable_fp_fusion=True,
+        T=traits.constants(), num_warps=warps, num_stages=stages, enable_fp_fusion=True,
     )  # fmt: skip

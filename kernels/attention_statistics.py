@@ -57,7 +57,7 @@ def value_sums(
         **list_strides("v", vs, source_v),
         stride_starts=item_strides(key_starts)[0],
         n_items=batch, n_kv_heads=kv_heads, n_keys=vs[0].shape[1], n_key_segments=key_segments,
-        BLOCK_D=max(16, triton.next_power_of_2(traits.D)), T=traits, num_warps=4,
+        BLOCK_D=max(16, triton.next_power_of_2(traits.D)), T=traits.constants(), num_warps=4,
     )  # fmt: skip
     return sums
 

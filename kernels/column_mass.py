@@ -50,7 +50,7 @@ def mass_tile(b_mass, b_k, p_q, stride_q, p_lse, n_groups, g, m, end, m_lane, sc
     b_p = tl.exp2(row_products(b_k, b_q, T) * scale + (b_offset[:, None] - b_lse[None, :]))
     if MASKED:
         b_p = tl.where(m_m[None, :], b_p, 0.0)
-    if m_lane is not None:
+    if T.LANES:
         b_p = tl.where(m_lane[:, None], b_p, 0.0)
     return b_mass + tl.sum(b_p, 1)
 
@@ -124,7 +124,7 @@ def column_mass_kernel(
         stop = tl.load(p_row_starts + r + 1)
         o_bias = b * stride_tables[2] + h * stride_tables[3] + r * n_key_segments
         b_offset, m_lane, seen = lane_bias(p_bias, o_bias, b_label, m_label, T)
-        stop = tl.where(seen & (tl.load(p_counted + r) != 0), stop, m)
+        stop = tl.where((seen != 0) & (tl.load(p_counted + r) != 0), stop, m)
         full = m + (stop - m) // T.BLOCK_M * T.BLOCK_M
         for j in tl.range(m, full, T.BLOCK_M):
             b_mass = mass_tile(
@@ -175,5 +175,5 @@ def column_mass(
         stride_starts=(item_strides(row_starts)[0], item_strides(key_starts)[0]),
         scale=scale, n_items=batch, n_heads=heads, n_rows=q.shape[1], n_keys=keys, n_key_blocks=key_blocks,
         n_row_segments=counted.shape[0], n_key_segments=key_segments, n_pieces=pieces, n_groups=groups,
-        T=traits, num_warps=warps, num_stages=stages, enable_fp_fusion=True,
+        T=traits.constants(), num_warps=warps, num_stages=stages, enable_fp_fusion=True,
     )  # fmt: skip

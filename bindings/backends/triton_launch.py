@@ -90,6 +90,7 @@ def make_traits(p: Problem, tile: Tile, pieces: Pieces, aligned: Sequence[Tensor
         D=p.dim,
         PARTS=parts,
         FIRSTS=tuple(accumulate(parts, initial=0))[:-1],
+        N_PARTS=len(parts),
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         TENSORS=len(p.k),

@@ -1,8 +1,9 @@
-"""Compiles what a Triton call would launch, for a GPU that is not there: registers, spills, shared memory, wgmma.
+"""Compiles what a call would launch, for a GPU that is not there: registers, spills, shared memory, tensor cores.
 
-    python -m support.compile_kernels ARCH < cases.json > report.json
+    python -m support.compile_kernels TARGET < cases.json > report.json
 
-Kernels must be compiled in a process that did not choose Triton's interpreter.
+TARGET: sm_90, gfx942 ... A case is [operator, variant, head dim, dtype]. Kernels must be compiled in a process that did
+not choose Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ from triton.runtime.jit import JITFunction
 import flashbrush as fb
 from flashbrush.bindings.attention import _lower
 from flashbrush.bindings.backends import triton as backend
-from flashbrush.bindings.backends import triton_launch
+from flashbrush.bindings.backends import triton_backward, triton_column_mass, triton_launch, triton_norm_rope
+from flashbrush.bindings.problem import Problem
+
+from .light_calls import LIGHT_CALLS
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 CONTROLS = {
@@ -31,6 +35,7 @@ CONTROLS = {
     "weighted": {"weight": {("b", "a"): 1.3}},
     "brush": {"weight": {("b", "a"): 1.3}, "head_gain": fb.HeadGain(rows="b", keys="a")},
     "groups": {"groups": {"x": ["a"], "y": ["b"]}, "gates": {"x": 0.8}},
+    "words": {"weight": {("*", f"w{i}"): 1 + i / 77 for i in range(77)}},
     "contrast": {"contrast": fb.Contrast(1.67, None)},
     "clip": {"contrast": fb.Contrast(1.67, (0.0, 1.0))},
 }
@@ -39,11 +44,11 @@ CONTROLS = {
 class Device:
     """What Triton asks of the active GPU's driver before it compiles."""
 
-    def __init__(self, arch: int) -> None:
-        self.arch = arch
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.arch, 32)
+        return self.target
 
     def get_current_device(self) -> int:
         return 0
@@ -52,11 +57,53 @@ class Device:
         return 0
 
 
-def compile_case(control: str, dim: int, dtype: str) -> list[dict]:
+def parse(target: str) -> GPUTarget:
+    return GPUTarget("cuda", int(target[3:]), 32) if target.startswith("sm_") else GPUTarget("hip", target, 64)
+
+
+def problem_of(control: str, dim: int, dtype: torch.dtype) -> Problem:
+    rows = fb.Segments(a=256, b=256)
+    keys = fb.Segments({f"w{i}": 1 for i in range(77)}) if control == "words" else rows
+    q = torch.zeros(1, rows.total, 4, dim, dtype=dtype)
+    k, v = (torch.zeros(1, keys.total, 4, dim, dtype=dtype) for _ in range(2))
+    return _lower(q, k, v, fb.Control(rows, keys, **CONTROLS[control]), None, None, None, None)
+
+
+def backward(p: Problem) -> None:
+    lse = torch.zeros(p.batch, p.heads, p.rows, p.n_groups)
+    gain = torch.ones(p.batch, p.heads, len(p.row_lengths))
+    triton_backward.backward(p, torch.zeros_like(p.q), torch.zeros_like(p.q), lse, gain)
+
+
+def column_mass(p: Problem) -> None:
+    lse = torch.zeros(p.batch, p.heads, p.rows, p.n_groups)
+    triton_column_mass.column_mass(p, lse, tuple(range(len(p.row_lengths))))
+
+
+def norm_rope(variant: str, dim: int, dtype: torch.dtype) -> None:
+    xs = [torch.zeros(1, tokens, 24, dim, dtype=dtype) for tokens in (512, 1024)]
+    weights: list[torch.Tensor | None] = [torch.ones(dim, dtype=dtype) for _ in xs]
+    tables = torch.zeros(1536, dim), torch.zeros(1536, dim), 1e-6, "half" in variant, None
+    if "backward" in variant:
+        triton_norm_rope.backward(torch.zeros(1, 1536, 24, dim, dtype=dtype), xs, weights, [None] * 2, *tables)
+    else:
+        triton_norm_rope.forward(xs, weights, [None] * 2, *tables)
+
+
+ATTENTION = {"forward": lambda p: backend._forward(p), "backward": backward, "column_mass": column_mass}
+
+
+def call(operator: str, variant: str, dim: int, dtype: torch.dtype) -> None:
+    if operator in ATTENTION:
+        ATTENTION[operator](problem_of(variant, dim, dtype))
+    elif operator == "norm_rope":
+        norm_rope(variant, dim, dtype)
+    else:
+        LIGHT_CALLS[variant](dtype)
+
+
+def compile_case(operator: str, variant: str, dim: int, dtype: str) -> list[dict]:
     """The kernels of one call, each with its resources."""
-    q, k, v = (torch.zeros(1, 512, 4, dim, dtype=getattr(torch, dtype)) for _ in range(3))
-    segments = fb.Segments(a=256, b=256)
-    problem = _lower(q, k, v, fb.Control(segments, **CONTROLS[control]), None, None, None, None)
     compiled = []
     run = JITFunction.run
 
@@ -67,14 +114,21 @@ def compile_case(control: str, dim: int, dtype: str) -> list[dict]:
 
     JITFunction.run = warm_up
     try:
-        backend._forward(problem)
+        call(operator, variant, dim, getattr(torch, dtype))
     finally:
         JITFunction.run = run
     return [{"kernel": name, **resources(kernel)} for name, kernel in compiled]
 
 
 def resources(kernel) -> dict:
-    ptx, metadata = kernel.asm["ptx"], kernel.metadata
+    metadata = kernel.metadata
+    common = {"shared": metadata.shared, "warps": metadata.num_warps}
+    if "amdgcn" in kernel.asm:
+        assembly = kernel.asm["amdgcn"]
+        counts = {name: int(re.search(rf"\.{name}:\s+(\d+)", assembly)[1]) for name in ("vgpr_count", "vgpr_spill_count")}  # type: ignore[index]
+        tensor_cores = "v_mfma" in assembly
+        return {**common, "registers": counts["vgpr_count"], "spills": counts["vgpr_spill_count"], "tensor_cores": tensor_cores}
+    ptx = kernel.asm["ptx"]
     target = re.search(r"\.target (\S+?)[,\s]", ptx)
     assert target is not None
     with tempfile.TemporaryDirectory() as folder:
@@ -85,18 +139,19 @@ def resources(kernel) -> dict:
         command = [str(ptxas), "-v", f"--gpu-name={target[1]}", str(source), "-o", os.devnull]
         done = subprocess.run(command, capture_output=True, text=True)
     log = done.stdout + done.stderr
-    found = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
     registers = re.search(r"Used (\d+) registers", log)
-    if done.returncode or found is None or registers is None:
+    if done.returncode or spilled is None or registers is None:
         raise RuntimeError(f"ptxas: {log}")
+    instructions = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+    tensor_cores = next((word for word in reversed(instructions.values()) if word in ptx), "")
     return {
-        "registers": int(registers[1]), "spills": int(found[1]) + int(found[2]), "shared": metadata.shared,
-        "warps": metadata.num_warps, "wgmma": "wgmma.mma_async" in ptx, "mma": "mma.sync" in ptx,
+        **common, "registers": int(registers[1]), "spills": int(spilled[1]) + int(spilled[2]), "tensor_cores": tensor_cores,
     }  # fmt: skip
 
 
 if __name__ == "__main__":
-    wanted = int(sys.argv[1])
+    wanted = parse(sys.argv[1])
     triton.runtime.driver.set_active(Device(wanted))
-    triton_launch.arch = lambda device: 10 * (wanted // 10) + wanted % 10
+    triton_launch.arch = lambda device: int(wanted.arch) if wanted.backend == "cuda" else 0
     json.dump([{"case": case, "kernels": compile_case(*case)} for case in json.load(sys.stdin)], sys.stdout)
