@@ -194,7 +194,7 @@ FLASHBRUSH_EXPORT int flashbrush_attention(const FbAttention* p, const char* isa
   if (p->abi != FLASHBRUSH_ABI) return kOtherVersion;
   const Kernels* kernels = find(isa);
   if (!kernels) return kNoIsa;
-  if (has_few_rows(p)) {
+  if (has_few_rows(p, kernels)) {
     if (p->mass) memset(p->mass, 0, sizeof(float) * size_t(p->B * p->H * p->R * p->C));
     const int status = attend_few_rows(p, kernels, parallel);
     if (status == kOk) apply_gains(p, kernels, parallel, p->threads);

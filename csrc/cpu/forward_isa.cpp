@@ -78,6 +78,13 @@ struct Operands {
   int32_t count;
 };
 
+// s[rows][KT] logits of rows first.. -> probabilities. Its own function: its constants then have the registers to themselves.
+template <int DTYPE, int MODE, bool LANES, int N>
+__attribute__((noinline)) void softmax(Block& x, int64_t first, const Constants& c, int64_t DP) {
+  for (int r = 0; r < group_of<DTYPE>(); ++r)
+    softmax_row<DTYPE, MODE, LANES, N>(x.sums(first + r, DP), x.s + r * KT, x.prob + r * (KT / per<DTYPE>()), c, DP);
+}
+
 template <int DTYPE, int MODE, bool LANES, int N>
 void tile_rows(const FbAttention* p, Block& x, int64_t groups, const Constants& c, const Operands& tile) {
   constexpr bool PAIRS = pairs<DTYPE>();
@@ -86,8 +93,7 @@ void tile_rows(const FbAttention* p, Block& x, int64_t groups, const Constants& 
   const Strips columns(N), dims(int(DP / W));
   for (int64_t first = 0; first < groups * MR; first += MR) {
     multiply_strips<PAIRS, false>(steps, x.q + first * steps, steps, tile.keys, steps, columns, x.s, KT);
-    for (int r = 0; r < MR; ++r)
-      softmax_row<DTYPE, MODE, LANES, N>(x.sums(first + r, DP), x.s + r * KT, x.prob + r * (KT / PER), c, DP);
+    softmax<DTYPE, MODE, LANES, N>(x, first, c, DP);
     if constexpr (MODE != kSum)
       multiply_strips<PAIRS, true>((tile.count + PER - 1) / PER, x.prob, KT / PER, tile.values, KT / PER, dims, x.o + first * DP, DP);
   }

@@ -77,6 +77,7 @@ struct FewRows {
 struct Kernels {
   const char* isa;
   int32_t row_group, dim_multiple;
+  bool multiplies_pairs;  // of bfloat16
   size_t (*key_tile_bytes)(const FbAttention*);
   size_t (*value_tile_bytes)(const FbAttention*);
   size_t (*scratch_bytes)(const FbAttention*, int64_t block_rows);

@@ -41,23 +41,24 @@ inline void store_prob(uint32_t* prob, const vf* e) {
   }
 }
 
-// Raise the row's maximum to that of its logits in s, and rescale what was summed so far.
+// Raise the row's maximum to that of its logits in s, and rescale what was summed so far. Pointers come one by one: a
+// struct of them would be put together in memory for every row, and this is rare.
 template <int N>
-inline void rescale(const RowSums& x, const float* s, const Constants& c, int64_t DP) {
+__attribute__((noinline, cold)) void rescale(float* m, float* l, float* lanes, float* o, const float* s, const Constants& c, int64_t DP) {
   vf top = splat(-kInf);
   for (int j = 0; j < N * W; j += W) top = maximum(fma(load(s + j), splat(c.scale), c.lane_add ? load(c.lane_add + j) : splat(c.add)), top);
-  const float m = largest(top);
-  if (!(m > *x.m)) return;
-  const float factor = *x.m == -kInf ? 0.f : __builtin_exp2f(*x.m - m);
-  *x.m = m;
-  *x.l *= factor;
-  store(x.lanes, load(x.lanes) * splat(factor));
-  for (int64_t d = 0; d < DP; d += W) store(x.o + d, load(x.o + d) * splat(factor));
+  const float raised = largest(top);
+  if (!(raised > *m)) return;
+  const float factor = *m == -kInf ? 0.f : __builtin_exp2f(*m - raised);
+  *m = raised;
+  *l *= factor;
+  store(lanes, load(lanes) * splat(factor));
+  for (int64_t d = 0; d < DP; d += W) store(o + d, load(o + d) * splat(factor));
 }
 
 // A row's logits in s -> its probabilities as A operand; its sums gain theirs. N vectors hold the tile's keys.
 template <int DTYPE, int MODE, bool LANES, int N>
-inline void softmax_row(const RowSums& x, float* s, uint32_t* prob, const Constants& c, int64_t DP) {
+inline __attribute__((always_inline)) void softmax_row(const RowSums& x, float* s, uint32_t* prob, const Constants& c, int64_t DP) {
   constexpr int DEGREE = DTYPE == FB_F32 ? 5 : 4;
   vf t[N];
   const vf scale = splat(c.scale);
@@ -71,11 +72,11 @@ inline void softmax_row(const RowSums& x, float* s, uint32_t* prob, const Consta
       total = total + t[j];
     }
   };
-  if (MODE != kClip && __builtin_expect(*x.m == -kInf, 0)) rescale<N>(x, s, c, DP);
+  if (MODE != kClip && __builtin_expect(*x.m == -kInf, 0)) rescale<N>(x.m, x.l, x.lanes, x.o, s, c, DP);
   exponentials();
   // A probability above kSlack shows in its lane's sum: the maximum has to move.
   if (MODE != kClip && __builtin_expect(any_greater(total, splat(kSlack)), 0)) {
-    rescale<N>(x, s, c, DP);
+    rescale<N>(x.m, x.l, x.lanes, x.o, s, c, DP);
     exponentials();
   }
   if constexpr (MODE == kPost || MODE == kClip)

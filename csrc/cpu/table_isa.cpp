@@ -34,7 +34,7 @@ void norm_rope_backward_token(const FbNormRopeBackward*, int64_t, int64_t, int64
 extern "C" const flashbrush::Kernels* FB_NAME(FLASHBRUSH_ISA)() {
   using namespace flashbrush::FLASHBRUSH_ISA;
   static const flashbrush::Kernels kernels = {
-      FB_STRING(FLASHBRUSH_ISA), kRowGroup, W, key_tile_bytes, value_tile_bytes, scratch_bytes, pack, rows, scale_row,
+      FB_STRING(FLASHBRUSH_ISA), kRowGroup, W, kHasPairs, key_tile_bytes, value_tile_bytes, scratch_bytes, pack, rows, scale_row,
       few_rows_sums, few_rows_scratch, few_rows_sweep, few_rows_merge, few_rows_finish, backward_sizes, backward_unit, column_mass_scratch, column_mass_block, norm_rope_token, norm_rope_backward_token,
   };
   return &kernels;

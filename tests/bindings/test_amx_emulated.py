@@ -90,7 +90,7 @@ def test_gradients(emulated: None) -> None:
 
 
 @pytest.mark.parametrize("dim", (40, 64))
-def test_column_mass(emulated: None, dim: int) -> None:
+def test_masses_of_keys(emulated: None, dim: int) -> None:
     q, k, v = (torch.randn(1, n, 2, dim).bfloat16() for n in (77, 210, 210))
     _, stats = fb.attention(q, k, v, backend="cpu", return_stats=True)
     scores = torch.einsum("bmhd,bnhd->bhmn", q.double(), k.double()) / dim**0.5
