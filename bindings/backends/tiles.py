@@ -39,19 +39,19 @@ class Kind(NamedTuple):
     mass: bool = False
 
 
-def forward_tile(device: torch.device, dim: int, itemsize: int, grouped: bool, mass: int) -> Tile:
-    """The one on trial, or measured on this GPU, or attention_tiles'.
+def forward_tile(device: torch.device, dim: int, itemsize: int, grouped: bool, mass: int, lanes: bool = False) -> Tile:
+    """The one on trial, or measured on this GPU, or attention_tiles'. Calls with lanes are not measured.
 
     Raises:
         ValueError: FLASHBRUSH_TILES names a file that is not there or not sound.
     """
     if _trial is not None:
         return _trial
-    if path := os.environ.get(VARIABLE):
+    if not lanes and (path := os.environ.get(VARIABLE)):
         measured = _of_device(path, device).get(Kind(dim, itemsize, grouped, mass > 0))
         if measured is not None:
             return measured
-    return attention_tiles.forward_tile(triton_launch.arch(device), dim, itemsize, grouped, mass)
+    return attention_tiles.forward_tile(triton_launch.arch(device), dim, itemsize, grouped, mass, lanes)
 
 
 _trial: Tile | None = None

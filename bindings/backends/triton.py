@@ -85,12 +85,12 @@ def _forward(p: Problem) -> Result:
     device, B, H, G = p.q.device, p.batch, p.heads, p.n_groups
     R, C = len(p.row_lengths), len(p.key_lengths)
     out = torch.empty(B, p.rows, H, p.dim, dtype=p.q.dtype, device=device) if p.out is None else p.out
-    tile = _tile(p)
+    kinds = [0 if c is None else 1 + (c.clip is not None) for c in p.contrast]
+    pieces = launch.Pieces.of(p, per_segment=p.need_mass or any(kinds))
+    tile = _tile(p, pieces)
     row_blocks = launch.blocks(p.row_lengths, p.row_items, tile.block_m)
     row_starts = launch.starts(p.row_lengths, p.row_items, device) if R > 1 or p.need_mass else None
     described = _describe(p, tile)
-    kinds = [0 if c is None else 1 + (c.clip is not None) for c in p.contrast]
-    pieces = launch.Pieces.of(p, per_segment=p.need_mass or any(kinds))
     traits = launch.make_traits(
         p, tile, pieces, [p.q, *p.k, *p.v, out],
         DESCRIBED=described is not None,
@@ -137,11 +137,11 @@ def _forward(p: Problem) -> Result:
     return Result(out, lse, mass, gain)
 
 
-def _tile(p: Problem) -> Tile:
+def _tile(p: Problem, pieces: launch.Pieces) -> Tile:
     from . import tiles
 
     mass = launch.power_of_two(len(p.key_lengths)) if p.need_mass else 0
-    return tiles.forward_tile(p.q.device, p.dim, p.q.element_size(), p.n_groups > 1, mass)
+    return tiles.forward_tile(p.q.device, p.dim, p.q.element_size(), p.n_groups > 1, mass, bool(pieces.labels))
 
 
 def _describe(p: Problem, tile: Tile):

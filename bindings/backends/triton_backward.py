@@ -36,7 +36,7 @@ def backward(
 
     (dq,) = gradients([p.q], p.source_q)
     dks, dvs = gradients(p.k, p.source_k), gradients(p.v, p.source_v)
-    by_query, by_key = backward_tiles(launch.arch(device), p.dim, p.q.element_size())
+    by_query, by_key = backward_tiles(launch.arch(device), p.dim, p.q.element_size(), p.n_groups > 1)
     aligned = [p.q, *p.k, *p.v, out, dout, dq, *dks, *dvs]
     query_traits = launch.make_traits(p, by_query, pieces, aligned)
     key_traits = launch.make_traits(p, by_key, pieces, aligned, RAGGED=p.key_items is not None)

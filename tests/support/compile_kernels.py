@@ -126,7 +126,7 @@ def resources(kernel) -> dict:
     if "amdgcn" in kernel.asm:
         assembly = kernel.asm["amdgcn"]
         counts = {name: int(re.search(rf"\.{name}:\s+(\d+)", assembly)[1]) for name in ("vgpr_count", "vgpr_spill_count")}  # type: ignore[index]
-        tensor_cores = "v_mfma" in assembly
+        tensor_cores = "v_mfma" if "v_mfma" in assembly else ""
         return {**common, "registers": counts["vgpr_count"], "spills": counts["vgpr_spill_count"], "tensor_cores": tensor_cores}
     ptx = kernel.asm["ptx"]
     target = re.search(r"\.target (\S+?)[,\s]", ptx)
