@@ -39,6 +39,8 @@ class Traits(NamedTuple):
     CLIPPED: bool  # some group has one with clip: a second sweep
     SIGNED: bool  # the scale may be negative
     MASS: int  # columns of the mass, a power of two; 0: no mass
+    PERSISTENT: bool  # as many programs as the GPU runs at once walk the row blocks
+    SPECIALIZED: bool  # warps that copy beside warps that multiply, where Triton makes them
     PRECISION: str  # of float32 products
     EMULATE: bool  # bfloat16 in the interpreter
 

@@ -88,7 +88,7 @@ def softmax_tile(b_q, b_max, b_sum, b_acc, keys, values, j, end, scale, offset,
 def softmax_sweep(b_q, b_max, b_sum, b_acc, keys, values, n, scale, offset, VALUES: tl.constexpr, T: tl.constexpr):
     """The first n keys of a segment: full tiles, then the tail"""
     full = n // T.BLOCK_N * T.BLOCK_N
-    for j in tl.range(0, full, T.BLOCK_N):
+    for j in tl.range(0, full, T.BLOCK_N, warp_specialize=T.SPECIALIZED):
         b_max, b_sum, b_acc = softmax_tile(
             b_q, b_max, b_sum, b_acc, keys, values, j, n, scale, offset, VALUES, False, T
         )
@@ -156,71 +156,27 @@ def fold_weight(weight):
     return power - shift, shift
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
-def attention_forward_kernel(
-    p_q,  # (batch, M, H, D)
-    p_ks,  # tuple of T.TENSORS: (batch, N, Hkv, D), or (batch, keys of segment c, Hkv, D)
-    p_vs,
-    d_k,  # descriptor of the only tensor as a matrix of tokens, or None
-    d_v,
-    p_out,  # (B, M, H, D)
-    p_lse,  # (B, H, M, G) float32, or None
-    p_partial,  # (B, H, row blocks, C) float32: mass of each row block
-    p_row_starts,  # (1|B, R + 1) int32, or None: one segment
-    p_key_starts,  # (1|B, P + 1) int32 starts of the key pieces, or None: one. A piece is a segment but for T.LANES
-    p_order,  # (P + G + 1,) int32: the pieces sorted by group, then each group's first place; or None: one group
-    p_segments,  # (P,) int32 segment of each piece, -1: several short ones; or None: the pieces are the segments
-    p_labels,  # (N,) int32 segment of each key, where p_segments holds a -1
-    p_valid,  # (B, C) int32, or None
-    p_source_q,  # (B,) int64, or None
-    p_source_k,  # (T.TENSORS, B) int64, or None
-    p_source_v,
-    p_scales,  # (1|B, 1|H) float32, or None
-    p_bias,  # (1|B, 1|H, R, C) float32, or None; also p_weight
-    p_weight,
-    p_gain,  # (1|B, 1|H, R) float32, or None
-    p_gates,  # (1|B, 1|M, G) float32, or None
-    p_contrast,  # (G, 4) float32: kind, beta, low, high; or None
-    p_value_sums,  # (B, Hkv, C, D) float32: sum of a segment's valid values; or None
-    stride_q,  # (item, row, head)
-    stride_out,
-    stride_kb,  # one per tensor; 0 where a batch of 1 broadcasts
-    stride_kn,
-    stride_kh,
-    stride_vb,
-    stride_vn,
-    stride_vh,
-    steps_k,  # (rows an item, rows a head, columns a head) of d_k
-    steps_v,
-    stride_tables,  # (item, head) of scales, bias, weight and gain, then (item, row) of gates; 0 broadcasts
-    stride_starts,  # of an item in p_row_starts and p_key_starts
-    scale,
-    n_items,
-    n_heads,
-    n_rows,
-    n_keys,
-    n_row_blocks,
-    n_row_segments,
-    n_key_segments,
-    n_pieces,
-    n_groups,
-    T: tl.constexpr,
-):
-    block = tl.program_id(0) % n_row_blocks
-    b = tl.program_id(0) // n_row_blocks // n_heads
-    h = tl.program_id(0) // n_row_blocks % n_heads
+@triton.jit
+def attend(
+    index, p_q, p_ks, p_vs, d_k, d_v, p_out, p_lse, p_partial, p_row_starts, p_key_starts, p_order, p_segments,
+    p_labels, p_valid, p_source_q, p_source_k, p_source_v, p_scales, p_bias, p_weight, p_gain, p_gates, p_contrast,
+    p_value_sums, stride_q, stride_out, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh, steps_k,
+    steps_v, stride_tables, stride_starts, scale, n_items, n_heads, n_rows, n_keys, n_row_blocks, n_row_segments,
+    n_key_segments, n_pieces, n_groups, T: tl.constexpr,
+):  # fmt: skip
+    """What one program owns: row block `index` of all items and heads. The arguments are those of the kernel."""
+    block = index % n_row_blocks
+    b = index // n_row_blocks // n_heads
+    h = index // n_row_blocks % n_heads
     h_kv = h // T.HEADS_PER_KV
     if p_row_starts is not None:
         p_row_starts += b * stride_starts[0]
     if p_key_starts is not None:
         p_key_starts += b * stride_starts[1]
     r, first, end = find_rows(block, p_row_starts, n_row_segments, n_rows, T.BLOCK_M)
-    if T.RAGGED:
-        if first >= end:
-            return
     m_m = first + tl.arange(0, T.BLOCK_M) < end
 
-    q_item = b.to(tl.int64)
+    q_item = tl.cast(b, tl.int64)
     if p_source_q is not None:
         q_item = tl.load(p_source_q + b)
     b_q = load_rows(token_at(p_q, stride_q, q_item, first, h, T), stride_q[1], m_m, T.BLOCK_M, True, T)
@@ -235,7 +191,7 @@ def attention_forward_kernel(
     if p_weight is not None:
         p_weight += b * stride_tables[4] + h * stride_tables[5] + r * n_key_segments
     if p_value_sums is not None:
-        p_value_sums += (b * (n_heads // T.HEADS_PER_KV) + h_kv).to(tl.int64) * n_key_segments * T.D
+        p_value_sums += tl.cast(b * (n_heads // T.HEADS_PER_KV) + h_kv, tl.int64) * n_key_segments * T.D
 
     b_out = zeros(T.BLOCK_M, T)
     if T.MASS > 0:
@@ -247,6 +203,8 @@ def attention_forward_kernel(
         if T.GROUPED:
             place = tl.load(p_order + n_pieces + g)
             last = tl.load(p_order + n_pieces + g + 1)
+        if T.RAGGED:
+            last = tl.where(first < end, last, place)
         clipped = False
         if T.CLIPPED:
             clipped = tl.load(p_contrast + 4 * g) == CLIPPED
@@ -315,7 +273,7 @@ def attention_forward_kernel(
         if T.MASS > 0:
             b_mass += tl.sum(b_parts * tl.where(m_m, b_share, 0.0)[:, None], 0)
         if p_lse is not None:
-            rows = (b * n_heads + h).to(tl.int64) * n_rows + first
+            rows = tl.cast(b * n_heads + h, tl.int64) * n_rows + first
             o_lse = (rows + tl.arange(0, T.BLOCK_M)) * n_groups + g
             tl.store(p_lse + o_lse, b_lse * LN2, mask=m_m)
 
@@ -361,8 +319,81 @@ def attention_forward_kernel(
         b_out = scaled(b_out, tl.load(p_gain + b * stride_tables[6] + h * stride_tables[7] + r), T)
     store_rows(token_at(p_out, stride_out, b, first, h, T), stride_out[1], b_out, m_m, T.BLOCK_M, T)
     if T.MASS > 0:
-        p_partial += (tl.program_id(0).to(tl.int64)) * n_key_segments
+        p_partial += tl.cast(index, tl.int64) * n_key_segments
         tl.store(p_partial + o_c, b_mass, mask=o_c < n_key_segments)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def attention_forward_kernel(
+    p_q,  # (batch, M, H, D)
+    p_ks,  # tuple of T.TENSORS: (batch, N, Hkv, D), or (batch, keys of segment c, Hkv, D)
+    p_vs,
+    d_k,  # descriptor of the only tensor as a matrix of tokens, or None
+    d_v,
+    p_out,  # (B, M, H, D)
+    p_lse,  # (B, H, M, G) float32, or None
+    p_partial,  # (B, H, row blocks, C) float32: mass of each row block
+    p_row_starts,  # (1|B, R + 1) int32, or None: one segment
+    p_key_starts,  # (1|B, P + 1) int32 starts of the key pieces, or None: one. A piece is a segment but for T.LANES
+    p_order,  # (P + G + 1,) int32: the pieces sorted by group, then each group's first place; or None: one group
+    p_segments,  # (P,) int32 segment of each piece, -1: several short ones; or None: the pieces are the segments
+    p_labels,  # (N,) int32 segment of each key, where p_segments holds a -1
+    p_valid,  # (B, C) int32, or None
+    p_source_q,  # (B,) int64, or None
+    p_source_k,  # (T.TENSORS, B) int64, or None
+    p_source_v,
+    p_scales,  # (1|B, 1|H) float32, or None
+    p_bias,  # (1|B, 1|H, R, C) float32, or None; also p_weight
+    p_weight,
+    p_gain,  # (1|B, 1|H, R) float32, or None
+    p_gates,  # (1|B, 1|M, G) float32, or None
+    p_contrast,  # (G, 4) float32: kind, beta, low, high; or None
+    p_value_sums,  # (B, Hkv, C, D) float32: sum of a segment's valid values; or None
+    stride_q,  # (item, row, head)
+    stride_out,
+    stride_kb,  # one per tensor; 0 where a batch of 1 broadcasts
+    stride_kn,
+    stride_kh,
+    stride_vb,
+    stride_vn,
+    stride_vh,
+    steps_k,  # (rows an item, rows a head, columns a head) of d_k
+    steps_v,
+    stride_tables,  # (item, head) of scales, bias, weight and gain, then (item, row) of gates; 0 broadcasts
+    stride_starts,  # of an item in p_row_starts and p_key_starts
+    scale,
+    n_items,
+    n_heads,
+    n_rows,
+    n_keys,
+    n_row_blocks,
+    n_row_segments,
+    n_key_segments,
+    n_pieces,
+    n_groups,
+    T: tl.constexpr,
+):
+    if T.PERSISTENT:
+        for index in tl.range(tl.program_id(0), n_items * n_heads * n_row_blocks, tl.num_programs(0)):
+            attend(
+                index,
+                p_q, p_ks, p_vs, d_k, d_v, p_out, p_lse, p_partial, p_row_starts, p_key_starts,
+                p_order, p_segments, p_labels, p_valid, p_source_q, p_source_k, p_source_v,
+                p_scales, p_bias, p_weight, p_gain, p_gates, p_contrast, p_value_sums, stride_q,
+                stride_out, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
+                steps_k, steps_v, stride_tables, stride_starts, scale, n_items, n_heads, n_rows,
+                n_keys, n_row_blocks, n_row_segments, n_key_segments, n_pieces, n_groups, T,
+            )  # fmt: skip
+    else:
+        attend(
+            tl.program_id(0),
+            p_q, p_ks, p_vs, d_k, d_v, p_out, p_lse, p_partial, p_row_starts, p_key_starts, p_order,
+            p_segments, p_labels, p_valid, p_source_q, p_source_k, p_source_v, p_scales, p_bias,
+            p_weight, p_gain, p_gates, p_contrast, p_value_sums, stride_q, stride_out, stride_kb,
+            stride_kn, stride_kh, stride_vb, stride_vn, stride_vh, steps_k, steps_v, stride_tables,
+            stride_starts, scale, n_items, n_heads, n_rows, n_keys, n_row_blocks, n_row_segments,
+            n_key_segments, n_pieces, n_groups, T,
+        )  # fmt: skip
 
 
 def attention_forward(
@@ -374,6 +405,7 @@ def attention_forward(
     *,
     warps: int,
     stages: int,
+    programs: int | None,
     row_blocks: int,
     row_segments: int = 1,
     key_segments: int = 1,
@@ -404,12 +436,14 @@ def attention_forward(
 
     Shapes and dtypes are those beside the kernel's pointers. Tables, starts, sources, lse and partial are contiguous;
     q, k, v and out have a contiguous last dimension, and k and v a batch of B, of 1, or what their source indexes.
-    row_blocks: programs per item and head, at least the sum over row segments of ceil(length / BLOCK_M).
+    row_blocks: of an item and head, at least the sum over row segments of ceil(length / BLOCK_M). programs: as many walk
+    all row blocks, with T.PERSISTENT; None: one for each.
     """
     batch, rows, heads, _ = out.shape
     d_k, d_v = (None, None) if descriptors is None else (d.make(traits) for d in descriptors)
     steps_k, steps_v = ((0, 0, 0),) * 2 if descriptors is None else (d.steps for d in descriptors)
-    attention_forward_kernel[(row_blocks * batch * heads,)](
+    total = row_blocks * batch * heads
+    attention_forward_kernel[(min(programs or total, total),)](
         q, tuple(ks), tuple(vs), d_k, d_v, out, lse, partial, row_starts, key_starts, order, segments, labels, valid,
         source_q, source_k, source_v, scales, bias, weight, gain, gates, contrast, value_sums,
         stride_q=token_strides(q), stride_out=token_strides(out), **list_strides("k", ks, source_k),

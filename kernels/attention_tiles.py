@@ -11,6 +11,8 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     descriptors: bool = False  # read full tiles of keys and values through tensor descriptors (TMA)
+    persistent: bool = False  # a program a multiprocessor walks the row blocks, in place of a program a block
+    specialized: bool = False  # warps that copy beside warps that multiply; 4 warps on sm_90, which ignores it for 8
 
 
 def split_dim(dim: int, itemsize: int) -> tuple[int, ...]:

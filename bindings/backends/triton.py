@@ -99,6 +99,8 @@ def _forward(p: Problem) -> Result:
         CLIPPED=2 in kinds,
         SIGNED=p.scales is not None or p.scale < 0,
         MASS=launch.power_of_two(C) if p.need_mass else 0,
+        PERSISTENT=tile.persistent,
+        SPECIALIZED=tile.specialized,
     )  # fmt: skip
     lse = torch.empty(B, H, p.rows, G, dtype=torch.float32, device=device) if p.need_stats else None
     partial = torch.empty(B, H, row_blocks, C, dtype=torch.float32, device=device) if p.need_mass else None
@@ -111,6 +113,7 @@ def _forward(p: Problem) -> Result:
     attention_forward(
         p.q, p.k, p.v, out, traits,
         warps=tile.warps, stages=tile.stages, row_blocks=row_blocks, row_segments=R, key_segments=C,
+        programs=launch.multiprocessors(device) if tile.persistent else None,
         scale=p.scale, scales=launch.table(p.scales), bias=launch.table(p.bias), weight=launch.table(p.weight),
         gain=None if p.head_gain is not None else launch.table(p.gain), gates=launch.table(p.gates),
         row_starts=row_starts, valid=p.valid, source_q=p.source_q, source_k=p.source_k, source_v=p.source_v,

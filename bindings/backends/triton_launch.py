@@ -38,6 +38,12 @@ def arch(device: torch.device) -> int:
     return 10 * major + minor
 
 
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """1 where there is no GPU: the interpreter's one program then walks everything."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
 class Pieces(NamedTuple):
     """The keys as the kernels walk them: one piece per segment, but for runs of short segments, which are one piece."""
 
@@ -84,7 +90,7 @@ def make_traits(p: Problem, tile: Tile, pieces: Pieces, aligned: Sequence[Tensor
     parts = split_dim(p.dim, p.q.element_size())
     features = {
         "DESCRIBED": False, "RAGGED": p.row_items is not None, "SILENT": False, "UNCLIPPED": False, "CLIPPED": False,
-        "SIGNED": False, "MASS": 0, **more,
+        "SIGNED": False, "MASS": 0, "PERSISTENT": False, "SPECIALIZED": False, **more,
     }  # fmt: skip
     return Traits(
         D=p.dim,

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 
 import flashbrush as fb
 from flashbrush.bindings.backends import triton as backend
+from flashbrush.bindings.backends import triton_launch
 from flashbrush.kernels import attention_blocks, attention_tiles
 from support.problems import Call, calls, check
 
@@ -60,3 +61,25 @@ def test_tensor_descriptors(dim: int, layout: str, monkeypatch: pytest.MonkeyPat
         tensors = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in tensors]
     run(Call(*tensors, control, {}))
     assert len(made) == 4  # k and v of two calls
+
+
+@pytest.mark.parametrize("items", ("alike", "different"))
+def test_persistent_and_specialized(items: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = attention_tiles.forward_tile
+    monkeypatch.setattr(
+        attention_tiles, "forward_tile",
+        lambda *args, **more: plain(*args, **more)._replace(persistent=True, specialized=True, warps=4),
+    )  # fmt: skip
+    seen = []
+    make = triton_launch.make_traits
+    monkeypatch.setattr(
+        triton_launch, "make_traits", lambda *args, **more: (seen.append(make(*args, **more)), seen[-1])[1]
+    )
+    lengths = {"a": 70, "b": 3, "c": 60}
+    if items == "different":
+        lengths |= {"a": torch.tensor([70, 1]), "c": torch.tensor([60, 129])}
+    segments = fb.Segments(lengths)
+    control = fb.Control(segments, weight={("a", "b"): 1.3}, head_gain=fb.HeadGain(rows="a", keys="c"))
+    q, k, v = (torch.randn(2, 133, heads, 32, dtype=torch.float16) for heads in (4, 2, 2))
+    run(Call(q, k, v, control, {}))
+    assert all(traits.PERSISTENT and traits.SPECIALIZED for traits in seen)
