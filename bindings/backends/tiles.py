@@ -86,12 +86,14 @@ def candidates(arch: int, kind: Kind) -> list[Tile]:
 
     def distance(tile: Tile) -> int:
         steps = [abs(a.bit_length() - b.bit_length()) for a, b in zip(tile[:3], chosen[:3], strict=True)]
-        return sum(steps) + abs(tile.stages - chosen.stages) + (tile.descriptors != chosen.descriptors)
+        options = sum(a != b for a, b in zip(tile[4:], chosen[4:], strict=True))
+        return sum(steps) + abs(tile.stages - chosen.stages) + options
 
-    # Tensor descriptors need powers of two, and a GPU that has them.
-    described = (False, True) if arch >= 90 and kind.dim >= 16 and kind.dim & (kind.dim - 1) == 0 else (False,)
-    every = itertools.product((32, 64, 128, 256), (16, 32, 64, 128), (4, 8), (2, 3, 4), described)
-    near = [tile for tile in itertools.starmap(Tile, every) if tile != chosen and fits(tile)]
+    # Tensor descriptors need powers of two, and a GPU that has them; warps specialise on what descriptors bring.
+    described = arch >= 90 and kind.dim >= 16 and kind.dim & (kind.dim - 1) == 0
+    options = [(d, p, s) for d in (False, described) for p in (False, True) for s in (False, d)]
+    every = itertools.product((32, 64, 128, 256), (16, 32, 64, 128), (4, 8), (2, 3, 4), dict.fromkeys(options))
+    near = [tile for *sizes, more in every if (tile := Tile(*sizes, *more)) != chosen and fits(tile)]
     return [chosen, *sorted(near, key=lambda tile: (distance(tile), tile))][:MOST]
 
 
@@ -142,7 +144,8 @@ def read(path: Path) -> tuple[str, dict[Kind, Tile]]:
         ):  # fmt: skip
             _check(f"{where}: forward[{i}].{name}", kind[name], allowed)
         for name, allowed in (
-            ("block_m", SIDES), ("block_n", SIDES), ("warps", WARPS), ("stages", STAGES), ("descriptors", (False, True)),
+            ("block_m", SIDES), ("block_n", SIDES), ("warps", WARPS), ("stages", STAGES),
+            *((name, (False, True)) for name in ("descriptors", "persistent", "specialized")),
         ):  # fmt: skip
             _check(f"{where}: forward[{i}].tile.{name}", tile[name], allowed)
         tiles[Kind(**kind)] = Tile(**tile)

@@ -25,7 +25,7 @@ def test_a_measured_tile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     plain, stats = fb.attention(q, k, v, backend="triton", return_stats=True)
     seen = []
     take = backend._tile
-    monkeypatch.setattr(backend, "_tile", lambda p: seen.append(take(p)) or seen[-1])
+    monkeypatch.setattr(backend, "_tile", lambda *args: seen.append(take(*args)) or seen[-1])
     monkeypatch.setenv(tiles.VARIABLE, str(path))
     out = fb.attention(q, k, v, backend="triton")
     again, measured = fb.attention(q, k, v, backend="triton", return_stats=True)
