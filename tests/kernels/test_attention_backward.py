@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(bool(backend.available()), reason="; ".join(back
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@settings(max_examples=300 if DEVICE.type == "cuda" else 30)
+@settings(max_examples=300 if DEVICE.type == "cuda" else 20)
 @given(calls(longest=70, dims=(3, 16, 40, 64, 80, 128), contrast=False, weights=(0.0, 0.25, 0.7, 1.0, 1.3, 4.0)))
 def test_drawn_calls(call: Call) -> None:
     check_gradients(call.on(DEVICE), "triton")

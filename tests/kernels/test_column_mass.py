@@ -33,7 +33,7 @@ def run(call: Call) -> None:
         torch.testing.assert_close(got.double(), truth, rtol=1e-4, atol=1e-5)
 
 
-@settings(max_examples=300 if DEVICE.type == "cuda" else 30)
+@settings(max_examples=300 if DEVICE.type == "cuda" else 20)
 @given(calls(longest=70, dims=(3, 16, 40, 64, 80, 128), contrast=False))
 def test_drawn_calls(call: Call) -> None:
     run(call)

@@ -61,21 +61,9 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module", params=sorted(CASES))
-def compiled(request: pytest.FixtureRequest) -> tuple[str, list[dict]]:
-    """Reports of all cases, from a process that compiles where this one may interpret."""
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "support.compile_kernels", request.param],
-        input=json.dumps(CASES[request.param]), capture_output=True, text=True, env=environment,
-        cwd=Path(__file__).parents[1],
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return request.param, json.loads(done.stdout)
-
-
-def test_kernels_fit(compiled: tuple[str, list[dict]]) -> None:
-    target, reports = compiled
+@pytest.mark.parametrize("target", sorted(CASES))
+def test_kernels_fit(target: str) -> None:
+    reports = compile_cases(target)
     assert [tuple(report["case"]) for report in reports] == CASES[target]
     wrong = []
     for report in reports:
@@ -87,10 +75,22 @@ def test_kernels_fit(compiled: tuple[str, list[dict]]) -> None:
             if kernel["shared"] > SHARED[target] or kernel["spills"] > most:
                 wrong.append(where)
     assert not wrong, "\n".join(wrong)
+    check_tensor_cores(target, reports)
+    check_launches(target, reports)
 
 
-def test_tensor_cores(compiled: tuple[str, list[dict]]) -> None:
-    target, reports = compiled
+def compile_cases(target: str) -> list[dict]:
+    """Reports of all cases, from a process that compiles where this one may interpret."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "support.compile_kernels", target],
+        input=json.dumps(CASES[target]), capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[1],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def check_tensor_cores(target: str, reports: list[dict]) -> None:
     for report in reports:
         operator, _, dim, dtype = report["case"]
         if operator in ("forward", "backward", "column_mass") and dtype != "float32" and dim <= 160:
@@ -98,8 +98,8 @@ def test_tensor_cores(compiled: tuple[str, list[dict]]) -> None:
             assert found == [TENSOR_CORES[target]] * (2 if operator == "backward" else 1), f"{target} {report['case']}"
 
 
-def test_a_control_launches_only_light_kernels_more(compiled: tuple[str, list[dict]]) -> None:
-    target, reports = compiled
+def check_launches(target: str, reports: list[dict]) -> None:
+    """A control launches only light kernels more."""
     launched = {tuple(report["case"]): [k["kernel"] for k in report["kernels"]] for report in reports}
     assert launched["forward", "plain", 128, "bfloat16"] == ["attention_forward_kernel"]
     light = ["sum_mass_kernel", "head_gain_kernel", "scale_rows_kernel"]
