@@ -148,7 +148,7 @@ def test_the_report_says_what_was_built_and_what_was_left_out(wheel: Path) -> No
     assert report["error"] is None
     assert report["library"] == "libflashbrush_cpu.so"
     assert report["isas"] == ["portable"]
-    others = {"avx2", "avx512", "avx512bf16"} if report["machine"] == "x86_64" else set()
+    others = {"avx2", "avx512", "avx512bf16", "amx"} if report["machine"] == "x86_64" else set()
     assert set(report["left_out"]) == others
     assert all("unrecognized command-line option" in reason for reason in report["left_out"].values())
 

@@ -93,7 +93,8 @@ def candidates(arch: int, kind: Kind) -> list[Tile]:
     described = arch >= 90 and kind.dim >= 16 and kind.dim & (kind.dim - 1) == 0
     options = [(d, p, s) for d in (False, described) for p in (False, True) for s in (False, d)]
     every = itertools.product((32, 64, 128, 256), (16, 32, 64, 128), (4, 8), (2, 3, 4), dict.fromkeys(options))
-    near = [tile for *sizes, more in every if (tile := Tile(*sizes, *more)) != chosen and fits(tile)]
+    tiles = (Tile(m, n, warps, stages, *more) for m, n, warps, stages, more in every)
+    near = [tile for tile in tiles if tile != chosen and fits(tile)]
     return [chosen, *sorted(near, key=lambda tile: (distance(tile), tile))][:MOST]
 
 

@@ -106,7 +106,7 @@ def test_the_whole_plan(whole: tuple[Path, str]) -> None:
     assert not results["failures"] and not results["skipped"]
     assert {"cudnn", "efficient", "xformers"} <= set(results["missing"])
     for row in results["rows"]:
-        assert row["took"] > 0
+        assert row["took"] >= 0  # seconds, to a hundredth
         for name, cell in row.get("seconds", {}).items():
             assert len(cell["samples"]) == cell["n"] >= 7
             assert 0 < cell["min"] <= cell["q1"] <= cell["median"] <= cell["q3"] <= cell["max"]

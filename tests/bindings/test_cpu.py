@@ -20,11 +20,12 @@ def run(call: Call) -> None:
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
 def test_drawn_calls(dtype: torch.dtype) -> None:
-    # Each dtype draws calls of its own: hypothesis would give all parameters of one test the same.
+    # FLASHBRUSH_TEST_PERCENT=200 draws the 2,000 that the error bar asks for. Each dtype draws calls of its own:
+    # hypothesis would give all parameters of one test the same.
     seed = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}[dtype]
 
     @hypothesis.seed(seed)
-    @settings(max_examples=draws(2000), derandomize=False, database=None)
+    @settings(max_examples=draws(1000), derandomize=False, database=None)
     @given(calls(dtypes=(dtype,)))
     def drawn(call: Call) -> None:
         run(call)

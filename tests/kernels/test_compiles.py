@@ -20,7 +20,7 @@ SPILLS = {"sm_100": 64}
 WIDE_SPILLS = 128
 ATTENTION = ("attention_forward_kernel", "query_gradient_kernel", "key_gradient_kernel", "column_mass_kernel")
 
-# One of each kind on every target; the whole table of tiles where it was made for.
+# One of each kind on every target; the table of tiles where it was made for, whole on one.
 COMMON = [
     ("forward", "plain", 128, "bfloat16"),
     ("forward", "brush", 64, "bfloat16"),
@@ -53,8 +53,9 @@ TABLE = [
     ("norm_rope", "backward interleaved", 128, "bfloat16"),
     *(("light", name, 128, "bfloat16") for name in LIGHT_CALLS),
 ]
+SHORTER = [case for case in TABLE if case[1] not in ("weighted", "brush") and case[3] != "float32" and case[0] != "light"]
 CASES = {
-    "sm_80": list(dict.fromkeys(COMMON + TABLE)),
+    "sm_80": list(dict.fromkeys(COMMON + SHORTER)),
     "sm_90": list(dict.fromkeys(COMMON + TABLE)),
     "sm_100": COMMON,
     "gfx942": COMMON,
@@ -104,5 +105,5 @@ def check_launches(target: str, reports: list[dict]) -> None:
     assert launched["forward", "plain", 128, "bfloat16"] == ["attention_forward_kernel"]
     light = ["sum_mass_kernel", "head_gain_kernel", "scale_rows_kernel"]
     assert launched["forward", "brush", 64, "bfloat16"] == ["attention_forward_kernel", *light]
-    if CASES[target] != COMMON:
+    if ("forward", "weighted", 128, "bfloat16") in CASES[target]:
         assert launched["forward", "weighted", 128, "bfloat16"] == ["attention_forward_kernel"]

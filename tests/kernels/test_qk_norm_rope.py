@@ -323,7 +323,7 @@ def test_alignment_is_that_of_the_worst_row() -> None:
 
 def test_rows_are_read_and_written_whole() -> None:
     done = subprocess.run(
-        [sys.executable, __file__, "90"], capture_output=True, text=True, cwd=Path(__file__).parents[1],
+        [sys.executable, __file__, "sm_90"], capture_output=True, text=True, cwd=Path(__file__).parents[1],
         env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1", "PYTHONPATH": "."},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -338,13 +338,13 @@ def test_rows_are_read_and_written_whole() -> None:
             assert report["narrow writes"] <= 1 and report["narrow reads"] <= 4, report  # weights, cos, sin
 
 
-def compile_all(arch: int) -> list[dict]:
+def compile_all(target: str) -> list[dict]:
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    from support.compile_kernels import Device, resources
+    from support.compile_kernels import Device, parse, resources
 
-    driver.set_active(Device(arch))
+    driver.set_active(Device(parse(target)))
     compiled = []
     plain = JITFunction.run
 
@@ -367,4 +367,4 @@ def accesses(ptx: str) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    json.dump([report for arch in sys.argv[1:] for report in compile_all(int(arch))], sys.stdout)
+    json.dump([report for target in sys.argv[1:] for report in compile_all(target)], sys.stdout)
