@@ -119,7 +119,7 @@ def query_gradient_kernel(
     p_delta,  # (B, H, M, G) float32, written
     p_gain,  # (B, H, R) float32
     p_gates,  # (1|B, 1|M, G) float32, or None
-    p_row_starts,  # (1|B, R + 1) int32, or None: one segment
+    p_row_starts,  # (1|B, R + 1) int32
     p_key_starts,  # (1|B, P + 1) int32 starts of the key pieces, or None: one
     p_order,  # (P + G + 1,) int32: the pieces sorted by group, then each group's first place; or None: one group
     p_segments,  # (P,) int32 segment of each piece, -1: several short ones; or None: the pieces are the segments
@@ -159,8 +159,7 @@ def query_gradient_kernel(
     b = tl.program_id(0) // n_row_blocks // n_heads
     h = tl.program_id(0) // n_row_blocks % n_heads
     h_kv = h // T.HEADS_PER_KV
-    if p_row_starts is not None:
-        p_row_starts += b * stride_starts[0]
+    p_row_starts += b * stride_starts[0]
     if p_key_starts is not None:
         p_key_starts += b * stride_starts[1]
     r, first, end = find_rows(block, p_row_starts, n_row_segments, n_rows, T.BLOCK_M)
@@ -196,8 +195,15 @@ def query_gradient_kernel(
         if T.GROUPED:
             place = tl.load(p_order + n_pieces + g)
             last = tl.load(p_order + n_pieces + g + 1)
+        else:
+            b_out = load_rows(token_at(p_out, stride_out, b, first, h, T), stride_out[1], m_m, T.BLOCK_M, True, T)
+            for d in tl.static_range(T.N_PARTS):
+                b_delta += tl.sum(b_dout[d].to(tl.float32) * b_out[d].to(tl.float32), 1)
+        for sweep in tl.static_range(0 if T.GROUPED else 1, 2):  # delta, then dq
             for place_i in range(place, last):
-                i = tl.load(p_order + place_i)
+                i = place_i
+                if T.GROUPED:
+                    i = tl.load(p_order + place_i)
                 c = segment_of(i, p_segments)
                 start, n, offset = open_pair(i, c, b, p_key_starts, n_keys, n_key_segments, p_valid, p_bias, T)
                 keys = open_tensor(p_ks, stride_kb, stride_kn, stride_kh, p_source_k, None, None, b, h_kv, c, start, n_items, T)
@@ -205,26 +211,9 @@ def query_gradient_kernel(
                 weight = load_weight(p_weight, c, T)
                 b_delta, b_dq = query_sweep(
                     b_q, b_dout, b_lse, b_delta, b_factor, b_dq, keys, values, start, n, c < 0, scale * LOG2E, offset, weight,
-                    p_labels, p_bias, p_weight, True, T,
+                    p_labels, p_bias, p_weight, sweep == 0, T,
                 )
-        else:
-            b_out = load_rows(token_at(p_out, stride_out, b, first, h, T), stride_out[1], m_m, T.BLOCK_M, True, T)
-            for d in tl.static_range(T.N_PARTS):
-                b_delta += tl.sum(b_dout[d].to(tl.float32) * b_out[d].to(tl.float32), 1)
         tl.store(p_delta + o_row * n_groups + g, b_delta, mask=m_m)
-        for place_i in range(place, last):
-            i = place_i
-            if T.GROUPED:
-                i = tl.load(p_order + place_i)
-            c = segment_of(i, p_segments)
-            start, n, offset = open_pair(i, c, b, p_key_starts, n_keys, n_key_segments, p_valid, p_bias, T)
-            keys = open_tensor(p_ks, stride_kb, stride_kn, stride_kh, p_source_k, None, None, b, h_kv, c, start, n_items, T)
-            values = open_tensor(p_vs, stride_vb, stride_vn, stride_vh, p_source_v, None, None, b, h_kv, c, start, n_items, T)
-            weight = load_weight(p_weight, c, T)
-            b_delta, b_dq = query_sweep(
-                b_q, b_dout, b_lse, b_delta, b_factor, b_dq, keys, values, start, n, c < 0, scale * LOG2E, offset, weight,
-                p_labels, p_bias, p_weight, False, T,
-            )
     store_rows(token_at(p_dq, stride_dq, b, first, h, T), stride_dq[1], scaled(b_dq, scale, T), m_m, T.BLOCK_M, T)
 
 
@@ -280,7 +269,7 @@ def key_gradient_kernel(
     p_delta,  # (B, H, M, G) float32, from query_gradient_kernel
     p_gain,
     p_gates,
-    p_row_starts,  # (1|B, R + 1) int32
+    p_row_starts,
     p_key_starts,
     p_groups,  # (P,) int32 group of each piece, or None: one group
     p_segments,

@@ -45,7 +45,7 @@ class Traits(NamedTuple):
     EMULATE: bool  # bfloat16 in the interpreter
 
     def constants(self) -> Traits:
-        """The same, each field a constant of its own: Triton before 3.8 takes a plain field for a run-time number."""
+        """The same, each field a constant of its own: Triton 3.6 and 3.7 take a plain field for a run-time number."""
         return _constants(self)
 
 

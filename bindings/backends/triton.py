@@ -5,7 +5,6 @@ Verified in Triton's interpreter and compiled for GPUs that are not there; not y
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
 name = "triton"
 
-OLDEST = (3, 6)  # tuples of pointers as kernel arguments, and what the kernels are compiled with in the tests
+OLDEST = (3, 6)  # with tuples of pointers as kernel arguments
 MOST_TENSORS = 32
 MOST_MASS_SEGMENTS = 128
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -59,7 +58,7 @@ def why_not(problem: Problem) -> list[str]:
 
 
 def forward(problem: Problem) -> Result:
-    with on_device(problem):
+    with launch.on_device(problem.q):
         return _forward(problem)
 
 
@@ -69,13 +68,8 @@ def backward(
     """dout and out (B, M, H, D), lse (B, H, M, G), gain (B, H, R) -> dq, and dk and dv, one for each of k and v."""
     from .triton_backward import backward
 
-    with on_device(problem):
+    with launch.on_device(problem.q):
         return backward(problem, dout, out, lse, gain)
-
-
-def on_device(problem: Problem):
-    """Triton launches on the current device."""
-    return torch.cuda.device(problem.q.device) if problem.q.is_cuda else contextlib.nullcontext()
 
 
 def _forward(p: Problem) -> Result:
@@ -118,7 +112,7 @@ def _forward(p: Problem) -> Result:
         gain=None if p.head_gain is not None else launch.table(p.gain), gates=launch.table(p.gates),
         row_starts=row_starts, valid=p.valid, source_q=p.source_q, source_k=p.source_k, source_v=p.source_v,
         contrast=_contrast(p, kinds, device) if any(kinds) else None, value_sums=sums,
-        descriptors=described, lse=lse, partial=partial, **keys,
+        order=launch.piece_order(p, pieces), descriptors=described, lse=lse, partial=partial, **keys,
     )  # fmt: skip
     mass = gain = None
     if partial is not None:

@@ -50,7 +50,7 @@ def backward(
         row_starts=launch.starts(p.row_lengths, p.row_items, device), row_segments=R, key_segments=C,
         scale=p.scale, scales=launch.table(p.scales), bias=launch.table(p.bias), weight=launch.table(p.weight),
         gates=launch.table(p.gates), valid=p.valid, source_q=p.source_q, source_k=p.source_k, source_v=p.source_v,
-        piece_groups=launch.constant(pieces.groups, torch.int32, device) if p.n_groups > 1 else None,
+        order=launch.piece_order(p, pieces), piece_groups=launch.piece_groups(p, pieces),
         **launch.piece_arguments(p, pieces),
     )  # fmt: skip
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import triton_light
+from . import triton_launch, triton_light
 
 
 def usable(generated: Tensor, source: Tensor, noise: Tensor, mask: Tensor, sigma: float | Tensor) -> bool:
@@ -28,6 +28,6 @@ def blend_latents(generated: Tensor, source: Tensor, noise: Tensor, mask: Tensor
     if out.numel():
         # a bool pointer is one of single bits in Triton
         mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
-        with triton_light.on_device(out):
+        with triton_launch.on_device(out):
             launch(out, generated, source, noise, mask, sigma, triton_light.emulated(out))
     return out

@@ -16,7 +16,7 @@ def usable(problem: Problem) -> bool:
 
 def column_mass(problem: Problem, lse: Tensor, counted: tuple[int, ...]) -> Tensor:
     """lse (B, H, M, G), counted: indices of the row segments -> (B, H, N) float32; deterministic, no map in memory."""
-    with triton.on_device(problem):
+    with launch.on_device(problem.q):
         return _column_mass(problem, lse, counted)
 
 
@@ -30,14 +30,12 @@ def _column_mass(p: Problem, lse: Tensor, counted: tuple[int, ...]) -> Tensor:
     traits = launch.make_traits(p, tile, pieces, [p.q, *p.k], RAGGED=p.key_items is not None)
     mass = torch.empty(p.batch, p.heads, p.keys, dtype=torch.float32, device=device)
     flags = tuple(int(r in counted) for r in range(len(p.row_lengths)))
-    keys = launch.piece_arguments(p, pieces)
-    keys.pop("order")
     column_mass(
         p.q, p.k, lse.to(torch.float32).contiguous(), mass, launch.constant(flags, torch.int32, device), traits,
         warps=tile.warps, stages=tile.stages, key_blocks=launch.blocks(pieces.lengths, p.key_items, tile.block_n),
         row_starts=launch.starts(p.row_lengths, p.row_items, device), key_segments=len(p.key_lengths),
         scale=p.scale, scales=launch.table(p.scales), bias=launch.table(p.bias), valid=p.valid,
         source_q=p.source_q, source_k=p.source_k,
-        piece_groups=launch.constant(pieces.groups, torch.int32, device) if p.n_groups > 1 else None, **keys,
+        piece_groups=launch.piece_groups(p, pieces), **launch.piece_arguments(p, pieces),
     )  # fmt: skip
     return mass

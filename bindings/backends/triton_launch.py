@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 from collections.abc import Sequence
@@ -111,11 +112,10 @@ def make_traits(p: Problem, tile: Tile, pieces: Pieces, aligned: Sequence[Tensor
 
 
 def piece_arguments(p: Problem, pieces: Pieces) -> dict[str, Any]:
-    """key_starts, order, segments, labels, pieces and groups, as the launchers take them"""
+    """key_starts, segments, labels, pieces and groups, as the launchers take them"""
     device, several = p.q.device, len(pieces.lengths) > 1
     return {
         "key_starts": starts(pieces.lengths, p.key_items, device) if several else None,
-        "order": _order(pieces.groups, p.n_groups, device) if p.n_groups > 1 else None,
         "segments": constant(pieces.segments, torch.int32, device) if pieces.labels else None,
         "labels": constant(pieces.labels, torch.int32, device) if pieces.labels else None,
         "pieces": len(pieces.lengths),
@@ -138,11 +138,24 @@ def starts(lengths: tuple[int, ...], items: Tensor | None, device: torch.device)
     return torch.nn.functional.pad(items.cumsum(1, dtype=torch.int32), (1, 0))
 
 
-def _order(groups: tuple[int, ...], n_groups: int, device: torch.device) -> Tensor:
-    """The pieces sorted by group, then each group's first place among them."""
-    order = sorted(range(len(groups)), key=lambda c: groups[c])
-    firsts = accumulate((groups.count(g) for g in range(n_groups)), initial=0)
-    return constant((*order, *firsts), torch.int32, device)
+def piece_order(p: Problem, pieces: Pieces) -> Tensor | None:
+    """The pieces sorted by group, then each group's first place among them; None: one group."""
+    if p.n_groups == 1:
+        return None
+    groups = pieces.groups
+    order = sorted(range(len(groups)), key=lambda i: groups[i])
+    firsts = accumulate((groups.count(g) for g in range(p.n_groups)), initial=0)
+    return constant((*order, *firsts), torch.int32, p.q.device)
+
+
+def piece_groups(p: Problem, pieces: Pieces) -> Tensor | None:
+    """The group of each piece; None: one group."""
+    return constant(pieces.groups, torch.int32, p.q.device) if p.n_groups > 1 else None
+
+
+def on_device(t: Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device."""
+    return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
 
 
 def table(t: Tensor | None) -> Tensor | None:

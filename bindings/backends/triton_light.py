@@ -1,8 +1,6 @@
-"""What the light Triton operators share: whose tensors they take, and on which device they are launched."""
+"""What the light Triton operators share: whose tensors they take."""
 
 from __future__ import annotations
-
-import contextlib
 
 import torch
 from torch import Tensor
@@ -19,7 +17,3 @@ def usable(t: Tensor) -> bool:
 
 def emulated(t: Tensor) -> bool:
     return t.dtype == torch.bfloat16 and triton.interpreted()
-
-
-def on_device(t: Tensor) -> contextlib.AbstractContextManager:
-    return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()

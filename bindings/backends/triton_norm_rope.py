@@ -5,13 +5,12 @@ Verified in Triton's interpreter and compiled for sm_80 and sm_90; not yet run o
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from . import triton
+from . import triton, triton_launch, triton_light
 
 MOST_STREAMS = 16  # each has its own address arithmetic in the kernels
 MOST_DIM = 256
@@ -19,10 +18,7 @@ MOST_DIM = 256
 
 def usable(xs: Sequence[Tensor]) -> bool:
     """Whether the kernels take such streams where they are; the interpreter is for the kernels' own tests."""
-    x = xs[0]
-    if x.device.type != "cuda" or x.dtype not in triton.DTYPES or x.shape[3] > MOST_DIM or len(xs) > MOST_STREAMS:
-        return False
-    return not triton.available() and not triton.interpreted()
+    return triton_light.usable(xs[0]) and xs[0].shape[3] <= MOST_DIM and len(xs) <= MOST_STREAMS
 
 
 def forward(
@@ -42,7 +38,7 @@ def forward(
     if out.numel():
         shifts = [None if t is None else _floating(t, x).expand(x.shape) for t, x in zip(offsets, xs, strict=True)]
         norms = [None if w is None else _floating(w, x) for w, x in zip(weights, xs, strict=True)]
-        with _on(out):
+        with triton_launch.on_device(out):
             qk_norm_rope(
                 _rows(xs), norms, shifts, cos, sin, _by_item(permutation, out), out, eps, half, triton.interpreted()
             )
@@ -73,7 +69,7 @@ def backward(
     dweights = [None if w is None or not need_dweight else make(w.shape, dtype=w.dtype, device=w.device) for w in norms]
     shifts = [None if t is None else _empty_shift(t, x) for t, x in zip(offsets, xs, strict=True)]
     if dout.numel():
-        with _on(dout):
+        with triton_launch.on_device(dout):
             qk_norm_rope_backward(
                 _rows([dout])[0], _rows(xs), norms, cos, sin, _by_item(permutation, dout), dxs, dweights, shifts, eps,
                 half, triton.interpreted(),
@@ -82,10 +78,6 @@ def backward(
         None if t is None or d is None else d.sum_to_size(t.shape).to(t.dtype) for t, d in zip(offsets, shifts, strict=True)
     ]
     return dxs, dweights, doffsets
-
-
-def _on(t: Tensor) -> contextlib.AbstractContextManager:
-    return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
 
 
 def _rows(tensors: Sequence[Tensor]) -> list[Tensor]:

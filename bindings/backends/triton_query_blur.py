@@ -29,7 +29,7 @@ def query_blur(q: Tensor, first: int, along_height: Tensor, along_width: Tensor,
         between = torch.empty(image.shape, dtype=torch.float32, device=q.device)
         # three products of tensor cores are a float32 one to its last bits; other machines have their own
         precision = "tf32x3" if triton_launch.arch(q.device) >= 80 else "ieee"
-        with triton_light.on_device(q):
+        with triton_launch.on_device(q):
             blur_side(between, image, along_width, radii[1], precision, False)
             turned = blurred.transpose(1, 2), between.transpose(1, 2)
             blur_side(*turned, along_height, radii[0], precision, triton_light.emulated(q))

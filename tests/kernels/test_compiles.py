@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 pytest.importorskip("triton")
+from support.compiled import compile_elsewhere
 from support.light_calls import LIGHT_CALLS
 
 SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}  # bytes a block may ask for
@@ -64,7 +59,7 @@ CASES = {
 
 @pytest.mark.parametrize("target", sorted(CASES))
 def test_kernels_fit(target: str) -> None:
-    reports = compile_cases(target)
+    reports = compile_elsewhere(target, CASES[target])
     assert [tuple(report["case"]) for report in reports] == CASES[target]
     wrong = []
     for report in reports:
@@ -78,17 +73,6 @@ def test_kernels_fit(target: str) -> None:
     assert not wrong, "\n".join(wrong)
     check_tensor_cores(target, reports)
     check_launches(target, reports)
-
-
-def compile_cases(target: str) -> list[dict]:
-    """Reports of all cases, from a process that compiles where this one may interpret."""
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "support.compile_kernels", target],
-        input=json.dumps(CASES[target]), capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[1],
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
 
 
 def check_tensor_cores(target: str, reports: list[dict]) -> None:

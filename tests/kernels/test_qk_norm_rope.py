@@ -1,20 +1,11 @@
-"""The Triton kernels of qk_norm_rope against float64: in Triton's interpreter where there is no GPU.
-
-As a program, with compute capabilities times 10 as arguments: what they compile to, as JSON.
-"""
+"""The Triton kernels of qk_norm_rope against float64: in Triton's interpreter where there is no GPU."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +16,7 @@ from torch import Tensor
 import flashbrush as fb
 from flashbrush.bindings.backends import cpu_norm_rope, triton, triton_norm_rope
 from flashbrush.kernels import qk_norm_rope as kernels
+from support.compiled import compile_elsewhere
 
 pytestmark = pytest.mark.skipif(bool(triton.available()), reason="; ".join(triton.available()))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -322,12 +314,8 @@ def test_alignment_is_that_of_the_worst_row() -> None:
 
 
 def test_rows_are_read_and_written_whole() -> None:
-    done = subprocess.run(
-        [sys.executable, __file__, "sm_90"], capture_output=True, text=True, cwd=Path(__file__).parents[1],
-        env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1", "PYTHONPATH": "."},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    reports = json.loads(done.stdout)
+    cases = [("norm_rope", variant, 128, "bfloat16") for variant in ("interleaved", "backward interleaved")]
+    reports = [kernel for report in compile_elsewhere("sm_90", cases) for kernel in report["kernels"]]
     assert [r["kernel"] for r in reports] == ["qk_norm_rope_kernel", "qk_norm_rope_backward_kernel", "sum_dweight_kernel"]
     for report in reports:
         assert report["spills"] == 0, report
@@ -336,35 +324,3 @@ def test_rows_are_read_and_written_whole() -> None:
             rows = 4 if report["kernel"] == "qk_norm_rope_kernel" else 8
             assert report["wide reads"] >= rows and report["wide writes"] >= 4, report
             assert report["narrow writes"] <= 1 and report["narrow reads"] <= 4, report  # weights, cos, sin
-
-
-def compile_all(target: str) -> list[dict]:
-    from triton.runtime import driver
-    from triton.runtime.jit import JITFunction
-
-    from support.compile_kernels import Device, parse, resources
-
-    driver.set_active(Device(parse(target)))
-    compiled = []
-    plain = JITFunction.run
-
-    def warm_up(self, *args, **options):
-        compiled.append((self.__name__, plain(self, *args, **{**options, "warmup": True})))
-
-    case = plain_case(torch.bfloat16, (512, 1024), 24, 128, False)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(JITFunction, "run", warm_up)
-        out = triton_norm_rope.forward(case.xs, case.weights, case.offsets, *case.tables)
-        triton_norm_rope.backward(out, case.xs, case.weights, case.offsets, *case.tables)
-    return [{"kernel": name, **resources(kernel), **accesses(kernel.asm["ptx"])} for name, kernel in compiled]
-
-
-def accesses(ptx: str) -> dict[str, int]:
-    found = {"wide reads": 0, "narrow reads": 0, "wide writes": 0, "narrow writes": 0}
-    for kind, line in re.findall(r"\b(ld|st)\.global(\S*)", ptx):
-        found[f"{'wide' if '.v4' in line else 'narrow'} {'reads' if kind == 'ld' else 'writes'}"] += 1
-    return found
-
-
-if __name__ == "__main__":
-    json.dump([report for target in sys.argv[1:] for report in compile_all(target)], sys.stdout)

@@ -145,9 +145,16 @@ def resources(kernel) -> dict:
         raise RuntimeError(f"ptxas: {log}")
     instructions = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
     tensor_cores = next((word for word in reversed(instructions.values()) if word in ptx), "")
-    return {
-        **common, "registers": int(registers[1]), "spills": int(spilled[1]) + int(spilled[2]), "tensor_cores": tensor_cores,
-    }  # fmt: skip
+    spills = int(spilled[1]) + int(spilled[2])
+    return {**common, **accesses(ptx), "registers": int(registers[1]), "spills": spills, "tensor_cores": tensor_cores}
+
+
+def accesses(ptx: str) -> dict[str, int]:
+    """Instructions that read and write global memory: 16 bytes a thread, or less."""
+    found = {"wide reads": 0, "narrow reads": 0, "wide writes": 0, "narrow writes": 0}
+    for kind, line in re.findall(r"\b(ld|st)\.global(\S*)", ptx):
+        found[f"{'wide' if '.v4' in line else 'narrow'} {'reads' if kind == 'ld' else 'writes'}"] += 1
+    return found
 
 
 if __name__ == "__main__":
