@@ -33,10 +33,12 @@ from setuptools.command.build_py import build_py
 PACKAGES = [
     "flashbrush",
     "flashbrush.benchmarks",
+    "flashbrush.benchmarks.tiny_fill",
     "flashbrush.bindings",
     "flashbrush.bindings.backends",
     "flashbrush.integrations",
     "flashbrush.integrations.diffusers",
+    "flashbrush.integrations.evaluation",
     "flashbrush.integrations.methods",
     "flashbrush.integrations.pipelines",
     "flashbrush.kernels",

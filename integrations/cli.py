@@ -106,6 +106,9 @@ def insert(
     seed: Seed = 0,
     width: Annotated[int | None, typer.Option(help="Of a panel, pixels; a multiple of 16.")] = None,
     height: Annotated[int | None, typer.Option(help="Of a panel, pixels; a multiple of 16.")] = None,
+    padding_mask_crop: Annotated[int | None, typer.Option(min=0, help="Show the model the hole and so many pixels more.")] = None,
+    subject_fill: Annotated[float | None, typer.Option(help="Share of its panel that the subject takes. Default: 0.9.")] = None,
+    blend: Annotated[bool, typer.Option(help="Put what is outside of the mask back after every step.")] = True,
     dtype: Annotated[Dtype, typer.Option(help="Of the model.")] = Dtype.bfloat16,
     device: Annotated[str | None, typer.Option(help="Default: cuda where there is one, else cpu.")] = None,
     offload: Annotated[bool, typer.Option(help="Move each part of the model to the device only while it works.")] = False,
@@ -134,15 +137,17 @@ def insert(
         im.open_mask(subject_mask, picture.size, "subject_mask", "subject")
     if subject_mask is not None and subject_name is not None:
         raise ValueError("subject_mask: expected it or subject_name, got both")
+    shape = {"width": width, "height": height, "padding_mask_crop": padding_mask_crop, "subject_fill": subject_fill}
+    shape = {name: value for name, value in shape.items() if value is not None}
     pipe = _load(model, dtype, device, offload, backend)
-    size = im.panel_size(photo.size, width=width, height=height, multiple=2 * pipe.pipe.vae_scale_factor)
-    if size != photo.size:
-        print(f"{image} is {_times(photo.size)} pixels; the model sees it at {_times(size)}")
     result = pipe(
         prompt, subject=subject, image=image, mask=mask, subject_mask=subject_mask, subject_name=subject_name,
-        method=method, width=size[0], height=size[1], steps=steps, guidance_scale=guidance, seed=seed,
-        paste_back=paste_back,
+        method=method, steps=steps, guidance_scale=guidance, seed=seed, blend=blend, paste_back=paste_back, **shape,
     )  # fmt: skip
+    seen = result.diptychs[0].width, result.diptychs[0].height // 2
+    if seen != photo.size:
+        what = "the hole's surroundings" if "padding_mask_crop" in shape else f"{image}, {_times(photo.size)} pixels,"
+        print(f"the model saw {what} at {_times(seen)} pixels")
     _finish(result, output, report, prompt)
 
 

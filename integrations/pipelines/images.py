@@ -173,6 +173,29 @@ def on_white(image: Image.Image, mask: Image.Image | None) -> Image.Image:
     return Image.composite(picture, Image.new("RGB", picture.size, WHITE), mask)
 
 
+def crop_box(mask: Image.Image, padding: int, proportions: float) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom), pixels: around what is on in a mask, of the given proportions where the picture has room.
+
+    Args:
+        mask: not empty.
+        padding: pixels on every side, as `padding_mask_crop` of diffusers' inpainting pipelines.
+        proportions: width / height that the box is widened to.
+
+    Raises:
+        ValueError: a padding that is not a whole number of 0 or more.
+    """
+    if isinstance(padding, bool) or not isinstance(padding, int) or padding < 0:
+        raise ValueError(f"padding_mask_crop: expected a number of pixels, 0 or more, got {padding!r}")
+    box = mask.getbbox()
+    assert box is not None, "check_mask comes first"
+    width, height = (box[i + 2] - box[i] + 2 * padding for i in (0, 1))
+    wanted = max(width, round(height * proportions)), max(height, round(width / proportions))
+    size = [min(a, b) for a, b in zip(wanted, mask.size, strict=True)]
+    middle = [(box[i] + box[i + 2]) / 2 for i in (0, 1)]
+    left, top = (min(max(round(middle[i] - size[i] / 2), 0), mask.size[i] - size[i]) for i in (0, 1))
+    return left, top, left + size[0], top + size[1]
+
+
 def subject_panel(
     subject: Image.Image, mask: Image.Image | None, size: tuple[int, int], fill: float = 0.9
 ) -> Image.Image:
@@ -210,9 +233,19 @@ def lower_panel(canvas: Image.Image) -> Image.Image:
     return canvas.crop((0, canvas.height // 2, canvas.width, canvas.height))
 
 
-def paste_back(generated: Image.Image, photo: Image.Image, mask: Image.Image) -> Image.Image:
-    """The photo, its pixels untouched, with `generated` where the mask is on."""
-    return _same_colours(Image.composite(generated, photo, mask), photo)
+def paste_back(
+    generated: Image.Image, photo: Image.Image, mask: Image.Image, box: tuple[int, int, int, int] | None = None
+) -> Image.Image:
+    """The photo, its pixels untouched, with `generated` where the mask is on.
+
+    Args:
+        generated: of any size. photo, mask: of one size.
+        box: the part of the photo that was generated; None: all of it.
+    """
+    left, top, right, bottom = box or (0, 0, *photo.size)
+    whole = photo.copy()
+    whole.paste(resize_photo(generated, (right - left, bottom - top)), (left, top))
+    return _same_colours(Image.composite(whole, photo, mask), photo)
 
 
 def _same_colours(picture: Image.Image, source: Image.Image) -> Image.Image:

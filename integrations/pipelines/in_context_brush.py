@@ -136,10 +136,13 @@ class InContextBrushPipeline:
         method: InContextBrush | None = None,
         width: int | None = None,
         height: int | None = None,
+        padding_mask_crop: int | None = None,
+        subject_fill: float = 0.9,
         steps: int = 50,
         guidance_scale: float = 30.0,
         seed: int | Sequence[int] | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        blend: bool = True,
         paste_back: bool = True,
         max_sequence_length: int = 512,
         progress: bool = True,
@@ -156,10 +159,14 @@ class InContextBrushPipeline:
             subject_name: what to look for in the subject's photo, in place of a mask.
             alpha_prompt, alpha_subject, gain_span: as in InContextBrush; None: the method's.
             method: all the knobs; None: InContextBrush(), the released code's.
-            width, height: of a panel, multiples of 16; None: near the photo's own size (images.panel_size).
+            width, height: of a panel, multiples of 16; None: near the size of what is shown (images.panel_size).
+            padding_mask_crop: show the model only the mask's bounding box and so many pixels around it, in the panel's
+                proportions where the photo has room; None: the whole photo.
+            subject_fill: share of its panel's width or height that the subject takes where it has a mask.
             steps, guidance_scale, max_sequence_length: as in FluxFillPipeline; the length is cut to the tokenizer's.
             seed: of item 0, and counted up; or one for each; None: drawn from torch's own random numbers.
             generator: in place of a seed: one for all items, or one for each.
+            blend: put tokens outside of the mask back after every step.
             paste_back: put the painted region into the photo, whose other pixels stay identical.
             progress: show a progress bar.
 
@@ -186,6 +193,8 @@ class InContextBrushPipeline:
         method = replace(method, **{name: value for name, value in knobs.items() if value is not None})
         if (order := getattr(self.pipe.scheduler, "order", 1)) != 1:
             raise ValueError(f"scheduler: expected one with a model call per step, got one of order {order}")
+        if not isinstance(subject_fill, (int, float)) or not 0 < subject_fill <= 1:
+            raise ValueError(f"subject_fill: expected a number above 0, up to 1, got {subject_fill!r}")
         photos, holes, panels = [], [], []
         for item in items:
             photo = im.open_image(item["image"], "image")
@@ -193,16 +202,21 @@ class InContextBrushPipeline:
             holes.append(im.open_mask(item["mask"], photo.size))
             panels.append(self._subject(item))
         side = 2 * self.pipe.vae_scale_factor  # pixels of a token
-        size = im.panel_size(photos[0].size, width=width, height=height, multiple=side)
         if wrong := [p.size for p in photos if p.size != photos[0].size]:
             raise ValueError(f"image: expected photos of one size in a batch, got {photos[0].size} and {wrong[0]}")
+        size = im.panel_size(photos[0].size, width=width, height=height, multiple=side)
+        boxes = [(0, 0, *photo.size) for photo in photos]
+        if padding_mask_crop is not None:
+            boxes = [im.crop_box(hole, padding_mask_crop, size[0] / size[1]) for hole in holes]
+            shown = boxes[0][2] - boxes[0][0], boxes[0][3] - boxes[0][1]
+            size = im.panel_size(shown, width=width, height=height, multiple=side)
 
         diptychs = [
-            im.stack(im.subject_panel(picture, outline, size), im.resize_photo(photo, size))
-            for (picture, outline), photo in zip(panels, photos, strict=True)
+            im.stack(im.subject_panel(picture, outline, size, subject_fill), im.resize_photo(photo.crop(box), size))
+            for (picture, outline), photo, box in zip(panels, photos, boxes, strict=True)
         ]
         nothing = Image.new("L", size, 0)
-        masks = [im.stack(nothing, im.resize_mask(hole, size)) for hole in holes]
+        masks = [im.stack(nothing, im.resize_mask(hole.crop(box), size)) for hole, box in zip(holes, boxes, strict=True)]
         latents = self._source_latents(diptychs)
         known = torch.stack([~self._tokens(mask) for mask in masks]).to(latents.device)
         generators = [item["generator"] for item in items]
@@ -212,7 +226,7 @@ class InContextBrushPipeline:
         bar = dict(getattr(self.pipe, "_progress_bar_config", {}))
         if not progress:
             self.pipe.set_progress_bar_config(disable=True)
-        loop = _Blending(latents, noise, known, steps)
+        loop = _Steps(latents, noise, known, steps, blend)
         try:
             with apply(self.pipe.transformer, method, stats=("gain",), backend=self.backend) as handle:
                 handle.grid = (2 * size[1] // side, size[0] // side)
@@ -236,10 +250,7 @@ class InContextBrushPipeline:
             self.pipe._progress_bar_config = bar
         results = [im.lower_panel(canvas) for canvas in canvases]
         if paste_back:
-            results = [
-                im.paste_back(im.resize_photo(result, photo.size), photo, hole)
-                for result, photo, hole in zip(results, photos, holes, strict=True)
-            ]
+            results = list(map(im.paste_back, results, photos, holes, boxes))
         assert loop.last is not None
         seeds = [item["seed"] for item in items]
         return InContextBrushOutput(results, diptychs, masks, loop.last, latents, known, gains, kinds, seeds)
@@ -304,11 +315,11 @@ def _seed(seed: Any, offset: int) -> int:
     return (seed + offset) % 2**63
 
 
-class _Blending:
+class _Steps:
     """The step callback: known tokens go back to their line, and the method hears of the next step."""
 
-    def __init__(self, source: Tensor, noise: Tensor, known: Tensor, steps: int) -> None:
-        self.source, self.noise, self.steps = source, noise, steps
+    def __init__(self, source: Tensor, noise: Tensor, known: Tensor, steps: int, blend: bool) -> None:
+        self.source, self.noise, self.steps, self.blend = source, noise, steps, blend
         self.painted = ~known[:, :, None]
         self.sigmas: list[float] = []
         self.handle: Handle | None = None
@@ -318,7 +329,9 @@ class _Blending:
         if index == 0:
             self.sigmas = pipe.scheduler.sigmas.tolist()  # on the model's device: read once, not in every step
         sigma = self.sigmas[index + 1]
-        latents = blend_latents(tensors["latents"], self.source, self.noise, self.painted, sigma)
+        latents = tensors["latents"]
+        if self.blend:
+            latents = blend_latents(latents, self.source, self.noise, self.painted, sigma)
         if index + 1 < self.steps:
             assert self.handle is not None
             self.handle.set_step(index + 1, self.steps, sigma)

@@ -32,7 +32,7 @@ def test_every_knob_reaches_the_picture(capsys, photos, checkpoint, tmp_path) ->
     first = picture()
     assert picture() == first
     knobs = {"alpha_prompt": 0.9, "alpha_subject": 0.9, "gain_span": 0.8, "gain_norm": "softmax", "seed": 5, "guidance": 2.0,
-             "prompt": "a blue dog"}  # fmt: skip
+             "prompt": "a blue dog", "padding_mask_crop": 3, "subject_fill": 0.5}  # fmt: skip
     for knob, value in knobs.items():
         assert picture(**{knob: value}) != first, knob
 

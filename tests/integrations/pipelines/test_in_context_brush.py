@@ -10,6 +10,7 @@ from PIL import Image
 
 from flashbrush.integrations import InContextBrush, InContextBrushPipeline
 from flashbrush.integrations.diffusers import Handle, apply
+from flashbrush.integrations.pipelines import images as im
 
 STEPS = 3
 
@@ -295,3 +296,46 @@ def test_the_finder_is_loaded_when_a_name_comes(checkpoint, photos, monkeypatch:
     for _ in range(2):
         run(own, photos | {"subject_mask": None}, subject_name="cup")
     assert loaded == [("one", "two", "cpu")]
+
+
+def test_a_crop_shows_the_hole_and_leaves_the_rest(pipe, photos) -> None:
+    result = run(pipe, photos, padding_mask_crop=4, width=32, height=32)
+    photo, mask = np.asarray(Image.open(photos["image"])), np.asarray(Image.open(photos["mask"]))
+    left, top, right, bottom = im.crop_box(Image.open(photos["mask"]), 4, 1.0)
+    assert (left, top, right, bottom) == (16, 5, 49, 38)  # the mask is 20 to 44 and 10 to 32; made square, as the panel
+    shown = np.asarray(result.diptychs[0].crop((0, 32, 32, 64)))
+    assert (shown == np.asarray(Image.fromarray(photo[top:bottom, left:right]).resize((32, 32), Image.Resampling.LANCZOS))).all()
+    picture = np.asarray(result.images[0])
+    assert picture.shape == photo.shape and (picture[mask == 0] == photo[mask == 0]).all()
+    assert (picture[mask > 0] != photo[mask > 0]).mean() > 0.5
+
+
+def test_blending_can_be_left_out(pipe, photos) -> None:
+    kept, free = (run(pipe, photos, blend=blend, paste_back=False) for blend in (True, False))
+    known = kept.known[:, :, None].expand_as(kept.latents)
+    assert torch.equal(kept.latents[known], kept.source_latents[known])
+    assert not torch.equal(free.latents[known], free.source_latents[known])
+
+
+def test_the_subject_s_size_in_its_panel(pipe, photos) -> None:
+    def share(**more) -> float:
+        panel = np.asarray(run(pipe, photos, **more).diptychs[0].crop((0, 0, 64, 48)))
+        columns = np.flatnonzero((panel < 250).any((0, 2)))
+        rows = np.flatnonzero((panel < 250).any((1, 2)))
+        return max((columns[-1] - columns[0] + 1) / 64, (rows[-1] - rows[0] + 1) / 48)
+
+    assert share() == pytest.approx(0.9, abs=0.04) and share(subject_fill=0.5) == pytest.approx(0.5, abs=0.04)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"padding_mask_crop": -1}, "padding_mask_crop: expected a number of pixels"),
+        ({"padding_mask_crop": 2.5}, "padding_mask_crop: expected a number of pixels"),
+        ({"subject_fill": 0}, "subject_fill: expected a number above 0"),
+        ({"subject_fill": 1.1}, "subject_fill: expected a number above 0"),
+    ],
+)
+def test_bad_framing(pipe, photos, more, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(pipe, photos, **more)

@@ -1,0 +1,1 @@
+"""How well a method does: sets of items, judges, tables and figures."""
