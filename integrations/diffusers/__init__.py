@@ -9,13 +9,31 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .apply import Handle, Record, apply
-from .plan import Layer, Method, Plan, Step
+from .plan import Layer, Method, Part, Plan, Step
 
 if TYPE_CHECKING:
     from .flux import FluxControlledAttnProcessor
+    from .sd3 import SD3ControlledAttnProcessor
+    from .unet import UNetControlledAttnProcessor
 
-__all__ = ["FluxControlledAttnProcessor", "Handle", "Layer", "Method", "Plan", "Record", "Step", "apply"]
-_HOMES = {"FluxControlledAttnProcessor": ".flux"}
+__all__ = [
+    "FluxControlledAttnProcessor",
+    "Handle",
+    "Layer",
+    "Method",
+    "Part",
+    "Plan",
+    "Record",
+    "SD3ControlledAttnProcessor",
+    "Step",
+    "UNetControlledAttnProcessor",
+    "apply",
+]
+_HOMES = {
+    "FluxControlledAttnProcessor": ".flux",
+    "SD3ControlledAttnProcessor": ".sd3",
+    "UNetControlledAttnProcessor": ".unet",
+}
 
 
 def __getattr__(name: str) -> Any:

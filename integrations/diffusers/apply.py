@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
 from collections.abc import Container, Iterable, Sequence
@@ -22,6 +23,7 @@ class Record(NamedTuple):
     layer: int  # Layer.index
     kind: str  # Layer.kind
     stats: Stats  # on the model's device; a field that was not asked for is an empty tensor
+    items: tuple[int, ...] | None = None  # the batch items of the call; None: all
 
 
 def apply(
@@ -47,11 +49,12 @@ def apply(
     callback where a step takes several forward calls, or where the method needs the sigma.
 
     Args:
-        model: FluxTransformer2DModel (FLUX.1 dev, Fill, Kontext); a torch.compile wrapper around one will do. host.py
-            says how to add an architecture.
+        model: FluxTransformer2DModel (FLUX.1 dev, Fill, Kontext), UNet2DConditionModel (SD 1.5, SD 2, SDXL, DeepFloyd
+            IF) or SD3Transformer2DModel (SD 3, 3.5); a torch.compile wrapper around one will do. host.py says how to add
+            an architecture.
         method: what to do in each layer and step.
-        layers: a kind ("double", "single"), an index in the order of the forward pass, or several of them; None: all.
-            Other layers are plain; without a method they stay diffusers' own.
+        layers: a kind ("double", "self", ...), a UNet's "down", "mid" or "up", an index in the order of the forward
+            pass, or several of them; None: all. Other layers are plain; without a method they stay diffusers' own.
         steps: step indices to control; None: all. Other steps are plain.
         stats: collect Stats of the controlled calls in ``handle.stats``, without waiting for the GPU. True: mass and
             gain; a sequence of "lse", "mass", "gain": those. lse holds a float32 per head and row: 0.5 MB a layer and
@@ -62,7 +65,8 @@ def apply(
         TypeError: a model class without a processor here; processors in place that are not diffusers' own (IP-Adapter,
             trained ones); a method that is none.
         ValueError: layers, steps, stats or backend that do not exist or are not usable here.
-        NotImplementedError: context parallelism. A derived head gain across tensor-parallel ranks raises when planned.
+        NotImplementedError: context parallelism; a UNet with blocks or inputs whose layers are not known here (GLIGEN,
+            two text encodings, image prompts). A derived head gain across tensor-parallel ranks raises when planned.
         RuntimeError: the model is under control already.
     """
     if not isinstance(model, nn.Module):
@@ -93,7 +97,8 @@ class Handle:
 
     Attributes:
         method: may be replaced, or its knobs changed, at any time; the next forward call sees it.
-        grid: (rows, columns) of the image tokens, handed on to the method as Layer.grid.
+        grid: (rows, columns) of the image tokens, handed on to the method as Layer.grid where the model's inputs do not
+            tell it (FLUX).
     """
 
     def __init__(
@@ -115,6 +120,8 @@ class Handle:
         self._places = host.places(self._model)
         self._originals = [place.attn.processor for place in self._places]
         self._processors = [host.processor_class(backend=backend, collect=bool(fields)) for _ in self._places]
+        for place, original, mine in zip(self._places, self._originals, self._processors, strict=True):
+            mine.replace(place.attn, original)
         self._hooks: list[Any] = []
         self._calls: tuple[Any, Any] | None = None  # (ours around model.compile()'s, model.compile()'s)
         self._records: list[Record] = []
@@ -163,16 +170,33 @@ class Handle:
         self._records = []
         self._step, self._counting = Step(0), True
 
-    def prepare(self, *, text_len: int, image_len: int, batch: int = 1, device: torch.device | str | None = None) -> None:
+    def prepare(
+        self,
+        *,
+        text_len: int,
+        image_len: int | None = None,
+        latents: tuple[int, int] | None = None,
+        batch: int = 1,
+        device: torch.device | str | None = None,
+    ) -> None:
         """Plan ahead for calls of these shapes, where the forward pre-hook is compiled into the model and cannot.
 
         Only a whole model compiled *after* apply() needs this; set_step() then plans the following steps.
 
         Args:
-            text_len, image_len: tokens. batch: items of a call. device: the model's if None.
+            text_len: tokens. image_len: image tokens, for FLUX. latents: (rows, columns) of the latents, for UNets and
+            SD3. batch: items of a call. device: the model's if None.
+
+        Raises:
+            ValueError: the image's size in the other form than the model takes it, or in both.
         """
+        host = self._host
+        if (image_len is None) is host.takes_tokens or (latents is None) is not host.takes_tokens:
+            wanted = "image_len" if host.takes_tokens else "latents=(rows, columns)"
+            raise ValueError(f"prepare: {type(self._model).__name__} needs {wanted}, and no other size of the image")
         device = next(self._model.parameters()).device if device is None else torch.device(device)
-        self._plan_all(Geometry(text_len, image_len, batch, device))
+        grids = () if latents is None else host.grids(self._model, *latents)
+        self._plan_all(Geometry(text_len, image_len or 0, batch, device, grids))
 
     def remove(self) -> None:
         """Put back the processors that were in place before, the same objects. A second call does nothing.
@@ -190,7 +214,7 @@ class Handle:
         for place, original, mine in zip(self._places, self._originals, self._processors, strict=True):
             if not isinstance(place.attn.processor, self._host.processor_class):
                 continue
-            if mine._attention_backend is not original._attention_backend:
+            if hasattr(original, "_attention_backend"):
                 original._attention_backend = mine._attention_backend
             place.attn.set_processor(original)
 
@@ -205,9 +229,7 @@ class Handle:
         return f"Handle({type(self._model).__name__}, method={self.method!r}, {state})"
 
     def _install(self) -> None:
-        for i, (place, original, mine) in enumerate(zip(self._places, self._originals, self._processors, strict=True)):
-            if original._attention_backend is not None:
-                mine._attention_backend = original._attention_backend
+        for i, (place, mine) in enumerate(zip(self._places, self._processors, strict=True)):
             mine.planned = self.method is None
             mine.defer = self.method is None and i not in self._layers
             place.attn.set_processor(mine)
@@ -237,7 +259,7 @@ class Handle:
         if torch.compiler.is_compiling():
             return
         self._check_in_place()
-        self._plan_all(self._host.geometry(args, kwargs))
+        self._plan_all(self._host.geometry(self._model, args, kwargs))
 
     def _after(self, module: nn.Module, args: tuple, output: object) -> None:
         if torch.compiler.is_compiling():
@@ -270,9 +292,11 @@ class Handle:
     def _ask(self, index: int, place: Place, geometry: Geometry) -> Plan | None:
         if self.method is None:
             return None
+        attn, grid = place.attn, geometry.grids[place.level] if geometry.grids else self.grid
         layer = Layer(
-            index, place.kind, place.place, place.attn.heads, place.attn.head_dim, geometry.text_len,
-            geometry.image_len, geometry.batch, self.grid,
+            index, place.kind, place.place, attn.heads, attn.inner_dim // attn.heads,
+            0 if place.kind == "self" else geometry.text_len,
+            math.prod(geometry.grids[place.level]) if geometry.grids else geometry.image_len, geometry.batch, grid,
         )  # fmt: skip
         plan = self.method.plan(layer, self._step)
         if plan is None:
@@ -281,7 +305,7 @@ class Handle:
             raise TypeError(f"{type(self.method).__name__}.plan: expected a Plan or None, got {type(plan).__name__}")
         plan.check(layer)
         parallel = getattr(getattr(self._model, "_parallel_config", None), "tensor_parallel_config", None)
-        if parallel is not None and plan.control is not None and plan.control.head_gain is not None:
+        if parallel is not None and any(control.head_gain is not None for control in plan.controls):
             raise NotImplementedError(
                 "flashbrush: a derived head gain compares all heads, but tensor parallelism spreads them over ranks; "
                 "use a method without one"
@@ -290,11 +314,11 @@ class Handle:
 
     def _collect(self) -> None:
         for i, (place, processor) in enumerate(zip(self._places, self._processors, strict=True)):
-            if processor.stats is not None:
+            for items, stats in processor.stats:
                 # Copies: a CUDA graph would overwrite its own outputs in the next step.
-                kept = {name: _kept(t, name in self._fields) for name, t in processor.stats._asdict().items()}
-                self._records.append(Record(self._planned_step, i, place.kind, Stats(**kept)))
-                processor.stats = None
+                kept = {name: _kept(t, name in self._fields) for name, t in stats._asdict().items()}
+                self._records.append(Record(self._planned_step, i, place.kind, Stats(**kept), items))
+            processor.stats = ()
 
 
 _CONTEXT_PARALLEL = (
@@ -325,7 +349,7 @@ def _check_processors(model: nn.Module, places: list[Place], host: Host) -> None
                 f"model: layer {i} ({place.kind}) has a {type(processor).__name__}, which apply() would replace; expected "
                 f"{' or '.join(cls.__name__ for cls in host.stock)} (unload IP-Adapters and other processors first)"
             )
-        if processor._parallel_config is not None:
+        if getattr(processor, "_parallel_config", None) is not None:
             raise NotImplementedError(_CONTEXT_PARALLEL)
     if getattr(getattr(model, "_parallel_config", None), "context_parallel_config", None) is not None:
         raise NotImplementedError(_CONTEXT_PARALLEL)
@@ -336,13 +360,13 @@ def _select_layers(layers: str | int | Iterable[str | int] | None, places: list[
         return frozenset(range(len(places)))
     if isinstance(layers, (str, int)):
         layers = [layers]
-    kinds = list(dict.fromkeys(place.kind for place in places))
+    kinds = list(dict.fromkeys(name for place in places for name in (place.kind, place.place) if name is not None))
     chosen: set[int] = set()
     for entry in layers:
         if isinstance(entry, str):
             if entry not in kinds:
                 raise ValueError(f"layers: expected one of {', '.join(kinds)} or an index, got {entry!r}")
-            chosen |= {i for i, place in enumerate(places) if place.kind == entry}
+            chosen |= {i for i, place in enumerate(places) if entry in (place.kind, place.place)}
         elif isinstance(entry, bool) or not isinstance(entry, int):
             raise ValueError(f"layers: expected a kind or an index, got {entry!r}")
         elif not 0 <= entry < len(places):

@@ -73,6 +73,7 @@ class FluxHost:
     model_class = FluxTransformer2DModel
     processor_class = FluxControlledAttnProcessor
     stock = (FluxAttnProcessor,)
+    takes_tokens = True
 
     @staticmethod
     def places(model: nn.Module) -> list[Place]:
@@ -80,7 +81,11 @@ class FluxHost:
         return doubles + [Place(block.attn, "single") for block in model.single_transformer_blocks]  # type: ignore[union-attr]
 
     @staticmethod
-    def geometry(args: tuple, kwargs: dict[str, Any]) -> Geometry:
+    def geometry(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Geometry:
         image = args[0] if args else kwargs["hidden_states"]
         text = args[1] if len(args) > 1 else kwargs["encoder_hidden_states"]
         return Geometry(text.shape[1], image.shape[1], image.shape[0], image.device)
+
+    @staticmethod
+    def grids(model: nn.Module, rows: int, columns: int) -> tuple[tuple[int, int], ...]:
+        return ()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -18,17 +18,30 @@ class Layer:
 
     A method sees the joint sequence as [text ; image] whatever the architecture's own order: attention is
     permutation-equivariant, and a processor joins its streams in this order.
+
+    The kinds differ in their rows and keys: image tokens attend to image tokens in "self", to text in "cross", to
+    [text ; image] in "added" (DeepFloyd IF's and Kandinsky's UNets); elsewhere [text ; image] attends to itself.
     """
 
     index: int  # place among the model's attention layers, in the order of the forward pass
-    kind: str  # "double" or "single" (FLUX), "self" or "cross" (UNet), "joint" (SD3)
+    kind: str  # "double" or "single" (FLUX), "joint" or "self" (SD3), "self", "cross" or "added" (UNet)
     place: str | None  # "down", "mid" or "up" in a UNet, None elsewhere
     heads: int
     head_dim: int
-    text_len: int  # text tokens of the joint sequence, padding included
+    text_len: int  # text tokens of the layer, padding included; 0 where it is "self"
     image_len: int  # image tokens
     batch: int = 1  # items of the call, both halves of a classifier-free guidance included
-    grid: tuple[int, int] | None = None  # (rows, columns) of the image tokens, where the handle has been told
+    grid: tuple[int, int] | None = None  # (rows, columns) of the image tokens; FLUX: where the handle has been told
+
+    @property
+    def rows(self) -> int:
+        """Tokens that attend."""
+        return self.image_len if self.kind in ("self", "cross", "added") else self.text_len + self.image_len
+
+    @property
+    def keys(self) -> int:
+        """Tokens that are attended to."""
+        return self.text_len if self.kind == "cross" else self.text_len + self.image_len
 
 
 @dataclass(frozen=True)
@@ -41,25 +54,133 @@ class Step:
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
-    """What to do in one attention call; Plan() is plain attention.
+class Part:
+    """Some items of a batch in an attention call of their own.
 
-    The processor normalises q and k of each stream, joins them as [text ; image], adds `q_offset` and `k_offset`,
-    applies RoPE, calls `query` and `value`, and then flashbrush.attention with the rest. tokens = text_len + image_len.
+    The items of one call share its list of keys, softmax groups, contrast and segments. Where they differ in those,
+    as where one image of a batch reads the keys of others and contrasts what it reads, each sort of item is a Part: no
+    kernel has to know, and K and V stay in place, read by index.
 
     Args:
-        control: tables whose rows, and whose keys other than those in `extra`, cover the tokens in order.
+        items: the batch items whose output this is; different ones in each part.
+        source: {"q": index, "k": index, "v": index}, int tensors (items,): the batch item that each of `items` reads;
+            itself where not given. A sequence of indices for k and v: the layer's keys once for each, joined in one
+            softmax.
+        control: its rows are those of the layer, its keys those of the layer once for each index of k, in that order;
+            a key segment lies within one of them. Tables with a batch are for `items`. None: plain.
+        scale: as in attention(): a number, or a tensor (items,) or (items, heads).
+
+    Raises:
+        TypeError: a field of another type. ValueError: no item, an item twice, a `source` with other keys, of other
+            lengths, or with other numbers of k than of v.
+    """
+
+    items: Sequence[int]
+    source: Mapping[str, Tensor | Sequence[Tensor]] | None = None
+    control: Control | None = None
+    scale: float | Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.items, Tensor) or not all(isinstance(n, int) and not isinstance(n, bool) for n in self.items):
+            raise TypeError(f"Part.items: expected a sequence of ints, got {self.items!r}")
+        if not self.items or min(self.items) < 0 or len(set(self.items)) < len(self.items):
+            raise ValueError(f"Part.items: expected different batch items, at least one, got {self.items!r}")
+        object.__setattr__(self, "items", tuple(self.items))
+        if self.control is not None and not isinstance(self.control, Control):
+            raise TypeError(f"Part.control: expected a Control or None, got {type(self.control).__name__}")
+        if unknown := set(self.source or ()) - {"q", "k", "v"}:
+            raise ValueError(f"Part.source: expected the keys q, k and v, got {sorted(map(str, unknown))}")
+        if isinstance((self.source or {}).get("q"), Sequence):
+            raise TypeError("Part.source['q']: expected one int tensor (items,), got a sequence")
+        for name in self.source or ():
+            for index in self.indices(name):
+                if not isinstance(index, Tensor) or index.dtype not in (torch.int32, torch.int64):
+                    got = index.dtype if isinstance(index, Tensor) else type(index).__name__
+                    raise TypeError(f"Part.source[{name!r}]: expected int32 or int64 tensors (items,), got {got}")
+                if index.shape != (len(self.items),):
+                    raise ValueError(
+                        f"Part.source[{name!r}]: expected shape ({len(self.items)},), got {tuple(index.shape)}"
+                    )
+        if len(self.indices("k")) != len(self.indices("v")) or not self.indices("k"):
+            raise ValueError(
+                f"Part.source: expected as many indices for v as for k, at least one, got {len(self.indices('k'))} for k "
+                f"and {len(self.indices('v'))} for v"
+            )
+
+    def indices(self, name: str) -> tuple[Tensor, ...]:
+        """What q, k or v are read from: int tensors (items,), one for each time that the layer's tokens are taken."""
+        index = (self.source or {}).get(name)
+        if index is None:
+            index = torch.tensor(self.items)
+        return (index,) if isinstance(index, Tensor) else tuple(index)
+
+    def check(self, layer: Layer) -> None:
+        """ValueError where the part does not fit the layer: items, token counts, batch, heads."""
+        where = f"layer {layer.index} ({layer.kind})"
+        if max(self.items) >= layer.batch:
+            raise ValueError(f"Part.items: expected items below the batch of {layer.batch} in {where}, got {self.items}")
+        for name in ("q", "k", "v"):
+            for index in self.indices(name):
+                low, high = (int(index.min()), int(index.max())) if index.device.type == "cpu" else (0, 0)
+                if low < 0 or high >= layer.batch:
+                    raise ValueError(
+                        f"Part.source[{name!r}]: expected items in 0..{layer.batch - 1} for {where}, got {index.tolist()}"
+                    )
+        if self.control is None:
+            return
+        _check_tables("Part.control", self.control, len(self.items), layer)
+        times, keys = len(self.indices("k")), self.control.keys
+        for name, total, expected in (
+            ("rows", self.control.rows.total, layer.rows),
+            ("keys", keys.total, times * layer.keys),
+        ):
+            if total != expected:
+                raise ValueError(f"Part.control.{name}: {total} tokens for {where}, expected {expected}")
+        if times > 1 and keys.items is not None:
+            raise ValueError("Part.control: its key segments must be equally long in every item of the batch")
+        start = 0
+        for name, length in zip(keys.names, keys.lengths, strict=True):
+            if times > 1 and length and start // layer.keys != (start + length - 1) // layer.keys:
+                raise ValueError(
+                    f"Part.control: the key segment {name!r} spans the keys of two items ({layer.keys} each in {where})"
+                )
+            start += length
+
+    def to(self, device: torch.device) -> Part:
+        """This part with its tensors on `device`."""
+        source = {name: tuple(t.to(device) for t in self.indices(name)) for name in ("q", "k", "v")}
+        return Part(
+            self.items,
+            {"q": source["q"][0], "k": source["k"], "v": source["v"]},
+            None if self.control is None else self.control.to(device),
+            self.scale.to(device) if isinstance(self.scale, Tensor) else self.scale,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What to do in one attention layer; Plan() is plain attention.
+
+    The processor normalises q and k of each stream, joins them as [text ; image], adds `q_offset` and `k_offset`,
+    applies RoPE, calls `query` and `value`, and then flashbrush.attention with the rest; see Layer for rows and keys.
+
+    Args:
+        control: tables whose rows, and whose keys other than those in `extra`, cover the layer's in order.
         source: as in attention(): {"q": index, "k": index, "v": index}, int tensors (batch,).
         extra: {key segment of the control: (k, v)}: keys that no token of the layer provides (registers, cached
             references), each (1 or batch, length, heads, head_dim) in the model's dtype, used as they are: without
             norm or RoPE. They are read in place.
-        q_offset, k_offset: added after the norm and before RoPE; broadcastable to (batch, tokens, heads, head_dim).
-        query: maps q (batch, tokens, heads, head_dim) after RoPE to a tensor of the same shape.
-        value: the same for v.
+        q_offset, k_offset: added after the norm and before RoPE; broadcastable to (batch, rows, heads, head_dim) and
+            (batch, keys, heads, head_dim).
+        query: maps q (batch, rows, heads, head_dim) after RoPE to a tensor of the same shape.
+        value: the same for v (batch, keys, heads, head_dim).
+        scale: logit scale as in attention(); None: 1/sqrt(head_dim). With a temperature tau: 1/(tau*sqrt(head_dim)).
+        parts: items of the batch that get a call of their own. `control`, `source`, `extra` and `scale` are then those
+            of the remaining items, and their batch is the number of these; offsets and transforms are for all items.
 
     Raises:
         TypeError: a field of another type. ValueError: `extra` without a control that names its segments, a `source`
-            with other keys than q, k and v.
+            with other keys than q, k and v, an item in two parts.
     """
 
     control: Control | None = None
@@ -69,6 +190,8 @@ class Plan:
     k_offset: Tensor | None = None
     query: Callable[[Tensor], Tensor] | None = None
     value: Callable[[Tensor], Tensor] | None = None
+    scale: float | Tensor | None = None
+    parts: Sequence[Part] = ()
 
     def __post_init__(self) -> None:
         if self.control is not None and not isinstance(self.control, Control):
@@ -92,51 +215,71 @@ class Plan:
                 )
             if not isinstance(pair, tuple) or len(pair) != 2 or not all(isinstance(t, Tensor) for t in pair):
                 raise TypeError(f"Plan.extra[{name!r}]: expected a pair of tensors (k, v), got {type(pair).__name__}")
+        object.__setattr__(self, "parts", tuple(self.parts))
+        for part in self.parts:
+            if not isinstance(part, Part):
+                raise TypeError(f"Plan.parts: expected Part objects, got {type(part).__name__}")
+        items = [n for part in self.parts for n in part.items]
+        if twice := sorted({n for n in items if items.count(n) > 1}):
+            raise ValueError(f"Plan.parts: items {twice} are in more than one part")
+
+    @property
+    def controls(self) -> list[Control]:
+        """The controls of all calls."""
+        return [c for c in (self.control, *(part.control for part in self.parts)) if c is not None]
+
+    def rest(self, batch: int) -> tuple[int, ...]:
+        """The items of the batch that are in no part."""
+        taken = {n for part in self.parts for n in part.items}
+        return tuple(n for n in range(batch) if n not in taken)
 
     def check(self, layer: Layer) -> None:
         """ValueError where the plan does not fit the layer: token counts, batch, heads, shapes of extra keys."""
-        tokens, where = layer.text_len + layer.image_len, f"layer {layer.index} ({layer.kind})"
+        where = f"layer {layer.index} ({layer.kind})"
+        for part in self.parts:
+            part.check(layer)
+        batch = len(self.rest(layer.batch))
+        if not batch and (self.control is not None or self.source is not None or self.scale is not None):
+            raise ValueError(f"Plan: its parts take all {layer.batch} items of {where}; control, source and scale have none")
         if (control := self.control) is not None:
             own = control.keys.total - sum(control.keys.lengths[control.keys.index(n)] for n in self.extra or ())
-            for name, total in (("rows", control.rows.total), ("keys", own)):
-                if total != tokens:
+            for name, total, expected in (("rows", control.rows.total, layer.rows), ("keys", own, layer.keys)):
+                if total != expected:
                     raise ValueError(
                         f"Plan.control.{name}: {total} tokens for {where}, which has {layer.text_len} of text and "
-                        f"{layer.image_len} of image"
+                        f"{layer.image_len} of image, {expected} as {name}"
                     )
-            for what, sizes, have in (("items", control.batches, layer.batch), ("heads", control.heads, layer.heads)):
-                if wrong := sizes - {have}:
-                    raise ValueError(f"Plan.control: its tables are for {sorted(wrong)} {what}, {where} has {have}")
+            _check_tables("Plan.control", control, batch, layer)
             if self.extra and control.keys.items is not None:
                 raise ValueError("Plan.extra: the control's key segments must be equally long in every item of the batch")
         for name, (k, v) in (self.extra or {}).items():
             assert control is not None
             expected = (control.keys.lengths[control.keys.index(name)], layer.heads, layer.head_dim)
             for what, t in (("k", k), ("v", v)):
-                if t.dim() != 4 or tuple(t.shape[1:]) != expected or t.shape[0] not in (1, layer.batch):
+                if t.dim() != 4 or tuple(t.shape[1:]) != expected or t.shape[0] not in (1, batch):
                     raise ValueError(
-                        f"Plan.extra[{name!r}]: expected {what} of shape (1 or {layer.batch}, "
+                        f"Plan.extra[{name!r}]: expected {what} of shape (1 or {batch}, "
                         f"{', '.join(map(str, expected))}) for {where}, got {tuple(t.shape)}"
                     )
-        full = (layer.batch, tokens, layer.heads, layer.head_dim)
-        for name in ("q_offset", "k_offset"):
+        for name, tokens in (("q_offset", layer.rows), ("k_offset", layer.keys)):
+            full = (layer.batch, tokens, layer.heads, layer.head_dim)
             if (offset := getattr(self, name)) is not None and not _broadcasts(offset, full):
                 raise ValueError(f"Plan.{name}: expected a shape broadcastable to {full} for {where}, "
                                  f"got {tuple(offset.shape)}")  # fmt: skip
         for name, index in (self.source or {}).items():
-            if index.shape != (layer.batch,):
-                raise ValueError(f"Plan.source[{name!r}]: expected shape ({layer.batch},) for {where}, got {tuple(index.shape)}")
+            if index.shape != (batch,):
+                raise ValueError(f"Plan.source[{name!r}]: expected shape ({batch},) for {where}, got {tuple(index.shape)}")
 
     def to(self, device: torch.device) -> Plan:
         """This plan with its tensors on `device`; the same object where they are there already."""
 
-        def moved(t: Tensor | None) -> Tensor | None:
-            return None if t is None else t.to(device)
+        def moved(t):
+            return t.to(device) if isinstance(t, Tensor) else t
 
         control = None if self.control is None else self.control.to(device)
-        others = [self.q_offset, self.k_offset, *(self.source or {}).values()]
+        others = [self.q_offset, self.k_offset, self.scale, *(self.source or {}).values()]
         others += [t for pair in (self.extra or {}).values() for t in pair]
-        if control is self.control and all(t is None or t.device == device for t in others):
+        if control is self.control and not self.parts and all(moved(t) is t for t in others):
             return self
         return Plan(
             control=control,
@@ -146,6 +289,8 @@ class Plan:
             k_offset=moved(self.k_offset),
             query=self.query,
             value=self.value,
+            scale=moved(self.scale),
+            parts=[part.to(device) for part in self.parts],
         )
 
 
@@ -158,6 +303,14 @@ class Method(Protocol):
     """
 
     def plan(self, layer: Layer, step: Step) -> Plan | None: ...
+
+
+def _check_tables(argument: str, control: Control, batch: int, layer: Layer) -> None:
+    for what, sizes, have in (("items", control.batches, batch), ("heads", control.heads, layer.heads)):
+        if wrong := sizes - {have}:
+            raise ValueError(
+                f"{argument}: its tables are for {sorted(wrong)} {what}, layer {layer.index} ({layer.kind}) has {have}"
+            )
 
 
 def _broadcasts(t: Tensor, full: tuple[int, ...]) -> bool:
