@@ -24,7 +24,7 @@ KINDS = {
     "nothing": 0.05,  # the hole shows nothing but background, and the prompt says so
     "above": 0.05,  # the hole is in the upper panel
 }
-SHIFT = 6.0  # pixels, each way, that a subject may stand elsewhere in the lower panel
+SHIFT = 4.0  # pixels, each way, that a subject may stand elsewhere in the lower panel
 TURN = 0.15  # radians that it may be turned, and logarithm of how much larger or smaller it may be
 EMPTY = 0.3  # share of empty prompts where the reference is enough
 
@@ -50,12 +50,14 @@ class Canvases:
     subjects: Subjects
 
 
-def canvases(count: int, photos: Photos, generator: Generator, freedom: float = 1.0, kind: str | None = None) -> Canvases:
+def canvases(
+    count: int, photos: Photos, generator: Generator, freedom: float | Tensor = 1.0, kind: str | None = None
+) -> Canvases:
     """Random diptychs on the photos' device.
 
     Args:
-        freedom: of the pose, 0 to 1: at 0 a subject stands in the same place of both panels; at 1 it is shifted by up to
-            SHIFT, and turned and resized by up to TURN.
+        freedom: of the pose, 0 to 1, or (count,) of them: at 0 a subject stands in the same place of both panels; at 1
+            it is shifted by up to SHIFT, and turned and resized by up to TURN.
         kind: all of one kind of KINDS; None: as often as that says.
     """
     device = photos.levels[0][0].device
@@ -83,8 +85,9 @@ def canvases(count: int, photos: Photos, generator: Generator, freedom: float = 
     upper = torch.lerp(white, colours, above)
     hole_above = _holes(above, place, size, uniform(), uniform(2), uniform())
 
+    freedom = torch.as_tensor(freedom, device=device).expand(count)
     size = size * (freedom * uniform(low=-TURN, high=TURN)).exp()
-    place = place + freedom * uniform(2, low=-SHIFT, high=SHIFT)
+    place = place + freedom[:, None] * uniform(2, low=-SHIFT, high=SHIFT)
     colours, below = draw(hidden, place, size, freedom * uniform(low=-TURN, high=TURN), SIDE)
     behind = photos.crops(count, SIDE, generator)
     hole = _holes(below, place, size, uniform(), uniform(2), uniform())

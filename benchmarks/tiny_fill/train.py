@@ -39,7 +39,7 @@ class Recipe:
         steps, decoder_steps: of the transformer and of the decoder.
         batch: diptychs of a step. rate: of AdamW; that of the q and k norms is `sharp` times as high.
         warmup: steps in which the rate rises. decay: share of the steps, at the end, in which it falls to 0.
-        widen: share of the steps in which the poses become free.
+        widen: share of the steps in which the poses become free. aligned: share of the diptychs whose pose never is.
         average: decay of the average of the weights that is kept. outside: weight of the loss outside of the hole.
     """
 
@@ -53,6 +53,7 @@ class Recipe:
     warmup: int = 200
     decay: float = 0.3
     widen: float = 0.5
+    aligned: float = 0.5
     average: float = 0.998
     outside: float = 0.25
 
@@ -117,6 +118,7 @@ class Training:
         """Flow matching, most of it in the hole."""
         recipe, n = self.recipe, self.recipe.batch
         freedom = min(1.0, self.done["transformer"] / (recipe.widen * recipe.steps))
+        freedom = torch.where(torch.rand(n, generator=generator) < recipe.aligned, 0.0, freedom)
         some = canvases(n, self.seen["training"], generator, freedom)
         clean = model.pack(self.encode(2 * some.pictures - 1))
         noise = torch.randn(clean.shape, generator=generator).to(clean)

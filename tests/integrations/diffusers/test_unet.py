@@ -311,7 +311,7 @@ def test_padding_on_one_side_rounds_down() -> None:
 @pytest.mark.parametrize(
     ("layers", "expected"),
     [("self", {"self"}), ("cross", {"cross"}), (["mid", 0], {"self", "cross"})],
-    ids=str,
+    ids=["self", "cross", "indices"],
 )
 def test_layer_selection(layers, expected: set[str]) -> None:
     model, method = tiny_unet(), Recorder()
