@@ -18,6 +18,7 @@ from .bindings import (
     qk_norm_rope,
     query_blur,
 )
+from .checkpoints import tiny_fill
 
 __version__ = "0.1.0"
 __all__ = [
@@ -38,4 +39,5 @@ __all__ = [
     "merge",
     "qk_norm_rope",
     "query_blur",
+    "tiny_fill",
 ]

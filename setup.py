@@ -36,6 +36,7 @@ PACKAGES = [
     "flashbrush.benchmarks.tiny_fill",
     "flashbrush.bindings",
     "flashbrush.bindings.backends",
+    "flashbrush.checkpoints",
     "flashbrush.integrations",
     "flashbrush.integrations.diffusers",
     "flashbrush.integrations.evaluation",
@@ -44,7 +45,7 @@ PACKAGES = [
     "flashbrush.kernels",
 ]
 ROOT_MODULES = {"__init__", "__main__"}
-DATA = ["**/*.safetensors", "**/*.json", "**/*.txt"]
+DATA = {"flashbrush.benchmarks": ["results/*.json"], "flashbrush.checkpoints": ["*/**"]}
 
 SOURCES = Path("csrc/cpu")
 BACKENDS = Path("bindings/backends")
@@ -206,7 +207,7 @@ if __name__ == "__main__":
     setup(
         package_dir={"flashbrush": "."},
         packages=PACKAGES,
-        package_data={"flashbrush.integrations": DATA, "flashbrush.benchmarks": ["results/*.json"]},
+        package_data=DATA,
         distclass=PlatformDistribution,
         cmdclass={"build_py": BuildPython, "build_ext": BuildLibrary, "bdist_wheel": PlatformWheel},
     )

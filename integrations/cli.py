@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 import platform
+import statistics
 import sys
 import textwrap
+import time
 from collections.abc import Sequence
 from enum import Enum
 from importlib.util import find_spec
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from tqdm import tqdm
 
 from .output import check_pictures, write_pictures
 
@@ -55,7 +58,6 @@ PACKAGES = {
     "scikit-image": "demo: its photos",
 }
 Out = Annotated[Path, typer.Option("--output", "-o", help="Picture to write.")]
-Steps = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of the noise.")]
 
 
@@ -94,14 +96,14 @@ def insert(
     mask: Annotated[Path, typer.Option(help="Of the image's size, white where to paint.")],
     prompt: Annotated[str, typer.Option(help="What the result shows.")],
     output: Out,
-    model: Annotated[str | None, typer.Option(help="FLUX.1-Fill: a Hugging Face name or a diffusers folder.")] = None,
+    model: Annotated[str | None, typer.Option(help="FLUX.1-Fill: a Hugging Face name or a folder. Default: a tiny one.")] = None,
     subject_mask: Annotated[Path | None, typer.Option(help="White on the subject. Default: its transparency, or all.")] = None,
     subject_name: Annotated[str | None, typer.Option(help="Find the subject by its name, with Grounding DINO and SAM.")] = None,
     alpha_prompt: Annotated[float, typer.Option(help="How much more the target reads of the prompt.")] = 0.3,
     alpha_subject: Annotated[float, typer.Option(help="How much more the target reads of the subject.")] = 0.3,
     gain_span: Annotated[float, typer.Option(help="Heads gain from 1 to 1 + this.")] = 0.2,
     gain_norm: Annotated[Norm, typer.Option(help="How a head's attention to the prompt is compared.")] = Norm.minmax,
-    steps: Steps = 50,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: 50; of the tiny model, 12.")] = None,
     guidance: Annotated[float, typer.Option(min=0, help="Guidance scale.")] = 30.0,
     seed: Seed = 0,
     width: Annotated[int | None, typer.Option(help="Of a panel, pixels; a multiple of 16.")] = None,
@@ -117,32 +119,36 @@ def insert(
     report: Annotated[Path | None, typer.Option(help="Also write a figure: diptych, mask, result, head gains.")] = None,
 ) -> None:
     """Insert the subject of one photo into the hole of another (In-Context Brush)."""
+    from .. import tiny_fill as tiny_folder
+    from . import tiny_fill
     from .methods import InContextBrush
     from .pipelines import images as im
 
-    if model is None:
-        raise ValueError(
-            "model: insert needs one: give --model black-forest-labs/FLUX.1-Fill-dev, or a diffusers folder; "
-            "flashbrush demo makes do without"
-        )
     check_pictures({"output": output, "report": report})
     if report is not None and find_spec("matplotlib") is None:
         raise ImportError("report: needs matplotlib, which is not installed")
     method = InContextBrush(alpha_prompt, alpha_subject, gain_span, gain_norm=gain_norm.value)
     # Before a model is loaded, which takes minutes.
     photo = im.open_image(image, "image")
-    im.open_mask(mask, photo.size)
+    hole = im.open_mask(mask, photo.size)
     picture = im.open_image(subject, "subject")
     if subject_mask is not None:
         im.open_mask(subject_mask, picture.size, "subject_mask", "subject")
     if subject_mask is not None and subject_name is not None:
         raise ValueError("subject_mask: expected it or subject_name, got both")
-    shape = {"width": width, "height": height, "padding_mask_crop": padding_mask_crop, "subject_fill": subject_fill}
-    shape = {name: value for name, value in shape.items() if value is not None}
+    given = {
+        "width": width, "height": height, "padding_mask_crop": padding_mask_crop, "subject_fill": subject_fill,
+        "steps": steps,
+    }  # fmt: skip
+    shape = {name: value for name, value in given.items() if value is not None}
+    if model is None:
+        shape = tiny_fill.options(hole) | shape
+        model = str(tiny_folder())
+        print(f"no --model is given: taking the tiny one that comes with flashbrush, {model}, for trying things out")
     pipe = _load(model, dtype, device, offload, backend)
     result = pipe(
         prompt, subject=subject, image=image, mask=mask, subject_mask=subject_mask, subject_name=subject_name,
-        method=method, steps=steps, guidance_scale=guidance, seed=seed, blend=blend, paste_back=paste_back, **shape,
+        method=method, guidance_scale=guidance, seed=seed, blend=blend, paste_back=paste_back, **shape,
     )  # fmt: skip
     seen = result.diptychs[0].width, result.diptychs[0].height // 2
     if seen != photo.size:
@@ -154,32 +160,50 @@ def insert(
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pictures.")] = Path("demo"),
-    steps: Steps = 8,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: 12.")] = None,
     seed: Seed = 0,
 ) -> None:
-    """Insert scikit-image's cat into its coffee scene, with a tiny untrained checkpoint: the hole fills with noise."""
+    """Insert scikit-image's cat and others into scenes, with the tiny model that comes with the package."""
     import torch
 
-    from . import tiny_checkpoint
-    from .demo import PANEL, PROMPT, photos
+    from .. import tiny_fill as tiny_folder
+    from ..bindings import backends
+    from . import tiny_fill
+    from .demo import items
+    from .evaluation.items import LIST, write_items
     from .pipelines import InContextBrushPipeline
+    from .report import insertion_grid
 
     if output.exists() and not output.is_dir():
         raise ValueError(f"output: expected a folder, got a file: {output}")
-    if output.exists() and any(output.iterdir()) and not (output / "checkpoint" / "model_index.json").is_file():
+    if output.exists() and any(output.iterdir()) and not (output / "photos" / LIST).is_file():
         raise ValueError(f"output: expected a new folder, or that of another demo: {output} holds other files")
-    pictures = photos()
+    asked = items()
     _quiet()
-    checkpoint = tiny_checkpoint.build(output / "checkpoint")
-    paths = pictures.save(output)
-    pipe = InContextBrushPipeline.from_pretrained(checkpoint, dtype=torch.float32)
-    pipe.pipe.set_progress_bar_config(desc="inserting")
-    result = pipe(
-        PROMPT, subject=paths["subject"], subject_mask=paths["subject_mask"], image=paths["scene"], mask=paths["mask"],
-        width=PANEL[0], height=PANEL[1], steps=steps, seed=seed,
-    )  # fmt: skip
-    title = f"“{PROMPT}”, by a model that is tiny and untrained: the hole fills with noise"
-    _finish(result, output / "result.png", output / "report.png", title)
+    pipe = InContextBrushPipeline.from_pretrained(tiny_folder(), dtype=torch.float32)
+    write_items(asked, output / "photos")
+    made, seconds = [], []
+    for item in tqdm(asked, "inserting"):
+        options = tiny_fill.options(item.mask) | ({} if steps is None else {"steps": steps})
+        started = time.perf_counter()
+        made.append(
+            pipe(
+                item.prompt, subject=item.subject, subject_mask=item.subject_mask, image=item.image, mask=item.mask,
+                seed=seed, progress=False, **options,
+            )
+        )  # fmt: skip
+        seconds.append(time.perf_counter() - started)
+    pictures: dict[Path, Any] = {
+        output / f"{item.name}.png": result.images[0].save for item, result in zip(asked, made, strict=True)
+    }
+    report = output / "report.png"
+    title = "Subjects into scenes, by the tiny model that comes with flashbrush: it sees 64 x 64 pixels around the hole"
+    grid = insertion_grid(list(zip(asked, made, strict=True)), title)
+    pictures[report] = lambda path: grid.savefig(path, dpi=110)
+    write_pictures(pictures)
+    backend = next(name for name, reasons in backends().items() if name in ("cpu", "composed") and not reasons)
+    print(f"{statistics.median(seconds):.2f} seconds for an insertion, attention by the {backend} backend")
+    print(f"the pictures are in {output}, all of them in {report}")
 
 
 @app.command()

@@ -1,48 +1,60 @@
-"""The demonstration: scikit-image's cat into its coffee scene, with a checkpoint that is built on the spot."""
+"""The demonstration: subjects of photos and drawn ones into real scenes, by the tiny model that comes with the package."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import NamedTuple
-
+import torch
 from PIL import Image, ImageDraw
 
-PROMPT = "a cat sitting on the table beside a cup of coffee"
-PANEL = (304, 208)  # pixels, near the coffee scene's 3:2
+from ..benchmarks.tiny_fill.photos import HELD_OUT, photos
+from ..benchmarks.tiny_fill.subjects import draw, subjects
+from .evaluation.items import Item, to_picture
+
+Box = tuple[int, int, int, int]
+
+# Drawn by hand on scikit-image's photos.
+CAT = (
+    (34, 30), (62, 0), (232, 0), (330, 27), (384, 0), (399, 0), (370, 76), (362, 136), (363, 192), (334, 246),
+    (336, 299), (18, 299), (10, 240), (40, 170), (30, 100),
+)  # fmt: skip
+SAUCER = (78, 18, 478, 384)
+SIDE = 160  # pixels of a drawn subject's picture
+SEED, MADE = 7, 48  # of the drawn subjects, and how many there are to choose from
+CHOSEN = {"moon": 10, "star": 36, "hexagon": 41}
 
 
-class Photos(NamedTuple):
-    subject: Image.Image
-    subject_mask: Image.Image
-    scene: Image.Image
-    mask: Image.Image
-
-    def save(self, folder: Path) -> dict[str, Path]:
-        """Write them as PNG files; their paths by field."""
-        folder.mkdir(parents=True, exist_ok=True)
-        paths = {name: folder / f"{name}.png" for name in self._fields}
-        for name, path in paths.items():
-            getattr(self, name).save(path)
-        return paths
-
-
-def photos() -> Photos:
-    """Real photos that scikit-image brings: Chelsea the cat, and a cup of coffee; masks drawn by hand.
+def items() -> list[Item]:
+    """What is inserted where, in the order of showing. No photo is among those that the model was trained on.
 
     Raises:
-        ImportError: scikit-image is not installed.
+        ImportError: scikit-image or scikit-learn is not installed.
     """
-    try:
-        from skimage import data
-    except ImportError as error:
-        raise ImportError("the demonstration takes its photos from scikit-image: pip install scikit-image") from error
-    cat, coffee = Image.fromarray(data.chelsea()), Image.fromarray(data.coffee())
-    face = Image.new("L", cat.size, 0)
-    outline = (
-        (34, 30), (62, 0), (232, 0), (330, 27), (384, 0), (399, 0), (370, 76), (362, 136), (363, 192), (334, 246),
-        (336, 299), (18, 299), (10, 240), (40, 170), (30, 100),
-    )  # fmt: skip
-    ImageDraw.Draw(face).polygon(outline, fill=255)
-    hole = Image.new("L", coffee.size, 0)
-    ImageDraw.Draw(hole).ellipse((24, 40, 184, 216), fill=255)
-    return Photos(cat, face, coffee, hole)
+    seen = photos(HELD_OUT)  # which says what is missing
+    from skimage import data
+
+    cat, coffee, rocket = (Image.fromarray(getattr(data, name)()) for name in HELD_OUT)
+    face, saucer = Image.new("L", cat.size, 0), Image.new("L", coffee.size, 0)
+    ImageDraw.Draw(face).polygon(CAT, fill=255)
+    ImageDraw.Draw(saucer).ellipse(SAUCER, fill=255)
+
+    made = subjects(MADE, seen, torch.Generator().manual_seed(SEED))
+    middle, size = torch.full((MADE, 2), SIDE / 2), torch.full((MADE,), 0.45 * SIDE)
+    colours, coverage = draw(made, middle, size, torch.zeros(MADE), SIDE)
+
+    def drawn(name: str, scene: Image.Image, hole: Box) -> Item:
+        one = CHOSEN[name]
+        outline = to_picture((coverage[one] > 0.5).float())
+        return Item(name, made.prompts()[one], to_picture(colours[one]), scene, _hole(scene, hole), outline)
+
+    return [
+        Item("cat", "a cat on a table", cat, coffee, _hole(coffee, (20, 20, 200, 200)), face),
+        Item("cup", "a cup of coffee", coffee, rocket, _hole(rocket, (200, 60, 320, 180)), saucer),
+        drawn("moon", rocket, (340, 40, 470, 170)),
+        drawn("star", coffee, (440, 240, 590, 390)),
+        drawn("hexagon", cat, (60, 150, 180, 270)),
+    ]
+
+
+def _hole(scene: Image.Image, box: Box) -> Image.Image:
+    mask = Image.new("L", scene.size, 0)
+    ImageDraw.Draw(mask).ellipse(box, fill=255)
+    return mask

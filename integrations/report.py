@@ -1,9 +1,10 @@
-"""A figure of what In-Context Brush did: the diptych, the mask, the result, and the heads that it raised."""
+"""Figures of what In-Context Brush did: what it was given, what it made, and the heads that it raised."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
-from textwrap import shorten
+from textwrap import fill, shorten
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,9 +12,12 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from .evaluation.items import Item
     from .pipelines import InContextBrushOutput
 
 HEIGHT = 3.9  # inches
+CELL = 2.2  # inches, of a grid
+HOLE = (128, 128, 128)
 INK = "#333333"
 
 
@@ -52,23 +56,53 @@ def insertion_report(output: InContextBrushOutput, item: int = 0, title: str = "
     return figure
 
 
-def _draw_gains(figure: Figure, axes: Any, gains: np.ndarray, kinds: list[str]) -> None:
+def insertion_grid(made: Sequence[tuple[Item, InContextBrushOutput]], title: str = "") -> Figure:
+    """A row for each insertion: subject, scene with its hole, result, the hole's surroundings enlarged, head gains.
+
+    Args:
+        made: what was asked, and what InContextBrushPipeline made of it, with the photo's pixels pasted back.
+        title: above all.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.6 * CELL, len(made) * CELL + 0.6), layout="constrained", facecolor="white")
+    figure.suptitle(title or "In-Context Brush", fontsize=12, color=INK)
+    rows = figure.subplots(len(made), 5, squeeze=False, width_ratios=(1, 1.5, 1.5, 1, 1))
+    for row, (item, output) in zip(rows, made, strict=True):
+        diptych, box = output.diptychs[0], output.boxes[0]
+        scene, result = item.image.convert("RGB"), output.images[0]
+        scene.paste(HOLE, mask=item.mask)
+        shown = {
+            "subject": diptych.crop((0, 0, diptych.width, diptych.height // 2)),
+            "scene": scene, "result": result, "result, enlarged": result.crop(box),
+        }  # fmt: skip
+        for axes, (name, picture) in zip(row, shown.items(), strict=False):
+            axes.imshow(np.asarray(picture.convert("RGB")), interpolation="lanczos")
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_color("#bbbbbb")
+            axes.set_title(name, fontsize=10, color=INK)
+        row[0].set_xlabel(fill(item.prompt, 22), fontsize=9, color=INK)
+        _draw_gains(figure, row[4], output.head_gains[:, :, 0].mean(0).numpy(), output.layer_kinds, small=True)
+    return figure
+
+
+def _draw_gains(figure: Figure, axes: Any, gains: np.ndarray, kinds: list[str], small: bool = False) -> None:
     from matplotlib.ticker import MaxNLocator
 
     heat = axes.imshow(gains, aspect="auto", cmap="BuPu", interpolation="nearest")
-    axes.set_title("head gains, mean over the steps", fontsize=10, color=INK)
+    axes.set_title("head gains" if small else "head gains, mean over the steps", fontsize=10, color=INK)
     axes.set_xlabel("head", color=INK)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True))
     axes.tick_params(colors=INK, labelsize=8)
     axes.spines[:].set_visible(False)
     edges = [0, *(i for i in range(1, len(kinds)) if kinds[i] != kinds[i - 1]), len(kinds)]
-    for first, end in pairwise(edges):
-        if first:
-            axes.axhline(first - 0.5, color="white", linewidth=3)
-        middle = (first + end - 1) / 2
+    for start, end in pairwise(edges):
+        if start:
+            axes.axhline(start - 0.5, color="white", linewidth=3)
+        middle = (start + end - 1) / 2
         axes.text(
-            -0.16, middle, f"{kinds[first]} blocks", rotation=90, fontsize=9, color=INK, ha="center", va="center",
+            -0.16, middle, kinds[start] + " blocks" * (not small), rotation=90, fontsize=9, color=INK, ha="center", va="center",
             transform=axes.get_yaxis_transform(),
         )  # fmt: skip
     bar = figure.colorbar(heat, ax=axes, fraction=0.06)

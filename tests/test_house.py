@@ -18,9 +18,10 @@ import flashbrush.integrations.diffusers as diffusers_integration
 from flashbrush import Stats, bindings
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("kernels", "bindings", "integrations", "benchmarks")
+FOLDERS = ("checkpoints", "kernels", "bindings", "integrations", "benchmarks")
 # From the ground up; a module may import from its own floor and from those below.
 FLOORS = (
+    "checkpoints",
     "kernels",
     "what a problem is",
     "bindings/backends",
@@ -217,7 +218,7 @@ def described(thing: object) -> bool:
 
 
 def test_the_package_has_the_public_names_and_no_others() -> None:
-    assert set(fb.__all__) == {*NAMES, "__version__"}
+    assert set(fb.__all__) == {*NAMES, "__version__", "tiny_fill"}
     assert set(bindings.__all__) == set(NAMES)
     assert all(getattr(fb, name) is getattr(bindings, name) for name in NAMES)
     assert fb.__all__ == sorted(fb.__all__)
@@ -230,7 +231,7 @@ def test_a_public_name_takes_what_it_says(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("module", "name"),
-    [(fb, name) for name in NAMES]
+    [(fb, name) for name in (*NAMES, "tiny_fill")]
     + [(flashbrush.integrations, name) for name in flashbrush.integrations.__all__]
     + [(diffusers_integration, name) for name in diffusers_integration.__all__],
     ids=lambda value: value if isinstance(value, str) else value.__name__,

@@ -18,7 +18,7 @@ import pytest
 import flashbrush as fb
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("kernels", "bindings", "integrations", "benchmarks")
+FOLDERS = ("checkpoints", "kernels", "bindings", "integrations", "benchmarks")
 FILES = ("__init__.py", "__main__.py", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
 BUILT = ("libflashbrush_cpu.so", "build_report.json")
 COMPILER = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
@@ -97,8 +97,8 @@ def sources() -> set[str]:
 
 
 def data() -> set[str]:
-    kept = [p for kind in ("safetensors", "json", "txt") for p in (ROOT / "integrations").rglob(f"*.{kind}")]
-    return {path.relative_to(ROOT).as_posix() for path in (*kept, *(ROOT / "benchmarks/results").glob("*.json"))}
+    model = [path for path in (ROOT / "checkpoints").glob("*/**/*") if path.is_file() and "__pycache__" not in path.parts]
+    return {path.relative_to(ROOT).as_posix() for path in (*model, *(ROOT / "benchmarks/results").glob("*.json"))}
 
 
 @needs_compiler

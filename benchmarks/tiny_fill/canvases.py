@@ -40,6 +40,7 @@ class Canvases:
         kinds: (n,) indices into KINDS.
         coverage: (n, 1, 2 SIDE, SIDE): of the subject where it is to be found, whether or not there is a hole.
         subjects: those to be found.
+        scenes: (n, 3, SIDE, SIDE): the lower panels before anything was put into them.
     """
 
     pictures: Tensor
@@ -48,6 +49,7 @@ class Canvases:
     kinds: Tensor
     coverage: Tensor
     subjects: Subjects
+    scenes: Tensor
 
 
 def canvases(
@@ -105,7 +107,7 @@ def canvases(
         )
     ]  # fmt: skip
     coverage = torch.cat([above * up, below * ~up], 2)
-    return Canvases(torch.cat([upper, lower], 2), mask, prompts, kinds, coverage, hidden)
+    return Canvases(torch.cat([upper, lower], 2), mask, prompts, kinds, coverage, hidden, behind)
 
 
 def _places(size: Tensor, where: Tensor, moved: Tensor) -> Tensor:

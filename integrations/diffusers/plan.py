@@ -175,12 +175,16 @@ class Plan:
         query: maps q (batch, rows, heads, head_dim) after RoPE to a tensor of the same shape.
         value: the same for v (batch, keys, heads, head_dim).
         scale: logit scale as in attention(); None: 1/sqrt(head_dim). With a temperature tau: 1/(tau*sqrt(head_dim)).
+        order: int64 (tokens,) or (batch, tokens), of a layer whose tokens attend to themselves: the control's i-th row and
+            key is token order[i] of [text ; image], as Segments.from_labels sorts interleaved segments. Gates and
+            statistics are in that order, offsets, transforms and the output in the layer's own.
         parts: items of the batch that get a call of their own. `control`, `source`, `extra` and `scale` are then those
             of the remaining items, and their batch is the number of these; offsets and transforms are for all items.
 
     Raises:
         TypeError: a field of another type. ValueError: `extra` without a control that names its segments, a `source`
-            with other keys than q, k and v, an item in two parts.
+            with other keys than q, k and v, an item in two parts, an `order` together with parts, or one for each item
+            together with a `source`.
     """
 
     control: Control | None = None
@@ -191,6 +195,7 @@ class Plan:
     query: Callable[[Tensor], Tensor] | None = None
     value: Callable[[Tensor], Tensor] | None = None
     scale: float | Tensor | None = None
+    order: Tensor | None = None
     parts: Sequence[Part] = ()
 
     def __post_init__(self) -> None:
@@ -215,6 +220,12 @@ class Plan:
                 )
             if not isinstance(pair, tuple) or len(pair) != 2 or not all(isinstance(t, Tensor) for t in pair):
                 raise TypeError(f"Plan.extra[{name!r}]: expected a pair of tensors (k, v), got {type(pair).__name__}")
+        if (order := self.order) is not None:
+            if not isinstance(order, Tensor) or order.dtype != torch.int64:
+                got = order.dtype if isinstance(order, Tensor) else type(order).__name__
+                raise TypeError(f"Plan.order: expected an int64 tensor (tokens,) or (batch, tokens), got {got}")
+            if self.parts or (self.source and order.dim() == 2):
+                raise ValueError("Plan.order: expected none together with parts, nor one for each item with a source")
         object.__setattr__(self, "parts", tuple(self.parts))
         for part in self.parts:
             if not isinstance(part, Part):
@@ -252,6 +263,12 @@ class Plan:
             _check_tables("Plan.control", control, batch, layer)
             if self.extra and control.keys.items is not None:
                 raise ValueError("Plan.extra: the control's key segments must be equally long in every item of the batch")
+        if (order := self.order) is not None:
+            if layer.kind in ("cross", "added") or tuple(order.shape) not in ((layer.rows,), (layer.batch, layer.rows)):
+                raise ValueError(
+                    f"Plan.order: expected a layer whose tokens attend to themselves, and a shape of ({layer.rows},) or "
+                    f"({layer.batch}, {layer.rows}) there, got {tuple(order.shape)} for {where}"
+                )
         for name, (k, v) in (self.extra or {}).items():
             assert control is not None
             expected = (control.keys.lengths[control.keys.index(name)], layer.heads, layer.head_dim)
@@ -277,7 +294,7 @@ class Plan:
             return t.to(device) if isinstance(t, Tensor) else t
 
         control = None if self.control is None else self.control.to(device)
-        others = [self.q_offset, self.k_offset, self.scale, *(self.source or {}).values()]
+        others = [self.q_offset, self.k_offset, self.scale, self.order, *(self.source or {}).values()]
         others += [t for pair in (self.extra or {}).values() for t in pair]
         if control is self.control and not self.parts and all(moved(t) is t for t in others):
             return self
@@ -290,6 +307,7 @@ class Plan:
             query=self.query,
             value=self.value,
             scale=moved(self.scale),
+            order=moved(self.order),
             parts=[part.to(device) for part in self.parts],
         )
 

@@ -57,7 +57,7 @@ class ControlledProcessor:
 
         Raises:
             NotImplementedError: context parallelism; a derived gain where heads are spread over ranks; a mask with
-                extra keys or parts. RuntimeError: the method has not been asked. ValueError: a transform changed a
+                extra keys, parts or an order. RuntimeError: the method has not been asked. ValueError: a transform changed a
                 shape.
         """
         if self._parallel_config is not None:
@@ -87,18 +87,21 @@ class ControlledProcessor:
                     f"flashbrush: a derived head gain compares all {heads} heads, but tensor parallelism leaves "
                     f"{query.shape[2]} on this rank; use a method without one"
                 )
-        if mask is not None and (plan.extra or plan.parts):
-            what = "extra keys" if plan.extra else "parts"
+        if mask is not None and (plan.extra or plan.parts or plan.order is not None):
+            what = "extra keys" if plan.extra else "parts" if plan.parts else "order"
             raise NotImplementedError(f"flashbrush: attention_mask together with a plan's {what}")
         self.stats = ()
         if plan.parts:
             return self._attend_in_parts(plan, query, key, value)
+        if plan.order is not None:
+            query, key, value = (_sorted(t, plan.order) for t in (query, key, value))
         keys: Tensor | Sequence[Tensor] = key
         joined: Tensor | Sequence[Tensor] = value
         source: Mapping | None = plan.source
         if plan.extra:
             keys, joined, source = _segment_lists(plan, key, value, plan.source)
-        return self._call(None, query, keys, joined, plan.control, source, plan.scale, mask=mask)
+        out = self._call(None, query, keys, joined, plan.control, source, plan.scale, mask=mask)
+        return out if plan.order is None else _sorted(out, plan.order.argsort(-1))
 
     def _plain(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
         # A dense mask has no fused path here: the stock call is the fastest one.
@@ -215,6 +218,13 @@ def _is_plain(norm: nn.Module, x: Tensor) -> bool:
 
 def _eps(norm: nn.Module, x: Tensor) -> float:
     return torch.finfo(x.dtype).eps if norm.eps is None else float(norm.eps)  # type: ignore[arg-type]
+
+
+def _sorted(x: Tensor, order: Tensor) -> Tensor:
+    """x (batch, tokens, ...) with its tokens in the order (tokens,) or (batch, tokens)."""
+    if order.dim() == 1:
+        return x.index_select(1, order)
+    return x[torch.arange(x.shape[0], device=x.device)[:, None], order]
 
 
 def _same_shape(name: str, result: Tensor, given: Tensor) -> Tensor:

@@ -139,18 +139,18 @@ def held_out(
         Item(
             name=f"{kind}_{i:04d}",
             prompt=some.prompts[i] if prompts else "",
-            subject=_picture(uppers[i]),
-            image=_picture(lowers[i] * (1 - some.masks[i, :, SIDE:]) + 0.5 * some.masks[i, :, SIDE:]),
-            mask=_picture(some.masks[i, :, SIDE:]),
-            truth=_picture(lowers[i]),
-            coverage=_picture((some.coverage[i, :, SIDE:] > 0.5).float()),
+            subject=to_picture(uppers[i]),
+            image=to_picture(some.scenes[i]),
+            mask=to_picture(some.masks[i, :, SIDE:]),
+            truth=to_picture(lowers[i]),
+            coverage=to_picture((some.coverage[i, :, SIDE:] > 0.5).float()),
             colour=names[colours[i]] if prompts and named[i] else "",
         )
         for i in range(count)
     ]
 
 
-def _picture(pixels: torch.Tensor) -> Image.Image:
-    """Of (1 or 3, height, width) in [0, 1]."""
+def to_picture(pixels: torch.Tensor) -> Image.Image:
+    """Of pixels (3, height, width) in [0, 1]; of (1, height, width), or of bool, a mask."""
     levels = (pixels * 255).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
     return Image.fromarray(np.ascontiguousarray(levels[..., 0] if levels.shape[2] == 1 else levels))

@@ -39,6 +39,8 @@ class InContextBrush:
             and padding is neither weighted nor counted.
         prompt_tokens, subject_tokens: an int, or one for each item (sequence or int tensor); of the image, None is half.
         subject_first: whether the subject's panel comes first (code), or last as FLUX Kontext's references do.
+        hole: bool (image tokens,) or (batch, image tokens), the target's tokens that are painted: only they are shifted,
+            and only they decide and, with gain_rows="target", have the gain. None: all of the target (paper and code).
     """
 
     alpha_prompt: float = 0.3
@@ -51,29 +53,50 @@ class InContextBrush:
     prompt_tokens: int | Sequence[int] | Tensor | None = None
     subject_tokens: int | Sequence[int] | Tensor | None = None
     subject_first: bool = True
+    hole: Tensor | None = None
 
     def __setattr__(self, name: str, value) -> None:
         if name in CHOICES and value not in CHOICES[name]:
             raise ValueError(f"{name}: expected one of {', '.join(CHOICES[name])}, got {value!r}")
         if name in LEAST and not (isinstance(value, (int, float)) and LEAST[name] <= value and math.isfinite(value)):
             raise ValueError(f"{name}: expected a finite number >= {LEAST[name]:g}, got {value!r}")
-        if isinstance(value, (list, tuple, Tensor)):
+        if name == "hole" and value is not None:
+            if not isinstance(value, Tensor) or value.dtype != torch.bool or value.dim() not in (1, 2):
+                raise ValueError("hole: expected a bool tensor (image tokens,) or (batch, image tokens), or None")
+        elif isinstance(value, (list, tuple, Tensor)):
             value = tuple(torch.as_tensor(value).reshape(-1).tolist())
         object.__setattr__(self, name, value)
 
     def plan(self, layer: Layer, step: Step) -> Plan:
-        return Plan(_control(copy(self), layer.kind != "single", layer.text_len, layer.image_len))
+        return _plan(copy(self), layer.kind != "single", layer.text_len, layer.image_len)
 
 
 @lru_cache(maxsize=64)
-def _control(knobs: InContextBrush, shift: bool, text_len: int, image_len: int) -> Control:
+def _plan(knobs: InContextBrush, shift: bool, text_len: int, image_len: int) -> Plan:
     subject = image_len / 2 if knobs.subject_tokens is None else knobs.subject_tokens
     text = {"prompt": text_len} if knobs.count_padding else _split("prompt", knobs.prompt_tokens, "padding", text_len)
     image = _split("subject", subject, "target", image_len)
-    order = image if knobs.subject_first else dict(reversed(image.items()))
-    weight = {("target", "prompt"): 1 + knobs.alpha_prompt, ("target", "subject"): 1 + knobs.alpha_subject}
-    gain = HeadGain("target", "prompt", knobs.gain_span, knobs.gain_floor, knobs.gain_norm, apply_to=knobs.gain_rows)
-    return Control(Segments(text | order), weight=weight if shift else None, head_gain=gain)
+    segments = Segments(text | (image if knobs.subject_first else dict(reversed(image.items()))))
+    rows, order = "target", None
+    if knobs.hole is not None:
+        rows, (segments, order) = "hole", _with_hole(segments, knobs.hole, text_len, image_len)
+    weight = {(rows, "prompt"): 1 + knobs.alpha_prompt, (rows, "subject"): 1 + knobs.alpha_subject}
+    gained = rows if knobs.gain_rows == "target" else "*"
+    gain = HeadGain(rows, "prompt", knobs.gain_span, knobs.gain_floor, knobs.gain_norm, apply_to=gained)
+    return Plan(Control(segments, weight=weight if shift else None, head_gain=gain), order=order)
+
+
+def _with_hole(segments: Segments, hole: Tensor, text_len: int, image_len: int) -> tuple[Segments, Tensor]:
+    """The segments with the target's hole as the last one, and the order of tokens that has it there."""
+    if hole.shape[-1] != image_len:
+        raise ValueError(f"hole: expected {image_len} image tokens, got {hole.shape[-1]}")
+    lengths = torch.tensor(segments.lengths) if segments.items is None else segments.items.cpu()
+    ends = lengths.cumsum(-1)[..., None]  # ([batch,] segments, 1)
+    labels = (torch.arange(text_len + image_len) >= ends).sum(-2)
+    target, painted = segments.index("target"), torch.nn.functional.pad(hole.cpu(), (text_len, 0))
+    labels = torch.where(painted & (labels == target), len(segments), labels)
+    sorted_segments, order, _ = Segments.from_labels(labels, [*segments.names, "hole"])
+    return sorted_segments, order
 
 
 def _split(name: str, tokens, rest: str, total: int) -> dict[str, int | Tensor]:

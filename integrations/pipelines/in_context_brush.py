@@ -27,6 +27,7 @@ class InContextBrushOutput:
     Attributes:
         images: the results: the photo's own size with paste_back, else the panel's.
         diptychs, masks: what the model was given, the subject's panel above the photo's, and where it paints.
+        boxes: the part of the photo that the lower panel shows: (left, top, right, bottom), pixels.
         latents: (batch, image tokens, channels), the final ones, packed.
         source_latents: those of the diptych.
         known: (batch, image tokens) bool: tokens that are not painted.
@@ -38,6 +39,7 @@ class InContextBrushOutput:
     images: list[Image.Image]
     diptychs: list[Image.Image]
     masks: list[Image.Image]
+    boxes: list[tuple[int, int, int, int]]
     latents: Tensor
     source_latents: Tensor
     known: Tensor
@@ -143,6 +145,7 @@ class InContextBrushPipeline:
         seed: int | Sequence[int] | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         blend: bool = True,
+        hole_only: bool = False,
         paste_back: bool = True,
         max_sequence_length: int = 512,
         progress: bool = True,
@@ -167,6 +170,8 @@ class InContextBrushPipeline:
             seed: of item 0, and counted up; or one for each; None: drawn from torch's own random numbers.
             generator: in place of a seed: one for all items, or one for each.
             blend: put tokens outside of the mask back after every step.
+            hole_only: only tokens of the mask read more of prompt and subject, see InContextBrush.hole; False: all of the
+                photo's panel does, as in the paper.
             paste_back: put the painted region into the photo, whose other pixels stay identical.
             progress: show a progress bar.
 
@@ -187,8 +192,11 @@ class InContextBrushPipeline:
         method = InContextBrush() if method is None else method
         if not isinstance(method, InContextBrush):
             raise TypeError(f"method: expected an InContextBrush, got {type(method).__name__}")
-        if not method.subject_first or method.subject_tokens is not None:
-            raise ValueError("method: the diptych has the subject first, in one half; got another order or subject_tokens")
+        if not method.subject_first or method.subject_tokens is not None or method.hole is not None:
+            raise ValueError(
+                "method: the diptych has the subject first, in one half, and the mask says where its hole is; got another "
+                "order, subject_tokens or a hole"
+            )
         knobs = {"alpha_prompt": alpha_prompt, "alpha_subject": alpha_subject, "gain_span": gain_span}
         method = replace(method, **{name: value for name, value in knobs.items() if value is not None})
         if (order := getattr(self.pipe.scheduler, "order", 1)) != 1:
@@ -219,6 +227,8 @@ class InContextBrushPipeline:
         masks = [im.stack(nothing, im.resize_mask(hole.crop(box), size)) for hole, box in zip(holes, boxes, strict=True)]
         latents = self._source_latents(diptychs)
         known = torch.stack([~self._tokens(mask) for mask in masks]).to(latents.device)
+        if hole_only:
+            method = replace(method, hole=~known.cpu())
         generators = [item["generator"] for item in items]
         # An item at a time and where the generator is, so that neither the device nor the batch changes it.
         noise = torch.stack([torch.randn(latents.shape[1:], generator=g, device=g.device).to(latents) for g in generators])
@@ -253,7 +263,7 @@ class InContextBrushPipeline:
             results = list(map(im.paste_back, results, photos, holes, boxes))
         assert loop.last is not None
         seeds = [item["seed"] for item in items]
-        return InContextBrushOutput(results, diptychs, masks, loop.last, latents, known, gains, kinds, seeds)
+        return InContextBrushOutput(results, diptychs, masks, boxes, loop.last, latents, known, gains, kinds, seeds)
 
     def _subject(self, item: dict[str, Any]) -> tuple[Image.Image, Image.Image | None]:
         """The subject's photo and its mask, None where all of the photo counts."""

@@ -1,4 +1,4 @@
-"""The tiny checkpoint, built once, and photos to insert from and into."""
+"""The tiny model that comes with the package, and photos to insert from and into."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
+import flashbrush as fb
+
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint() -> Path:
     pytest.importorskip("diffusers")
-    from flashbrush.integrations import tiny_checkpoint
-
-    return tiny_checkpoint.build(tmp_path_factory.mktemp("models") / "tiny")
+    return fb.tiny_fill()
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import flashbrush as fb
 from flashbrush.integrations import InContextBrush
-from flashbrush.integrations.diffusers import FluxControlledAttnProcessor, Plan, apply
+from flashbrush.integrations.diffusers import FluxControlledAttnProcessor, Layer, Plan, apply
 
 from ..tiny import COLUMNS, ROWS, TEXT, forward, relative, tiny_call, tiny_flux
 
@@ -369,6 +369,27 @@ def test_a_transform_that_changes_the_shape_raises() -> None:
         execute("single", Plan(value=lambda v: v.flatten(2)))
 
 
+@both
+@pytest.mark.parametrize("shared", [True, False])
+def test_an_order_sorts_tokens_for_the_control_alone(kind: str, shared: bool) -> None:
+    q, k, v, rope = streams(kind)
+    marked = torch.rand(2, TOKENS) < 0.4
+    marked[1] = marked[0] if shared else marked[1]
+    segments, order, _ = fb.Segments.from_labels((marked[0] if shared else marked).int(), ["rest", "marked"])
+    control = fb.Control(segments, weight={("marked", "rest"): 1.7}, bias={("rest", "marked"): 0.6})
+    prob = softmax(rotate(q, rope), rotate(k, rope), 0.6 * (~marked[:, None, :, None] & marked[:, None, None, :]))
+    prob = prob * (1 + 0.7 * (marked[:, None, :, None] & ~marked[:, None, None, :]))
+    offset = torch.zeros(TOKENS, HEADS, DIM)
+    assert relative(execute(kind, Plan(control, order=order, q_offset=offset)), values(prob, v)) <= TOLERANCE
+
+
+def test_orders_that_do_not_fit_raise() -> None:
+    with pytest.raises(ValueError, match=r"Plan\.order: .*shape"):
+        Plan(order=torch.arange(TOKENS - 1)).check(Layer(0, "double", None, HEADS, DIM, TEXT, IMAGE, 2))
+    with pytest.raises(NotImplementedError, match="order"):
+        execute("single", Plan(order=torch.arange(TOKENS)), torch.ones(1, 1, 1, TOKENS).bool())
+
+
 def test_extra_keys_under_a_mask_raise() -> None:
     control = fb.Control(fb.Segments(all=TOKENS), fb.Segments(all=TOKENS, r=4))
     registers = torch.randn(1, 4, HEADS, DIM)
@@ -395,6 +416,8 @@ PAIR = (torch.zeros(1, 4, HEADS, DIM), torch.zeros(1, 4, HEADS, DIM))
         ({"q_offset": 1.0}, TypeError, r"Plan\.q_offset"),
         ({"k_offset": [1.0]}, TypeError, r"Plan\.k_offset"),
         ({"query": torch.zeros(1)}, TypeError, r"Plan\.query"),
+        ({"order": [1, 0]}, TypeError, r"Plan\.order"),
+        ({"order": torch.zeros(2, 3).long(), "source": {"q": torch.tensor([0, 1])}}, ValueError, r"Plan\.order"),
         ({"value": 2}, TypeError, r"Plan\.value"),
     ],
 )

@@ -36,7 +36,7 @@ def test_made_items_hide_the_truth_and_differ_only_in_what_is_asked(items) -> No
     for i, item in enumerate(items):
         hole = np.asarray(item.mask) > 0
         truth, image = np.asarray(item.truth), np.asarray(item.image)
-        assert (truth[~hole] == image[~hole]).all() and (image[hole] == 128).all() and truth[hole].std() > 0
+        assert (truth[~hole] == image[~hole]).all() and (truth[hole] != image[hole]).any()
         assert again[i].subject.tobytes() == item.subject.tobytes()
         assert np.asarray(blank[i].subject).min() == 255 and np.array_equal(np.asarray(blank[i].truth), truth)
         assert stranger[i].subject.tobytes() == items[(i + 1) % 12].subject.tobytes()

@@ -22,13 +22,14 @@ TOLERANCE = 1e-5  # float32, relative to the largest output
 class EagerBrush:
     """The released processor's arithmetic: A o W, then V, then the gain; for one layer of FLUX.
 
-    `prompt` (batch,) counts the prompt's tokens, `subject` is the subject panel's slice of the joint sequence.
+    `prompt` (batch,) counts the prompt's tokens, `subject` is the subject panel's slice of the joint sequence, `target`
+    that of the shifted rows, or for each item their indices.
     """
 
     shift: bool
     prompt: list[int]
     subject: slice
-    target: slice
+    target: slice | list[Tensor]
     alpha_prompt: float = 0.3
     alpha_subject: float = 0.3
     gain_span: float = 0.2
@@ -51,14 +52,15 @@ class EagerBrush:
         q, k = rotate(q, image_rotary_emb), rotate(k, image_rotary_emb)
         prob = torch.softmax(q @ k.mT / math.sqrt(q.shape[-1]), -1)
 
-        out, target = [], self.target
+        out = []
         for item, prompt in zip(prob, self.prompt, strict=True):  # (heads, rows, keys)
+            target = self.target if isinstance(self.target, slice) else self.target[len(out)]
             weight = torch.ones_like(item)
             if self.shift:
                 weight[:, target, :prompt] = 1 + self.alpha_prompt
                 weight[:, target, self.subject] = 1 + self.alpha_subject
             mass = item[:, target, :prompt].sum((1, 2))
-            gain = self.gain_floor + self.gain_span * self.norm(mass, target.stop - target.start)
+            gain = self.gain_floor + self.gain_span * self.norm(mass, item[0, target].shape[0])
             rows = (item * weight) @ v[len(out)]
             scaled = gain[:, None, None] * rows
             if self.gain_rows == "target":
@@ -117,6 +119,10 @@ def run_eager(model, call: dict[str, Tensor], **knobs) -> tuple[Tensor, list[Ten
 
 
 END = TEXT + 24
+HOLES = torch.zeros(2, 24, dtype=torch.bool)
+HOLES[0, [13, 14, 18, 19, 23]], HOLES[1, [12, 20, 21]] = True, True
+HOLES[:, 3] = True  # of the subject's panel, which is never painted
+PAINTED = [TEXT + 12 + hole[12:].nonzero()[:, 0] for hole in HOLES]
 HALVES = {"prompt": [TEXT] * 2, "subject": slice(TEXT, TEXT + 12), "target": slice(TEXT + 12, END)}
 CASES = {
     "released": ({}, HALVES),
@@ -132,6 +138,16 @@ CASES = {
     "small subject": (
         {"subject_tokens": 5},
         HALVES | {"subject": slice(TEXT, TEXT + 5), "target": slice(TEXT + 5, END)},
+    ),
+    "hole": ({"hole": HOLES}, HALVES | {"target": PAINTED}),
+    "hole, paper rows": ({"hole": HOLES, "gain_rows": "target"}, HALVES | {"target": PAINTED, "gain_rows": "target"}),
+    "one hole, subject last": (
+        {"hole": HOLES[0].flip(0), "subject_first": False},
+        HALVES | {"subject": slice(END - 12, END), "target": [END - 1 - (PAINTED[0] - TEXT)] * 2},
+    ),
+    "hole, without padding, by item": (
+        {"hole": HOLES, "count_padding": False, "prompt_tokens": torch.tensor([3, 6])},
+        HALVES | {"prompt": [3, 6], "target": PAINTED},
     ),
     "without padding": ({"count_padding": False, "prompt_tokens": 4}, HALVES | {"prompt": [4, 4]}),
     "without padding, by item": (

@@ -1,0 +1,70 @@
+"""Means and standard errors of what was measured, paired where settings are compared, and their CSV files."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .insertion import Outcome, Setting
+
+
+class Estimate(NamedTuple):
+    """A mean over items, the seeds of an item averaged first; its standard error; the number of items."""
+
+    mean: float
+    error: float
+    items: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} ± {self.error:.3f}"
+
+
+def estimate(outcomes: Iterable[Outcome], measure: str, base: Sequence[Outcome] | None = None) -> Estimate:
+    """Of one measure; of its differences to `base`, item by item and seed by seed, where that is given.
+
+    Raises:
+        ValueError: a base without an outcome that is compared.
+    """
+    reference = None if base is None else {(o.item.name, o.seed): o.measured.get(measure) for o in base}
+    by_item: dict[str, list[float]] = {}
+    for outcome in outcomes:
+        value, key = outcome.measured.get(measure), (outcome.item.name, outcome.seed)
+        if value is None or not math.isfinite(value):
+            continue
+        if reference is not None:
+            if (other := reference.get(key)) is None:
+                raise ValueError(f"base: it has no {measure} of {outcome.item.name} with seed {outcome.seed}")
+            value -= other
+        by_item.setdefault(outcome.item.name, []).append(value)
+    means = np.array([np.mean(values) for values in by_item.values()])
+    error = float(means.std(ddof=1) / math.sqrt(len(means))) if len(means) > 1 else float("nan")
+    return Estimate(float(means.mean()) if len(means) else float("nan"), error, len(means))
+
+
+def best(outcomes: Sequence[Outcome], settings: Sequence[Setting], measure: str) -> list[Outcome]:
+    """Of each item and seed, the outcome under that of `settings` which scores highest; the first where they tie.
+
+    With a measure that needs no truth, a rule that chooses a setting for every image.
+    """
+    found: dict[tuple[str, int], Outcome] = {}
+    for setting in settings:
+        for outcome in (o for o in outcomes if o.setting == setting and measure in o.measured):
+            key = outcome.item.name, outcome.seed
+            if key not in found or outcome.measured[measure] > found[key].measured[measure]:
+                found[key] = outcome
+    return list(found.values())
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """All columns that a row has, in the order of their first appearance; numbers with six digits."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, names, restval="")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()})
