@@ -6,11 +6,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .methods import InContextBrush
+    from .methods import CrossImageAttention, InContextBrush, InContextRoles, TransferRoles, VisualInContext
     from .pipelines import InContextBrushPipeline
 
-__all__ = ["InContextBrush", "InContextBrushPipeline"]
-_HOMES = {"InContextBrush": ".methods", "InContextBrushPipeline": ".pipelines"}
+__all__ = [
+    "CrossImageAttention",
+    "InContextBrush",
+    "InContextBrushPipeline",
+    "InContextRoles",
+    "TransferRoles",
+    "VisualInContext",
+]
+_HOMES = {
+    "CrossImageAttention": ".methods",
+    "InContextBrush": ".methods",
+    "InContextBrushPipeline": ".pipelines",
+    "InContextRoles": ".methods",
+    "TransferRoles": ".methods",
+    "VisualInContext": ".methods",
+}
 
 
 def __getattr__(name: str) -> Any:
