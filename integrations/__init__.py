@@ -7,22 +7,26 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .methods import CrossImageAttention, InContextBrush, InContextRoles, TransferRoles, VisualInContext
-    from .pipelines import InContextBrushPipeline
+    from .pipelines import AppearanceTransferPipeline, InContextBrushPipeline, VisualICLPipeline
 
 __all__ = [
+    "AppearanceTransferPipeline",
     "CrossImageAttention",
     "InContextBrush",
     "InContextBrushPipeline",
     "InContextRoles",
     "TransferRoles",
+    "VisualICLPipeline",
     "VisualInContext",
 ]
 _HOMES = {
+    "AppearanceTransferPipeline": ".pipelines",
     "CrossImageAttention": ".methods",
     "InContextBrush": ".methods",
     "InContextBrushPipeline": ".pipelines",
     "InContextRoles": ".methods",
     "TransferRoles": ".methods",
+    "VisualICLPipeline": ".pipelines",
     "VisualInContext": ".methods",
 }
 
