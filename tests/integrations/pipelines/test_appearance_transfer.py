@@ -62,7 +62,8 @@ class Eager(AttnProcessor2_0):
     def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         stock = super().__call__(attn, hidden_states, *args, **kwargs)
         if self.source is not None:
-            q, k, v = (f(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for f in (attn.to_q, attn.to_k, attn.to_v))
+            made = (linear(hidden_states) for linear in (attn.to_q, attn.to_k, attn.to_v))
+            q, k, v = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in made)
             prob = (q[3] @ k[self.source].mT / math.sqrt(q.shape[-1])).softmax(-1)
             prob = (1.67 * prob - 0.67 / prob.shape[-1]).clamp(0, 1)
             stock[3] = attn.to_out[0]((prob @ v[self.source]).transpose(0, 1).flatten(1))
