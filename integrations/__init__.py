@@ -6,11 +6,29 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .methods import InContextBrush
-    from .pipelines import InContextBrushPipeline
+    from .methods import CrossImageAttention, InContextBrush, InContextRoles, TransferRoles, VisualInContext
+    from .pipelines import AppearanceTransferPipeline, InContextBrushPipeline, VisualICLPipeline
 
-__all__ = ["InContextBrush", "InContextBrushPipeline"]
-_HOMES = {"InContextBrush": ".methods", "InContextBrushPipeline": ".pipelines"}
+__all__ = [
+    "AppearanceTransferPipeline",
+    "CrossImageAttention",
+    "InContextBrush",
+    "InContextBrushPipeline",
+    "InContextRoles",
+    "TransferRoles",
+    "VisualICLPipeline",
+    "VisualInContext",
+]
+_HOMES = {
+    "AppearanceTransferPipeline": ".pipelines",
+    "CrossImageAttention": ".methods",
+    "InContextBrush": ".methods",
+    "InContextBrushPipeline": ".pipelines",
+    "InContextRoles": ".methods",
+    "TransferRoles": ".methods",
+    "VisualICLPipeline": ".pipelines",
+    "VisualInContext": ".methods",
+}
 
 
 def __getattr__(name: str) -> Any:

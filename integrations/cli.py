@@ -1,11 +1,10 @@
-"""The command line: flashbrush insert, demo, info, bench.
+"""The command line: flashbrush insert, vicl, eval, demo, info, bench.
 
 Wrong input gives one line on standard error and exit code 2, and nothing is written.
 """
 
 from __future__ import annotations
 
-import os
 import platform
 import statistics
 import sys
@@ -20,21 +19,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from tqdm import tqdm
 
+from .cli_insertion import sweep
+from .cli_model import Backend, Device, Dtype, Offload, Out, Precision, Seed, load, quiet
+from .cli_vicl import vicl
 from .output import check_pictures, write_pictures
 
 if TYPE_CHECKING:
-    from .pipelines import InContextBrushOutput, InContextBrushPipeline
+    from .pipelines import InContextBrushOutput
 
 app = typer.Typer(
     name="flashbrush", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help="Segment-controlled attention for in-context image editing.",
 )  # fmt: skip
-
-
-class Dtype(str, Enum):
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
 
 
 class Norm(str, Enum):
@@ -48,17 +44,16 @@ PACKAGES = {
     "flashbrush": "",
     "torch": "all",
     "triton": "the triton backend",
-    "diffusers": "apply(), insert, demo",
-    "transformers": "insert, demo",
-    "accelerate": "insert --offload, quick loading",
-    "safetensors": "insert, demo",
-    "numpy": "insert, demo",
-    "Pillow": "insert, demo",
+    "diffusers": "apply(), insert, vicl, demo",
+    "transformers": "insert, vicl, demo",
+    "accelerate": "--offload, quick loading",
+    "safetensors": "insert, vicl, demo",
+    "numpy": "insert, vicl, demo",
+    "Pillow": "insert, vicl, demo",
     "matplotlib": "insert --report, demo",
     "scikit-image": "demo: its photos",
+    "torchmetrics": "eval",
 }
-Out = Annotated[Path, typer.Option("--output", "-o", help="Picture to write.")]
-Seed = Annotated[int, typer.Option(min=0, help="Of the noise.")]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -111,10 +106,10 @@ def insert(
     padding_mask_crop: Annotated[int | None, typer.Option(min=0, help="Show the model the hole and so many pixels more.")] = None,
     subject_fill: Annotated[float | None, typer.Option(help="Share of its panel that the subject takes. Default: 0.9.")] = None,
     blend: Annotated[bool, typer.Option(help="Put what is outside of the mask back after every step.")] = True,
-    dtype: Annotated[Dtype, typer.Option(help="Of the model.")] = Dtype.bfloat16,
-    device: Annotated[str | None, typer.Option(help="Default: cuda where there is one, else cpu.")] = None,
-    offload: Annotated[bool, typer.Option(help="Move each part of the model to the device only while it works.")] = False,
-    backend: Annotated[str, typer.Option(help="Of the attention; see flashbrush info.")] = "auto",
+    dtype: Precision = Dtype.bfloat16,
+    device: Device = None,
+    offload: Offload = False,
+    backend: Backend = "auto",
     paste_back: Annotated[bool, typer.Option(help="Keep the photo's own pixels outside of the mask.")] = True,
     report: Annotated[Path | None, typer.Option(help="Also write a figure: diptych, mask, result, head gains.")] = None,
 ) -> None:
@@ -145,7 +140,7 @@ def insert(
         shape = tiny_fill.options(hole) | shape
         model = str(tiny_folder())
         print(f"no --model is given: taking the tiny one that comes with flashbrush, {model}, for trying things out")
-    pipe = _load(model, dtype, device, offload, backend)
+    pipe = load("InContextBrushPipeline", model, dtype, device, offload, backend)
     result = pipe(
         prompt, subject=subject, image=image, mask=mask, subject_mask=subject_mask, subject_name=subject_name,
         method=method, guidance_scale=guidance, seed=seed, blend=blend, paste_back=paste_back, **shape,
@@ -155,6 +150,10 @@ def insert(
         what = "the hole's surroundings" if "padding_mask_crop" in shape else f"{image}, {_times(photo.size)} pixels,"
         print(f"the model saw {what} at {_times(seen)} pixels")
     _finish(result, output, report, prompt)
+
+
+app.command()(vicl)
+app.command()(sweep)
 
 
 @app.command()
@@ -179,7 +178,7 @@ def demo(
     if output.exists() and any(output.iterdir()) and not (output / "photos" / LIST).is_file():
         raise ValueError(f"output: expected a new folder, or that of another demo: {output} holds other files")
     asked = items()
-    _quiet()
+    quiet()
     pipe = InContextBrushPipeline.from_pretrained(tiny_folder(), dtype=torch.float32)
     write_items(asked, output / "photos")
     made, seconds = [], []
@@ -254,51 +253,6 @@ def bench(context: typer.Context) -> None:
     from ..benchmarks.table import main as run
 
     raise typer.Exit(run(context.args))
-
-
-def _load(model: str, dtype: Dtype, device: str | None, offload: bool, backend: str) -> InContextBrushPipeline:
-    import torch
-
-    from ..bindings import backends
-    from .pipelines import InContextBrushPipeline
-
-    if backend != "auto" and backend not in (known := backends()):
-        raise ValueError(f"backend: expected auto or one of {', '.join(known)}, got {backend!r}")
-    if backend != "auto" and (reasons := backends()[backend]):
-        raise ValueError(f"backend: {backend!r} is not usable here: {'; '.join(reasons)}")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].split(". ")[0]
-        raise ValueError(f"device: {device!r} is not usable here: {reason}") from error
-    if offload and torch.device(device).type == "cpu":
-        raise ValueError("offload: expected another device than the cpu, which is where an idle model is kept")
-    if os.sep in model and not Path(model).exists() and (Path(model).is_absolute() or model.startswith(".")):
-        raise ValueError(f"model: no such folder: {model}")
-    if Path(model).is_file():
-        raise ValueError(f"model: expected a diffusers folder or a Hugging Face name, got a file: {model}")
-    _quiet()
-    try:
-        pipe = InContextBrushPipeline.from_pretrained(model, dtype=getattr(torch, dtype.value), backend=backend)
-    except Exception as error:  # a checkpoint can be wrong in as many ways as it has readers
-        said = str(error) or type(error).__name__
-        raise ValueError(said if said.startswith("model:") else f"model: {model} cannot be loaded: {said}") from error
-    if offload:
-        pipe.pipe.enable_model_cpu_offload(device=device)
-    else:
-        pipe.to(device)
-    return pipe
-
-
-def _quiet() -> None:
-    """Loading says nothing but its progress."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    diffusers_logging.set_verbosity_error()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
 
 
 def _finish(result: InContextBrushOutput, output: Path, report: Path | None, title: str) -> None:

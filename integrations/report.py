@@ -12,6 +12,7 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from .evaluation.insertion import Outcome
     from .evaluation.items import Item
     from .pipelines import InContextBrushOutput
 
@@ -83,6 +84,27 @@ def insertion_grid(made: Sequence[tuple[Item, InContextBrushOutput]], title: str
             axes.set_title(name, fontsize=10, color=INK)
         row[0].set_xlabel(fill(item.prompt, 22), fontsize=9, color=INK)
         _draw_gains(figure, row[4], output.head_gains[:, :, 0].mean(0).numpy(), output.layer_kinds, small=True)
+    return figure
+
+
+def outcome_grid(outcomes: Sequence[Outcome]) -> Figure:
+    """A column for each insertion: subject, scene with its hole, result, and the truth where it is known."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(len(outcomes) * 1.4, 6.2), layout="constrained", facecolor="white")
+    rows = figure.subplots(4, len(outcomes), squeeze=False)
+    for column, outcome in zip(rows.T, outcomes, strict=True):
+        scene = outcome.item.image.convert("RGB")
+        scene.paste(HOLE, mask=outcome.item.mask)
+        shown = {"subject": outcome.item.subject, "scene": scene, "result": outcome.picture, "truth": outcome.item.truth}
+        for axes, (name, picture) in zip(column, shown.items(), strict=True):
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
+            if picture is not None:
+                axes.imshow(np.asarray(picture.convert("RGB")), interpolation="lanczos")
+            if column is rows.T[0]:
+                axes.set_ylabel(name, fontsize=10, color=INK)
+        column[0].set_title(fill(outcome.item.prompt, 18), fontsize=7, color=INK)
     return figure
 
 

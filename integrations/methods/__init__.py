@@ -1,5 +1,7 @@
 """Published methods: one file each, from knobs to segments, controls and schedule."""
 
+from .cross_image_attention import CrossImageAttention, TransferRoles
 from .in_context_brush import InContextBrush
+from .visual_in_context import InContextRoles, VisualInContext
 
-__all__ = ["InContextBrush"]
+__all__ = ["CrossImageAttention", "InContextBrush", "InContextRoles", "TransferRoles", "VisualInContext"]

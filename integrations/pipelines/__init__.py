@@ -6,14 +6,28 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .appearance_transfer import AppearanceTransferOutput, AppearanceTransferPipeline
     from .in_context_brush import InContextBrushOutput, InContextBrushPipeline
     from .subject import SubjectFinder
+    from .visual_icl import VisualICLOutput, VisualICLPipeline
 
-__all__ = ["InContextBrushOutput", "InContextBrushPipeline", "SubjectFinder"]
+__all__ = [
+    "AppearanceTransferOutput",
+    "AppearanceTransferPipeline",
+    "InContextBrushOutput",
+    "InContextBrushPipeline",
+    "SubjectFinder",
+    "VisualICLOutput",
+    "VisualICLPipeline",
+]
 _HOMES = {
+    "AppearanceTransferOutput": ".appearance_transfer",
+    "AppearanceTransferPipeline": ".appearance_transfer",
     "InContextBrushOutput": ".in_context_brush",
     "InContextBrushPipeline": ".in_context_brush",
     "SubjectFinder": ".subject",
+    "VisualICLOutput": ".visual_icl",
+    "VisualICLPipeline": ".visual_icl",
 }
 
 

@@ -57,7 +57,7 @@ def test_a_missing_model_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     import flashbrush.checkpoints as home
 
     monkeypatch.setattr(home, "__file__", str(tmp_path / "__init__.py"))
-    with pytest.raises(FileNotFoundError, match="tiny_fill: .*installed without its data"):
+    with pytest.raises(FileNotFoundError, match=r"tiny_fill: .*installed without its data"):
         fb.tiny_fill()
 
 

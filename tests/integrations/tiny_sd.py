@@ -40,7 +40,7 @@ def tiny_unet(**changes: Any) -> UNet2DConditionModel:
 def tiny_vae() -> AutoencoderKL:
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8, 8, 8, 8), norm_num_groups=4, layers_per_block=1, latent_channels=4, scaling_factor=0.18215,
+        block_out_channels=(8, 8, 8, 8), norm_num_groups=4, layers_per_block=1, latent_channels=4, scaling_factor=4.0,
     ).eval()  # fmt: skip
 
 

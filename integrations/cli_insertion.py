@@ -1,0 +1,188 @@
+"""flashbrush eval insert, and flashbrush sweep: insertions by the hundred, measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .cli_model import Backend, Device, Dtype, Offload, Precision, Seed, load
+from .output import write_pictures
+
+if TYPE_CHECKING:
+    from .evaluation.insertion import Options, Outcome
+    from .evaluation.items import Item
+
+Folder = Annotated[Path | None, typer.Argument(help="With items.csv. Default: made items that the tiny model never saw.")]
+Results = Annotated[Path, typer.Option("--output", "-o", help="Folder for tables and figure; made where it is not there.")]
+Model = Annotated[str | None, typer.Option(help="FLUX.1-Fill: a Hugging Face name or a folder. Default: the tiny one.")]
+Count = Annotated[int, typer.Option(min=2, help="Made items of each sort.")]
+Freedom = Annotated[float, typer.Option(min=0, max=1, help="Made items: how far the pose is off that of the subject.")]
+Repeats = Annotated[int, typer.Option(min=1, help="Seeds of an item.")]
+Batch = Annotated[int, typer.Option(min=1, help="Items of one call.")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: 50; of the tiny model, 12.")]
+Judge = Annotated[str | None, typer.Option(help="A judge: a Hugging Face name or a folder.")]
+
+
+def eval_insert(
+    output: Results,
+    folder: Folder = None,
+    model: Model = None,
+    alpha_prompt: Annotated[float, typer.Option(help="As of insert.")] = 0.0,
+    alpha_subject: Annotated[float, typer.Option(help="As of insert.")] = 0.0,
+    gain_span: Annotated[float, typer.Option(help="As of insert.")] = 0.0,
+    hole_only: Annotated[bool, typer.Option(help="Only the hole's tokens read more.")] = False,
+    blend: Annotated[bool, typer.Option(help="As of insert.")] = True,
+    count: Count = 96,
+    freedom: Freedom = 0.0,
+    repeats: Repeats = 1,
+    batch: Batch = 16,
+    steps: Steps = None,
+    seed: Seed = 0,
+    dino: Judge = None,
+    clip: Judge = None,
+    dtype: Precision = Dtype.float32,
+    device: Device = None,
+    offload: Offload = False,
+    backend: Backend = "auto",
+) -> None:
+    """How well subjects are inserted: identity, agreement with the prompt, PSNR, FID; as tables, CSV and a figure.
+
+    Made items are done three times: with their own subject as the reference, with none, and with another one's.
+    """
+    from .evaluation.insertion import Setting, evaluate
+    from .evaluation.items import held_out, read_items
+    from .evaluation.judges import MEASURES, LatentStatistics, Models, frechet_distance
+    from .evaluation.summary import estimate, write_csv
+    from .report import outcome_grid
+
+    _check_folder(output)
+    setting = Setting(alpha_prompt, alpha_subject, gain_span, hole_only, blend)
+    if folder is not None:
+        sorts = {"": read_items(folder)}
+    else:
+        sorts = {
+            f"{reference} reference": held_out(count, reference=reference, freedom=freedom)
+            for reference in ("own", "blank", "stranger")
+        } | {"contradiction": held_out(count, kind="contradiction", freedom=freedom)}
+    pipe, options = _pipeline(model, folder is None, steps, dtype, device, offload, backend)
+    models = Models(dino, clip, device=pipe.pipe._execution_device) if dino or clip else None
+    rows, shown, cells = [], [], {}
+    for sort, items in sorts.items():
+        outcomes = evaluate(
+            pipe, items, [setting], options=options, seed=seed, repeats=repeats, batch=batch,
+            paste_back=folder is not None, models=models,
+        )  # fmt: skip
+        shown = shown or outcomes
+        rows += [{"sort": sort, **outcome.row()} for outcome in outcomes]
+        for name in (*MEASURES, "fid"):
+            if name == "fid":
+                found, real = [o.picture for o in outcomes], [o.item.truth for o in outcomes if o.item.truth is not None]
+                if len(real) == len(found) > 1 and len({picture.size for picture in (*found, *real)}) == 1:
+                    cells[name, sort] = f"{frechet_distance(LatentStatistics(pipe.pipe.vae), found, real):.4f}"
+            elif (measured := estimate(outcomes, name)).items:
+                cells[name, sort] = f"{measured.mean:.3f} ± {measured.error:.3f} ({measured.items})"
+    output.mkdir(parents=True, exist_ok=True)
+    write_csv(output / "items.csv", rows)
+    names = list(dict.fromkeys(name for name, _ in cells))
+    table = [{"measure": name, **{sort: cells.get((name, sort), "") for sort in sorts}} for name in names]
+    write_csv(output / "table.csv", table)
+    figure = outcome_grid(shown[:8])
+    write_pictures({output / "pictures.png": lambda path: figure.savefig(path, dpi=110)})
+    _print(table, "Mean, standard error and number of items" + (f"; {repeats} seeds of each" if repeats > 1 else ""))
+    meanings = MEASURES | {"fid": "between the autoencoder's channel statistics of results and truths"}
+    for name in names:
+        print(f"{name}: {meanings[name]}")
+    print(f"the tables and pictures are in {output}")
+
+
+def sweep(
+    output: Results,
+    folder: Folder = None,
+    axis: Annotated[list[str] | None, typer.Option(help="A knob and its values, as alpha_subject=0,0.3; several.")] = None,
+    model: Model = None,
+    count: Count = 96,
+    freedom: Freedom = 0.0,
+    repeats: Repeats = 1,
+    batch: Batch = 16,
+    steps: Steps = None,
+    seed: Seed = 0,
+    dtype: Precision = Dtype.float32,
+    device: Device = None,
+    offload: Offload = False,
+    backend: Backend = "auto",
+) -> None:
+    """What each knob changes, one at a time, from the same seeds: means, standard errors and a plot."""
+    from .evaluation.insertion import evaluate
+    from .evaluation.items import held_out, read_items
+    from .evaluation.summary import write_csv
+    from .evaluation.sweep import AXES, MORE, parse_axis, plot, settings, table
+
+    _check_folder(output)
+    named = settings(dict(map(parse_axis, axis)), {}) if axis else settings(AXES, MORE)
+    items: Sequence[Item]
+    if folder is not None:
+        items = read_items(folder)
+    else:
+        items = [
+            item for kind in ("reference", "contradiction") for item in held_out(count, kind=kind, freedom=freedom)
+        ]
+    pipe, options = _pipeline(model, folder is None, steps, dtype, device, offload, backend)
+    outcomes: list[Outcome] = evaluate(
+        pipe, items, list(dict.fromkeys(named.values())), options=options, seed=seed, repeats=repeats, batch=batch,
+        paste_back=folder is not None,
+    )  # fmt: skip
+    rows = table(outcomes, named)
+    output.mkdir(parents=True, exist_ok=True)
+    write_csv(output / "items.csv", [outcome.row() for outcome in outcomes])
+    write_csv(output / "sweep.csv", rows)
+    title = f"change against the stock model, {len(items)} items, {repeats} seed{'s' * (repeats > 1)} of each"
+    figure = plot(rows, title)
+    write_pictures({output / "sweep.png": lambda path: figure.savefig(path, dpi=110)})
+    shown = [
+        {
+            "axis": row["axis"], "value": row["value"], "items": row["items"], "measure": row["measure"],
+            "mean": f"{row['mean']:.3f} ± {row['error']:.3f}",
+            "change": "" if row["axis"] == "base" else f"{row['difference']:+.3f} ± {row['difference_error']:.3f}",
+        }
+        for row in rows
+    ]  # fmt: skip
+    _print(shown, "Mean and standard error; change against the stock model, paired by item and seed")
+    print(f"the tables and the plot are in {output}")
+
+
+def _pipeline(
+    model: str | None, made: bool, steps: int | None, dtype: Dtype, device: str | None, offload: bool, backend: str
+) -> tuple[Any, Options]:
+    """The pipeline, and the options of its call for an item."""
+    from .. import tiny_fill as tiny_folder
+    from . import tiny_fill
+
+    pipe = load("InContextBrushPipeline", model or str(tiny_folder()), dtype, device, offload, backend)
+    more = {} if steps is None else {"steps": steps}
+
+    def options(item: Item) -> dict[str, Any]:
+        if made:  # the photo is a panel already
+            return {"width": tiny_fill.SIDE, "height": tiny_fill.SIDE, "steps": tiny_fill.STEPS} | more
+        return more if model else tiny_fill.options(item.mask) | more
+
+    return pipe, options
+
+
+def _check_folder(output: Path) -> None:
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output: expected a folder, got a file: {output}")
+
+
+def _print(rows: Sequence[Mapping[str, str]], title: str) -> None:
+    import sys
+
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*rows[0], title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*row.values())
+    Console(width=None if sys.stdout.isatty() else 140, highlight=False).print(table)
