@@ -93,7 +93,7 @@ def outcome_grid(outcomes: Sequence[Outcome]) -> Figure:
 
     figure = Figure(figsize=(len(outcomes) * 1.4, 6.2), layout="constrained", facecolor="white")
     rows = figure.subplots(4, len(outcomes), squeeze=False)
-    for column, outcome in zip(rows.T, outcomes, strict=True):
+    for i, (column, outcome) in enumerate(zip(rows.T, outcomes, strict=True)):
         scene = outcome.item.image.convert("RGB")
         scene.paste(HOLE, mask=outcome.item.mask)
         shown = {"subject": outcome.item.subject, "scene": scene, "result": outcome.picture, "truth": outcome.item.truth}
@@ -102,7 +102,7 @@ def outcome_grid(outcomes: Sequence[Outcome]) -> Figure:
             axes.spines[:].set_visible(False)
             if picture is not None:
                 axes.imshow(np.asarray(picture.convert("RGB")), interpolation="lanczos")
-            if column is rows.T[0]:
+            if not i:
                 axes.set_ylabel(name, fontsize=10, color=INK)
         column[0].set_title(fill(outcome.item.prompt, 18), fontsize=7, color=INK)
     return figure

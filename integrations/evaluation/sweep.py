@@ -81,6 +81,8 @@ def table(outcomes: Sequence[Outcome], named: Mapping[tuple[str, str], Setting])
         for kind, measure in _judged(outcomes):
             own, base = ([o for o in some if o.kind == kind] for some in (group, groups["base", ""]))
             mean, change = estimate(own, measure), estimate(own, measure, base)
+            if not mean.items:
+                continue
             rows.append(
                 {
                     "axis": axis, "value": value, "items": kind, "measure": measure, "mean": mean.mean, "error": mean.error,

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 from PIL import Image
+
+import flashbrush as fb
+from flashbrush.integrations.evaluation.items import held_out, read_items, write_items
 
 from .command import STEPS, flashbrush, options
 
@@ -62,16 +66,66 @@ def test_info(capsys) -> None:
         assert word in out
 
 
+def test_insert_without_a_model_takes_the_tiny_one(capsys, photos, checkpoint, tmp_path) -> None:
+    code, out, err = flashbrush(capsys, *options(photos, checkpoint, tmp_path, model=None))
+    assert code == 0, err
+    assert "no --model is given" in out and str(fb.tiny_fill()) in out and "64x64" in out
+    photo, mask = np.asarray(Image.open(photos["image"])), np.asarray(Image.open(photos["mask"]))
+    picture = np.asarray(Image.open(tmp_path / "out.png"))
+    assert (picture[mask == 0] == photo[mask == 0]).all() and (picture[mask > 0] != photo[mask > 0]).any()
+    said = options(photos, checkpoint, tmp_path, width=32, output=tmp_path / "small.png", model=None)
+    code, out, _ = flashbrush(capsys, *said)
+    assert code == 0 and "32x64" in out
+
+
 def test_demo(capsys, tmp_path) -> None:
     pytest.importorskip("skimage")
     code, out, err = flashbrush(capsys, "demo", "-o", tmp_path / "demo", *STEPS)
     assert code == 0, err
-    assert str(tmp_path / "demo" / "result.png") in out
-    scene, mask = (np.asarray(Image.open(tmp_path / "demo" / f"{n}.png")) for n in ("scene", "mask"))
-    result = np.asarray(Image.open(tmp_path / "demo" / "result.png"))
-    assert (result[mask == 0] == scene[mask == 0]).all() and (result[mask > 0] != scene[mask > 0]).any()
-    assert (tmp_path / "demo" / "checkpoint" / "model_index.json").is_file()
+    assert str(tmp_path / "demo" / "report.png") in out and "seconds for an insertion" in out
+    items = read_items(tmp_path / "demo" / "photos")
+    assert len(items) >= 4
+    for item in items:
+        scene, mask = np.asarray(item.image), np.asarray(item.mask)
+        result = np.asarray(Image.open(tmp_path / "demo" / f"{item.name}.png"))
+        assert (result[mask == 0] == scene[mask == 0]).all() and (result[mask > 0] != scene[mask > 0]).any()
+    assert Image.open(tmp_path / "demo" / "report.png").size[1] > 1000
     assert flashbrush(capsys, "demo", "-o", tmp_path / "demo", *STEPS)[0] == 0
+
+
+def test_eval_insert(capsys, tmp_path) -> None:
+    pytest.importorskip("torchmetrics")
+    code, out, err = flashbrush(capsys, "eval", "insert", "-o", tmp_path / "made", "--count", "2", *STEPS)
+    assert code == 0, err
+    with (tmp_path / "made" / "table.csv").open() as file:
+        table = {row.pop("measure"): row for row in csv.DictReader(file)}
+    assert set(table["pattern"]) == {"own reference", "blank reference", "stranger reference", "contradiction"}
+    assert {"psnr_hole", "psnr_outside", "pattern", "palette", "fid"} <= set(table) and "pattern" in out
+    with (tmp_path / "made" / "items.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 8 and {row["sort"] for row in rows} == set(table["pattern"])
+    assert Image.open(tmp_path / "made" / "pictures.png").size[0] > 200
+
+    write_items(held_out(2), tmp_path / "photos")
+    command = ["eval", "insert", tmp_path / "photos", "-o", tmp_path / "own", "--alpha-subject", "0.5", *STEPS]
+    code, _, err = flashbrush(capsys, *command)
+    assert code == 0, err
+    with (tmp_path / "own" / "items.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["alpha_subject"] for row in rows] == ["0.5", "0.5"] and float(rows[0]["psnr_outside"]) == 100
+
+
+def test_sweep(capsys, tmp_path) -> None:
+    command = ["sweep", "-o", tmp_path, "--count", "2", "--axis", "alpha_subject=0,0.9", "--axis", "blend=0,1", *STEPS]
+    code, out, err = flashbrush(capsys, *command)
+    assert code == 0, err
+    with (tmp_path / "sweep.csv").open() as file:
+        rows = {(row["axis"], row["value"], row["measure"]): row for row in csv.DictReader(file)}
+    assert float(rows["alpha_subject", "0", "pattern"]["difference"]) == 0
+    assert float(rows["alpha_subject", "0.9", "pattern"]["difference"]) != 0
+    assert float(rows["blend", "False", "psnr_outside"]["difference"]) != 0
+    assert ("adaptive", "alpha_subject by palette", "pattern") in rows and "alpha_subject" in out
+    assert Image.open(tmp_path / "sweep.png").size[0] > 500
 
 
 def test_bench(capsys) -> None:

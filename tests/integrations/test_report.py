@@ -10,9 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
+from flashbrush.integrations.evaluation.insertion import Outcome, Setting
+from flashbrush.integrations.evaluation.items import Item
 from flashbrush.integrations.output import check_pictures, write_pictures
 from flashbrush.integrations.pipelines import InContextBrushOutput
-from flashbrush.integrations.report import insertion_report
+from flashbrush.integrations.report import insertion_grid, insertion_report, outcome_grid
 
 
 def output(layers: int = 57, heads: int = 24, size: tuple[int, int] = (60, 40), batch: int = 2) -> InContextBrushOutput:
@@ -64,6 +66,26 @@ def test_one_kind_and_equal_gains_are_drawn(tmp_path: Path) -> None:
     figure = insertion_report(made)
     figure.savefig(tmp_path / "report.png")
     assert [text.get_text() for text in figure.axes[3].texts] == ["single blocks"]
+
+
+def test_grids_hold_what_was_made(tmp_path: Path) -> None:
+    made = [output(layers=3, heads=2, batch=1) for _ in range(2)]
+    scene, hole = Image.new("RGB", (60, 40), (9, 9, 200)), Image.new("L", (60, 40))
+    hole.paste(255, (10, 10, 20, 20))
+    items = [Item(f"item_{i}", "a long prompt " * 4, scene, scene, hole) for i in range(2)]
+    figure = insertion_grid(list(zip(items, made, strict=True)), "a title")
+    figure.savefig(tmp_path / "grid.png", dpi=50)
+    shown = [np.asarray(axes.images[0].get_array()) for axes in figure.axes[:5]]
+    assert np.array_equal(shown[0], np.asarray(made[0].diptychs[0].crop((0, 0, 60, 40))))
+    assert (shown[1][12, 12] == 128).all() and (shown[1][0, 0] == (9, 9, 200)).all()
+    assert np.array_equal(shown[2], np.asarray(made[0].images[0]))
+    assert np.array_equal(shown[4], made[0].head_gains[:, :, 0].mean(0).numpy())
+
+    outcomes = [Outcome(item, 0, Setting(), made[0].images[0], {}) for item in items]
+    figure = outcome_grid(outcomes)
+    figure.savefig(tmp_path / "outcomes.png", dpi=50)
+    assert [axes.get_ylabel() for axes in figure.axes[::2]] == ["subject", "scene", "result", "truth"]
+    assert not figure.axes[6].images and len(figure.axes[5].images) == 1
 
 
 def test_no_such_item() -> None:

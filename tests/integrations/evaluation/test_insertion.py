@@ -1,144 +1,139 @@
-"""Items that an insertion is judged on, and what is measured of them."""
+"""Insertions run and measured: what each setting is given, and the means and errors of what comes out."""
 
 from __future__ import annotations
 
+import csv
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 pytest.importorskip("diffusers")
 pytest.importorskip("skimage")
 pytest.importorskip("sklearn")
-from flashbrush.integrations.evaluation.items import LIST, held_out, read_items, write_items
-from flashbrush.integrations.evaluation.judges import (
-    MEASURES,
-    LatentStatistics,
-    Models,
-    frechet_distance,
-    measure,
-)
+from flashbrush.integrations.evaluation.insertion import Outcome, Setting, evaluate
+from flashbrush.integrations.evaluation.items import Item, held_out
+from flashbrush.integrations.evaluation.summary import best, estimate, write_csv
+from flashbrush.integrations.evaluation.sweep import parse_axis, plot, settings, table
+
+PANEL = {"width": 64, "height": 64, "steps": 2}
 
 
-@pytest.fixture(scope="module")
-def items():
-    return held_out(12)
+def outcomes(setting: Setting, values: dict[tuple[str, int], float], measure: str = "pattern") -> list[Outcome]:
+    blank = Image.new("RGB", (4, 4))
+    made = []
+    for (name, seed), value in values.items():
+        item = Item(name, "", blank, blank, blank.convert("L"))
+        made.append(Outcome(item, seed, setting, blank, {measure: value}))
+    return made
 
 
-def test_made_items_hide_the_truth_and_differ_only_in_what_is_asked(items) -> None:
-    again, blank, stranger, silent = (
-        held_out(12, **more) for more in ({}, {"reference": "blank"}, {"reference": "stranger"}, {"prompts": False})
+def test_every_setting_has_the_same_seeds_and_reaches_the_picture(pipe) -> None:
+    items = held_out(3)
+    base = Setting()
+    changed = [
+        Setting(alpha_prompt=0.9), Setting(alpha_subject=0.9), Setting(gain_span=0.9), Setting(blend=False),
+        Setting(alpha_subject=0.9, hole_only=True), Setting(grow=2), Setting(grow=-2),
+    ]  # fmt: skip
+    made = evaluate(
+        pipe, items, [base, *changed], options=lambda _: PANEL, repeats=2, batch=2, paste_back=False, progress=False
     )
-    assert any(item.prompt for item in items) and not any(item.prompt or item.colour for item in silent)
-    for i, item in enumerate(items):
-        hole = np.asarray(item.mask) > 0
-        truth, image = np.asarray(item.truth), np.asarray(item.image)
-        assert (truth[~hole] == image[~hole]).all() and (truth[hole] != image[hole]).any()
-        assert again[i].subject.tobytes() == item.subject.tobytes()
-        assert np.asarray(blank[i].subject).min() == 255 and np.array_equal(np.asarray(blank[i].truth), truth)
-        assert stranger[i].subject.tobytes() == items[(i + 1) % 12].subject.tobytes()
+    assert len(made) == 3 * 2 * 8
+    by_key = {(o.setting, o.item.name, o.seed): o for o in made}
+    seeds = {(o.item.name, o.seed) for o in made}
+    assert seeds == {(item.name, seed + i) for i, item in enumerate(items) for seed in (0, 3)}
+    assert {o.kind for o in made} == {"reference"}
+    for setting in changed:
+        assert any(
+            by_key[(setting, *key)].picture.tobytes() != by_key[(base, *key)].picture.tobytes() for key in seeds
+        ), setting
+    alone = evaluate(pipe, items[1:2], [base], options=lambda _: PANEL, seed=4, paste_back=False, progress=False)
+    near = np.asarray(alone[0].picture).astype(int) - np.asarray(by_key[base, items[1].name, 4].picture)
+    assert np.abs(near).max() <= 2  # sums of another batch size are rounded elsewhere
+    row = alone[0].row()
+    assert row["item"] == items[1].name and row["seed"] == 4 and {"pattern", "psnr_hole", "psnr_outside"} <= set(row)
 
 
-def test_a_folder_gives_back_what_was_written(items, tmp_path: Path) -> None:
-    outline = items[0].subject.convert("L").point(lambda level: 255 * (level < 250))
-    given = [replace(items[0], subject_mask=outline), *items[1:3]]
-    write_items(given, tmp_path)
-    for a, b in zip(given, read_items(tmp_path), strict=True):
-        assert (a.name, a.prompt, a.colour) == (b.name, b.prompt, b.colour)
-        for name in ("subject", "image", "mask", "subject_mask", "truth", "coverage"):
-            mine, theirs = getattr(a, name), getattr(b, name)
-            assert (mine is None) == (theirs is None), name
-            assert mine is None or np.array_equal(np.asarray(mine), np.asarray(theirs)), name
+def test_folders_of_any_sizes_are_batched_by_size(pipe) -> None:
+    one, two = held_out(2)
+    large = replace(two, image=two.image.resize((80, 64)), mask=two.mask.resize((80, 64)), truth=None, coverage=None)
+    made = evaluate(pipe, [one, large], [Setting()], options=lambda _: {"steps": 1}, progress=False)
+    assert [o.picture.size for o in made] == [(64, 64), (80, 64)]
+    outside = np.asarray(large.mask) == 0
+    assert (np.asarray(made[1].picture)[outside] == np.asarray(large.image)[outside]).all()
+
+
+def test_masks_grow_and_shrink() -> None:
+    mask = Image.new("L", (16, 16))
+    mask.paste(255, (6, 6, 10, 10))
+    assert Setting(grow=2).mask(mask).getbbox() == (4, 4, 12, 12)
+    assert Setting(grow=-1).mask(mask).getbbox() == (7, 7, 9, 9)
+    assert Setting().mask(mask) is mask
+    with pytest.raises(ValueError, match="grow: nothing is left"):
+        Setting(grow=-3).mask(mask)
+
+
+def test_nothing_to_do_is_an_error(pipe) -> None:
+    with pytest.raises(ValueError, match="expected items and settings, got 0 and 1"):
+        evaluate(pipe, [], [Setting()], options=lambda _: PANEL)
+
+
+def test_estimates_by_hand() -> None:
+    base = outcomes(Setting(), {("a", 0): 0.0, ("a", 1): 1.0, ("b", 0): 2.0, ("b", 1): 4.0})
+    other = outcomes(Setting(0.5), {("a", 0): 1.0, ("a", 1): 3.0, ("b", 0): 2.5, ("b", 1): 4.0})
+    mean = estimate(base, "pattern")
+    assert mean.mean == 1.75 and mean.error == pytest.approx(1.25) and mean.items == 2
+    change = estimate(other, "pattern", base)
+    assert change.mean == pytest.approx(0.875) and change.error == pytest.approx(0.625)
+    assert math.isnan(estimate(base, "colour").mean) and estimate(base, "colour").items == 0
+    with pytest.raises(ValueError, match="base: it has no pattern of b with seed 1"):
+        estimate(other, "pattern", base[:3])
+    infinite = outcomes(Setting(), {("a", 0): math.nan, ("b", 0): 3.0})
+    assert estimate(infinite, "pattern")[0] == 3.0 and math.isnan(estimate(infinite, "pattern").error)
+
+
+def test_the_rule_takes_each_image_s_best() -> None:
+    none, some = Setting(), Setting(alpha_subject=0.5)
+    made = outcomes(none, {("a", 0): 0.2, ("b", 0): 0.9}, "palette") + outcomes(some, {("a", 0): 0.3, ("b", 0): 0.1}, "palette")
+    assert {o.item.name: o.setting for o in best(made, [none, some], "palette")} == {"a": some, "b": none}
+    assert {o.setting for o in best(made, [none], "palette")} == {none}
+
+
+def test_tables_and_plots(tmp_path: Path) -> None:
+    named = settings(dict([parse_axis("alpha_subject=0,0.5"), parse_axis("grow=-1,1")]), {"code": Setting(0.3, 0.3, 0.2)})
+    assert list(named) == [
+        ("base", ""), ("alpha_subject", "0"), ("alpha_subject", "0.5"), ("grow", "-1"), ("grow", "1"), ("setting", "code"),
+    ]  # fmt: skip
+    made = []
+    for i, setting in enumerate(dict.fromkeys(named.values())):
+        for name, shift in (("reference_0000", 0.0), ("reference_0001", 1.0), ("contradiction_0000", 0.0)):
+            for outcome in outcomes(setting, {(name, 7): i + shift}):
+                outcome.measured.update(palette=-i, colour=float(i > 1))
+                made.append(outcome)
+    rows = table(made, named)
+    found = {(row["axis"], row["value"], row["items"], row["measure"]): row for row in rows}
+    row = found["alpha_subject", "0.5", "reference", "pattern"]
+    assert (row["mean"], row["difference"], row["difference_error"], row["n"]) == (1.5, 1.0, 0.0, 2)
+    assert found["setting", "code", "contradiction", "colour"]["mean"] == 1.0
+    assert found["adaptive", "alpha_subject by palette", "reference", "pattern"]["difference"] == 0.0
+    write_csv(tmp_path / "sweep.csv", rows)
+    with (tmp_path / "sweep.csv").open() as file:
+        assert [(row["axis"], row["value"]) for row in csv.DictReader(file)] == [(row["axis"], row["value"]) for row in rows]
+    figure = plot(rows, "a title")
+    figure.savefig(tmp_path / "sweep.png")
+    assert [axes.get_xlabel() for axes in figure.axes[-4:]] == ["alpha_subject", "grow", "setting", "adaptive"]
+    lines = figure.axes[0].lines[0]
+    assert list(lines.get_xdata()) == [0.0, 0.5]
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (None, "expected a list of items"),
-        ("name,prompt,subject,image,mask\n", "lists nothing"),
-        ("name,prompt,subject,image\na,b,c,d\n", "has no column mask"),
-        ("name,prompt,subject,image,mask\na,b,s.png,i.png,m.png\na,b,s.png,i.png,m.png\n", "names a twice"),
-        ("name,prompt,subject,image,mask\na,b,none.png,i.png,m.png\n", "subject of a: no such file"),
-        ("name,prompt,subject,image,mask\na,b,s.png,i.png,\n", "mask of a: expected a file"),
-        ("name,prompt,subject,image,mask\na,b,s.png,i.png,s.png\n", "mask of a: expected the size of the image of a"),
-    ],
-)
-def test_wrong_folders_are_explained(tmp_path: Path, text: str | None, message: str) -> None:
-    Image.new("RGB", (8, 8), "red").save(tmp_path / "s.png")
-    Image.new("RGB", (9, 8), "red").save(tmp_path / "i.png")
-    if text is not None:
-        (tmp_path / LIST).write_text(text)
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
-        read_items(tmp_path)
-
-
-def test_the_truth_scores_best(items) -> None:
-    rng = np.random.default_rng(0)
-    for item in items:
-        best = measure(item, item.truth)
-        assert best["psnr_hole"] == pytest.approx(100) and best["psnr_outside"] == pytest.approx(100)
-        assert best["pattern"] == pytest.approx(1, abs=1e-6) and set(best) <= set(MEASURES)
-        noisy = Image.fromarray((np.asarray(item.truth) * 0.8 + rng.integers(0, 51, (64, 64, 3))).astype(np.uint8))
-        worse = measure(item, noisy)
-        assert worse["psnr_hole"] < 40 and worse["psnr_outside"] < 40 and worse["pattern"] < best["pattern"]
-        flat = measure(item, Image.new("RGB", item.image.size, (128, 128, 128)))
-        assert abs(flat["pattern"]) < 1e-9 and flat["palette"] <= best["palette"]
-
-
-def test_an_exact_error_and_a_named_colour() -> None:
-    item = next(item for item in held_out(96, kind="contradiction") if item.colour not in ("", "red", "pink", "brown"))
-    truth, where = np.asarray(item.truth).astype(int), np.asarray(item.coverage) > 0
-    assert measure(item, item.truth)["colour"] == 1
-    red = truth.copy()
-    red[where] = (210, 30, 30)
-    assert measure(item, Image.fromarray(red.astype(np.uint8)))["colour"] == 0
-    off = np.where(truth > 128, truth - 51, truth + 51)
-    assert measure(item, Image.fromarray(off.astype(np.uint8)))["psnr_hole"] == pytest.approx(-20 * np.log10(0.2))
-    with pytest.raises(ValueError, match="result: expected"):
-        measure(item, Image.new("RGB", (8, 8)))
-
-
-def test_models_judge(items, tmp_path: Path) -> None:
-    from transformers import (
-        BitImageProcessor,
-        CLIPConfig,
-        CLIPImageProcessor,
-        CLIPModel,
-        CLIPProcessor,
-        Dinov2Config,
-        Dinov2Model,
-    )  # fmt: skip
-
-    from flashbrush.benchmarks.tiny_fill.words import tokenizer, vocabulary
-
-    torch.manual_seed(0)
-    size = {"shortest_edge": 28}
-    dino = Dinov2Config(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28)
-    Dinov2Model(dino).save_pretrained(tmp_path / "dino")
-    BitImageProcessor(size=size, crop_size=28).save_pretrained(tmp_path / "dino")
-    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = {**small, "vocab_size": len(vocabulary()), "max_position_embeddings": 16, "eos_token_id": vocabulary()["</s>"]}
-    vision = {**small, "image_size": 28, "patch_size": 14}
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(tmp_path / "clip")
-    CLIPProcessor(CLIPImageProcessor(size=size, crop_size=28), tokenizer()).save_pretrained(tmp_path / "clip")
-    models = Models(tmp_path / "dino", tmp_path / "clip")
-    item = next(item for item in items if item.prompt)
-    same = replace(item, subject=item.truth.crop(item.mask.getbbox()))
-    measured = models.measure(same, item.truth)
-    assert measured["dino"] == pytest.approx(1, abs=1e-5) and measured["clip_i"] == pytest.approx(1, abs=1e-5)
-    assert -1 <= measured["clip_t"] <= 1
-    other = models.measure(item, item.truth)
-    assert other["dino"] < 0.99999 and set(other) == {"dino", "clip_i", "clip_t"}
-    assert Models().measure(item, item.truth) == {}
-
-
-def test_frechet_distance(pipe) -> None:
-    pytest.importorskip("torchmetrics")
-    truths = [item.truth for item in held_out(40)]
-    features = LatentStatistics(pipe.pipe.vae)
-    dark = [Image.fromarray((np.asarray(picture) * 0.5).astype(np.uint8)) for picture in truths]
-    same, far = (frechet_distance(features, found, truths) for found in (truths, dark))
-    assert abs(same) < 1e-3 and far > 0.1
+    ("text", "match"),
+    [("size=1", "axis: expected one of"), ("grow", "axis: expected grow=number"), ("grow=0.5", "whole numbers"),
+     ("alpha_prompt=a,b", "axis: expected alpha_prompt=number")],
+)  # fmt: skip
+def test_wrong_axes(text: str, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        parse_axis(text)
