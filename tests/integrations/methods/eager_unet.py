@@ -52,7 +52,8 @@ class EagerProcessor:
             return x.reshape(x.shape[0], x.shape[1], attn.heads, -1).transpose(1, 2)
 
         q, k, v = (split(linear(hidden_states)) for linear in (attn.to_q, attn.to_k, attn.to_v))
-        out = torch.softmax(q @ k.mT / math.sqrt(q.shape[-1]), -1) @ v
+        # Item by item, so that no more than one map is held.
+        out = torch.stack([torch.softmax(a @ b.mT / math.sqrt(a.shape[-1]), -1) @ c for a, b, c in zip(q, k, v, strict=True)])
         for reader in self.readers:
             out[reader.item] = reader(q, k, v)
         return attn.to_out[0](out.transpose(1, 2).flatten(2))

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 import torch
@@ -269,6 +273,27 @@ def test_keys_are_read_in_place_and_no_map_is_made(monkeypatch: pytest.MonkeyPat
     assert options["source"]["q"].tolist() == [6] and options["out"].shape[0] == 1
 
 
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the system does not tell")
+@pytest.mark.parametrize("clip", [True, False], ids=["clipped", "unclipped"])
+def test_peak_memory(clip: bool) -> None:
+    """Three pairs at 4,096 tokens, whose map of one head is 192 MiB: the model needs no more than without a method."""
+
+    def peak(form: str) -> int:
+        command = [sys.executable, "-m", "integrations.methods.peak_memory", form, "clipped" if clip else "unclipped"]
+        # glibc is told to return at once what is freed.
+        limits = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+        # Not from the root, whose `integrations` is the package's.
+        path = os.pathsep.join(p for p in sys.path if p and not Path(p, "integrations", "__init__.py").exists())
+        env = os.environ | limits | {"PYTHONPATH": path}
+        done = subprocess.run(command, cwd=Path(__file__).parents[2], env=env, text=True, capture_output=True)
+        assert done.returncode == 0, done.stderr
+        return int(done.stdout)
+
+    the_map = 4 * 4096 * 3 * 4096
+    assert peak("ours") - peak("plain") <= 0.02 * the_map
+    assert peak("eager") - peak("plain") > the_map  # the measure sees one
+
+
 def test_plans_are_kept() -> None:
     layer = Layer(3, "self", "up", 4, 8, 0, 64, 4, (8, 8))
     assert VisualInContext().plan(layer, Step(0)) is VisualInContext().plan(layer, Step(1))
@@ -287,6 +312,17 @@ def test_statistics() -> None:
         assert record.items == (7,) and record.stats.lse.shape == (1, 4, tokens, 1)
         assert record.stats.mass.shape == (1, 4, 1, 3) and float(record.stats.mass.std()) > 0
         torch.testing.assert_close(record.stats.mass.sum(3), torch.full((1, 4, 1), float(tokens)))
+
+
+def test_a_plan_made_in_inference_mode_serves_a_gradient() -> None:
+    model = tiny_unet().requires_grad_(False)
+    call = unet_call(model, batch=4)
+    with apply(model, VisualInContext(temperature=0.37), backend="reference"):
+        with torch.inference_mode():
+            model(**call)
+        call["sample"].requires_grad_(True)
+        model(**call).sample[3].square().sum().backward()
+    assert all(float(call["sample"].grad[n].abs().max()) > 0 for n in range(4))
 
 
 def test_gradients_pass_on_the_reference_backend() -> None:
