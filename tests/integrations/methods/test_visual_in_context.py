@@ -315,6 +315,18 @@ def test_statistics() -> None:
         torch.testing.assert_close(record.stats.mass.sum(3), torch.full((1, 4, 1), float(tokens)))
 
 
+def test_compiled() -> None:
+    torch._dynamo.reset()
+    model = tiny_unet()
+    call = unet_call(model, batch=5)
+    method = VisualInContext(items=InContextRoles.stacked())
+    expected, _ = run_eager(model, call, [eager(method.items[0])], up)
+    compiled = torch.compile(model, backend="eager")
+    with apply(compiled, method), torch.no_grad():
+        assert relative(compiled(**call).sample, expected) <= TOLERANCE
+    torch._dynamo.reset()
+
+
 def test_a_plan_made_in_inference_mode_serves_a_gradient() -> None:
     model = tiny_unet().requires_grad_(False)
     call = unet_call(model, batch=4)
