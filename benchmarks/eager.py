@@ -11,9 +11,14 @@ import torch
 from torch import Tensor
 
 
-def attention_map(q: Tensor, k: Tensor) -> Tensor:
-    """softmax(QK^T / sqrt(dim)), (batch, heads, rows, keys)"""
-    return torch.softmax(q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5, -1)
+def attention_map(q: Tensor, k: Tensor, temperature: float = 1.0) -> Tensor:
+    """softmax(QK^T / (temperature sqrt(dim))), (batch, heads, rows, keys)"""
+    return torch.softmax(q @ k.transpose(-2, -1) * (q.shape[-1] ** -0.5 / temperature), -1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(QK^T / sqrt(dim)) V"""
+    return attention_map(q, k) @ v
 
 
 def in_context_brush(
@@ -47,9 +52,11 @@ def reweight(q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> Tensor:
     return (attention_map(q, k) * weight) @ v
 
 
-def contrast(q: Tensor, k: Tensor, v: Tensor, beta: float, clip: tuple[float, float] | None) -> Tensor:
+def contrast(
+    q: Tensor, k: Tensor, v: Tensor, beta: float, clip: tuple[float, float] | None, temperature: float = 1.0
+) -> Tensor:
     """SD-VICL (arXiv 2508.09949) and cross-image attention: clip(mean + beta * (map - mean)) V, mean over a row's keys."""
-    attention = attention_map(q, k)
+    attention = attention_map(q, k, temperature)
     mean = attention.mean(-1, keepdim=True)
     attention = mean + beta * (attention - mean)
     return (attention if clip is None else attention.clamp(*clip)) @ v

@@ -25,7 +25,7 @@ EPS = 1e-6  # of FLUX's norms
 RATIOS = (("stock", "plain"), ("controlled", "stock"), ("plain", "stock"))
 
 
-class _Given(nn.Module):
+class Given(nn.Module):
     """In place of a projection: its result, whatever comes in."""
 
     def __init__(self, result: Tensor) -> None:
@@ -121,9 +121,9 @@ def _attention(inputs: Inputs) -> nn.Module:
     # The projections' sizes do not matter: they are replaced at once.
     attn = FluxAttention(8, heads=shape.heads, dim_head=shape.dim, added_kv_proj_dim=8, eps=EPS)
     for name, result in zip(("to_q", "to_k", "to_v"), inputs.image, strict=True):
-        setattr(attn, name, _Given(result))
+        setattr(attn, name, Given(result))
     for name, result in zip(("add_q_proj", "add_k_proj", "add_v_proj"), inputs.text, strict=True):
-        setattr(attn, name, _Given(result))
+        setattr(attn, name, Given(result))
     for name, weight in zip(("norm_q", "norm_k", "norm_added_q", "norm_added_k"), inputs.norms, strict=True):
         getattr(attn, name).weight = nn.Parameter(weight)
     for name, result in (

@@ -17,14 +17,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from . import backward, forward, growth, layer, machine, readme
+from . import backward, forward, growth, layer, machine, readme, visual_in_context
 from .forward import Row, Settings
 from .shapes import EVERY, QUICK, SHAPES
 from .truth import WrongResult
 
 SCHEMA = 1
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
-SECTIONS = ("forward", "backward", "layer", "growth")
+SECTIONS = ("forward", "backward", "layer", "unet", "growth")
 GROWTH = (1024, 2048, 4096, 8192, 16384)
 COMMITTED = machine.ROOT / "benchmarks" / "results" / "cpu.json"
 
@@ -143,6 +143,9 @@ def _tasks(options: argparse.Namespace, settings: Settings) -> Iterator[tuple[st
             )
         if "layer" in options.sections and {"prompt", "subject", "target"} <= set(shape.rows):
             yield f"FLUX layer, {shape.name}, {dtype}", lambda s=shape, d=dtype: layer.measure(s, d, settings)
+    for dtype in dtypes if "unet" in options.sections else ():
+        side = visual_in_context.QUICK_SIDE if options.quick else visual_in_context.SIDE
+        yield f"UNet layer, {dtype}", lambda n=side, d=dtype: visual_in_context.measure(n, d, settings)
     if "growth" in options.sections:
         tokens = (128, 256, 512) if options.quick else GROWTH
         yield f"growth, {dtypes[0]}", lambda: growth.measure(tokens, dtypes[0], settings)
@@ -167,8 +170,9 @@ def _show(console: Console, results: Row) -> None:
     for row in results["rows"]:
         missing |= row["missing"]
         dtype = row["dtype"].replace("bfloat", "bf").replace("float", "fp")
-        if row["section"] in ("layer", "growth"):
-            what = f"FLUX layer {row['shape']['size']}" if row["section"] == "layer" else "growth"
+        if row["section"] in ("layer", "unet", "growth"):
+            kind = {"layer": "FLUX layer", "unet": "UNet layer, SD-VICL"}.get(row["section"], row["section"])
+            what = f"{kind} {row['shape'].get('size', '')}".rstrip()
             pairs = (
                 f"{name.replace('/', ' / ')} {readme.figure(r['median'])}"
                 for name, r in row["ratios"].items()
@@ -182,7 +186,7 @@ def _show(console: Console, results: Row) -> None:
         label = row["shape"]["size"] + (" fwd+bwd" if "backward" in row["section"] else "")
         table.add_row(label, dtype, *times, *ratios, readme.of_gemm(row), *extra)
     table.caption = "\n".join(notes)
-    console.print(table)
+    console.print(table if table.row_count else f"{title}\n{table.caption}")
     for name, reason in missing.items():
         console.print(f"missing: {name}: {reason}", style="yellow")
 

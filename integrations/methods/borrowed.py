@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from ..diffusers.plan import Layer, Part, Plan
 
 Clip = tuple[float, float] | None
 Resolution = int | tuple[int, int]
+Window = tuple[int, int | None]
 
 
 class Reader(NamedTuple):
@@ -35,6 +36,7 @@ def read(layer: Layer, readers: Sequence[Reader], temperature: float, beta: floa
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)  # kept beyond a call in inference mode, whose tensors would be of no use to a gradient
 def _read(tokens: int, dim: int, readers: tuple[Reader, ...], temperature: float, beta: float, clip: Clip) -> Plan:
     keys = torch.tensor([reader.keys for reader in readers]).unbind(1)
     values = torch.tensor([reader.values for reader in readers]).unbind(1)
@@ -58,51 +60,75 @@ def is_self(layer: Layer, places: Sequence[str]) -> bool:
 
 
 def has_resolution(layer: Layer, resolution: Resolution) -> bool:
-    """Whether the layer's tokens are a grid of resolution^2, or of (rows, columns)."""
+    """Whether the layer has resolution^2 tokens, or a grid of (rows, columns)."""
     return layer.grid == resolution if isinstance(resolution, tuple) else layer.image_len == resolution**2
 
 
+def within(window: Window, step: int) -> bool:
+    first, end = window
+    return first <= step and (end is None or step < end)
+
+
 def checked(name: str, value: Any, roles: type) -> Any:
-    """A knob's value in its canonical form; ValueError where it is a wrong one.
+    """The canonical form of the knob `name`, as it is where the name is not known here.
 
     Args:
-        name: of the knob; what is not known here passes.
         roles: the class of what `items` holds.
+
+    Raises:
+        ValueError: a wrong value.
     """
-    canonical = value
-    if name == "temperature" and not _is_positive(value):
+    if name == "temperature" and not (_is_number(value) and value > 0):
         raise ValueError(f"temperature: expected a finite number > 0, got {value!r}")
-    if name == "contrast":
-        Contrast(value, None)
+    if name == "contrast" and not _is_number(value):
+        raise ValueError(f"contrast: expected a finite number, got {value!r}")
     if name == "clip" and value is not None:
         Contrast(1.0, value)
-        canonical = tuple(value)
+        return tuple(value)
     if name == "places":
-        canonical = (value,) if isinstance(value, str) else tuple(value)
-        if not canonical or set(canonical) - {"down", "mid", "up"}:
+        places = _several(value, str)
+        if not places or set(places) - {"down", "mid", "up"}:
             raise ValueError(f"places: expected some of down, mid, up, got {value!r}")
+        return places
+    if name == "resolutions" and value is not None:
+        resolutions = tuple(check_resolution(name, one) for one in _several(value, int))
+        if not resolutions:
+            raise ValueError(f"resolutions: expected some numbers or pairs (rows, columns) of tokens, got {value!r}")
+        return resolutions
+    if name == "steps":
+        return check_window(name, value)
     if name == "items" and value is not None:
-        canonical = (value,) if isinstance(value, roles) else tuple(value)
-        if not canonical or not all(isinstance(item, roles) for item in canonical):
+        items = _several(value, roles)
+        if not items or not all(isinstance(item, roles) for item in items):
             raise ValueError(f"items: expected one or several {roles.__name__}, got {value!r}")
-    return canonical
+        return items
+    return value
 
 
-def check_window(name: str, window: Any) -> tuple[int, int | None]:
+def check_window(name: str, window: Any) -> Window:
     """(first step, the one after the last, or None); ValueError for other values."""
-    first, last = window if isinstance(window, (tuple, list)) and len(window) == 2 else (-1, None)
-    if not isinstance(first, int) or first < 0 or not (last is None or (isinstance(last, int) and last >= first)):
+    first, end = window if isinstance(window, (tuple, list)) and len(window) == 2 else (-1, None)
+    if not is_count(first) or not (end is None or (is_count(end) and end >= first)):
         raise ValueError(f"{name}: expected (first step, the one after the last or None), got {window!r}")
-    return first, last
+    return first, end
 
 
-def check_resolution(resolution: Any) -> Resolution:
-    """A side of a square grid of tokens or (rows, columns); ValueError for other values."""
+def check_resolution(name: str, resolution: Any) -> Resolution:
+    """The side of a square of tokens, or (rows, columns); ValueError for other values."""
     sides = tuple(resolution) if isinstance(resolution, (tuple, list)) else (resolution, resolution)
-    if len(sides) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sides):
-        raise ValueError(f"resolutions: expected a number of tokens or (rows, columns), got {resolution!r}")
+    if len(sides) != 2 or not all(is_count(n) and n > 0 for n in sides):
+        raise ValueError(f"{name}: expected a number of tokens > 0 or a pair (rows, columns), got {resolution!r}")
     return resolution if isinstance(resolution, int) else (sides[0], sides[1])
 
 
-def _is_positive(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+def is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _several(value: Any, kind: type) -> tuple:
+    """(value,) of that kind, or the values of an iterable, or none."""
+    return (value,) if isinstance(value, kind) else tuple(value) if isinstance(value, Iterable) else ()

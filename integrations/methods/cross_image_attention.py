@@ -8,9 +8,7 @@ from typing import Any
 
 from ..diffusers.plan import Layer, Plan, Step
 from . import borrowed
-from .borrowed import Clip, Reader, Resolution
-
-Window = tuple[int, int | None]
+from .borrowed import Clip, Reader, Resolution, Window
 
 
 @dataclass(frozen=True)
@@ -39,8 +37,8 @@ class CrossImageAttention:
     Args:
         contrast: beta; 1: none.
         clip: bounds of the contrasted map, or None.
-        windows: {resolution: (first, after the last or None)}: the counts during which layers of that resolution, a side
-            of a square grid of tokens or (rows, columns), are changed.
+        windows: {resolution: (first, after the last or None)}: the counts during which layers of that resolution, the
+            side of a square of as many tokens or (rows, columns), are changed; layers of others never are.
         structure_every, structure_until: counts below `structure_until` that are multiples of `structure_every` read the
             structure; structure_every=None: none do.
         lag: the released code's step count, on which the windows are defined, lags this many steps behind.
@@ -58,20 +56,24 @@ class CrossImageAttention:
     items: Sequence[TransferRoles] = field(default_factory=lambda: (TransferRoles(),))
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "items" and value is None:
+            raise ValueError("items: expected one or several TransferRoles, got None")
         value = borrowed.checked(name, value, TransferRoles)
         if name == "windows":
-            windows = {borrowed.check_resolution(r): window for r, window in value.items()}
+            if not isinstance(value, Mapping) or not value:
+                raise ValueError(f"windows: expected {{resolution: (first, after the last or None)}}, got {value!r}")
+            windows = {borrowed.check_resolution(name, r): window for r, window in value.items()}
             value = {r: borrowed.check_window(f"windows[{r}]", window) for r, window in windows.items()}
-        if name == "structure_every" and value is not None and (not isinstance(value, int) or value < 1):
-            raise ValueError(f"structure_every: expected a number of steps or None, got {value!r}")
-        if name in ("structure_until", "lag") and (not isinstance(value, int) or value < 0):
-            raise ValueError(f"{name}: expected a number of steps, got {value!r}")
+        if name == "structure_every" and value is not None and not (borrowed.is_count(value) and value):
+            raise ValueError(f"structure_every: expected a number of steps > 0 or None, got {value!r}")
+        if name in ("structure_until", "lag") and not borrowed.is_count(value):
+            raise ValueError(f"{name}: expected a number of steps >= 0, got {value!r}")
         object.__setattr__(self, name, value)
 
     def plan(self, layer: Layer, step: Step) -> Plan | None:
         count = step.index - self.lag
         windows = [window for r, window in self.windows.items() if borrowed.has_resolution(layer, r)]
-        if not borrowed.is_self(layer, self.places) or not any(a <= count and (b is None or count < b) for a, b in windows):
+        if not borrowed.is_self(layer, self.places) or not any(borrowed.within(window, count) for window in windows):
             return None
         every = self.structure_every
         structure = every is not None and count < self.structure_until and count % every == 0

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..diffusers.plan import Layer, Plan, Step
 from . import borrowed
-from .borrowed import Clip, Reader, Resolution
+from .borrowed import Clip, Reader, Resolution, Window
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,10 @@ class InContextRoles:
     query: int
     prediction: int
 
+    def __post_init__(self) -> None:
+        if not self.prompts or any(not isinstance(pair, tuple) or len(pair) != 2 for pair in self.prompts):
+            raise ValueError(f"prompts: expected pairs of items (A_k, B_k), at least one, got {self.prompts!r}")
+
     @staticmethod
     def stacked(prompts: int = 1, plain: bool = True, repeats: int = 1) -> tuple[InContextRoles, ...]:
         """For batches [A_1, B_1, ..., A_n, B_n, C, D plain, D], `repeats` times one after the other.
@@ -26,7 +30,13 @@ class InContextRoles:
         Args:
             prompts: n. plain: whether there is an item for D with ordinary attention, as swap guidance needs it.
             repeats: such as 2 where the unconditional half of a classifier-free guidance is in the same batch.
+
+        Raises:
+            ValueError: less than one pair or repeat.
         """
+        for name, count in (("prompts", prompts), ("repeats", repeats)):
+            if count < 1:
+                raise ValueError(f"{name}: expected at least 1, got {count}")
         length = 2 * prompts + 2 + plain
         return tuple(
             InContextRoles(
@@ -55,8 +65,8 @@ class VisualInContext:
         clip: bounds of the contrasted map. The paper does not mention any, cross-image attention's code, on which it
             builds, has (0, 1). None: unclipped, in a single sweep over the keys.
         places: of "down", "mid" and "up". The paper's are the upsampling layers.
-        resolutions: of self-attention layers, a side of a square grid of tokens or (rows, columns); None: all, which the
-            paper finds better than 64 alone.
+        resolutions: those of the layers that are changed, each the side of a square of as many tokens or (rows, columns);
+            None: all, which the paper finds better than 64 alone.
         steps: (first, after the last or None). The paper states none.
         items: which items of a call are what, a sequence with InContextRoles for each prediction, all with equally many
             pairs; None: the batch is [A_1, B_1, ..., A_n, B_n, C, D].
@@ -67,24 +77,17 @@ class VisualInContext:
     clip: Clip = (0.0, 1.0)
     places: Sequence[str] = ("up",)
     resolutions: Sequence[Resolution] | None = None
-    steps: tuple[int, int | None] = (0, None)
+    steps: Window = (0, None)
     items: Sequence[InContextRoles] | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         value = borrowed.checked(name, value, InContextRoles)
-        if name == "resolutions" and value is not None:
-            value = tuple(borrowed.check_resolution(r) for r in value)
-        if name == "steps":
-            value = borrowed.check_window(name, value)
-        if name == "items" and value is not None:
-            pairs = {len(roles.prompts) for roles in value}
-            if len(pairs) > 1 or 0 in pairs:
-                raise ValueError(f"items: expected equally many pairs for each prediction, at least one, got {value!r}")
+        if name == "items" and value is not None and len({len(roles.prompts) for roles in value}) > 1:
+            raise ValueError(f"items: expected equally many pairs for each prediction, got {value!r}")
         object.__setattr__(self, name, value)
 
     def plan(self, layer: Layer, step: Step) -> Plan | None:
-        first, last = self.steps
-        if not borrowed.is_self(layer, self.places) or step.index < first or (last is not None and step.index >= last):
+        if not borrowed.is_self(layer, self.places) or not borrowed.within(self.steps, step.index):
             return None
         if self.resolutions is not None and not any(borrowed.has_resolution(layer, r) for r in self.resolutions):
             return None

@@ -244,6 +244,43 @@ def test_parts_of_a_batch() -> None:
             assert relative(seen["image"][[item]], expected) <= TOLERANCE
 
 
+class Weighted:
+    """The text weighs `weight` in joint layers, the second half of the image in those of the image alone."""
+
+    def __init__(self, weight: float) -> None:
+        self.weight = weight
+
+    def plan(self, layer: Layer, step) -> Plan:
+        first = layer.text_len or layer.image_len // 2
+        tokens = fb.Segments(first=first, second=layer.rows - first)
+        return Plan(fb.Control(tokens, weight={("second", "first"): self.weight}))
+
+
+def test_compiled_blocks() -> None:
+    """Joint blocks, those with a second attention, and the last one: a compilation each, which other numbers keep."""
+    torch._dynamo.reset()
+    model = tiny_sd3(**MODELS["SD 3.5 medium"], layers=5)
+    call, compiled = sd3_call(), []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    expected = []
+    for weight in (1.5, 0.3):
+        with apply(model, Weighted(weight)):
+            expected.append(forward(model, call))
+    for block in model.transformer_blocks:
+        block.compile(fullgraph=True, backend=backend)
+    with apply(model, Weighted(1.5), stats=True) as handle:
+        assert relative(forward(model, call), expected[0]) <= TOLERANCE
+        assert len(compiled) == 3 and len(handle.stats) == 7
+        handle.method = Weighted(0.3)
+        assert relative(forward(model, call), expected[1]) <= TOLERANCE
+        assert len(compiled) == 3
+    torch._dynamo.reset()
+
+
 # What it refuses
 
 

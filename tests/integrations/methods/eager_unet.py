@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
+
+Chosen = Callable[[str], bool]  # by a layer's name
 
 
 @dataclass
@@ -48,7 +52,8 @@ class EagerProcessor:
             return x.reshape(x.shape[0], x.shape[1], attn.heads, -1).transpose(1, 2)
 
         q, k, v = (split(linear(hidden_states)) for linear in (attn.to_q, attn.to_k, attn.to_v))
-        out = torch.softmax(q @ k.mT / math.sqrt(q.shape[-1]), -1) @ v
+        # Item by item, so that no more than one map is held.
+        out = torch.stack([torch.softmax(a @ b.mT / math.sqrt(a.shape[-1]), -1) @ c for a, b, c in zip(q, k, v, strict=True)])
         for reader in self.readers:
             out[reader.item] = reader(q, k, v)
         return attn.to_out[0](out.transpose(1, 2).flatten(2))
@@ -67,20 +72,62 @@ def run(model: UNet2DConditionModel, call: dict) -> tuple[Tensor, list[Tensor]]:
             hook.remove()
 
 
-def run_eager(
-    model: UNet2DConditionModel, call: dict, readers: Sequence[EagerReader], chosen: Callable[[str], bool]
-) -> tuple[Tensor, list[Tensor]]:
-    """run() with the readers in the self-attention layers whose name is `chosen`."""
-    layers = [m for name, m in model.named_modules() if isinstance(m, Attention) and name.endswith("attn1") and chosen(name)]
-    assert layers
+@contextmanager
+def reading(model: UNet2DConditionModel, readers: Sequence[EagerReader], chosen: Chosen) -> Iterator[None]:
+    """The readers in the self-attention layers whose name is `chosen`."""
+    layers = self_attention(model, chosen)
     stock = [layer.processor for layer in layers]
     for layer in layers:
         layer.processor = EagerProcessor(readers)
     try:
-        return run(model, call)
+        yield
     finally:
         for layer, processor in zip(layers, stock, strict=True):
             layer.processor = processor
+
+
+def run_eager(
+    model: UNet2DConditionModel, call: dict, readers: Sequence[EagerReader], chosen: Chosen
+) -> tuple[Tensor, list[Tensor]]:
+    with reading(model, readers, chosen):
+        return run(model, call)
+
+
+def worst_layer(model: UNet2DConditionModel, call: dict, readers: Sequence[EagerReader], chosen: Chosen) -> float:
+    """How far the model as it is strays from the readers in any one layer that is given the same input."""
+    errors: list[float] = []
+
+    def compare(layer, inputs, output) -> None:
+        expected = EagerProcessor(readers)(layer, inputs[0])
+        errors.append(float((output - expected).abs().max() / expected.abs().max()))
+
+    layers = self_attention(model, chosen)
+    hooks = [layer.register_forward_hook(compare) for layer in layers]
+    try:
+        run(model, call)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert len(errors) == len(layers)
+    return max(errors)
+
+
+def self_attention(model: UNet2DConditionModel, chosen: Chosen) -> list[Any]:
+    layers = [m for name, m in model.named_modules() if isinstance(m, Attention) and name.endswith("attn1") and chosen(name)]
+    assert layers
+    return layers
+
+
+def sample(model: UNet2DConditionModel, call: dict, steps: int, start: Callable[[int], object] = int) -> Tensor:
+    """The latents after a short run of DDIM from call["sample"]; `start` is told the index of each step before it."""
+    scheduler = DDIMScheduler(clip_sample=False)
+    scheduler.set_timesteps(steps)
+    latents = call["sample"]
+    for i, t in enumerate(scheduler.timesteps):
+        start(i)
+        noise, _ = run(model, call | {"sample": latents, "timestep": t})
+        latents = scheduler.step(noise, t, latents).prev_sample  # type: ignore[arg-type, union-attr]
+    return latents
 
 
 def changed(mine: list[Tensor], plain: list[Tensor]) -> list[int]:

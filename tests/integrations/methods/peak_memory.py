@@ -1,0 +1,44 @@
+"""python -m integrations.methods.peak_memory plain|clipped|unclipped|eager: bytes that one call of a tiny UNet takes.
+
+At 64 x 64 latents with three pairs and one head, beyond what is resident before the call. Plain is without a method.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from flashbrush.integrations import InContextRoles, VisualInContext
+from flashbrush.integrations.diffusers import apply
+
+from ..diffusers.tiny_images import tiny_unet, unet_call
+from .eager_unet import EagerReader, reading, run
+
+
+def status(field: str) -> int:
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field + ":"))
+
+
+def main(form: str) -> None:
+    torch.set_num_threads(1)
+    model = tiny_unet(attention_head_dim=1)
+    if form == "eager":
+        reader = EagerReader(8, 6, (0, 2, 4), (1, 3, 5), 0.4, 1.67, (0.0, 1.0))
+        context = reading(model, [reader], lambda name: name.startswith("up_blocks"))
+    else:
+        method = VisualInContext(clip=(0.0, 1.0) if form == "clipped" else None, items=InContextRoles.stacked(3))
+        context = apply(model, None if form == "plain" else method)
+    with context:
+        run(model, unet_call(model, batch=9))  # what is loaded and built once
+        call = unet_call(model, batch=9, side=(64, 64))
+        with open("/proc/self/clear_refs", "w") as reset:
+            reset.write("5")
+        before = status("VmRSS")
+        run(model, call)
+    print(status("VmHWM") - before)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
