@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .cli_eval import eval_app
 from .cli_model import Backend, Device, Dtype, Offload, Out, Precision, Seed, Steps, load, quiet
 from .cli_vicl import vicl
 from .output import check_pictures, write_pictures
@@ -145,6 +146,7 @@ def insert(
 
 
 app.command()(vicl)
+app.add_typer(eval_app)
 
 
 @app.command()

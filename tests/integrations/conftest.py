@@ -1,4 +1,4 @@
-"""The tiny checkpoint, built once, and photos to insert from and into."""
+"""The tiny checkpoints, built once, and photos to insert from and into."""
 
 from __future__ import annotations
 
@@ -16,6 +16,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from flashbrush.integrations import tiny_checkpoint
 
     return tiny_checkpoint.build(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def sd_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("diffusers")
+    from .tiny_sd import tiny_sd
+
+    return tiny_sd(tmp_path_factory.mktemp("stable_diffusion"))
 
 
 @pytest.fixture(scope="session")
