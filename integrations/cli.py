@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from tqdm import tqdm
 
-from .cli_insertion import sweep
+from .cli_eval import eval_app
+from .cli_insertion import eval_insert, sweep
 from .cli_model import Backend, Device, Dtype, Offload, Out, Precision, Seed, load, quiet
 from .cli_vicl import vicl
 from .output import check_pictures, write_pictures
@@ -154,6 +155,8 @@ def insert(
 
 app.command()(vicl)
 app.command()(sweep)
+eval_app.command("insert")(eval_insert)
+app.add_typer(eval_app)
 
 
 @app.command()

@@ -58,7 +58,7 @@ def vicl(
     The picture that is written is what the task reads from the prediction: a mask, a filled box, classes or points in the
     ground truths' colours, edges, or the photo in colour.
     """
-    from .pipelines.vicl_tasks import check_task, palette_of
+    from .pipelines.vicl_tasks import check_palette, check_task, palette_of
     from .pipelines.visual_icl import NEEDS_PALETTE, open_prompts
 
     check_task(task)
@@ -69,7 +69,7 @@ def vicl(
     resized = width is not None or height is not None
     pairs, photo = open_prompts([pair(text) for text in prompt], query, resized=resized)
     if task in NEEDS_PALETTE:
-        palette_of([truth for _, truth in pairs])
+        check_palette(palette_of([truth for _, truth in pairs]))
     pipe: VisualICLPipeline = load("VisualICLPipeline", model, dtype, device, offload, backend, cache=cache)
     result: VisualICLOutput = pipe(pairs, photo, task=task, **knobs)
     if result.size != photo.size:

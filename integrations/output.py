@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 SUFFIXES = (".avif", ".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
-def check_pictures(paths: Mapping[str, Path | None]) -> None:
-    """Whether pictures can be written.
+def check_pictures(paths: Mapping[str, Path | None], suffixes: Sequence[str] = SUFFIXES) -> None:
+    """Whether pictures, or files of other `suffixes`, can be written.
 
     Args:
         paths: how errors call each, and where it goes; None: nowhere.
 
     Raises:
-        ValueError: a folder, a folder that does not exist or cannot be written to, a name that is no picture's, or one
-            file twice.
+        ValueError: a folder, a folder that does not exist or cannot be written to, a name with another ending, or one file
+            twice.
     """
     taken: dict[Path, str] = {}
     for name, path in paths.items():
@@ -32,8 +32,8 @@ def check_pictures(paths: Mapping[str, Path | None]) -> None:
             raise ValueError(f"{name}: no such folder: {folder}")
         if not os.access(folder, os.W_OK):
             raise ValueError(f"{name}: not allowed to write to the folder {folder}")
-        if path.suffix.lower() not in SUFFIXES:
-            raise ValueError(f"{name}: expected a name that ends in one of {', '.join(SUFFIXES)}, got {path.name!r}")
+        if path.suffix.lower() not in suffixes:
+            raise ValueError(f"{name}: expected a name that ends in one of {', '.join(suffixes)}, got {path.name!r}")
         if other := taken.get(path.resolve()):
             raise ValueError(f"{name}: expected another file than {other}, got {path} for both")
         taken[path.resolve()] = name

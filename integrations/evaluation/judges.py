@@ -166,14 +166,19 @@ def frechet_distance(features: nn.Module, found: list[Image.Image], real: list[I
 
 
 class LatentStatistics(nn.Module):
-    """Mean and deviation of each latent channel of an autoencoder: features where no larger model is given."""
+    """Mean and deviation of each latent channel of an autoencoder: features where no larger model is given.
 
-    def __init__(self, vae: Any) -> None:
+    Args:
+        vae: an AutoencoderKL. device: where it works; None: where it is, which differs while it is offloaded.
+    """
+
+    def __init__(self, vae: Any, device: torch.device | None = None) -> None:
         super().__init__()
-        self.vae = vae
+        self.vae, self.device = vae, device
         self.num_features = 2 * vae.config.latent_channels
 
     @torch.inference_mode()
     def forward(self, pictures: Tensor) -> Tensor:
-        latents = self.vae.encode(pictures.to(self.vae.dtype) / 127.5 - 1).latent_dist.mode().float()
-        return torch.cat([latents.mean((2, 3)), latents.std((2, 3))], 1)
+        inputs = pictures.to(self.device or self.vae.device, self.vae.dtype) / 127.5 - 1
+        latents = self.vae.encode(inputs).latent_dist.mode().float()
+        return torch.cat([latents.mean((2, 3)), latents.std((2, 3))], 1).to(pictures.device)

@@ -1,4 +1,4 @@
-"""The tiny model that comes with the package, and photos to insert from and into."""
+"""The tiny models: that which comes with the package, and Stable Diffusion built once; photos to insert from and into."""
 
 from __future__ import annotations
 
@@ -16,6 +16,14 @@ import flashbrush as fb
 def checkpoint() -> Path:
     pytest.importorskip("diffusers")
     return fb.tiny_fill()
+
+
+@pytest.fixture(scope="session")
+def sd_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("diffusers")
+    from .tiny_sd import tiny_sd
+
+    return tiny_sd(tmp_path_factory.mktemp("stable_diffusion"))
 
 
 @pytest.fixture(scope="session")

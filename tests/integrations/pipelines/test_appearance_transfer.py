@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 
 from flashbrush.integrations import AppearanceTransferPipeline, CrossImageAttention, TransferRoles
@@ -22,7 +23,7 @@ from flashbrush.integrations.pipelines.ddpm_inversion import (
     sample,
 )
 
-from ..tiny_sd import ddim, tiny_sd
+from ..tiny_sd import ddim
 
 STEPS, SKIP, ADAIN_FROM = 9, 2, 4
 TEXT = "a photo"
@@ -38,9 +39,9 @@ LOOK, SHAPE = photo(0), photo(1)
 
 
 @pytest.fixture(scope="module")
-def pipe(tmp_path_factory: pytest.TempPathFactory) -> AppearanceTransferPipeline:
-    folder: Path = tmp_path_factory.mktemp("transfer")
-    return AppearanceTransferPipeline.from_pretrained(tiny_sd(folder), dtype=torch.float32, cache=folder / "cache")
+def pipe(sd_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> AppearanceTransferPipeline:
+    folder = tmp_path_factory.mktemp("transfer")
+    return AppearanceTransferPipeline.from_pretrained(sd_checkpoint, dtype=torch.float32, cache=folder)
 
 
 def method() -> CrossImageAttention:
@@ -75,8 +76,6 @@ def inverted(pipe: AppearanceTransferPipeline, guidance: float) -> Inversion:
     """Both photos', again; their noise is read from what the pipeline has kept."""
     unet, kept = pipe.pipe.unet, {}
     for path in pipe.cache.folder.iterdir():
-        from safetensors.torch import load_file
-
         file = load_file(path)
         for i, picture in enumerate((LOOK, SHAPE)):
             if torch.equal(file["latents"][0, -1], pipe._encode(picture)[0]):

@@ -32,20 +32,15 @@ from flashbrush.integrations.pipelines.inversion_cache import InversionCache
 from flashbrush.integrations.pipelines.vicl_tasks import TASKS
 from flashbrush.integrations.pipelines.visual_icl import linear_decay
 
-from ..tiny_sd import ddim, tiny_sd, tiny_unet
+from ..tiny_sd import ddim, tiny_unet
 
 STEPS, SKIP = 5, 1
 SIDE = 64
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_sd(tmp_path_factory.mktemp("sd"))
-
-
-@pytest.fixture(scope="module")
-def loaded(checkpoint: Path) -> VisualICLPipeline:
-    return VisualICLPipeline.from_pretrained(checkpoint, dtype=torch.float32)
+def loaded(sd_checkpoint: Path) -> VisualICLPipeline:
+    return VisualICLPipeline.from_pretrained(sd_checkpoint, dtype=torch.float32)
 
 
 @pytest.fixture
@@ -58,9 +53,9 @@ def pipe(loaded: VisualICLPipeline, tmp_path: Path) -> Iterator[VisualICLPipelin
 
 
 @pytest.fixture
-def changed(checkpoint: Path, tmp_path: Path) -> VisualICLPipeline:
+def changed(sd_checkpoint: Path, tmp_path: Path) -> VisualICLPipeline:
     """For tests that change the model."""
-    return VisualICLPipeline.from_pretrained(checkpoint, dtype=torch.float32, cache=tmp_path / "cache")
+    return VisualICLPipeline.from_pretrained(sd_checkpoint, dtype=torch.float32, cache=tmp_path / "cache")
 
 
 def photo(seed: int, size: tuple[int, int] = (SIDE, SIDE)) -> Image.Image:
@@ -332,8 +327,8 @@ def test_sd_2_s_prediction(changed, prediction: str) -> None:
     torch.testing.assert_close(result.latents, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_half_precision(checkpoint, tmp_path) -> None:
-    half = VisualICLPipeline.from_pretrained(checkpoint, cache=tmp_path)
+def test_half_precision(sd_checkpoint, tmp_path) -> None:
+    half = VisualICLPipeline.from_pretrained(sd_checkpoint, cache=tmp_path)
     assert half.pipe.unet.dtype == half.pipe.vae.dtype == torch.bfloat16
     result = run(half)
     assert result.latents.dtype == torch.float32 and bool(result.latents.isfinite().all())
@@ -404,9 +399,9 @@ def test_bad_calls(pipe, change: dict, error: type[Exception], match: str) -> No
     assert Handle.of(pipe.pipe.unet) is None and not pipe.cache.folder.exists()
 
 
-def test_bad_models(checkpoint, tmp_path, pipe) -> None:
+def test_bad_models(sd_checkpoint, tmp_path, pipe) -> None:
     with pytest.raises(TypeError, match="pipe: expected a StableDiffusionPipeline, got str"):
-        VisualICLPipeline(str(checkpoint))
+        VisualICLPipeline(str(sd_checkpoint))
     for folder, parts in (("flux", ("transformer", "vae")), ("empty", ())):
         for part in parts:
             (tmp_path / folder / part).mkdir(parents=True)
