@@ -1,4 +1,4 @@
-"""The command line: flashbrush insert, vicl, eval, demo, info, bench.
+"""The command line: flashbrush insert, vicl, eval, sweep, demo, info, bench.
 
 Wrong input gives one line on standard error and exit code 2, and nothing is written.
 """
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from .cli_eval import eval_app
 from .cli_insertion import eval_insert, sweep
-from .cli_model import Backend, Device, Dtype, Offload, Out, Precision, Seed, load, quiet
+from .cli_model import Backend, Device, Dtype, Offload, Out, Precision, Seed, Steps, load, quiet
 from .cli_vicl import vicl
 from .output import check_pictures, write_pictures
 
@@ -99,7 +99,7 @@ def insert(
     alpha_subject: Annotated[float, typer.Option(help="How much more the target reads of the subject.")] = 0.3,
     gain_span: Annotated[float, typer.Option(help="Heads gain from 1 to 1 + this.")] = 0.2,
     gain_norm: Annotated[Norm, typer.Option(help="How a head's attention to the prompt is compared.")] = Norm.minmax,
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: 50; of the tiny model, 12.")] = None,
+    steps: Steps = None,
     guidance: Annotated[float, typer.Option(min=0, help="Guidance scale.")] = 30.0,
     seed: Seed = 0,
     width: Annotated[int | None, typer.Option(help="Of a panel, pixels; a multiple of 16.")] = None,
@@ -162,7 +162,7 @@ app.add_typer(eval_app)
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pictures.")] = Path("demo"),
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: 12.")] = None,
+    steps: Steps = None,
     seed: Seed = 0,
 ) -> None:
     """Insert scikit-image's cat and others into scenes, with the tiny model that comes with the package."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -156,15 +155,9 @@ def _write(
     rows: Sequence[dict[str, Any]], output: Path, painted: dict[str, Image.Image], folder: Path | None
 ) -> None:
     """All files, or none."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
+    from .evaluation.summary import write_csv
 
-    def table(path: Path) -> None:
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, columns, restval="")
-            writer.writeheader()
-            writer.writerows(rows)
-
-    files: dict[Path, Any] = {output: table}
+    files: dict[Path, Any] = {output: lambda path: write_csv(path, rows)}
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         files |= {folder / f"{name}.png": picture.save for name, picture in painted.items()}

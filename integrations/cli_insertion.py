@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .cli_model import Backend, Device, Dtype, Offload, Precision, Seed, load
+from .cli_model import Backend, Device, Dtype, Offload, Precision, Seed, Steps, load
 from .output import write_pictures
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ Count = Annotated[int, typer.Option(min=2, help="Made items of each sort.")]
 Freedom = Annotated[float, typer.Option(min=0, max=1, help="Made items: how far the pose is off that of the subject.")]
 Repeats = Annotated[int, typer.Option(min=1, help="Seeds of an item.")]
 Batch = Annotated[int, typer.Option(min=1, help="Items of one call.")]
-Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: 50; of the tiny model, 12.")]
 Judge = Annotated[str | None, typer.Option(help="A judge: a Hugging Face name or a folder.")]
 
 
@@ -81,7 +80,7 @@ def eval_insert(
             if name == "fid":
                 found, real = [o.picture for o in outcomes], [o.item.truth for o in outcomes if o.item.truth is not None]
                 if len(real) == len(found) > 1 and len({picture.size for picture in (*found, *real)}) == 1:
-                    cells[name, sort] = f"{frechet_distance(LatentStatistics(pipe.pipe.vae), found, real):.4f}"
+                    cells[name, sort] = f"{frechet_distance(LatentStatistics(pipe.pipe.vae, pipe.pipe._execution_device), found, real):.4f}"
             elif (measured := estimate(outcomes, name)).items:
                 cells[name, sort] = f"{measured.mean:.3f} ± {measured.error:.3f} ({measured.items})"
     output.mkdir(parents=True, exist_ok=True)
