@@ -80,7 +80,8 @@ def eval_insert(
             if name == "fid":
                 found, real = [o.picture for o in outcomes], [o.item.truth for o in outcomes if o.item.truth is not None]
                 if len(real) == len(found) > 1 and len({picture.size for picture in (*found, *real)}) == 1:
-                    cells[name, sort] = f"{frechet_distance(LatentStatistics(pipe.pipe.vae, pipe.pipe._execution_device), found, real):.4f}"
+                    features = LatentStatistics(pipe.pipe.vae, pipe.pipe._execution_device)
+                    cells[name, sort] = f"{frechet_distance(features, found, real):.4f}"
             elif (measured := estimate(outcomes, name)).items:
                 cells[name, sort] = f"{measured.mean:.3f} ± {measured.error:.3f} ({measured.items})"
     output.mkdir(parents=True, exist_ok=True)
