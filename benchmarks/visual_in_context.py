@@ -71,7 +71,8 @@ def _calls(qkv: QKV) -> dict[str, Callable[[], Tensor]]:
     from ..integrations.methods import InContextRoles, VisualInContext
 
     attn, tokens = _attention(qkv), qkv[0].shape[1]
-    where = Layer(13, "self", "up", HEADS, DIM, 0, tokens, ITEMS, (math.isqrt(tokens),) * 2)
+    side = math.isqrt(tokens)
+    where = Layer(13, "self", "up", HEADS, DIM, 0, tokens, ITEMS, (side, side))
     processors: dict[str, Any] = {
         "stock": AttnProcessor2_0(),
         "plain": UNetControlledAttnProcessor(backend="cpu"),

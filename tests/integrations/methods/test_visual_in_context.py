@@ -8,6 +8,7 @@ import subprocess
 import sys
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,6 +40,7 @@ def eager(roles: InContextRoles, temperature: float = 0.4, beta: float = 1.67, c
 # The formula
 
 ONE, THREE = InContextRoles(((0, 1),), 2, 3), InContextRoles(((0, 1), (2, 3), (4, 5)), 6, 7)
+SWAP = InContextRoles.stacked()
 KNOBS = {
     "paper": {},
     "unclipped": {"clip": None},
@@ -136,8 +138,8 @@ def test_a_prediction_has_no_part_in_its_own_attention() -> None:
 def test_sdxl_and_sixteen_bits() -> None:
     model = tiny_unet(SDXL)
     call = unet_call(model, batch=5)
-    method = VisualInContext(items=InContextRoles.stacked())
-    expected, _ = run_eager(model, call, [eager(method.items[0])], up)
+    method = VisualInContext(items=SWAP)
+    expected, _ = run_eager(model, call, [eager(*SWAP)], up)
     with apply(model, method):
         assert relative(run(model, call)[0], expected) <= TOLERANCE
         model.to(torch.bfloat16)
@@ -145,7 +147,7 @@ def test_sdxl_and_sixteen_bits() -> None:
         half = {n: t.bfloat16() if isinstance(t, Tensor) and t.is_floating_point() else t for n, t in call.items()}
         half["added_cond_kwargs"] = added
         ours, _ = run(model, half)
-    theirs, _ = run_eager(model, half, [eager(method.items[0])], up)
+    theirs, _ = run_eager(model, half, [eager(*SWAP)], up)
     assert ours.dtype == torch.bfloat16
     assert relative(ours.float(), expected) <= 1.5 * relative(theirs.float(), expected)
 
@@ -255,8 +257,9 @@ def test_keys_are_read_in_place_and_no_map_is_made(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("flashbrush.integrations.diffusers.processor.attention", spy)
     model = tiny_unet()
     call = unet_call(model, batch=9)
-    projected: dict[int, Tensor] = {}
-    first = model.up_blocks[0].attentions[0].transformer_blocks[0].attn1
+    projected: dict[str, Tensor] = {}
+    up_blocks: Any = model.up_blocks
+    first = up_blocks[0].attentions[0].transformer_blocks[0].attn1
     for name in ("to_k", "to_v"):
         layer = getattr(first, name)
         layer.register_forward_hook(lambda module, inputs, output, name=name: projected.update({name: output}))
@@ -319,8 +322,8 @@ def test_compiled() -> None:
     torch._dynamo.reset()
     model = tiny_unet()
     call = unet_call(model, batch=5)
-    method = VisualInContext(items=InContextRoles.stacked())
-    expected, _ = run_eager(model, call, [eager(method.items[0])], up)
+    method = VisualInContext(items=SWAP)
+    expected, _ = run_eager(model, call, [eager(*SWAP)], up)
     compiled = torch.compile(model, backend="eager")
     with apply(compiled, method), torch.no_grad():
         assert relative(compiled(**call).sample, expected) <= TOLERANCE
