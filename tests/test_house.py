@@ -255,7 +255,8 @@ def test_a_missing_docstring_is_seen() -> None:
 
 
 def test_integrations_have_their_names() -> None:
-    assert {"InContextBrush", "InContextBrushPipeline"} <= set(flashbrush.integrations.__all__)
+    pipelines = {"InContextBrushPipeline", "VisualICLPipeline", "AppearanceTransferPipeline"}
+    assert {"InContextBrush", *pipelines} <= set(flashbrush.integrations.__all__)
     names = {"FluxControlledAttnProcessor", "Handle", "Layer", "Method", "Plan", "Step", "apply"}
     assert names <= set(diffusers_integration.__all__)
     with pytest.raises(AttributeError, match="NoSuchName"):
