@@ -19,7 +19,7 @@ class Dtype(str, Enum):
 
 
 Out = Annotated[Path, typer.Option("--output", "-o", help="Picture to write.")]
-Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: 50; of the tiny model, 12.")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: 50; of the tiny model, 6.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of the noise.")]
 Precision = Annotated[Dtype, typer.Option(help="Of the model.")]
 Device = Annotated[str | None, typer.Option(help="Default: cuda where there is one, else cpu.")]

@@ -46,10 +46,10 @@ def items() -> list[Item]:
         return Item(name, made.prompts()[one], to_picture(colours[one]), scene, _hole(scene, hole), outline)
 
     return [
-        Item("cat", "a cat on a table", cat, coffee, _hole(coffee, (20, 20, 200, 200)), face),
-        Item("cup", "a cup of coffee", coffee, rocket, _hole(rocket, (200, 60, 320, 180)), saucer),
+        Item("cat", "a photo of a cat", cat, coffee, _hole(coffee, (40, 40, 200, 200)), face),
+        Item("cup", "a photo of a cup", coffee, rocket, _hole(rocket, (200, 60, 320, 180)), saucer),
         drawn("moon", rocket, (340, 40, 470, 170)),
-        drawn("star", coffee, (440, 240, 590, 390)),
+        drawn("star", coffee, (420, 220, 560, 360)),
         drawn("hexagon", cat, (60, 150, 180, 270)),
     ]
 
