@@ -186,7 +186,7 @@ def demo(
     write_items(asked, output / "photos")
     made, seconds = [], []
     for item in tqdm(asked, "inserting"):
-        options = tiny_fill.options(item.mask) | ({} if steps is None else {"steps": steps})
+        options: dict[str, Any] = tiny_fill.options(item.mask) | ({} if steps is None else {"steps": steps})
         started = time.perf_counter()
         made.append(
             pipe(
