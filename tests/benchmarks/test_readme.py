@@ -53,7 +53,7 @@ def test_markers_are_required(tmp_path: Path, text: str) -> None:
 def test_code_runs() -> None:
     """The examples run; of those that need a checkpoint, what they import exists."""
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     for block in blocks:
         if "from_pretrained" not in block:
             exec(compile(block, "README.md", "exec"), {})
