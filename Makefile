@@ -12,7 +12,7 @@ TORCH ?= torch==2.13.0
 CPU_WHEELS ?= https://download.pytorch.org/whl/cpu
 DEMO ?= demo
 # One thread each: two processes that both use every core slow each other many times over.
-PYTEST_WORKERS ?= -n 2
+PYTEST_WORKERS ?= -n 2 --dist worksteal
 PYTEST_ARGS ?=
 SANITIZED ?= tests/bindings -k "cpu or norm_rope or column_mass"
 
