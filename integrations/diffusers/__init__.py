@@ -9,7 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .apply import Handle, Record, apply
-from .plan import Layer, Method, Part, Plan, Step
+from .layer import Layer, Step
+from .part import Part
+from .plan import Method, Plan, Seen
 
 if TYPE_CHECKING:
     from .flux import FluxControlledAttnProcessor
@@ -25,6 +27,7 @@ __all__ = [
     "Plan",
     "Record",
     "SD3ControlledAttnProcessor",
+    "Seen",
     "Step",
     "UNetControlledAttnProcessor",
     "apply",

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ...bindings import Stats, backends
 from .host import Geometry, Host, Place, find_host
-from .plan import Layer, Method, Plan, Step
+from .layer import Layer, Step
+from .plan import Method, Plan
 
 
 class Record(NamedTuple):
@@ -112,7 +113,7 @@ class Handle:
         fields: frozenset[str],
         backend: str,
     ) -> None:
-        self.method = method
+        self._method = method
         self.grid: tuple[int, int] | None = None
         self._outer = model
         self._model: nn.Module = getattr(model, "_orig_mod", model)
@@ -123,6 +124,7 @@ class Handle:
         for place, original, mine in zip(self._places, self._originals, self._processors, strict=True):
             mine.replace(place.attn, original)
         self._hooks: list[Any] = []
+        self._attached: list[Any] = []  # what the method's own attach() has put in place
         self._calls: tuple[Any, Any] | None = None  # (ours around model.compile()'s, model.compile()'s)
         self._records: list[Record] = []
         self._geometry: Geometry | None = None
@@ -135,6 +137,17 @@ class Handle:
             if isinstance(owner := getattr(hook, "__self__", None), Handle):
                 return owner
         return None
+
+    @property
+    def method(self) -> Method | None:
+        return self._method
+
+    @method.setter
+    def method(self, method: Method | None) -> None:
+        self._detach()
+        self._method = method
+        if self._hooks:
+            self._attach()
 
     @property
     def stats(self) -> list[Record]:
@@ -206,6 +219,7 @@ class Handle:
         if not self._hooks:
             return
         self._collect()
+        self._detach()
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -233,6 +247,7 @@ class Handle:
             mine.planned = self.method is None
             mine.defer = self.method is None and i not in self._layers
             place.attn.set_processor(mine)
+        self._attach()
         # A torch.compile wrapper has hooks of its own, which run outside of the compiled region.
         for module in dict.fromkeys((self._model, self._outer)):
             self._hooks.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
@@ -254,6 +269,15 @@ class Handle:
                 "without a method changes nothing. model.reset_attention_backend() gives them to flashbrush",
                 stacklevel=3,
             )
+
+    def _attach(self) -> None:
+        attach = getattr(self._method, "attach", None)
+        self._attached = [] if attach is None else list(attach(self._model))
+
+    def _detach(self) -> None:
+        for hook in self._attached:
+            hook.remove()
+        self._attached = []
 
     def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():

@@ -33,7 +33,7 @@ class FluxControlledAttnProcessor(ControlledProcessor):
         joint sequence. Returns (image, text) after their output projections in a double block; the attention's output
         (batch, tokens, heads * head_dim) in a single block, which projects it together with its MLP.
         """
-        query, key, value = _project(attn, hidden_states)
+        query, key, value = _project(attn, self.hidden(hidden_states))
         queries, keys, values = [(query, attn.norm_q)], [(key, attn.norm_k)], [value]
         if encoder_hidden_states is not None:
             query, key, value = _project_text(attn, encoder_hidden_states)

@@ -11,8 +11,9 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 
-from ...bindings import Control, Stats, attention, qk_norm_rope
-from .plan import Part, Plan
+from ...bindings import Control, Stats, attention, merge, qk_norm_rope
+from .part import Part
+from .plan import Plan, Seen
 
 
 class ControlledProcessor:
@@ -47,13 +48,22 @@ class ControlledProcessor:
         if (backend := getattr(original, "_attention_backend", None)) is not None:
             self._attention_backend = backend
 
-    def attend(self, query: Tensor, key: Tensor, values: list[Tensor], mask: Tensor | None, heads: int) -> Tensor:
+    def hidden(self, x: Tensor) -> Tensor:
+        """The image's hidden states, (batch, tokens, channels), as the plan wants them projected."""
+        if self.plan is None or self.plan.hidden is None:
+            return x
+        return _same_shape("hidden", self.plan.hidden(x), x)
+
+    def attend(
+        self, query: Tensor, key: Tensor, values: list[Tensor], mask: Tensor | None, heads: int, *, cross: bool = False
+    ) -> Tensor:
         """The plan's attention; q, k and the result (batch, tokens, heads on this rank, dim).
 
         Args:
             values: v of each stream, in the order in which k is joined.
             mask: the attention_mask of diffusers, broadcastable to (batch, heads, rows, keys).
             heads: heads of the layer on all ranks together.
+            cross: whether the keys are other tokens than the rows.
 
         Raises:
             NotImplementedError: context parallelism; a derived gain where heads are spread over ranks; a mask with
@@ -77,29 +87,44 @@ class ControlledProcessor:
         plan = self.plan
         if plan is None:
             return self._plain(query, key, value, mask)
-        if plan.query is not None:
-            query = _same_shape("query", plan.query(query), query)
-        if plan.value is not None:
-            value = _same_shape("value", plan.value(value), value)
         for control in plan.controls:
             if control.head_gain is not None and query.shape[2] != heads:
                 raise NotImplementedError(
                     f"flashbrush: a derived head gain compares all {heads} heads, but tensor parallelism leaves "
                     f"{query.shape[2]} on this rank; use a method without one"
                 )
-        if mask is not None and (plan.extra or plan.parts or plan.order is not None):
-            what = "extra keys" if plan.extra else "parts" if plan.parts else "order"
+        if mask is not None and (plan.extra or plan.parts or plan.order is not None or plan.see is not None):
+            what = "extra keys" if plan.extra else "parts" if plan.parts else "order" if plan.see is None else "see"
             raise NotImplementedError(f"flashbrush: attention_mask together with a plan's {what}")
         self.stats = ()
+        if plan.see is None:
+            return self._planned(plan, query, key, value, mask, cross)
+        if not plan.is_plain:
+            out = self._planned(plan, query, key, value, None, cross)
+            plan.see(Seen(query, key, value))
+            return out
+        out, stats = attention(query, key, value, backend=self.backend, return_stats=True)
+        plan.see(Seen(query, key, value, stats.lse))
+        return out
+
+    def _planned(
+        self, plan: Plan, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, cross: bool
+    ) -> Tensor:
+        if plan.query is not None:
+            query = _same_shape("query", plan.query(query), query)
+        if plan.value is not None:
+            value = _same_shape("value", plan.value(value), value)
         if plan.parts:
             return self._attend_in_parts(plan, query, key, value)
         if plan.order is not None:
-            query, key, value = (_sorted(t, plan.order) for t in (query, key, value))
+            query = _sorted(query, plan.order)
+            if not cross:
+                key, value = _sorted(key, plan.order), _sorted(value, plan.order)
         keys: Tensor | Sequence[Tensor] = key
         joined: Tensor | Sequence[Tensor] = value
         source: Mapping | None = plan.source
         if plan.extra:
-            keys, joined, source = _segment_lists(plan, key, value, plan.source)
+            keys, joined, source = _segment_lists(plan.control, plan.extra, [(key, value)], plan.source)
         out = self._call(None, query, keys, joined, plan.control, source, plan.scale, mask=mask)
         return out if plan.order is None else _sorted(out, plan.order.argsort(-1))
 
@@ -129,35 +154,89 @@ class ControlledProcessor:
         return out
 
     def _attend_in_parts(self, plan: Plan, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Each part's call, and one for the items in none, written into one tensor.
+        """Each part's call, and one for the items in none, written into one tensor or added there.
 
         Queries, keys and values are read where they are, by views or by index.
         """
         rest = plan.rest(query.shape[0])
+        several = {n for part in plan.parts for n in part.items if sum(n in other.items for other in plan.parts) > 1}
+        added = [not several.isdisjoint(part.items) for part in plan.parts]
         learns = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
         # A gradient needs tensors that nobody writes into; otherwise each call writes where its output belongs.
-        out = None if learns else torch.empty_like(query, memory_format=torch.contiguous_format)
-        outputs = []
-        calls: list[tuple[tuple[int, ...], Part | None]] = [(rest, None)] if rest else []
-        for items, part in (*calls, *((tuple(part.items), part) for part in plan.parts)):
+        out = torch.zeros_like(query) if learns else torch.empty_like(query, memory_format=torch.contiguous_format)
+        if not learns and several:
+            for items in {part.items for part, adds in zip(plan.parts, added, strict=True) if adds}:
+                out[_where(items, out.device)] = 0
+        calls: list[tuple[tuple[int, ...], Part | None, bool]] = [(rest, None, False)] if rest else []
+        calls += [(tuple(part.items), part, adds) for part, adds in zip(plan.parts, added, strict=True)]
+        for items, part, adds in calls:
             run = _as_slice(items)
-            place = None if out is None or run is None else out[run]
-            if part is not None:
-                keys, values, source = _part_lists(part, key, value)
-                done = self._call(items, query, keys, values, part.control, source, part.scale, out=place)
-            else:
+            place = None if learns or adds or run is None else out[run]
+            if part is None:
                 done = self._rest(plan, items, run, query, key, value, place)
-            if out is None:
-                outputs.append((items, done))
+            else:
+                done = self._part(part, items, run, query, key, value, place)
+            if learns:
+                out = out.index_add(0, _index(items, out.device), done)
+            elif adds:
+                out.index_add_(0, _index(items, out.device), done)
             elif place is None:
                 out.index_copy_(0, _index(items, out.device), done)
             elif done is not place:
                 place.copy_(done)
-        if out is not None:
+        return out
+
+    def _part(
+        self, part: Part, items: tuple[int, ...], run: slice | None, query: Tensor, key: Tensor, value: Tensor,
+        place: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """(items, rows, heads, dim), in `place` where that is given and possible"""
+        device = key.device
+        source: dict[str, Any] = {n: [t.to(device) for t in part.indices(n)] for n in ("q", "k", "v")}
+        source["q"] = source["q"][0]
+        if part.query is not None:
+            taken = query[run] if run is not None and "q" not in (part.source or {}) else query[source["q"]]
+            query, source["q"] = _same_shape("query", part.query(taken), taken), None
+        if part.value is not None:
+            taken = value[source["v"][0]]
+            value, source["v"] = _same_shape("value", part.value(taken), taken), [None]
+        if part.isolated is not None:
+            out = _isolated(part, query, key, value, source, self.backend)
+        elif part.query is not None and part.control is None and query.stride(1) == 0 and query.shape[1] > 1:
+            # Queries that are all the same, as an infinite blur leaves them, attend once.
+            rows, query = query.shape[1], query[:, :1]
+            out = self._keys_of(part, items, query, key, value, source, None).expand(-1, rows, -1, -1)
+        else:
+            out = self._keys_of(part, items, query, key, value, source, place)
+        if part.gate is None:
             return out
-        order = [n for items, _ in outputs for n in items]
-        inverse = tuple(order.index(n) for n in range(len(order)))
-        return torch.cat([done for _, done in outputs]).index_select(0, _index(inverse, query.device))
+        gate = part.gate.to(out)[..., None, None] if isinstance(part.gate, Tensor) else part.gate
+        return out * gate
+
+    def _keys_of(
+        self, part: Part, items: tuple[int, ...], query: Tensor, key: Tensor, value: Tensor, source: dict[str, Any],
+        place: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """The part's attention, its keys sorted, split and joined as it says."""
+        if (order := part.key_order) is not None:
+            if order.dim() == 2 or len(items) < key.shape[0]:
+                key, value = (t if i is None else t[i] for t, i in ((key, source["k"][0]), (value, source["v"][0])))
+                source |= {"k": [None], "v": [None]}
+            key = _sorted(key, order)
+            value = _sorted(value, order)
+        times = len(source["k"])
+        keys: Tensor | Sequence[Tensor] = [key] * times
+        values: Tensor | Sequence[Tensor] = [value] * times
+        if part.control is not None and (times > 1 or part.extra):
+            own = [(key, value)] * times
+            keys, values, source = _segment_lists(part.control, part.extra or {}, own, source)
+        elif times == 1:
+            keys, values, source = key, value, source | {"k": source["k"][0], "v": source["v"][0]}
+        if isinstance(source["k"], list) and all(index is None for index in source["k"]):
+            source["k"] = None
+        if isinstance(source["v"], list) and all(index is None for index in source["v"]):
+            source["v"] = None
+        return self._call(items, query, keys, values, part.control, source, part.scale, out=place)
 
     def _rest(
         self, plan: Plan, items: tuple[int, ...], run: slice | None, query: Tensor, key: Tensor, value: Tensor,
@@ -175,7 +254,7 @@ class ControlledProcessor:
         keys: Tensor | Sequence[Tensor] = key
         values: Tensor | Sequence[Tensor] = value
         if plan.extra:
-            keys, values, source = _segment_lists(plan, key, value, source)
+            keys, values, source = _segment_lists(plan.control, plan.extra, [(key, value)], source)
         return self._call(items, query, keys, values, plan.control, source, plan.scale, out=place)
 
 
@@ -233,54 +312,66 @@ def _same_shape(name: str, result: Tensor, given: Tensor) -> Tensor:
     return result
 
 
-def _segment_lists(plan: Plan, key: Tensor, value: Tensor, source: Mapping | None):
-    """One tensor per key segment, views of the layer's own and the plan's extra ones; and the source to match.
+def _segment_lists(control: Control | None, extra: Mapping, own: Sequence[tuple[Tensor, Tensor]], source: Mapping | None):
+    """One tensor per key segment, views of the layer's own (as often as they are joined) and extra ones; and the source.
 
-    The source's indices are those of the layer's own items; extra keys belong to the output item, or to all.
+    The source's indices are those of the layer's own items, for k and v one or one for each of `own`; extra keys belong to
+    the output item, or to all.
     """
-    assert plan.control is not None and plan.extra is not None
-    keys, values, own, start = [], [], [], 0
-    segments = plan.control.keys
-    for name, length in zip(segments.names, segments.lengths, strict=True):
-        if name in plan.extra:
-            extra_key, extra_value = plan.extra[name]
+    assert control is not None
+    keys, values, turns, start = [], [], [], 0
+    for name, length in zip(control.keys.names, control.keys.lengths, strict=True):
+        if name in extra:
+            extra_key, extra_value = extra[name]
             keys.append(extra_key)
             values.append(extra_value)
-            own.append(False)
-        else:
-            keys.append(key[:, start : start + length])
-            values.append(value[:, start : start + length])
-            own.append(True)
-            start += length
+            turns.append(None)
+            continue
+        turn, first = divmod(start, own[0][0].shape[1]) if length else (0, 0)
+        key, value = own[turn]
+        keys.append(key[:, first : first + length])
+        values.append(value[:, first : first + length])
+        turns.append(turn)
+        start += length
     if source is None:
         return keys, values, None
-    lists = {n: index if n == "q" else [index if mine else None for mine in own] for n, index in source.items()}
+    lists = {}
+    for name, index in source.items():
+        each = index if isinstance(index, list) else [index] * len(own)
+        lists[name] = index if name == "q" else [None if turn is None else each[turn] for turn in turns]
     return keys, values, lists
 
 
-def _part_lists(part: Part, key: Tensor, value: Tensor):
-    """k and v, one view for each key segment where several items' keys are joined; and the source to match."""
-    source: dict[str, Any] = {name: part.indices(name) for name in ("q", "k", "v")}
-    source = {name: tuple(t.to(key.device) for t in index) for name, index in source.items()}
-    times, source["q"] = len(source["k"]), source["q"][0]
-    if times == 1:
-        return key, value, source | {"k": source["k"][0], "v": source["v"][0]}
-    if part.control is None:
-        return [key] * times, [value] * times, source
-    keys, values, which, start = [], [], [], 0
-    for length in part.control.keys.lengths:
-        turn, first = divmod(start, key.shape[1]) if length else (0, 0)
-        keys.append(key[:, first : first + length])
-        values.append(value[:, first : first + length])
-        which.append(turn)
-        start += length
-    return keys, values, source | {name: [source[name][turn] for turn in which] for name in ("k", "v")}
+def _isolated(part: Part, query: Tensor, key: Tensor, value: Tensor, source: Mapping, backend: str) -> Tensor:
+    """Attention in which the last tokens see, of those, only themselves; (items, tokens, heads, dim)."""
+    query, key, value = (
+        t if index is None else t[index]
+        for t, index in ((query, source["q"]), (key, source["k"][0]), (value, source["v"][0]))
+    )
+    assert part.isolated is not None
+    shared = query.shape[1] - part.isolated
+    if not shared:
+        # One key a row: its probability is 1.
+        return value
+    scale = query.shape[-1] ** -0.5 if part.scale is None else part.scale
+    first = attention(query[:, :shared], key, value, scale=scale, backend=backend)
+    own = query[:, shared:]
+    seen, stats = attention(own, key[:, :shared], value[:, :shared], scale=scale, backend=backend, return_stats=True)
+    logit = (own.float() * key[:, shared:].float()).sum(-1).transpose(1, 2)  # (items, heads, isolated)
+    if isinstance(scale, Tensor):
+        scale = scale.float().reshape(scale.shape[0], -1, 1)
+    last, _ = merge([(seen, stats.lse), (value[:, shared:], (logit * scale)[..., None])])
+    return torch.cat([first, last], 1)
 
 
 def _as_slice(items: tuple[int, ...]) -> slice | None:
     """The slice that selects just these items in their order, where there is one."""
     first, last, step = items[0], items[-1], items[1] - items[0] if len(items) > 1 else 1
     return slice(first, last + 1, step) if step > 0 and items == tuple(range(first, last + 1, step)) else None
+
+
+def _where(items: tuple[int, ...], device: torch.device) -> slice | Tensor:
+    return _index(items, device) if (run := _as_slice(items)) is None else run
 
 
 def _index(items: tuple[int, ...], device: torch.device) -> Tensor:

@@ -49,7 +49,7 @@ class SD3ControlledAttnProcessor(ControlledProcessor):
         if attention_mask is not None:
             raise NotImplementedError("flashbrush: attention_mask, which diffusers' SD 3 processor ignores")
         text = encoder_hidden_states
-        query, key, value = _project(attn, hidden_states, self.fused)
+        query, key, value = _project(attn, self.hidden(hidden_states), self.fused)
         queries, keys, values = [(query, attn.norm_q)], [(key, attn.norm_k)], [value]
         if text is not None:
             query, key, value = _project_text(attn, text, self.fused)

@@ -80,6 +80,7 @@ class UNetControlledAttnProcessor(ControlledProcessor):
             x = x.flatten(2).transpose(1, 2)
         if attn.group_norm is not None:
             x = attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
+        x = self.hidden(x)
         context = x
         if encoder_hidden_states is not None:
             context = _norm_cross(attn, encoder_hidden_states)
@@ -90,7 +91,7 @@ class UNetControlledAttnProcessor(ControlledProcessor):
         else:
             projected = (attn.to_q(x), attn.to_k(context), attn.to_v(context))
         query, key, value = (_heads(attn, t) for t in projected)
-        x = self._attend(attn, query, [key], [value], attention_mask)
+        x = self._attend(attn, query, [key], [value], attention_mask, cross=encoder_hidden_states is not None)
         if image is not None:
             x = x.transpose(1, 2).unflatten(2, image)
         if attn.residual_connection:
@@ -100,7 +101,7 @@ class UNetControlledAttnProcessor(ControlledProcessor):
     def _added(self, attn: Any, hidden_states: Tensor, text: Tensor | None, mask: Tensor | None) -> Tensor:
         x = hidden_states.flatten(2).transpose(1, 2)
         text = x if text is None else _norm_cross(attn, text)
-        x = attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
+        x = self.hidden(attn.group_norm(x.transpose(1, 2)).transpose(1, 2))
         keys, values = [_heads(attn, attn.add_k_proj(text))], [_heads(attn, attn.add_v_proj(text))]
         if not attn.only_cross_attention:
             keys.append(_heads(attn, attn.to_k(x)))
@@ -108,12 +109,14 @@ class UNetControlledAttnProcessor(ControlledProcessor):
         x = self._attend(attn, _heads(attn, attn.to_q(x)), keys, values, mask)
         return x.transpose(1, 2).reshape(hidden_states.shape) + hidden_states
 
-    def _attend(self, attn: Any, query: Tensor, keys: list[Tensor], values: list[Tensor], mask: Tensor | None) -> Tensor:
+    def _attend(
+        self, attn: Any, query: Tensor, keys: list[Tensor], values: list[Tensor], mask: Tensor | None, cross: bool = False
+    ) -> Tensor:
         """The attention and its output projection, (batch, tokens, channels)."""
         q_offset, k_offset = (None, None) if self.plan is None else (self.plan.q_offset, self.plan.k_offset)
         query = join([(query, attn.norm_q)], q_offset, None)
         key = join([(k, attn.norm_k) for k in keys], k_offset, None)
-        out = self.attend(query, key, values, _mask(attn, mask, query, key), attn.heads)
+        out = self.attend(query, key, values, _mask(attn, mask, query, key), attn.heads, cross=cross)
         return attn.to_out[1](attn.to_out[0](out.flatten(2, 3).to(query.dtype)))
 
 

@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 import torch
 
 from ...bindings import Contrast, Control, Segments
-from ..diffusers.plan import Layer, Part, Plan
+from ..diffusers.layer import Layer
+from ..diffusers.part import Part
+from ..diffusers.plan import Plan
 
 Clip = tuple[float, float] | None
 Resolution = int | tuple[int, int]

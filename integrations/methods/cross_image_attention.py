@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..diffusers.plan import Layer, Plan, Step
+from ..diffusers.layer import Layer, Step
+from ..diffusers.plan import Plan
 from . import borrowed
 from .borrowed import Clip, Reader, Resolution, Window
 
