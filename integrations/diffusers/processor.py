@@ -165,7 +165,7 @@ class ControlledProcessor:
         # A gradient needs tensors that nobody writes into; otherwise each call writes where its output belongs.
         out = torch.zeros_like(query) if learns else torch.empty_like(query, memory_format=torch.contiguous_format)
         if not learns and several:
-            for items in {part.items for part, adds in zip(plan.parts, added, strict=True) if adds}:
+            for items in {tuple(part.items) for part, adds in zip(plan.parts, added, strict=True) if adds}:
                 out[_where(items, out.device)] = 0
         calls: list[tuple[tuple[int, ...], Part | None, bool]] = [(rest, None, False)] if rest else []
         calls += [(tuple(part.items), part, adds) for part, adds in zip(plan.parts, added, strict=True)]
@@ -228,8 +228,8 @@ class ControlledProcessor:
         keys: Tensor | Sequence[Tensor] = [key] * times
         values: Tensor | Sequence[Tensor] = [value] * times
         if part.control is not None and (times > 1 or part.extra):
-            own = [(key, value)] * times
-            keys, values, source = _segment_lists(part.control, part.extra or {}, own, source)
+            keys, values, lists = _segment_lists(part.control, part.extra or {}, [(key, value)] * times, source)
+            source = lists or {}
         elif times == 1:
             keys, values, source = key, value, source | {"k": source["k"][0], "v": source["v"][0]}
         if isinstance(source["k"], list) and all(index is None for index in source["k"]):
