@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import torch
 import typer
 from tqdm import tqdm
 
@@ -79,7 +80,7 @@ def _explain(error: Exception) -> str | None:
     """What to tell the user; None for an error that is ours."""
     if hasattr(error, "format_message"):  # of the command line itself
         return error.format_message()  # type: ignore[attr-defined]
-    if type(error).__name__ == "OutOfMemoryError":  # torch's: importing it for its name takes a second
+    if isinstance(error, torch.OutOfMemoryError):
         return "the device's memory is full: try --offload, or a smaller --width and --height"
     expected = (ValueError, TypeError, OSError, ImportError, NotImplementedError, FloatingPointError)
     return str(error) if isinstance(error, expected) else None
@@ -166,8 +167,6 @@ def demo(
     seed: Seed = 0,
 ) -> None:
     """Insert scikit-image's cat and others into scenes, with the tiny model that comes with the package."""
-    import torch
-
     from .. import tiny_fill as tiny_folder
     from ..bindings import backends
     from . import tiny_fill
@@ -213,7 +212,6 @@ def info() -> None:
     """What is usable here, and why the rest is not: backends, versions, devices."""
     from importlib.metadata import PackageNotFoundError, version
 
-    import torch
     from rich.console import Console
     from rich.table import Table
 

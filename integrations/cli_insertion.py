@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..benchmarks import machine
 from .cli_model import Backend, Device, Dtype, Offload, Precision, Seed, Steps, load
 from .output import write_pictures
 
@@ -26,6 +30,7 @@ Judge = Annotated[str | None, typer.Option(help="A judge: a Hugging Face name or
 
 
 def eval_insert(
+    context: typer.Context,
     output: Results,
     folder: Folder = None,
     model: Model = None,
@@ -89,6 +94,7 @@ def eval_insert(
     names = list(dict.fromkeys(name for name, _ in cells))
     table = [{"measure": name, **{sort: cells.get((name, sort), "") for sort in sorts}} for name in names]
     write_csv(output / "table.csv", table)
+    _write_conditions(output, context, pipe, options, sorts)
     figure = outcome_grid(shown[:8])
     write_pictures({output / "pictures.png": lambda path: figure.savefig(path, dpi=110)})
     _print(table, "Mean, standard error and number of items" + (f"; {repeats} seeds of each" if repeats > 1 else ""))
@@ -99,6 +105,7 @@ def eval_insert(
 
 
 def sweep(
+    context: typer.Context,
     output: Results,
     folder: Folder = None,
     axis: Annotated[list[str] | None, typer.Option(help="A knob and its values, as alpha_subject=0,0.3; several.")] = None,
@@ -122,13 +129,11 @@ def sweep(
 
     _check_folder(output)
     named = settings(dict(map(parse_axis, axis)), {}) if axis else settings(AXES, MORE)
-    items: Sequence[Item]
     if folder is not None:
-        items = read_items(folder)
+        sorts = {"": read_items(folder)}
     else:
-        items = [
-            item for kind in ("reference", "contradiction") for item in held_out(count, kind=kind, freedom=freedom)
-        ]
+        sorts = {kind: held_out(count, kind=kind, freedom=freedom) for kind in ("reference", "contradiction")}
+    items = [item for some in sorts.values() for item in some]
     pipe, options = _pipeline(model, folder is None, steps, dtype, device, offload, backend)
     outcomes: list[Outcome] = evaluate(
         pipe, items, list(dict.fromkeys(named.values())), options=options, seed=seed, repeats=repeats, batch=batch,
@@ -138,6 +143,7 @@ def sweep(
     output.mkdir(parents=True, exist_ok=True)
     write_csv(output / "items.csv", [outcome.row() for outcome in outcomes])
     write_csv(output / "sweep.csv", rows)
+    _write_conditions(output, context, pipe, options, sorts)
     title = f"change against the stock model, {len(items)} items, {repeats} seed{'s' * (repeats > 1)} of each"
     figure = plot(rows, title)
     write_pictures({output / "sweep.png": lambda path: figure.savefig(path, dpi=110)})
@@ -169,6 +175,35 @@ def _pipeline(
         return more if model else tiny_fill.options(item.mask) | more
 
     return pipe, options
+
+
+def _write_conditions(
+    output: Path, context: typer.Context, pipe: Any, options: Options, sorts: Mapping[str, Sequence[Item]]
+) -> None:
+    """conditions.json: the machine, and all that the command was given or took by default; of a path its last name."""
+    from .. import tiny_fill as tiny_folder
+
+    given = {name: value for name, value in context.params.items() if name not in ("output", "count")}
+    if given["folder"] is not None:
+        del given["freedom"]
+    given["model"] = given["model"] or str(tiny_folder())
+    for name in ("folder", "model", "dino", "clip"):
+        if given.get(name) is not None and Path(given[name]).exists():
+            given[name] = Path(given[name]).resolve().name
+    defaults = {name: parameter.default for name, parameter in inspect.signature(pipe.__call__).parameters.items()}
+    call = defaults | options(next(iter(sorts.values()))[0])
+    device = pipe.pipe._execution_device
+    about = machine.describe() | {name: version(name) for name in ("diffusers", "transformers")}
+    if device.type == "cuda":
+        import torch
+
+        about["gpu"] = torch.cuda.get_device_name(device)
+    conditions = given | {
+        "device": str(device), "steps": call["steps"], "guidance": call["guidance_scale"],
+        "items": {sort or "all": len(items) for sort, items in sorts.items()},
+    }  # fmt: skip
+    text = json.dumps({"machine": about, "conditions": conditions}, indent=1, default=str)
+    (output / "conditions.json").write_text(text + "\n")
 
 
 def _check_folder(output: Path) -> None:

@@ -17,6 +17,7 @@ from ...benchmarks.tiny_fill.photos import HELD_OUT, photos
 from ...benchmarks.tiny_fill.subjects import PHOTO
 from ...benchmarks.tiny_fill.words import COLOURS
 from ..pipelines import images as im
+from .lists import read_list
 
 LIST = "items.csv"
 PICTURES = ("subject", "image", "mask", "subject_mask", "truth", "coverage")
@@ -55,18 +56,7 @@ def read_items(folder: Path) -> list[Item]:
             sizes that do not go together, or a file that is no picture.
     """
     path = Path(folder) / LIST
-    if not path.is_file():
-        raise FileNotFoundError(f"folder: expected a list of items, {path}, with the columns {', '.join(NEEDED)}")
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    if not rows:
-        raise ValueError(f"folder: {path} lists nothing")
-    if missing := [name for name in NEEDED if name not in rows[0]]:
-        raise ValueError(f"folder: {path} has no column {', '.join(missing)}")
-    names = [row["name"] for row in rows]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"folder: {path} names {', '.join(twice)} twice")
-    return [_read(path, row) for row in rows]
+    return [_read(path, row) for row in read_list(path, "items", NEEDED)]
 
 
 def _read(path: Path, row: dict[str, str]) -> Item:
@@ -87,7 +77,7 @@ def _read(path: Path, row: dict[str, str]) -> Item:
             raise ValueError(f"{column} of {row['name']}: expected a file, got nothing in {path}")
     if "truth" in opened and opened["truth"].size != opened["image"].size:
         raise ValueError(f"truth of {row['name']}: expected the size of the image, {opened['image'].size}")
-    return Item(name=row["name"], prompt=row["prompt"], colour=row.get("colour") or "", **opened)
+    return Item(name=row["name"], prompt=row["prompt"], colour=row.get("colour", ""), **opened)
 
 
 def write_items(items: Sequence[Item], folder: Path) -> Path:

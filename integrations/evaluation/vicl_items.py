@@ -10,6 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from ..pipelines import images as im
+from .lists import read_list
 
 LIST = "pairs.csv"
 COLUMNS = ("name", "image", "truth", "prompts")
@@ -44,17 +45,8 @@ def read_pairs(folder: Path) -> list[Pair]:
             together, or a file that is no picture.
     """
     path = Path(folder) / LIST
-    if not path.is_file():
-        raise FileNotFoundError(f"folder: expected a list of pairs, {path}, with the columns {', '.join(COLUMNS)}")
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    if not rows:
-        raise ValueError(f"folder: {path} lists nothing")
-    if missing := [name for name in COLUMNS if name not in rows[0]]:
-        raise ValueError(f"folder: {path} has no column {', '.join(missing)}")
-    names = [row["name"] or "" for row in rows]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"folder: {path} names {', '.join(twice)} twice")
+    rows = read_list(path, "pairs", COLUMNS)
+    names = [row["name"] for row in rows]
     if wrong := [name for name in names if not name or name.startswith(".") or set(name) & set('/\\ :*?"<>|')]:
         raise ValueError(f"folder: {path}: expected names fit for a file, without spaces, got {wrong[0]!r}")
     pairs = [_read(path, row, names) for row in rows]
@@ -64,7 +56,7 @@ def read_pairs(folder: Path) -> list[Pair]:
 
 
 def _read(path: Path, row: dict[str, str], names: Sequence[str]) -> Pair:
-    name, prompts = row["name"], tuple((row["prompts"] or "").split())
+    name, prompts = row["name"], tuple(row["prompts"].split())
     if unknown := [prompt for prompt in prompts if prompt not in names]:
         raise ValueError(f"folder: {path}: the prompt {unknown[0]!r} of {name} is not listed")
     if name in prompts:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -93,6 +95,15 @@ def test_demo(capsys, tmp_path) -> None:
     assert flashbrush(capsys, "demo", "-o", tmp_path / "demo", *STEPS)[0] == 0
 
 
+def conditions(folder: Path) -> dict:
+    """Of the results in a folder; whose file names nobody's folders."""
+    text = (folder / "conditions.json").read_text()
+    assert str(folder.parent) not in text and str(fb.tiny_fill().parent) not in text
+    found = json.loads(text)
+    assert {"cpu", "threads", "torch", "diffusers", "transformers", "flashbrush"} <= set(found["machine"])
+    return found["conditions"]
+
+
 def test_eval_insert(capsys, tmp_path) -> None:
     pytest.importorskip("torchmetrics")
     code, out, err = flashbrush(capsys, "eval", "insert", "-o", tmp_path / "made", "--count", "2", *STEPS)
@@ -105,6 +116,9 @@ def test_eval_insert(capsys, tmp_path) -> None:
         rows = list(csv.DictReader(file))
     assert len(rows) == 8 and {row["sort"] for row in rows} == set(table["pattern"])
     assert Image.open(tmp_path / "made" / "pictures.png").size[0] > 200
+    said = conditions(tmp_path / "made")
+    assert said["items"] == dict.fromkeys(table["pattern"], 2) and said["model"] == "tiny_fill" and said["freedom"] == 0
+    assert (said["steps"], said["guidance"], said["seed"], said["device"]) == (2, 30, 0, "cpu")
 
     write_items(held_out(2), tmp_path / "photos")
     command = ["eval", "insert", tmp_path / "photos", "-o", tmp_path / "own", "--alpha-subject", "0.5", *STEPS]
@@ -113,19 +127,24 @@ def test_eval_insert(capsys, tmp_path) -> None:
     with (tmp_path / "own" / "items.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["alpha_subject"] for row in rows] == ["0.5", "0.5"] and float(rows[0]["psnr_outside"]) == 100
+    said = conditions(tmp_path / "own")
+    assert said["items"] == {"all": 2} and said["folder"] == "photos" and said["alpha_subject"] == 0.5 and "freedom" not in said
 
 
 def test_sweep(capsys, tmp_path) -> None:
-    command = ["sweep", "-o", tmp_path, "--count", "2", "--axis", "alpha_subject=0,0.9", "--axis", "blend=0,1", *STEPS]
+    output = tmp_path / "sweep"
+    command = ["sweep", "-o", output, "--count", "2", "--axis", "alpha_subject=0,0.9", "--axis", "blend=0,1", *STEPS]
     code, out, err = flashbrush(capsys, *command)
     assert code == 0, err
-    with (tmp_path / "sweep.csv").open() as file:
+    with (output / "sweep.csv").open() as file:
         rows = {(row["axis"], row["value"], row["measure"]): row for row in csv.DictReader(file)}
     assert float(rows["alpha_subject", "0", "pattern"]["difference"]) == 0
     assert float(rows["alpha_subject", "0.9", "pattern"]["difference"]) != 0
     assert float(rows["blend", "False", "psnr_outside"]["difference"]) != 0
     assert ("adaptive", "alpha_subject by palette", "pattern") in rows and "alpha_subject" in out
-    assert Image.open(tmp_path / "sweep.png").size[0] > 500
+    assert Image.open(output / "sweep.png").size[0] > 500
+    said = conditions(output)
+    assert said["items"] == {"reference": 2, "contradiction": 2} and said["axis"] == ["alpha_subject=0,0.9", "blend=0,1"]
 
 
 def test_bench(capsys) -> None:

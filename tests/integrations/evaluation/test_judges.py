@@ -61,6 +61,7 @@ def test_a_folder_gives_back_what_was_written(items, tmp_path: Path) -> None:
         ("name,prompt,subject,image,mask\n", "lists nothing"),
         ("name,prompt,subject,image\na,b,c,d\n", "has no column mask"),
         ("name,prompt,subject,image,mask\na,b,s.png,i.png,m.png\na,b,s.png,i.png,m.png\n", "names a twice"),
+        ("prompt,subject,image,mask,name\na,s.png,i.png,m.png\nb,s.png,i.png,m.png\n", "names  twice"),
         ("name,prompt,subject,image,mask\na,b,none.png,i.png,m.png\n", "subject of a: no such file"),
         ("name,prompt,subject,image,mask\na,b,s.png,i.png,\n", "mask of a: expected a file"),
         ("name,prompt,subject,image,mask\na,b,s.png,i.png,s.png\n", "mask of a: expected the size of the image of a"),
