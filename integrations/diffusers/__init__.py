@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .apply import Handle, Record, apply
+from .compose import compose
 from .layer import Layer, Step
 from .part import Part
 from .plan import Method, Plan, Seen
@@ -31,6 +32,7 @@ __all__ = [
     "Step",
     "UNetControlledAttnProcessor",
     "apply",
+    "compose",
 ]
 _HOMES = {
     "FluxControlledAttnProcessor": ".flux",
