@@ -216,6 +216,7 @@ def main(
     rate: float = Recipe.rate,
     widen: float = Recipe.widen,
     decay: float = Recipe.decay,
+    aligned: Annotated[float, typer.Option(help="Share of the diptychs whose pose never is free.")] = Recipe.aligned,
     seed: int = Recipe.seed,
     device: str = "cuda" if torch.cuda.is_available() else "cpu",
     minutes: Annotated[float, typer.Option(help="Stop after so long; the same command goes on.")] = math.inf,
@@ -224,8 +225,9 @@ def main(
     """Train, or go on training."""
     folder.mkdir(parents=True, exist_ok=True)
     recipe = Recipe(
-        seed=seed, steps=steps, decoder_steps=decoder_steps, batch=batch, rate=rate, widen=widen, decay=decay
-    )
+        seed=seed, steps=steps, decoder_steps=decoder_steps, batch=batch, rate=rate, widen=widen, decay=decay,
+        aligned=aligned,
+    )  # fmt: skip
     training, state, start = Training(recipe, device), folder / "state.pt", time.monotonic()
     if state.exists():
         training.load(state)
