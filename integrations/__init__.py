@@ -6,11 +6,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .methods import CrossImageAttention, InContextBrush, InContextRoles, TransferRoles, VisualInContext
+    from .methods import (
+        AttentionMap,
+        AttentionMaps,
+        CrossImageAttention,
+        InContextBrush,
+        InContextRoles,
+        TransferRoles,
+        VisualInContext,
+    )
     from .pipelines import AppearanceTransferPipeline, InContextBrushPipeline, VisualICLPipeline
 
 __all__ = [
     "AppearanceTransferPipeline",
+    "AttentionMap",
+    "AttentionMaps",
     "CrossImageAttention",
     "InContextBrush",
     "InContextBrushPipeline",
@@ -21,6 +31,8 @@ __all__ = [
 ]
 _HOMES = {
     "AppearanceTransferPipeline": ".pipelines",
+    "AttentionMap": ".methods",
+    "AttentionMaps": ".methods",
     "CrossImageAttention": ".methods",
     "InContextBrush": ".methods",
     "InContextBrushPipeline": ".pipelines",

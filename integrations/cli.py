@@ -1,4 +1,4 @@
-"""The command line: flashbrush insert, vicl, eval, sweep, demo, info, bench.
+"""The command line: flashbrush insert, inspect, vicl, eval, sweep, demo, info, bench.
 
 Wrong input gives one line on standard error and exit code 2, and nothing is written.
 """
@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from .cli_eval import eval_app
 from .cli_insertion import eval_insert, sweep
-from .cli_model import Backend, Device, Dtype, Offload, Out, Precision, Seed, Steps, load, quiet
+from .cli_inspect import inspect
+from .cli_model import Backend, Device, Dtype, Offload, Out, Precision, Seed, Steps, load, or_tiny, quiet
 from .cli_vicl import vicl
 from .output import check_pictures, write_pictures
 
@@ -46,7 +47,7 @@ PACKAGES = {
     "flashbrush": "",
     "torch": "all",
     "triton": "the triton backend",
-    "diffusers": "apply(), insert, vicl, demo",
+    "diffusers": "apply(), insert, inspect, vicl, demo",
     "transformers": "insert, vicl, demo",
     "accelerate": "--offload, quick loading",
     "safetensors": "insert, vicl, demo",
@@ -116,8 +117,6 @@ def insert(
     report: Annotated[Path | None, typer.Option(help="Also write a figure: diptych, mask, result, head gains.")] = None,
 ) -> None:
     """Insert the subject of one photo into the hole of another (In-Context Brush)."""
-    from .. import tiny_fill as tiny_folder
-    from . import tiny_fill
     from .methods import InContextBrush
     from .pipelines import images as im
 
@@ -137,11 +136,7 @@ def insert(
         "width": width, "height": height, "padding_mask_crop": padding_mask_crop, "subject_fill": subject_fill,
         "steps": steps,
     }  # fmt: skip
-    shape = {name: value for name, value in given.items() if value is not None}
-    if model is None:
-        shape = tiny_fill.options(hole) | shape
-        model = str(tiny_folder())
-        print(f"no --model is given: taking the tiny one that comes with flashbrush, {model}, for trying things out")
+    model, shape = or_tiny(model, hole, given)
     pipe = load("InContextBrushPipeline", model, dtype, device, offload, backend)
     result = pipe(
         prompt, subject=subject, image=image, mask=mask, subject_mask=subject_mask, subject_name=subject_name,
@@ -154,6 +149,7 @@ def insert(
     _finish(result, output, report, prompt)
 
 
+app.command()(inspect)
 app.command()(vicl)
 app.command()(sweep)
 eval_app.command("insert")(eval_insert)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 class Dtype(str, Enum):
@@ -69,6 +73,19 @@ def load(kind: str, model: str, dtype: Dtype, device: str | None, offload: bool,
     else:
         pipe.to(device)
     return pipe
+
+
+def or_tiny(model: str | None, hole: Image.Image, given: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The model of an insertion, and the arguments among `given` that are not None; without one the tiny one, and its own."""
+    from .. import tiny_fill as tiny_folder
+    from . import tiny_fill
+
+    shape = {name: value for name, value in given.items() if value is not None}
+    if model is not None:
+        return model, shape
+    folder = str(tiny_folder())
+    print(f"no --model is given: taking the tiny one that comes with flashbrush, {folder}, for trying things out")
+    return folder, tiny_fill.options(hole) | shape
 
 
 def quiet() -> None:

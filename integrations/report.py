@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from .evaluation.insertion import Outcome
     from .evaluation.items import Item
+    from .methods import AttentionMaps
     from .pipelines import InContextBrushOutput
 
 HEIGHT = 3.9  # inches
@@ -87,6 +88,60 @@ def insertion_grid(made: Sequence[tuple[Item, InContextBrushOutput]], title: str
     return figure
 
 
+def maps_report(output: InContextBrushOutput, maps: AttentionMaps, title: str = "") -> Figure:
+    """Where the picture looks: a map of each name over the finished diptych, shares of the mass by layer, head gains.
+
+    Args:
+        output: of InContextBrushPipeline, called with `maps`. maps: what was seen. title: above all.
+    """
+    from matplotlib.figure import Figure
+
+    means = {name: mean[0].cpu().numpy() for name, mean in maps.mean().items()}
+    canvas = output.diptychs[0].copy()
+    size = canvas.width, canvas.height // 2
+    # Without paste_back, or with it: the part of the photo that the model saw, as it has become.
+    seen = output.images[0] if output.images[0].size == size else output.images[0].crop(output.boxes[0]).resize(size)
+    canvas.paste(seen, (0, size[1]))
+    columns = 1 + len(means)
+    figure = Figure(figsize=(max(columns * CELL, 8), 2 * CELL + HEIGHT + 0.8), layout="constrained", facecolor="white")
+    figure.suptitle(shorten(title, 110, placeholder=" …") or "In-Context Brush", fontsize=12, color=INK)
+    above, below = figure.subfigures(2, 1, height_ratios=(2 * CELL, HEIGHT))
+    axes = above.subplots(1, columns, squeeze=False)[0]
+    for place, (name, mean) in zip(axes, {"canvas": None, **means}.items(), strict=True):
+        place.imshow(np.asarray(canvas.convert("L" if mean is not None else "RGB")), cmap="gray", vmin=0, vmax=255)
+        place.set(xticks=[], yticks=[])
+        place.set_title(name, fontsize=10, color=INK)
+        place.spines[:].set_visible(False)
+        if mean is not None:
+            extent = (-0.5, canvas.width - 0.5, canvas.height - 0.5, -0.5)
+            heat = place.imshow(mean, cmap="inferno", alpha=0.65, extent=extent, interpolation="bilinear")
+            bar = above.colorbar(heat, ax=place, fraction=0.08, shrink=0.6)
+            bar.ax.tick_params(colors=INK, labelsize=7)
+            bar.outline.set_visible(False)
+    mass_axes, gain_axes = below.subplots(1, 2)
+    _draw_mass(mass_axes, output)
+    _draw_gains(below, gain_axes, output.head_gains[:, :, 0].mean(0).numpy(), output.layer_kinds)
+    return figure
+
+
+def _draw_mass(axes: Any, output: InContextBrushOutput) -> None:
+    assert output.mass is not None
+    rows = len(output.segments) - 1  # the target, or its hole
+    mass = output.mass[:, :, 0, :, rows].mean((0, 2))  # (layers, key segments)
+    shares = (mass / mass.sum(-1, keepdim=True)).numpy()
+    left = np.zeros(len(shares))
+    colours = ("#7b9acc", "#e0a458", "#8fb996", "#b07aa1", "#bbbbbb")
+    for name, share, colour in zip(output.segments, shares.T, colours, strict=False):
+        axes.bar(range(len(shares)), share, bottom=left, label=name, color=colour, width=0.9)
+        left += share
+    axes.set_title(f"what the {output.segments[rows]} attends to, mean over heads and steps", fontsize=10, color=INK)
+    axes.set_xlabel("layer", color=INK)
+    axes.set_ylim(0, 1)
+    axes.tick_params(colors=INK, labelsize=8)
+    axes.spines[:].set_visible(False)
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=4, frameon=False)
+
+
 def outcome_grid(outcomes: Sequence[Outcome]) -> Figure:
     """A column for each insertion: subject, scene with its hole, result, and the truth where it is known."""
     from matplotlib.figure import Figure
@@ -108,7 +163,7 @@ def outcome_grid(outcomes: Sequence[Outcome]) -> Figure:
     return figure
 
 
-def _draw_gains(figure: Figure, axes: Any, gains: np.ndarray, kinds: list[str], small: bool = False) -> None:
+def _draw_gains(figure: Any, axes: Any, gains: np.ndarray, kinds: list[str], small: bool = False) -> None:
     from matplotlib.ticker import MaxNLocator
 
     heat = axes.imshow(gains, aspect="auto", cmap="BuPu", interpolation="nearest")

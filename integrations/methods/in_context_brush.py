@@ -68,6 +68,13 @@ class InContextBrush:
             value = tuple(torch.as_tensor(value).reshape(-1).tolist())
         object.__setattr__(self, name, value)
 
+    @property
+    def segments(self) -> tuple[str, ...]:
+        """The names of the segments that the tokens fall into, in their order in the control's tables and statistics."""
+        text = ("prompt",) if self.count_padding else ("prompt", "padding")
+        image = ("subject", "target") if self.subject_first else ("target", "subject")
+        return (*text, *image) if self.hole is None else (*text, *image, "hole")
+
     def plan(self, layer: Layer, step: Step) -> Plan:
         return _plan(copy(self), layer.kind != "single", layer.text_len, layer.image_len)
 

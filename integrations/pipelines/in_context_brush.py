@@ -13,11 +13,12 @@ from PIL import Image
 from torch import Tensor
 
 from ...bindings import blend_latents
-from ..diffusers import Handle, apply
-from ..methods import InContextBrush
+from ..diffusers import Handle, apply, compose
+from ..methods import AttentionMaps, InContextBrush
 from . import images as im
 from .images import ImageLike
 from .subject import DETECTOR, SEGMENTER, SubjectFinder
+from .words import word_tokens
 
 
 @dataclass
@@ -33,6 +34,9 @@ class InContextBrushOutput:
         known: (batch, image tokens) bool: tokens that are not painted.
         head_gains: (steps, layers, batch, heads) float32; of the target's rows.
         layer_kinds: "double" or "single", for each layer of head_gains.
+        mass: (steps, layers, batch, heads, row segments, key segments) float32: what the rows of each of `segments` give to
+            each of them, summed over the rows. None without `maps`.
+        segments: the names of mass' segments.
         seeds: those that make the same pictures again; None where a generator was given.
     """
 
@@ -46,6 +50,8 @@ class InContextBrushOutput:
     head_gains: Tensor
     layer_kinds: list[str]
     seeds: list[int | None]
+    mass: Tensor | None = None
+    segments: tuple[str, ...] = ()
 
 
 class InContextBrushPipeline:
@@ -148,6 +154,7 @@ class InContextBrushPipeline:
         hole_only: bool = False,
         paste_back: bool = True,
         max_sequence_length: int = 512,
+        maps: AttentionMaps | None = None,
         progress: bool = True,
     ) -> InContextBrushOutput:
         """Insert subjects; sequences make a batch, and a single value serves all of its items.
@@ -173,6 +180,7 @@ class InContextBrushPipeline:
             hole_only: only tokens of the mask read more of prompt and subject, see InContextBrush.hole; False: all of the
                 photo's panel does, as in the paper.
             paste_back: put the painted region into the photo, whose other pixels stay identical.
+            maps: also see what image tokens attend to (both panels, the subject's first); the output then has the mass.
             progress: show a progress bar.
 
         Raises:
@@ -209,16 +217,9 @@ class InContextBrushPipeline:
             photos.append(im.flatten(photo))
             holes.append(im.open_mask(item["mask"], photo.size))
             panels.append(self._subject(item))
-        side = 2 * self.pipe.vae_scale_factor  # pixels of a token
         if wrong := [p.size for p in photos if p.size != photos[0].size]:
             raise ValueError(f"image: expected photos of one size in a batch, got {photos[0].size} and {wrong[0]}")
-        size = im.panel_size(photos[0].size, width=width, height=height, multiple=side)
-        boxes = [(0, 0, *photo.size) for photo in photos]
-        if padding_mask_crop is not None:
-            boxes = [im.crop_box(hole, padding_mask_crop, size[0] / size[1]) for hole in holes]
-            shown = boxes[0][2] - boxes[0][0], boxes[0][3] - boxes[0][1]
-            size = im.panel_size(shown, width=width, height=height, multiple=side)
-
+        boxes, size = self._frames(photos, holes, width, height, padding_mask_crop)
         diptychs = [
             im.stack(im.subject_panel(picture, outline, size, subject_fill), im.resize_photo(photo.crop(box), size))
             for (picture, outline), photo, box in zip(panels, photos, boxes, strict=True)
@@ -238,7 +239,9 @@ class InContextBrushPipeline:
             self.pipe.set_progress_bar_config(disable=True)
         loop = _Steps(latents, noise, known, steps, blend)
         try:
-            with apply(self.pipe.transformer, method, stats=("gain",), backend=self.backend) as handle:
+            used, fields = (method, ("gain",)) if maps is None else (compose(method, maps), ("gain", "mass"))
+            with apply(self.pipe.transformer, used, stats=fields, backend=self.backend) as handle:
+                side = 2 * self.pipe.vae_scale_factor  # pixels of a token
                 handle.grid = (2 * size[1] // side, size[0] // side)
                 handle.set_step(0, steps, 1.0)
                 loop.handle = handle
@@ -255,7 +258,7 @@ class InContextBrushPipeline:
                     max_sequence_length=min(max_sequence_length, self.pipe.tokenizer_2.model_max_length),
                     callback_on_step_end=loop,
                 ).images
-                gains, kinds = _gains(handle)
+                gains, mass, kinds = _statistics(handle)
         finally:
             self.pipe._progress_bar_config = bar
         results = [im.lower_panel(canvas) for canvas in canvases]
@@ -263,7 +266,57 @@ class InContextBrushPipeline:
             results = list(map(im.paste_back, results, photos, holes, boxes))
         assert loop.last is not None
         seeds = [item["seed"] for item in items]
-        return InContextBrushOutput(results, diptychs, masks, boxes, loop.last, latents, known, gains, kinds, seeds)
+        made = InContextBrushOutput(results, diptychs, masks, boxes, loop.last, latents, known, gains, kinds, seeds)
+        return made if maps is None else replace(made, mass=mass, segments=method.segments)
+
+    def region_tokens(
+        self,
+        region: ImageLike | None,
+        *,
+        image: ImageLike,
+        mask: ImageLike,
+        width: int | None = None,
+        height: int | None = None,
+        padding_mask_crop: int | None = None,
+    ) -> list[int]:
+        """The image tokens that a call with these arguments makes of a region of the photo, for `maps`.
+
+        Args:
+            region: of image's size, white on the region; None: all that the model sees of it. The others: as in the call.
+
+        Raises:
+            ValueError: no token is left of it. As the call's, for the same arguments.
+        """
+        photo = im.open_image(image, "image")
+        (box,), size = self._frames([photo], [im.open_mask(mask, photo.size)], width, height, padding_mask_crop)
+        white = Image.new("L", size, 255)
+        if region is not None:
+            # What a token shows a little of counts, so that thin things are not lost.
+            white = im.open_mask(region, photo.size, "region").crop(box).resize(size, Image.Resampling.BOX)
+        tokens = self._tokens(im.stack(Image.new("L", size, 0), white))
+        if not bool(tokens.any()):
+            raise ValueError("region: the model sees nothing of it")
+        return tokens.nonzero().flatten().tolist()
+
+    def word_tokens(self, prompt: str, word: str, max_sequence_length: int = 512) -> list[int]:
+        """The text tokens of a word or phrase of the prompt, all its occurrences, for `maps`.
+
+        Raises:
+            ValueError: it is not in the prompt, or beyond what the model reads of it.
+        """
+        return word_tokens(self.pipe.tokenizer_2, prompt, word, max_sequence_length)
+
+    def _frames(
+        self, photos: list[Image.Image], holes: list[Image.Image], width: int | None, height: int | None, crop: int | None
+    ) -> tuple[list[tuple[int, int, int, int]], tuple[int, int]]:
+        """The part of each photo that the model sees, and a panel's (width, height)."""
+        side = 2 * self.pipe.vae_scale_factor
+        size = im.panel_size(photos[0].size, width=width, height=height, multiple=side)
+        if crop is None:
+            return [(0, 0, *photo.size) for photo in photos], size
+        boxes = [im.crop_box(hole, crop, size[0] / size[1]) for hole in holes]
+        shown = boxes[0][2] - boxes[0][0], boxes[0][3] - boxes[0][1]
+        return boxes, im.panel_size(shown, width=width, height=height, multiple=side)
 
     def _subject(self, item: dict[str, Any]) -> tuple[Image.Image, Image.Image | None]:
         """The subject's photo and its mask, None where all of the photo counts."""
@@ -351,13 +404,16 @@ class _Steps:
         return {"latents": latents}
 
 
-def _gains(handle: Handle) -> tuple[Tensor, list[str]]:
-    """((steps, layers, batch, heads), kinds of the layers); the target is the last row segment."""
+def _statistics(handle: Handle) -> tuple[Tensor, Tensor, list[str]]:
+    """(gains (steps, layers, batch, heads) of the last row segment, the target's; mass; kinds of the layers)."""
     records = handle.stats
     steps, layers = sorted({r.step for r in records}), sorted({(r.layer, r.kind) for r in records})
-    by_place = {(r.step, r.layer): r.stats.gain[:, :, -1].float().cpu() for r in records}
-    gains = [torch.stack([by_place[step, layer] for layer, _ in layers]) for step in steps]
-    return torch.stack(gains), [kind for _, kind in layers]
+    by_place = {(r.step, r.layer): r.stats for r in records}
+    gains, mass = (
+        torch.stack([torch.stack([getattr(by_place[step, layer], name).float().cpu() for layer, _ in layers]) for step in steps])
+        for name in ("gain", "mass")
+    )
+    return gains[..., -1], mass, [kind for _, kind in layers]
 
 
 def _check_folder(folder: str | os.PathLike[str]) -> None:

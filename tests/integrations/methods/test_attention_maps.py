@@ -1,0 +1,127 @@
+"""AttentionMaps against maps written out by hand, in each host."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flashbrush.integrations import AttentionMaps, InContextBrush
+from flashbrush.integrations.diffusers import apply, compose
+
+from ..diffusers.tiny_images import SIDE, sd3_call, tiny_sd3, tiny_unet, unet_call
+from ..tiny import COLUMNS, ROWS, TEXT, forward, relative, tiny_call, tiny_flux
+
+TOLERANCE = 1e-5
+
+
+def test_words_in_a_unet() -> None:
+    model = tiny_unet()
+    call = unet_call(model)
+    maps = AttentionMaps(text={"cat": [1, 2], "dog": [4]}, layers=["cross"])
+    expected: list[Tensor] = []
+
+    def eager(attn: Any, args: Any, kwargs: Any) -> None:
+        q, k = attn.to_q(args[0]), attn.to_k(kwargs["encoder_hidden_states"])
+        q, k = (t.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for t in (q, k))
+        prob = torch.softmax(q @ k.mT / math.sqrt(q.shape[-1]), -1)
+        expected.append(torch.stack([prob[..., [1, 2]].sum(-1), prob[..., 4]], 2))
+
+    hooks = [
+        module.register_forward_pre_hook(eager, with_kwargs=True)
+        for name, module in model.named_modules()
+        if name.endswith("attn2")
+    ]
+    with torch.no_grad():
+        stock = model(**call, return_dict=False)[0]
+    for hook in hooks:
+        hook.remove()
+    with apply(model, maps), torch.no_grad():
+        assert relative(model(**call, return_dict=False)[0], stock) <= TOLERANCE
+    assert len(maps.maps) == len(expected)
+    for mine, theirs in zip(maps.maps, expected, strict=True):
+        assert relative(mine.values, theirs) <= TOLERANCE
+    means = [t.mean(1).unflatten(-1, m.grid) for t, m in zip(expected, maps.maps, strict=True)]
+    resized = [F.interpolate(t, (SIDE, SIDE), mode="bilinear") for t in means]
+    assert relative(torch.stack(list(maps.mean().values()), 1), torch.stack(resized).mean(0)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["double", "single"])
+def test_words_and_regions_in_flux(kind: str) -> None:
+    """With the whole map from columns for every key, whose rows sum to one."""
+    model = tiny_flux()
+    call = tiny_call(model, batch=2)
+    words = {f"word {n}": [n] for n in range(TEXT)}
+    maps = AttentionMaps(text=words, image={"upper": range(12), "lower": range(12, 24)}, layers=[kind])
+    with apply(model, maps) as handle:
+        handle.grid = (ROWS, COLUMNS)
+        forward(model, call)
+    assert {m.kind for m in maps.maps} == {kind}
+    for seen in maps.maps:
+        assert seen.values.shape == (2, 4, TEXT + 2, ROWS * COLUMNS) and seen.grid == (ROWS, COLUMNS)
+        torch.testing.assert_close(seen.values.sum(2), torch.ones(2, 4, ROWS * COLUMNS))
+        assert float(seen.values.std(2).mean()) > 0.01
+
+
+def test_beside_another_method() -> None:
+    model = tiny_flux()
+    call = tiny_call(model)
+    maps, alone = AttentionMaps(text={"word": [2]}, steps=(1, None)), AttentionMaps(text={"word": [2]})
+    with apply(model, alone, layers=0) as handle:
+        handle.grid = (ROWS, COLUMNS)
+        forward(model, call)
+    with apply(model, InContextBrush()):
+        brushed = forward(model, call)
+    with apply(model, compose(InContextBrush(), maps)) as handle:
+        handle.grid = (ROWS, COLUMNS)
+        forward(model, call)
+        assert not maps.maps
+        assert relative(forward(model, call), brushed) <= TOLERANCE
+    assert len(maps.maps) == 4 and {m.step for m in maps.maps} == {1}
+    # Nothing has been changed before the first layer's map.
+    assert relative(maps.maps[0].values, alone.maps[0].values) <= TOLERANCE
+
+
+def test_names_that_a_layer_does_not_have_are_left_out_of_the_mean() -> None:
+    model = tiny_unet()
+    maps = AttentionMaps(text={"word": [0]}, image={"corner": [0, 1]})
+    with apply(model, maps, layers=[0, 1]), torch.no_grad():
+        model(**unet_call(model))
+    first, second = maps.maps
+    assert (first.kind, second.kind) == ("self", "cross")
+    assert bool(first.values[:, :, 0].isnan().all()) and bool(second.values[:, :, 1].isnan().all())
+    mean = maps.mean()
+    assert relative(mean["word"], second.values[:, :, 0].mean(1).unflatten(-1, second.grid)) <= TOLERANCE
+    assert relative(mean["corner"], first.values[:, :, 1].mean(1).unflatten(-1, first.grid)) <= TOLERANCE
+
+
+def test_sd3() -> None:
+    model, call = tiny_sd3(), sd3_call()
+    maps = AttentionMaps(text={"text": range(5)}, image={"image": range(16)})
+    with apply(model, maps), torch.no_grad():
+        model(**call)
+    for seen in maps.maps:
+        torch.testing.assert_close(seen.values.sum(2), torch.ones(2, 4, 16))
+
+
+def test_what_is_wrong_is_named() -> None:
+    for fields, match in (
+        ({"text": {"cat": []}}, r"text\['cat'\]: expected positions"),
+        ({"text": {"cat": [1]}, "image": {"cat": [1]}}, "image: expected other names"),
+        ({"steps": 3}, "steps: expected"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            AttentionMaps(**fields)
+    model = tiny_flux()
+    with apply(model, AttentionMaps(text={"cat": [TEXT]})) as handle:
+        handle.grid = (ROWS, COLUMNS)
+        with pytest.raises(ValueError, match=r"text\['cat'\]: expected positions below the 7 text tokens"):
+            forward(model, tiny_call(model))
+    with apply(model, AttentionMaps(text={"cat": [0]})), pytest.raises(ValueError, match=r"set handle\.grid"):
+        forward(model, tiny_call(model))
+    with pytest.raises(RuntimeError, match="nothing was seen"):
+        AttentionMaps(text={"cat": [0]}).mean()
