@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
 
 from flashbrush.benchmarks import machine, readme, table
 
@@ -50,11 +53,14 @@ def test_markers_are_required(tmp_path: Path, text: str) -> None:
     assert copy.read_text() == text
 
 
+def blocks(page: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
+
+
 def test_code_runs() -> None:
     """The examples run; of those that need a checkpoint, what they import exists."""
-    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
-    assert len(blocks) == 5
-    for block in blocks:
+    assert len(blocks(PAGE)) == 5
+    for block in blocks(PAGE):
         if "from_pretrained" not in block:
             exec(compile(block, "README.md", "exec"), {})
             continue
@@ -63,8 +69,24 @@ def test_code_runs() -> None:
             exec(compile(ast.Module([node], []), "README.md", "exec"), {})
 
 
+def test_a_method_of_your_own(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The guide's method is short, runs, and changes what the model makes."""
+    (block,) = blocks(PAGE.parent / "docs" / "methods.md")
+    assert len(block.splitlines()) < 40
+    page, plain = ModuleType("guide"), ModuleType("guide")
+    monkeypatch.setitem(sys.modules, "guide", page)  # a dataclass looks its module up
+    torch.manual_seed(0)
+    exec(compile(block, "methods.md", "exec"), page.__dict__)
+    assert capsys.readouterr().out.startswith("tensor(")
+    torch.manual_seed(0)
+    exec(compile(block.replace("FadingPrompt()", "FadingPrompt(first=1.0)"), "methods.md", "exec"), plain.__dict__)
+    assert float((page.latents - plain.latents).abs().max()) > 1e-4
+
+
 def test_local_links() -> None:
     """docs/demo.png is written by `make demo`."""
-    targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", PAGE.read_text())
-    missing = [t for t in targets if not (PAGE.parent / t).exists() and t != "docs/demo.png"]
-    assert targets and not missing
+    for page in (PAGE, PAGE.parent / "docs" / "methods.md"):
+        targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text())
+        missing = [t for t in targets if not (page.parent / t).exists() and t != "docs/demo.png"]
+        assert not missing
+        assert targets or page != PAGE
