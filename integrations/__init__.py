@@ -6,7 +6,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .methods import CrossImageAttention, InContextBrush, InContextRoles, TransferRoles, VisualInContext
+    from .methods import (
+        CrossImageAttention,
+        InContextBrush,
+        InContextRoles,
+        KVEdit,
+        OminiControl,
+        TransferRoles,
+        VisualInContext,
+    )
     from .pipelines import AppearanceTransferPipeline, InContextBrushPipeline, VisualICLPipeline
 
 __all__ = [
@@ -15,6 +23,8 @@ __all__ = [
     "InContextBrush",
     "InContextBrushPipeline",
     "InContextRoles",
+    "KVEdit",
+    "OminiControl",
     "TransferRoles",
     "VisualICLPipeline",
     "VisualInContext",
@@ -25,6 +35,8 @@ _HOMES = {
     "InContextBrush": ".methods",
     "InContextBrushPipeline": ".pipelines",
     "InContextRoles": ".methods",
+    "KVEdit": ".methods",
+    "OminiControl": ".methods",
     "TransferRoles": ".methods",
     "VisualICLPipeline": ".pipelines",
     "VisualInContext": ".methods",

@@ -2,6 +2,16 @@
 
 from .cross_image_attention import CrossImageAttention, TransferRoles
 from .in_context_brush import InContextBrush
+from .kv_edit import KVEdit
+from .omini_control import OminiControl
 from .visual_in_context import InContextRoles, VisualInContext
 
-__all__ = ["CrossImageAttention", "InContextBrush", "InContextRoles", "TransferRoles", "VisualInContext"]
+__all__ = [
+    "CrossImageAttention",
+    "InContextBrush",
+    "InContextRoles",
+    "KVEdit",
+    "OminiControl",
+    "TransferRoles",
+    "VisualInContext",
+]
