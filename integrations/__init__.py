@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .methods import (
         CrossImageAttention,
+        ICCustom,
+        ICCustomParameters,
         InContextBrush,
         InContextRoles,
         KVEdit,
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 __all__ = [
     "AppearanceTransferPipeline",
     "CrossImageAttention",
+    "ICCustom",
+    "ICCustomParameters",
     "InContextBrush",
     "InContextBrushPipeline",
     "InContextRoles",
@@ -32,6 +36,8 @@ __all__ = [
 _HOMES = {
     "AppearanceTransferPipeline": ".pipelines",
     "CrossImageAttention": ".methods",
+    "ICCustom": ".methods",
+    "ICCustomParameters": ".methods",
     "InContextBrush": ".methods",
     "InContextBrushPipeline": ".pipelines",
     "InContextRoles": ".methods",
