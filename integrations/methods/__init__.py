@@ -6,6 +6,7 @@ from .ic_custom_parameters import ICCustomParameters
 from .in_context_brush import InContextBrush
 from .kv_edit import KVEdit
 from .omini_control import OminiControl
+from .personalize_anything import PersonalizeAnything, PersonalSubject
 from .visual_in_context import InContextRoles, VisualInContext
 
 __all__ = [
@@ -16,6 +17,8 @@ __all__ = [
     "InContextRoles",
     "KVEdit",
     "OminiControl",
+    "PersonalSubject",
+    "PersonalizeAnything",
     "TransferRoles",
     "VisualInContext",
 ]
