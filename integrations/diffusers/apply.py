@@ -174,8 +174,14 @@ class Handle:
         if count is not None and index >= count:
             raise ValueError(f"index: expected a step below count={count}, got {index}")
         self._step, self._counting = Step(index, count, sigma), False
-        if self._geometry is not None and self._hooks:
+        if self._geometry is None or not self._hooks:
+            return
+        try:
             self._plan_all(self._geometry)
+        except ValueError:
+            # The next call may have other shapes than the last. It asks again, or is refused where its hook cannot run.
+            for processor in self._processors:
+                processor.planned = False
 
     def reset(self) -> None:
         """Start over, as for a new image: step 0, counting forward calls, without statistics."""

@@ -13,7 +13,8 @@ from torch import Tensor
 from ...bindings import Control
 from .layer import Layer
 
-Extra = Mapping[str, tuple[Tensor, Tensor]]
+Pair = tuple[Tensor, Tensor]
+Extra = Mapping[str, Pair | Callable[[Tensor, Tensor], Pair]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +35,7 @@ class Part:
             each index of k, in that order; a key segment lies within one of them. Tables with a batch are for `items`.
             None: plain.
         scale: as in attention(): a number, or a tensor (items,) or (items, heads).
-        extra: as Plan.extra, (1 or items, length, heads, head_dim).
+        extra: as Plan.extra, (1 or items, length, heads, head_dim); callables get k and v of all items, before `value`.
         key_order: int64 (keys,) or (items, keys): the control's i-th key is the layer's token key_order[i], as
             Segments.from_labels sorts a mask of the keys. With one index of k.
         query, value: map q (items, rows, heads, head_dim) and v (items, keys, heads, head_dim), before `key_order`, to
@@ -168,7 +169,7 @@ class Part:
             {"q": source["q"][0], "k": source["k"], "v": source["v"]},
             None if self.control is None else self.control.to(device),
             moved(self.scale, device),
-            None if self.extra is None else {n: (k.to(device), v.to(device)) for n, (k, v) in self.extra.items()},
+            moved_extra(self.extra, device),
             moved(self.key_order, device),
             self.query,
             self.value,
@@ -180,6 +181,18 @@ class Part:
 def moved(value: Any, device: torch.device) -> Any:
     """The value, on `device` where it is a tensor."""
     return value.to(device) if isinstance(value, Tensor) else value
+
+
+def moved_extra(extra: Extra | None, device: torch.device) -> Extra | None:
+    """The extra keys with their tensors on `device`."""
+    if extra is None:
+        return None
+    return {n: pair if callable(pair) else (pair[0].to(device), pair[1].to(device)) for n, pair in extra.items()}
+
+
+def made_extra(extra: Extra | None, key: Tensor, value: Tensor) -> Mapping[str, Pair]:
+    """The extra keys, those that are made of the layer's k and v (batch, keys, heads, head_dim) made."""
+    return {n: pair(key, value) if callable(pair) else pair for n, pair in (extra or {}).items()}
 
 
 def check_callables(argument: str, holder: object, names: Sequence[str]) -> None:
@@ -195,14 +208,19 @@ def check_extra(argument: str, extra: Extra | None, control: Control | None) -> 
             raise ValueError(
                 f"{argument}.extra: {name!r} is no key segment of the control; it has {', '.join(names) or 'none'}"
             )
-        if not isinstance(pair, tuple) or len(pair) != 2 or not all(isinstance(t, Tensor) for t in pair):
-            raise TypeError(f"{argument}.extra[{name!r}]: expected a pair of tensors (k, v), got {type(pair).__name__}")
+        is_pair = isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(t, Tensor) for t in pair)
+        if not is_pair and not callable(pair):
+            got = type(pair).__name__
+            raise TypeError(f"{argument}.extra[{name!r}]: expected a pair of tensors (k, v) or a callable, got {got}")
 
 
 def check_extra_shapes(argument: str, extra: Extra | None, control: Control, batch: int, layer: Layer) -> None:
     if extra and control.keys.items is not None:
         raise ValueError(f"{argument}.extra: the control's key segments must be equally long in every item of the batch")
-    for name, (k, v) in (extra or {}).items():
+    for name, pair in (extra or {}).items():
+        if callable(pair):
+            continue
+        k, v = pair
         expected = (control.keys.lengths[control.keys.index(name)], layer.heads, layer.head_dim)
         for what, t in (("k", k), ("v", v)):
             if t.dim() != 4 or tuple(t.shape[1:]) != expected or t.shape[0] not in (1, batch):

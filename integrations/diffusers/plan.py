@@ -13,6 +13,7 @@ from torch import Tensor
 from ...bindings import Control, attention, column_mass, key_probabilities
 from .layer import Layer, Step
 from .part import (
+    Extra,
     Part,
     broadcasts,
     check_callables,
@@ -20,6 +21,7 @@ from .part import (
     check_extra_shapes,
     check_tables,
     moved,
+    moved_extra,
 )
 
 
@@ -64,7 +66,8 @@ class Plan:
         source: as in attention(): {"q": index, "k": index, "v": index}, int tensors (batch,).
         extra: {key segment of the control: (k, v)}: keys that no token of the layer provides (registers, cached
             references), each (1 or batch, length, heads, head_dim) in the model's dtype, used as they are: without
-            norm or RoPE. They are read in place.
+            norm or RoPE. They are read in place. In place of the pair a callable that makes it of the layer's k and v
+            (batch, keys, heads, head_dim), after RoPE and `value`, before `order`, as for a copy at another position.
         q_offset, k_offset: added after the norm and before RoPE; broadcastable to (batch, rows, heads, head_dim) and
             (batch, keys, heads, head_dim).
         query: maps q (batch, rows, heads, head_dim) after RoPE to a tensor of the same shape.
@@ -88,7 +91,7 @@ class Plan:
 
     control: Control | None = None
     source: Mapping[str, Tensor] | None = None
-    extra: Mapping[str, tuple[Tensor, Tensor]] | None = None
+    extra: Extra | None = None
     q_offset: Tensor | None = None
     k_offset: Tensor | None = None
     query: Callable[[Tensor], Tensor] | None = None
@@ -176,14 +179,14 @@ class Plan:
         """This plan with its tensors on `device`; the same object where they are there already."""
         control = None if self.control is None else self.control.to(device)
         others = [self.q_offset, self.k_offset, self.scale, self.order, *(self.source or {}).values()]
-        others += [t for pair in (self.extra or {}).values() for t in pair]
+        others += [t for pair in (self.extra or {}).values() if not callable(pair) for t in pair]
         if control is self.control and not self.parts and all(moved(t, device) is t for t in others):
             return self
         return replace(
             self,
             control=control,
             source=None if self.source is None else {n: t.to(device) for n, t in self.source.items()},
-            extra=None if self.extra is None else {n: (k.to(device), v.to(device)) for n, (k, v) in self.extra.items()},
+            extra=moved_extra(self.extra, device),
             q_offset=moved(self.q_offset, device),
             k_offset=moved(self.k_offset, device),
             scale=moved(self.scale, device),

@@ -12,7 +12,7 @@ from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 
 from ...bindings import Control, Stats, attention, merge, qk_norm_rope
-from .part import Part
+from .part import Pair, Part, made_extra
 from .plan import Plan, Seen
 
 
@@ -116,6 +116,7 @@ class ControlledProcessor:
             value = _same_shape("value", plan.value(value), value)
         if plan.parts:
             return self._attend_in_parts(plan, query, key, value)
+        extra = made_extra(plan.extra, key, value)
         if plan.order is not None:
             query = _sorted(query, plan.order)
             if not cross:
@@ -123,8 +124,8 @@ class ControlledProcessor:
         keys: Tensor | Sequence[Tensor] = key
         joined: Tensor | Sequence[Tensor] = value
         source: Mapping | None = plan.source
-        if plan.extra:
-            keys, joined, source = _segment_lists(plan.control, plan.extra, [(key, value)], plan.source)
+        if extra:
+            keys, joined, source = _segment_lists(plan.control, extra, [(key, value)], plan.source)
         out = self._call(None, query, keys, joined, plan.control, source, plan.scale, mask=mask)
         return out if plan.order is None else _sorted(out, plan.order.argsort(-1))
 
@@ -194,6 +195,7 @@ class ControlledProcessor:
         device = key.device
         source: dict[str, Any] = {n: [t.to(device) for t in part.indices(n)] for n in ("q", "k", "v")}
         source["q"] = source["q"][0]
+        extra = made_extra(part.extra, key, value)
         if part.query is not None:
             taken = query[run] if run is not None and "q" not in (part.source or {}) else query[source["q"]]
             query, source["q"] = _same_shape("query", part.query(taken), taken), None
@@ -205,9 +207,9 @@ class ControlledProcessor:
         elif part.query is not None and part.control is None and query.stride(1) == 0 and query.shape[1] > 1:
             # Queries that are all the same, as an infinite blur leaves them, attend once.
             rows, query = query.shape[1], query[:, :1]
-            out = self._keys_of(part, items, query, key, value, source, None).expand(-1, rows, -1, -1)
+            out = self._keys_of(part, items, query, key, value, source, extra, None).expand(-1, rows, -1, -1)
         else:
-            out = self._keys_of(part, items, query, key, value, source, place)
+            out = self._keys_of(part, items, query, key, value, source, extra, place)
         if part.gate is None:
             return out
         gate = part.gate.to(out)[..., None, None] if isinstance(part.gate, Tensor) else part.gate
@@ -215,7 +217,7 @@ class ControlledProcessor:
 
     def _keys_of(
         self, part: Part, items: tuple[int, ...], query: Tensor, key: Tensor, value: Tensor, source: dict[str, Any],
-        place: Tensor | None,
+        extra: Mapping[str, Pair], place: Tensor | None,
     ) -> Tensor:  # fmt: skip
         """The part's attention, its keys sorted, split and joined as it says."""
         if (order := part.key_order) is not None:
@@ -227,8 +229,8 @@ class ControlledProcessor:
         times = len(source["k"])
         keys: Tensor | Sequence[Tensor] = [key] * times
         values: Tensor | Sequence[Tensor] = [value] * times
-        if part.control is not None and (times > 1 or part.extra):
-            keys, values, lists = _segment_lists(part.control, part.extra or {}, [(key, value)] * times, source)
+        if part.control is not None and (times > 1 or extra):
+            keys, values, lists = _segment_lists(part.control, extra, [(key, value)] * times, source)
             source = lists or {}
         elif times == 1:
             keys, values, source = key, value, source | {"k": source["k"][0], "v": source["v"][0]}
@@ -253,8 +255,8 @@ class ControlledProcessor:
         source = {"q": index, "k": index, "v": index} | dict(plan.source or {})
         keys: Tensor | Sequence[Tensor] = key
         values: Tensor | Sequence[Tensor] = value
-        if plan.extra:
-            keys, values, source = _segment_lists(plan.control, plan.extra, [(key, value)], source)
+        if extra := made_extra(plan.extra, key, value):
+            keys, values, source = _segment_lists(plan.control, extra, [(key, value)], source)
         return self._call(items, query, keys, values, plan.control, source, plan.scale, out=place)
 
 

@@ -2,15 +2,26 @@
 
 from .attention_maps import AttentionMap, AttentionMaps
 from .cross_image_attention import CrossImageAttention, TransferRoles
+from .ic_custom import ICCustom
+from .ic_custom_parameters import ICCustomParameters
 from .in_context_brush import InContextBrush
+from .kv_edit import KVEdit
+from .omini_control import OminiControl
+from .personalize_anything import PersonalizeAnything, PersonalSubject
 from .visual_in_context import InContextRoles, VisualInContext
 
 __all__ = [
     "AttentionMap",
     "AttentionMaps",
     "CrossImageAttention",
+    "ICCustom",
+    "ICCustomParameters",
     "InContextBrush",
     "InContextRoles",
+    "KVEdit",
+    "OminiControl",
+    "PersonalSubject",
+    "PersonalizeAnything",
     "TransferRoles",
     "VisualInContext",
 ]

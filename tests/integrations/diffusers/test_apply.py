@@ -99,6 +99,22 @@ def test_step_selection_and_reset() -> None:
         assert relative(forward(model, call), stock) <= TOLERANCE
 
 
+def test_a_step_whose_call_has_other_shapes_is_planned_with_the_call() -> None:
+    """As where the first step also brings tokens that later ones read from a cache."""
+    model = tiny_flux()
+    method = Recorder()
+    larger, smaller = tiny_call(model), tiny_call(model, rows=3)
+    with apply(model, method) as handle:
+        forward(model, larger)
+        method.control = fb.Control(fb.Segments(text=TEXT, image=3 * COLUMNS), weight={("image", "text"): 3.0})
+        handle.set_step(1)
+        assert not any(processor.planned for processor in model.attn_processors.values())
+        assert relative(forward(model, smaller), (after := forward(model, smaller))) == 0
+        with pytest.raises(ValueError, match="tokens for layer"):
+            forward(model, larger)
+    assert relative(after, forward(model, smaller)) > 1e-3
+
+
 def test_statistics() -> None:
     model, tokens = tiny_flux(), TEXT + ROWS * COLUMNS
     with apply(model, Recorder(), stats=("lse", "mass")) as handle:

@@ -1,0 +1,308 @@
+"""KV-Edit against a second, eager implementation that runs with all keys, joined and masked row by row."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import flashbrush as fb
+from flashbrush.integrations import KVEdit
+from flashbrush.integrations.diffusers import Layer, Step, apply
+from flashbrush.integrations.methods import kv_edit
+
+from ..tiny import COLUMNS, ROWS, TEXT, forward, relative, tiny_call, tiny_flux
+from .eager_flux import EagerLayer, Rope, eagerly, euler, rotate, weigh, worst_layer
+
+TOLERANCE = 1e-5  # float32, relative to the largest output
+TIMES = (0.8, 0.55, 0.3, 0.0)
+MASK = torch.zeros(ROWS, COLUMNS, dtype=torch.bool)
+MASK[1:4, 1:3] = MASK[4, 0] = True
+MASK = MASK.flatten()
+TOKENS = MASK.nonzero()[:, 0]
+
+
+class EagerEdit(EagerLayer):
+    """Keeps k before RoPE; in an edit overwrites the masked ones in it, turns all and adds to the background's logits."""
+
+    def __init__(self, index: int, state: EagerState) -> None:
+        super().__init__(index)
+        self.state = state
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
+        state, key = self.state, (self.index, self.state.time)
+        if not state.editing:
+            state.kept[key] = k[:, :, TEXT:].clone(), v[:, :, TEXT:].clone(), rope
+            bias = torch.zeros(TEXT + len(state.mask), TEXT + len(state.mask))
+            if state.masked:
+                inside = torch.cat([torch.zeros(TEXT, dtype=torch.bool), state.mask])
+                image = torch.arange(len(bias)) >= TEXT
+                bias[(image & inside)[:, None] & (image & ~inside)] = -math.inf
+                bias[(image & ~inside)[:, None] & (image & inside)] = -math.inf
+            return weigh(rotate(q, rope), rotate(k, rope), v, bias)
+        image_k, image_v, all_ids = state.kept[key]
+        image_k, image_v = image_k.clone(), image_v.clone()
+        image_k[:, :, state.mask], image_v[:, :, state.mask] = k[:, :, TEXT:], v[:, :, TEXT:]
+        joined_k = rotate(torch.cat([k[:, :, :TEXT], image_k], 2), all_ids)
+        bias = torch.cat([torch.zeros(TEXT), torch.where(state.mask, 0.0, state.scale)])
+        return weigh(rotate(q, rope), joined_k, torch.cat([v[:, :, :TEXT], image_v], 2), bias)
+
+
+@dataclasses.dataclass
+class EagerState:
+    mask: Tensor
+    scale: float = 1.0
+    masked: bool = False
+    editing: bool = False
+    time: float = 0.0
+    kept: dict = dataclasses.field(default_factory=dict)
+
+
+def photo() -> Tensor:
+    return torch.randn(1, ROWS * COLUMNS, 8, generator=torch.Generator().manual_seed(5))
+
+
+def edit_call(call: dict[str, Tensor], tokens: Tensor = TOKENS) -> dict[str, Tensor]:
+    """Another prompt, and the masked tokens alone."""
+    text = torch.randn(1, TEXT, 16, generator=torch.Generator().manual_seed(6))
+    return call | {
+        "encoder_hidden_states": text,
+        "img_ids": call["img_ids"][tokens],
+        "hidden_states": call["hidden_states"][:, tokens],
+    }
+
+
+def inside() -> Tensor:
+    """Of the latents (image tokens, 8): in each masked token one of the two is kept."""
+    return MASK[:, None] & (torch.arange(8) % 4 != 3)
+
+
+def ours(model, method: KVEdit, mask: Tensor = MASK) -> tuple[list[Tensor], list[Tensor]]:
+    """(the inversion's latents by rising time, the edit's by falling one)"""
+    call = tiny_call(model)
+    with apply(model, method) as handle:
+        up = list(euler(model, call, photo(), TIMES[::-1]))
+        method.phase = "edit"
+        handle.reset()
+
+        def before(step: int, latents: Tensor) -> Tensor:
+            return kv_edit.reblend(latents, up[len(TIMES) - 1 - step], inside() & mask[:, None], method.tokens)
+
+        start = up[-1][:, method.tokens]
+        down = list(euler(model, edit_call(call, method.tokens), start, TIMES, before))
+    return up, [*down, kv_edit.paste(photo(), down[-1], method.tokens)]
+
+
+def theirs(model, state: EagerState) -> tuple[list[Tensor], list[Tensor]]:
+    call, tokens = tiny_call(model), state.mask.nonzero()[:, 0]
+    with eagerly(model, lambda i: EagerEdit(i, state)):
+
+        def upper(step: int, latents: Tensor) -> Tensor:
+            state.time = TIMES[::-1][step + 1]
+            return latents
+
+        up = list(euler(model, call, photo(), TIMES[::-1], upper))
+        state.editing = True
+
+        def before(step: int, latents: Tensor) -> Tensor:
+            state.time = TIMES[step]
+            latents, source = latents.clone(), up[::-1][step][:, tokens]
+            kept = ~inside()[tokens]
+            latents[:, kept] = source[:, kept]
+            return latents
+
+        down = list(euler(model, edit_call(call, tokens), up[-1][:, tokens], TIMES, before))
+    final = photo()
+    final[:, state.mask] = down[-1]
+    return up, [*down, final]
+
+
+KNOBS = {"released": {}, "stronger": {"attn_scale": 2.5}, "masked inversion": {"masked_inversion": True}}
+
+
+@pytest.mark.parametrize("knobs", KNOBS)
+def test_a_run_equals_the_eager_form(knobs: str) -> None:
+    model, given = tiny_flux(), KNOBS[knobs]
+    state = EagerState(MASK, given.get("attn_scale", 1.0), given.get("masked_inversion", False))
+    for mine, expected in zip(ours(model, KVEdit(MASK, TIMES, **given)), theirs(model, state), strict=True):
+        assert len(mine) == len(expected) >= len(TIMES)
+        for a, b in zip(mine, expected, strict=True):
+            assert relative(a, b) <= TOLERANCE
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_equals_the_eager_form_in_every_layer(masked: bool) -> None:
+    model = tiny_flux()
+    call, state = tiny_call(model), EagerState(MASK, 0.7, masked, time=TIMES[-2])
+    method = KVEdit(MASK, TIMES, attn_scale=0.7, masked_inversion=masked)
+    eager = [EagerEdit(i, state) for i in range(4)]
+    with apply(model, method) as handle:
+        assert worst_layer(model, call, eager) <= TOLERANCE
+        state.editing, method.phase = True, "edit"
+        handle.set_step(2)
+        assert worst_layer(model, edit_call(call), eager) <= TOLERANCE
+
+
+def test_only_text_and_masked_tokens_have_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An edit's attention costs (text + masked) (text + image); its background is read where it is kept."""
+    seen: list[tuple[Tensor, list[Tensor]]] = []
+
+    def spy(q, k, v, control=None, **options):
+        seen.append((q, k if isinstance(k, list) else [k]))
+        return fb.attention(q, k, v, control, **options)
+
+    model = tiny_flux()
+    call, method = tiny_call(model), KVEdit(MASK, TIMES)
+    with apply(model, method) as handle:
+        forward(model, call)
+        method.phase = "edit"
+        handle.set_step(2)
+        monkeypatch.setattr("flashbrush.integrations.diffusers.processor.attention", spy)
+        forward(model, edit_call(call))
+    rows, image = TEXT + len(TOKENS), ROWS * COLUMNS
+    assert [(q.shape[1], sum(t.shape[1] for t in k)) for q, k in seen] == [(rows, TEXT + image)] * 4
+    for (_, keys), (k, _, _) in zip(seen, method.kept.values(), strict=True):
+        assert keys[-1].data_ptr() == k.data_ptr() and keys[-1].shape[1] == image - len(TOKENS)
+
+
+@pytest.mark.parametrize("knob", [{"attn_scale": 0.5}, {"masked_inversion": True}, {"keep_dtype": torch.bfloat16}], ids=str)
+def test_every_knob_changes_the_output(knob: dict) -> None:
+    model = tiny_flux()
+    before = ours(model, KVEdit(MASK, TIMES))[1][-1]
+    after = ours(model, KVEdit(MASK, TIMES, **knob))[1][-1]
+    assert relative(after, before) > 10 * TOLERANCE
+    assert torch.equal(after[:, ~MASK], photo()[:, ~MASK])
+
+
+def test_kept_as_it_is_told() -> None:
+    model = tiny_flux()
+    method = KVEdit(MASK, TIMES, keep_dtype=torch.bfloat16, keep_device="cpu")
+    ours(model, method)
+    assert len(method.kept) == 3 * 4 and {time for time, _ in method.kept} == set(TIMES[:-1])
+    assert all(k.dtype == v.dtype == torch.bfloat16 and not k.requires_grad for k, v, _ in method.kept.values())
+
+
+def test_neutral_is_the_plain_model() -> None:
+    """Without a scale, an edit of the inversion's own tokens at the same time sees what the whole model sees."""
+    model = tiny_flux()
+    call = tiny_call(model)
+    plain = forward(model, call)
+    with apply(model, method := KVEdit(MASK, TIMES, attn_scale=0)) as handle:
+        assert relative(forward(model, call), plain) <= TOLERANCE
+        method.phase = "edit"
+        handle.set_step(2)
+        gathered = {"hidden_states": call["hidden_states"][:, TOKENS], "img_ids": call["img_ids"][TOKENS]}
+        out = forward(model, call | gathered)
+        assert relative(out, plain[:, TOKENS]) <= TOLERANCE
+        method.attn_scale = 1.0
+        assert relative(forward(model, call | gathered), out) > 100 * TOLERANCE
+
+
+def test_all_tokens_masked() -> None:
+    model = tiny_flux()
+    call, method = tiny_call(model), KVEdit(torch.ones_like(MASK), TIMES)
+    plain = forward(model, call)
+    with apply(model, method) as handle:
+        forward(model, call)
+        method.phase = "edit"
+        handle.set_step(2)
+        assert relative(forward(model, call), plain) <= TOLERANCE
+
+
+def test_another_mask_of_one_inversion() -> None:
+    model = tiny_flux()
+    other = MASK.roll(5)
+    expected = ours(model, KVEdit(other, TIMES))[1]
+    method = KVEdit(MASK, TIMES)
+    up = ours(model, method)[0]
+    method.mask = other
+    call = tiny_call(model)
+
+    def before(step: int, latents: Tensor) -> Tensor:
+        return kv_edit.reblend(latents, up[len(TIMES) - 1 - step], inside() & other[:, None], method.tokens)
+
+    with apply(model, method):
+        start = up[-1][:, method.tokens]
+        for mine, theirs in zip(euler(model, edit_call(call, method.tokens), start, TIMES, before), expected, strict=False):
+            assert torch.equal(mine, theirs)
+
+
+def test_several_edits_of_one_photo_in_a_batch() -> None:
+    model = tiny_flux()
+    call, method = tiny_call(model), KVEdit(MASK, TIMES)
+    with apply(model, method) as handle:
+        forward(model, call)
+        method.phase = "edit"
+        handle.set_step(2)
+        singles = [edit_call(call), edit_call(call) | {"encoder_hidden_states": torch.ones(1, TEXT, 16)}]
+        alone = torch.cat([forward(model, single) for single in singles])
+        names = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep")
+        joint = singles[0] | {name: torch.cat([single[name] for single in singles]) for name in names}
+        assert relative(forward(model, joint), alone) <= TOLERANCE
+
+
+# The functions around it
+
+
+def test_the_time_of_the_cache_is_an_interval_s_upper_one() -> None:
+    assert [kv_edit.cache_time(TIMES, i, "edit") for i in range(3)] == [0.8, 0.55, 0.3]
+    assert [kv_edit.cache_time(TIMES, i, "invert") for i in range(3)] == [0.3, 0.55, 0.8]
+
+
+def test_a_token_is_masked_if_any_of_its_latents_is() -> None:
+    from diffusers import FluxPipeline
+
+    mask = torch.zeros(2 * ROWS, 2 * COLUMNS)
+    mask[3, 4] = mask[7, 1] = mask[10, 6] = mask[11, 7] = 1
+    tokens = kv_edit.token_mask(mask)
+    assert tokens.nonzero()[:, 0].tolist() == [COLUMNS + 2, 3 * COLUMNS, 5 * COLUMNS + 3]
+    packed = FluxPipeline._pack_latents(mask.expand(1, 3, -1, -1), 1, 3, *mask.shape)[0]
+    assert torch.equal(kv_edit.packed_mask(mask, 3), packed)
+    assert torch.equal(packed.any(1), tokens)
+
+
+# What it refuses
+
+
+@pytest.mark.parametrize(
+    ("knob", "value"),
+    [
+        ("mask", torch.zeros(24, dtype=torch.bool)), ("mask", torch.ones(24)), ("mask", torch.ones(2, 24).bool()),
+        ("times", (0.3, 0.8)), ("times", (0.5,)), ("times", 3), ("phase", "both"), ("attn_scale", math.nan),
+        ("attn_scale", "1"),
+    ],
+)  # fmt: skip
+def test_a_wrong_knob_is_named(knob: str, value) -> None:
+    with pytest.raises(ValueError, match=f"^{knob}: "):
+        KVEdit(**{"mask": MASK, "times": TIMES} | {knob: value})
+    method = KVEdit(MASK, TIMES)
+    with pytest.raises(ValueError, match=f"^{knob}: "):
+        setattr(method, knob, value)
+    assert getattr(method, knob) is not value
+
+
+@pytest.mark.parametrize(
+    ("phase", "tokens", "step", "match"),
+    [
+        ("invert", 23, 0, "^mask: 24 image tokens .* has 23"),
+        ("edit", 24, 0, f"^mask: {len(TOKENS)} image tokens .* has 24"),
+        ("edit", len(TOKENS), 1, "^phase: nothing is kept for time 0.55 and layer 0"),
+        ("invert", 24, 3, "^times: they are of 3 steps, got step 3"),
+    ],
+)
+def test_calls_that_do_not_fit(phase, tokens: int, step: int, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        KVEdit(MASK, TIMES, phase).plan(Layer(0, "double", None, 4, 32, TEXT, tokens), Step(step))
+
+
+def test_a_mask_that_does_not_fit_what_is_kept() -> None:
+    model = tiny_flux(double=1, single=1)
+    for knobs, mask, match in (({}, torch.ones(5).bool(), "24 tokens"), ({"masked_inversion": True}, ~MASK, "another mask")):
+        method = KVEdit(MASK, TIMES, **knobs)
+        with apply(model, method):
+            forward(model, tiny_call(model))
+        with pytest.raises(ValueError, match=f"^mask: .*{match}"):
+            method.mask = mask
