@@ -68,6 +68,7 @@ class AttentionMaps:
 
     @property
     def names(self) -> list[str]:
+        """Those of the text, then those of the image: the order in `maps`."""
         return [*self.text, *self.image]
 
     def plan(self, layer: Layer, step: Step) -> Plan | None:
