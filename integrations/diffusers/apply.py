@@ -97,7 +97,6 @@ class Handle:
     """A control in place; made by apply(). A context manager that removes it at the end.
 
     Attributes:
-        method: may be replaced, or its knobs changed, at any time; the next forward call sees it.
         grid: (rows, columns) of the image tokens, handed on to the method as Layer.grid where the model's inputs do not
             tell it (FLUX).
     """
@@ -140,6 +139,7 @@ class Handle:
 
     @property
     def method(self) -> Method | None:
+        """What is asked for plans. It may be replaced, or its knobs changed, at any time; the next call sees it."""
         return self._method
 
     @method.setter
