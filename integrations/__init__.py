@@ -6,28 +6,46 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .methods import CrossImageAttention, InContextBrush, InContextRoles, TransferRoles, VisualInContext
+    from .methods import (
+        CrossImageAttention,
+        EditRoles,
+        InContextBrush,
+        InContextRoles,
+        MasaCtrl,
+        PlugAndPlay,
+        TransferRoles,
+        VisualInContext,
+        WordMaps,
+    )
     from .pipelines import AppearanceTransferPipeline, InContextBrushPipeline, VisualICLPipeline
 
 __all__ = [
     "AppearanceTransferPipeline",
     "CrossImageAttention",
+    "EditRoles",
     "InContextBrush",
     "InContextBrushPipeline",
     "InContextRoles",
+    "MasaCtrl",
+    "PlugAndPlay",
     "TransferRoles",
     "VisualICLPipeline",
     "VisualInContext",
+    "WordMaps",
 ]
 _HOMES = {
     "AppearanceTransferPipeline": ".pipelines",
     "CrossImageAttention": ".methods",
+    "EditRoles": ".methods",
     "InContextBrush": ".methods",
     "InContextBrushPipeline": ".pipelines",
     "InContextRoles": ".methods",
+    "MasaCtrl": ".methods",
+    "PlugAndPlay": ".methods",
     "TransferRoles": ".methods",
     "VisualICLPipeline": ".pipelines",
     "VisualInContext": ".methods",
+    "WordMaps": ".methods",
 }
 
 

@@ -1,7 +1,21 @@
 """Published methods: one file each, from knobs to segments, controls and schedule."""
 
 from .cross_image_attention import CrossImageAttention, TransferRoles
+from .edit_roles import EditRoles
 from .in_context_brush import InContextBrush
+from .masa_ctrl import MasaCtrl
+from .plug_and_play import PlugAndPlay
 from .visual_in_context import InContextRoles, VisualInContext
+from .word_maps import WordMaps
 
-__all__ = ["CrossImageAttention", "InContextBrush", "InContextRoles", "TransferRoles", "VisualInContext"]
+__all__ = [
+    "CrossImageAttention",
+    "EditRoles",
+    "InContextBrush",
+    "InContextRoles",
+    "MasaCtrl",
+    "PlugAndPlay",
+    "TransferRoles",
+    "VisualInContext",
+    "WordMaps",
+]
