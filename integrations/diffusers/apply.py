@@ -160,6 +160,11 @@ class Handle:
         """The step that the next forward call belongs to."""
         return self._step
 
+    @property
+    def controls_step(self) -> bool:
+        """Whether apply's `steps` have the step that the next forward call, or the current one, belongs to."""
+        return self._steps is None or self._step.index in self._steps
+
     def set_step(self, index: int, count: int | None = None, sigma: float | None = None) -> None:
         """Say which step the coming forward calls belong to; counting stops until reset().
 
@@ -249,11 +254,11 @@ class Handle:
         return f"Handle({type(self._model).__name__}, method={self.method!r}, {state})"
 
     def _install(self) -> None:
+        self._attach()  # first: a method that refuses the model leaves it as it was
         for i, (place, mine) in enumerate(zip(self._places, self._processors, strict=True)):
             mine.planned = self.method is None
             mine.defer = self.method is None and i not in self._layers
             place.attn.set_processor(mine)
-        self._attach()
         # A torch.compile wrapper has hooks of its own, which run outside of the compiled region.
         for module in dict.fromkeys((self._model, self._outer)):
             self._hooks.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
@@ -313,9 +318,8 @@ class Handle:
         self._collect()
         self._geometry, self._planned_step = geometry, self._step.index
         defer = _active_backend_is_set()
-        controlled_step = self._steps is None or self._step.index in self._steps
         for i, (place, processor) in enumerate(zip(self._places, self._processors, strict=True)):
-            plan = self._ask(i, place, geometry) if controlled_step and i in self._layers else None
+            plan = self._ask(i, place, geometry) if self.controls_step and i in self._layers else None
             processor.plan, processor.planned = plan, True
             processor.defer = defer or (self.method is None and i not in self._layers)
 
@@ -329,6 +333,11 @@ class Handle:
             math.prod(geometry.grids[place.level]) if geometry.grids else geometry.image_len, geometry.batch, grid,
         )  # fmt: skip
         plan = self.method.plan(layer, self._step)
+        if isinstance(plan, Plan) and (late := plan.late) is not None:
+            return Plan(late=lambda: self._fitted(late(), layer, geometry.device))
+        return self._fitted(plan, layer, geometry.device)
+
+    def _fitted(self, plan: Plan | None, layer: Layer, device: torch.device) -> Plan | None:
         if plan is None:
             return None
         if not isinstance(plan, Plan):
@@ -340,7 +349,7 @@ class Handle:
                 "flashbrush: a derived head gain compares all heads, but tensor parallelism spreads them over ranks; "
                 "use a method without one"
             )
-        return plan.to(geometry.device)
+        return plan.to(device)
 
     def _collect(self) -> None:
         for i, (place, processor) in enumerate(zip(self._places, self._processors, strict=True)):

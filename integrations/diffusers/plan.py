@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Protocol, runtime_checkable
 
@@ -82,11 +82,13 @@ class Plan:
         hidden: maps the hidden states that q, k and v of the image are projected from, (batch, image tokens, channels),
             in "single" layers those of [text ; image], to a tensor of the same shape.
         see: is called with a Seen, after the attention.
+        late: is called when the forward pass reaches the layer, where what earlier layers saw in the same call decides;
+            the plan that it returns is followed instead of this one. Alone.
 
     Raises:
         TypeError: a field of another type. ValueError: `extra` without a control that names its segments, a `source`
             with other keys than q, k and v, an `order` together with parts, or one for each item together with a
-            `source`.
+            `source`; `late` together with another field.
     """
 
     control: Control | None = None
@@ -101,6 +103,7 @@ class Plan:
     parts: Sequence[Part] = ()
     hidden: Callable[[Tensor], Tensor] | None = None
     see: Callable[[Seen], None] | None = None
+    late: Callable[[], Plan | None] | None = None
 
     def __post_init__(self) -> None:
         if self.control is not None and not isinstance(self.control, Control):
@@ -113,7 +116,10 @@ class Plan:
         for name in ("q_offset", "k_offset"):
             if not isinstance(offset := getattr(self, name), Tensor | None):
                 raise TypeError(f"Plan.{name}: expected a tensor or None, got {type(offset).__name__}")
-        check_callables("Plan", self, ("query", "value", "hidden", "see"))
+        check_callables("Plan", self, ("query", "value", "hidden", "see", "late"))
+        others = [f.name for f in fields(self) if f.name not in ("late", "parts") and getattr(self, f.name) is not None]
+        if self.late is not None and (others or self.parts):
+            raise ValueError(f"Plan.late: expected no other field beside it, got {', '.join(others) or 'parts'}")
         check_extra("Plan", self.extra, self.control)
         if (order := self.order) is not None:
             if not isinstance(order, Tensor) or order.dtype != torch.int64:

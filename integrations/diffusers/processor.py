@@ -49,7 +49,12 @@ class ControlledProcessor:
             self._attention_backend = backend
 
     def hidden(self, x: Tensor) -> Tensor:
-        """The image's hidden states, (batch, tokens, channels), as the plan wants them projected."""
+        """The image's hidden states, (batch, tokens, channels), as the plan wants them projected.
+
+        Comes first in a call: a plan that is made late is made here.
+        """
+        if self.plan is not None and self.plan.late is not None:
+            self.plan = self.plan.late()
         if self.plan is None or self.plan.hidden is None:
             return x
         return _same_shape("hidden", self.plan.hidden(x), x)

@@ -17,6 +17,7 @@ from ..diffusers.plan import Plan
 Clip = tuple[float, float] | None
 Resolution = int | tuple[int, int]
 Window = tuple[int, int | None]
+PLACES = ("down", "mid", "up")
 
 
 class Reader(NamedTuple):
@@ -80,27 +81,27 @@ def checked(name: str, value: Any, roles: type) -> Any:
     Raises:
         ValueError: a wrong value.
     """
-    if name == "temperature" and not (_is_number(value) and value > 0):
+    if name == "temperature" and not (is_number(value) and value > 0):
         raise ValueError(f"temperature: expected a finite number > 0, got {value!r}")
-    if name == "contrast" and not _is_number(value):
+    if name == "contrast" and not is_number(value):
         raise ValueError(f"contrast: expected a finite number, got {value!r}")
     if name == "clip" and value is not None:
         Contrast(1.0, value)
         return tuple(value)
     if name == "places":
-        places = _several(value, str)
-        if not places or set(places) - {"down", "mid", "up"}:
+        places = several(value, str)
+        if not places or set(places) - set(PLACES):
             raise ValueError(f"places: expected some of down, mid, up, got {value!r}")
         return places
     if name == "resolutions" and value is not None:
-        resolutions = tuple(check_resolution(name, one) for one in _several(value, int))
+        resolutions = tuple(check_resolution(name, one) for one in several(value, int))
         if not resolutions:
             raise ValueError(f"resolutions: expected some numbers or pairs (rows, columns) of tokens, got {value!r}")
         return resolutions
     if name == "steps":
         return check_window(name, value)
     if name == "items" and value is not None:
-        items = _several(value, roles)
+        items = several(value, roles)
         if not items or not all(isinstance(item, roles) for item in items):
             raise ValueError(f"items: expected one or several {roles.__name__}, got {value!r}")
         return items
@@ -127,10 +128,10 @@ def is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _several(value: Any, kind: type) -> tuple:
+def several(value: Any, kind: type) -> tuple:
     """(value,) of that kind, or the values of an iterable, or none."""
     return (value,) if isinstance(value, kind) else tuple(value) if isinstance(value, Iterable) else ()

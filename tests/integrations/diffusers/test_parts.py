@@ -186,6 +186,52 @@ def test_what_is_seen_costs_no_second_attention_where_the_layer_is_plain(monkeyp
     assert maps[0].shape == (BATCH, HEADS, ROWS, 1)
 
 
+class Late:
+    """A method whose second self-attention follows what its first one saw in the same call."""
+
+    def __init__(self, wrong: bool = False) -> None:
+        self.wrong, self.scale = wrong, 0.0
+
+    def plan(self, layer: Layer, step) -> Plan | None:
+        if layer.kind != "self":
+            return None
+        return Plan(see=self.see) if layer.index == 0 else Plan(late=lambda: self.decide(layer)) if layer.index == 2 else None
+
+    def see(self, seen: Seen) -> None:
+        self.scale = float(seen.q.detach().abs().mean())
+
+    def decide(self, layer: Layer) -> Plan | None:
+        return Plan(scale=torch.ones(7)) if self.wrong else Plan(scale=self.scale)
+
+
+def test_a_late_plan_is_made_when_its_layer_is_reached() -> None:
+    model = tiny_unet()
+    call, method = unet_call(model), Late()
+    layers: Any = model.down_blocks
+    first, second = (block.attentions[0].transformer_blocks[0].attn1 for block in layers)
+    seen: dict[str, Tensor] = {}
+    first.to_q.register_forward_hook(lambda module, args, output: seen.update(q=output))
+    second.register_forward_hook(lambda module, args, output: seen.update(x=args[0], out=output))
+    with apply(model, method), torch.no_grad():
+        for scale in (1.0, 2.0):
+            model(**(call | {"sample": scale * call["sample"]}))
+            assert method.scale == pytest.approx(float(seen["q"].abs().mean()))
+            q, k, v = (f(seen["x"]).unflatten(-1, (second.heads, -1)) for f in (second.to_q, second.to_k, second.to_v))
+            prob = torch.softmax(torch.einsum("nrhd,nkhd->nhrk", q, k) * method.scale, -1)
+            expected = second.to_out[0](torch.einsum("nhrk,nkhd->nrhd", prob, v).flatten(2))
+            assert relative(seen["out"], expected) <= TOLERANCE
+
+
+def test_a_late_plan_is_checked() -> None:
+    model = tiny_unet()
+    with apply(model, Late(wrong=True)), pytest.raises(ValueError, match="scale"):
+        model(**unet_call(model))
+    with pytest.raises(ValueError, match=r"Plan\.late: expected no other field beside it, got scale"):
+        Plan(scale=0.5, late=lambda: None)
+    with pytest.raises(ValueError, match=r"Plan\.late: .*got parts"):
+        Plan(parts=[Part((0,))], late=lambda: None)
+
+
 @pytest.mark.parametrize(
     ("fields", "match"),
     [
