@@ -91,7 +91,7 @@ def options(
     from .methods import VisualInContext
     from .pipelines.ddpm_inversion import check_skip
     from .pipelines.images import panel_size
-    from .pipelines.swap_guidance import check_number
+    from .pipelines.stable_diffusion import check_number
 
     check_skip(skip, steps)
     check_number("gamma", gamma)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from PIL import Image
@@ -15,12 +14,11 @@ from torch import Tensor
 
 from ...bindings import adain
 from ..diffusers import Method, apply
-from . import images as im
 from .ddpm_inversion import DDPMSchedule, Inversion, check_skip, invert, noise_predictor
 from .inversion_cache import InversionCache, WeightsDigest
+from .stable_diffusion import StableDiffusionParts, check_number
 
 Scale = Callable[[int, int], float]  # (step, steps) -> scale of the swap guidance
-Pipeline = TypeVar("Pipeline", bound="SwapGuidancePipeline")
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ class InversionOptions:
         return self.guidance != 1 and self.text != self.negative_text
 
 
-class SwapGuidancePipeline:
+class SwapGuidancePipeline(StableDiffusionParts):
     """A StableDiffusionPipeline's parts under swap guidance; the base of VisualICLPipeline and AppearanceTransferPipeline.
 
     Images are inverted (ddpm_inversion.py). An output starts from the noisy latents of one of them and re-adds its noise
@@ -68,86 +66,22 @@ class SwapGuidancePipeline:
 
         eps = eps_plain + scale(step) (eps_swap - eps_plain)
 
-    after which the output's latents take the mean and the deviation of images, channel by channel (adain). The wrapped
-    pipeline is `pipe.pipe`; offload it, load LoRAs into it or enable FreeU as usual.
+    after which the output's latents take the mean and the deviation of images, channel by channel (adain).
 
     Args:
-        pipe: a diffusers StableDiffusionPipeline; its scheduler's levels are used with DDIM's timesteps.
+        pipe, backend: as in StableDiffusionParts.
         cache: folder of inverted images, shared by any number of runs and models; None: default_folder().
-        backend: as in flashbrush.attention.
 
     Raises:
-        TypeError: another pipeline. ValueError: a UNet that takes more than latents and text (inpainting, SDXL), or a
-            scheduler without betas.
+        TypeError, ValueError: as in StableDiffusionParts.
     """
 
+    _options = ("cache",)
+
     def __init__(self, pipe: Any, *, cache: str | os.PathLike[str] | None = None, backend: str = "auto") -> None:
-        from diffusers import StableDiffusionPipeline
-
-        if not isinstance(pipe, StableDiffusionPipeline):
-            raise TypeError(f"pipe: expected a StableDiffusionPipeline, got {type(pipe).__name__}")
-        self.pipe: Any = pipe  # diffusers' parts are typed as any of several classes
-        config, channels = self.pipe.unet.config, self.pipe.vae.config.latent_channels
-        if config.in_channels != channels:
-            raise ValueError(
-                f"model: expected a UNet that takes {channels} channels, the latents, got one that takes "
-                f"{config.in_channels}, as for inpainting"
-            )
-        if config.addition_embed_type is not None or config.class_embed_type is not None:
-            raise ValueError("model: expected a UNet that takes latents and text alone, got one with further inputs (SDXL)")
-        if "beta_start" not in self.pipe.scheduler.config:
-            raise ValueError(f"scheduler: expected one with betas, as DDIM has, got {type(pipe.scheduler).__name__}")
-        self.cache, self.backend = InversionCache(cache), backend
+        super().__init__(pipe, backend=backend)
+        self.cache = InversionCache(cache)
         self._weights = WeightsDigest()
-
-    @classmethod
-    def from_pretrained(
-        cls: type[Pipeline],
-        model: str | os.PathLike[str],
-        *,
-        cache: str | os.PathLike[str] | None = None,
-        backend: str = "auto",
-        **options: Any,
-    ) -> Pipeline:
-        """Load from a hub id or a diffusers folder; safetensors only.
-
-        Args:
-            model: Stable Diffusion 1.x or 2.x. cache, backend: as above.
-            options: passed on to StableDiffusionPipeline.from_pretrained (dtype, device_map, revision ...). Without a
-                dtype, bfloat16. The safety checker, which sees no output, is not loaded.
-
-        Raises:
-            OSError: not found. ValueError: a folder, or weights, of another kind of model.
-        """
-        from diffusers import StableDiffusionPipeline
-
-        if os.path.isdir(model):
-            _check_folder(model)
-        if "torch_dtype" not in options:
-            options.setdefault("dtype", torch.bfloat16)
-        unused = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-        pipe = StableDiffusionPipeline.from_pretrained(model, use_safetensors=True, **(unused | options))
-        return cls(pipe, cache=cache, backend=backend)
-
-    def to(self: Pipeline, *args: Any, **options: Any) -> Pipeline:
-        """As DiffusionPipeline.to."""
-        self.pipe.to(*args, **options)
-        return self
-
-    def size(self, size: tuple[int, int], *, width: int | None = None, height: int | None = None) -> tuple[int, int]:
-        """The (width, height) at which the model sees images of `size`, in pixels.
-
-        Args:
-            width, height: multiples of the autoencoder's 8; None: near `size`, with at most the pixels that the UNet was
-                trained on.
-
-        Raises:
-            ValueError: a width or height that is not positive, or not a multiple.
-        """
-        multiple = self.pipe.vae_scale_factor
-        trained = self.pipe.unet.config.sample_size or 64  # a UNet may not say; SD's have 64 latents each way
-        cells = math.prod(trained) if isinstance(trained, (list, tuple)) else trained**2
-        return im.panel_size(size, width=width, height=height, multiple=multiple, max_pixels=cells * multiple**2)
 
     def _schedule(self, steps: int, skip: int) -> DDPMSchedule:
         from diffusers import DDIMScheduler
@@ -156,30 +90,6 @@ class SwapGuidancePipeline:
         schedule = DDPMSchedule.from_scheduler(own, steps)
         check_skip(skip, steps)
         return schedule
-
-    def _embed(self, text: str) -> Tensor:
-        """(1, tokens, channels)"""
-        return self.pipe.encode_prompt(text, self.pipe._execution_device, 1, False)[0]
-
-    def _encode(self, photo: Image.Image) -> Tensor:
-        """(1, channels, height, width) float32: the mean of the autoencoder, scaled as the UNet knows it."""
-        pipe, vae = self.pipe, self.pipe.vae
-        pixels = pipe.image_processor.preprocess(photo).to(pipe._execution_device, vae.dtype)
-        return vae.encode(pixels).latent_dist.mode().float() * vae.config.scaling_factor
-
-    def _decode(self, latents: Tensor) -> Image.Image:
-        if not bool(latents.isfinite().all()):
-            raise FloatingPointError(f"the latents are no longer finite in {self.pipe.unet.dtype}: try bfloat16 or float32")
-        vae = self.pipe.vae
-        pixels = vae.decode((latents / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0]
-        self.pipe.maybe_free_model_hooks()
-        return self.pipe.image_processor.postprocess(pixels.float(), output_type="pil")[0]
-
-    def _bar(self, what: str, total: int, progress: bool) -> Any:
-        from tqdm.auto import tqdm
-
-        config: dict[str, Any] = {"desc": what, **getattr(self.pipe, "_progress_bar_config", {})}
-        return tqdm(total=total, **(config if progress else {**config, "disable": True}))
 
     def _invert(
         self, photos: Sequence[Image.Image], schedule: DDPMSchedule, options: InversionOptions, progress: bool
@@ -297,40 +207,3 @@ def guidance_scales(gamma: float | Scale, default: Callable[[float, int, int], f
     for step, scale in zip(steps, scales, strict=True):
         check_number(f"gamma of step {step}", scale)
     return scales
-
-
-def check_number(name: str, value: Any, error: type[Exception] = ValueError) -> None:
-    """ValueError unless it is a finite number; `error` where it is no number at all."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise error(f"{name}: expected a finite number, got {value!r}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name}: expected a finite number, got {value!r}")
-
-
-def noise_seed(seed: int | None, generator: torch.Generator | None) -> tuple[int, int | None]:
-    """(what the noise is drawn from, the seed to report, None where a generator was given).
-
-    Raises:
-        ValueError: both, or a seed that is none. TypeError: a generator that is none.
-    """
-    if generator is not None:
-        if seed is not None:
-            raise ValueError("seed: expected it or generator, got both")
-        if not isinstance(generator, torch.Generator):
-            raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
-        return int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device)), None
-    if seed is None:  # so that torch.manual_seed decides
-        seed = int(torch.randint(2**63 - 1, ()))
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise ValueError(f"seed: expected an integer from 0 to 2**63 - 1, got {seed!r}")
-    return seed, seed
-
-
-def _check_folder(folder: str | os.PathLike[str]) -> None:
-    """ValueError unless the folder holds the parts of a StableDiffusionPipeline that are used here."""
-    where = os.fspath(folder)
-    if os.path.exists(os.path.join(folder, "transformer")) and not os.path.exists(os.path.join(folder, "unet")):
-        raise ValueError(f"model: {where} is no UNet model such as Stable Diffusion 1.5: it has a transformer in its place")
-    parts = ("model_index.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler")
-    if missing := [part for part in parts if not os.path.exists(os.path.join(folder, part))]:
-        raise ValueError(f"model: {where} is not a Stable Diffusion checkpoint: it has no {', '.join(missing)}")

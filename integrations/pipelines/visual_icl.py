@@ -14,7 +14,8 @@ from torch import Tensor
 from ..methods import InContextRoles, VisualInContext
 from . import images as im
 from .images import ImageLike
-from .swap_guidance import InversionOptions, Scale, SwapGuidancePipeline, guidance_scales, noise_seed
+from .stable_diffusion import noise_seed
+from .swap_guidance import InversionOptions, Scale, SwapGuidancePipeline, guidance_scales
 from .vicl_tasks import Palette, check_palette, check_task, palette_of, read_task
 
 NEEDS_PALETTE = ("semantic", "keypoints")
