@@ -84,6 +84,7 @@ _HOMES = {
     "PersonalSubject": ".methods",
     "PersonalizeAnything": ".methods",
     "PlugAndPlay": ".methods",
+    "PromptEditingPipeline": ".pipelines",
     "PromptEdit": ".methods",
     "PromptToPrompt": ".methods",
     "TokenAlignment": ".methods",

@@ -1,4 +1,4 @@
-"""The command line: flashbrush insert, inspect, vicl, eval, sweep, demo, info, bench.
+"""The command line: flashbrush insert, edit, inspect, vicl, eval, sweep, demo, info, bench.
 
 Wrong input gives one line on standard error and exit code 2, and nothing is written.
 """
@@ -20,6 +20,7 @@ import torch
 import typer
 from tqdm import tqdm
 
+from .cli_edit import edit
 from .cli_eval import eval_app
 from .cli_insertion import eval_insert, sweep
 from .cli_inspect import inspect
@@ -47,7 +48,7 @@ PACKAGES = {
     "flashbrush": "",
     "torch": "all",
     "triton": "the triton backend",
-    "diffusers": "apply(), insert, inspect, vicl, demo",
+    "diffusers": "apply(), insert, edit, inspect, vicl, demo",
     "transformers": "insert, vicl, demo",
     "accelerate": "--offload, quick loading",
     "safetensors": "insert, vicl, demo",
@@ -149,6 +150,7 @@ def insert(
     _finish(result, output, report, prompt)
 
 
+app.command()(edit)
 app.command()(inspect)
 app.command()(vicl)
 app.command()(sweep)

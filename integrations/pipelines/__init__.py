@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .appearance_transfer import AppearanceTransferOutput, AppearanceTransferPipeline
     from .in_context_brush import InContextBrushOutput, InContextBrushPipeline
+    from .prompt_editing import PromptEditingOutput, PromptEditingPipeline
     from .subject import SubjectFinder
     from .visual_icl import VisualICLOutput, VisualICLPipeline
 
@@ -16,6 +17,8 @@ __all__ = [
     "AppearanceTransferPipeline",
     "InContextBrushOutput",
     "InContextBrushPipeline",
+    "PromptEditingOutput",
+    "PromptEditingPipeline",
     "SubjectFinder",
     "VisualICLOutput",
     "VisualICLPipeline",
@@ -25,6 +28,8 @@ _HOMES = {
     "AppearanceTransferPipeline": ".appearance_transfer",
     "InContextBrushOutput": ".in_context_brush",
     "InContextBrushPipeline": ".in_context_brush",
+    "PromptEditingOutput": ".prompt_editing",
+    "PromptEditingPipeline": ".prompt_editing",
     "SubjectFinder": ".subject",
     "VisualICLOutput": ".visual_icl",
     "VisualICLPipeline": ".visual_icl",
