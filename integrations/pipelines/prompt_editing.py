@@ -22,8 +22,8 @@ from ..methods import (
     PromptToPrompt,
     TokenAlignment,
     WordMaps,
-    ddcm_step,
 )
+from ..methods.infedit import ddcm_step
 from . import ddim_inversion
 from . import images as im
 from .ddpm_inversion import DDPMSchedule, noise_predictor

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from skimage import data
+from torch import Tensor
 
 from flashbrush.integrations import (
     InfEdit,
@@ -47,6 +48,11 @@ def edit(pipe: PromptEditingPipeline, photo: Image.Image, method, **more):
     return pipe(photo, more.pop("prompt", EDIT), method=method, **{n: v for n, v in options.items() if n != "prompt"})
 
 
+@torch.no_grad()
+def encoded(pipe: PromptEditingPipeline, photo: Image.Image) -> Tensor:
+    return pipe._encode(photo)
+
+
 @pytest.mark.parametrize("kind", METHODS)
 def test_an_edit(kind: str, pipe: PromptEditingPipeline, photo: Image.Image) -> None:
     method = KNOBS[kind]()
@@ -65,14 +71,14 @@ def test_an_edit(kind: str, pipe: PromptEditingPipeline, photo: Image.Image) -> 
 def test_without_a_change_the_photo_comes_back(kind: str, pipe: PromptEditingPipeline, photo: Image.Image) -> None:
     """Of inverted latents, with the same text and no guidance, to the error of the inversion."""
     result = edit(pipe, photo, KNOBS[kind](), prompt=SOURCE, guidance_scale=1.0, inversion_iterations=12)
-    clean = pipe._encode(photo)
+    clean = encoded(pipe, photo)
     assert float((result.latents - clean).abs().max() / clean.abs().max()) < 1e-3
 
 
 def test_infedit_without_a_change_is_the_photo(pipe: PromptEditingPipeline, photo: Image.Image) -> None:
     """Whatever the noise: it needs no inversion."""
     result = edit(pipe, photo, KNOBS["infedit"](), prompt=SOURCE, guidance_scale=1.0)
-    clean = pipe._encode(photo)
+    clean = encoded(pipe, photo)
     assert float((result.latents - clean).abs().max() / clean.abs().max()) < 1e-4
 
 
@@ -84,13 +90,15 @@ def test_words_confine_the_edit(kind: str, pipe: PromptEditingPipeline, photo: I
     method = KNOBS[kind]()
     if kind == "masactrl":
         method.masks = WordMaps({-2: [2], -1: [2]}, resolution=8)
+    elif kind == "prompt-to-prompt":
+        method.blend = LocalBlend([[2], [2]], threshold=0.97, resolution=8)
     else:
-        method.blend = LocalBlend([[2], [2]], resolution=8) if kind == "prompt-to-prompt" else MutualBlend([2], [2], resolution=8)
+        method.blend = MutualBlend([2], [2], 0.97, 0.97, resolution=8)
     confined = edit(pipe, photo, method)
     assert float((confined.latents - plain.latents).abs().max()) > 1e-4
     if kind == "prompt-to-prompt":
         # Outside of the mask the photo's latents stay.
-        clean = pipe._encode(photo)
+        clean = encoded(pipe, photo)
         same = (confined.latents == clean).all(1)
         assert 0 < int(same.sum()) < same.numel()
 
