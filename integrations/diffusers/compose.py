@@ -47,6 +47,16 @@ class Composition:
     def plan(self, layer: Layer, step: Step) -> Plan | None:
         asked = [(type(method).__name__, method.plan(layer, step)) for method in self.methods]
         plans = [(name, plan) for name, plan in asked if plan is not None]
+        if all(plan.late is None for _, plan in plans):
+            return self._joined(layer, plans)
+
+        def late() -> Plan | None:
+            known = [(name, plan if plan.late is None else plan.late()) for name, plan in plans]
+            return self._joined(layer, [(name, plan) for name, plan in known if plan is not None])
+
+        return Plan(late=late)
+
+    def _joined(self, layer: Layer, plans: list[tuple[str, Plan]]) -> Plan | None:
         if len(plans) < 2:
             return plans[0][1] if plans else None
         key = tuple(id(plan) for _, plan in plans)

@@ -180,6 +180,21 @@ def test_a_method_that_says_nothing() -> None:
     assert compose(Fixed(None), Other(None)).plan(LAYER, Step(0)) is None
 
 
+def test_a_plan_that_is_made_late_is_joined_late() -> None:
+    asked: list[str] = []
+
+    def late() -> Plan:
+        asked.append("late")
+        return Plan(scale=0.3)
+
+    plan = compose(Fixed(Plan(late=late)), Other(Plan(query=torch.zeros_like)), Other(None)).plan(LAYER, Step(0))
+    assert plan is not None and plan.late is not None and not asked
+    made = plan.late()
+    assert made is not None and made.scale == 0.3 and made.query is torch.zeros_like and asked == ["late"]
+    none = compose(Fixed(Plan(late=lambda: None)), Other(None)).plan(LAYER, Step(0))
+    assert none is not None and none.late is not None and none.late() is None
+
+
 def test_equal_plans_come_back_as_the_same_object() -> None:
     """So that its tables stay on the device."""
     a, b = Plan(scale=0.3), Plan(fb.Control(fb.Segments(text=TEXT, image=IMAGE), bias={("text", "image"): 1.0}))
