@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
+import torch
+
 from ..diffusers.layer import Layer
-from .borrowed import check_window, several
+from ..diffusers.part import Part
+from ..diffusers.plan import Plan
+from .borrowed import check_window, checked
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,14 @@ def conditional(items: Sequence[EditRoles] | None, batch: int) -> tuple[EditRole
     return chosen if items is not None else chosen[len(chosen) // 2 :]
 
 
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # kept beyond a call in inference mode, whose tensors would be of no use to a gradient
+def inject(roles: tuple[EditRoles, ...]) -> Plan:
+    """The edits' attention maps are their source's: o_tgt = softmax(Q_src K_src^T / sqrt(d)) V_tgt."""
+    source = torch.tensor([pair.source for pair in roles])
+    return Plan(parts=[Part([pair.target for pair in roles], {"q": source, "k": source})])
+
+
 def block_index(layer: Layer) -> int:
     """The transformer block's place in a UNet's forward pass: each has a self- and a cross-attention.
 
@@ -64,12 +77,5 @@ def block_index(layer: Layer) -> int:
 
 
 def checked_edit(name: str, value: Any) -> Any:
-    """The canonical form of the knob `name`; ValueError for a wrong value of those that are known here."""
-    if name in ("layers", "steps", "feature_steps"):
-        return check_window(name, value)
-    if name == "items" and value is not None:
-        items = several(value, EditRoles)
-        if not items or not all(isinstance(item, EditRoles) for item in items):
-            raise ValueError(f"items: expected one or several EditRoles, got {value!r}")
-        return items
-    return value
+    """The canonical form of the knob `name`, as it is where the name is not known here; ValueError for a wrong value."""
+    return check_window(name, value) if name in ("layers", "feature_steps") else checked(name, value, EditRoles)

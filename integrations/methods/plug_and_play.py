@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 
 from ..diffusers.apply import Handle
 from ..diffusers.layer import Layer, Step
-from ..diffusers.part import Part
 from ..diffusers.plan import Plan
 from . import borrowed, edit_roles
 from .borrowed import Window
@@ -58,7 +56,7 @@ class PlugAndPlay:
             return None
         if not borrowed.within(self.steps, step.index):
             return None
-        return _plan(edit_roles.pairs(self.items, layer.batch))
+        return edit_roles.inject(edit_roles.pairs(self.items, layer.batch))
 
     def attach(self, model: nn.Module) -> list[Any]:
         """Hooks on the residual blocks on the way up; ValueError where the model has no such block."""
@@ -88,13 +86,6 @@ class _Features:
         for roles in edit_roles.pairs(self.method.items, output.shape[0]):
             read[roles.target] = roles.source
         return output[torch.tensor(read, device=output.device)]
-
-
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)
-def _plan(pairs: tuple[EditRoles, ...]) -> Plan:
-    source = torch.tensor([roles.source for roles in pairs])
-    return Plan(parts=[Part([roles.target for roles in pairs], {"q": source, "k": source})])
 
 
 def negative_prompt_share(

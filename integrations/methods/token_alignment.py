@@ -1,0 +1,152 @@
+"""Which text tokens of an edited prompt are which of the source's: Prompt-to-Prompt's aligners (arXiv 2208.01626)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+GAP, MATCH, MISMATCH = 0, 1, -1
+
+
+@dataclass(frozen=True, eq=False)
+class TokenAlignment:
+    """What the edit's text tokens take over from the source's.
+
+    Args:
+        mapper: (source tokens, target tokens) float32; column j says which of the source's columns the j-th is made of.
+        alphas: (target tokens,) float32: 1 where the token has a counterpart, 0 where it is new.
+
+    Raises:
+        ValueError: other shapes or types.
+    """
+
+    mapper: Tensor
+    alphas: Tensor
+
+    def __post_init__(self) -> None:
+        length = len(self.alphas)
+        for name, shape in (("mapper", (length, length)), ("alphas", (length,))):
+            t = getattr(self, name)
+            if t.dtype != torch.float32 or t.shape != shape:
+                raise ValueError(f"{name}: expected float32 of shape {shape}, got {t.dtype} {tuple(t.shape)}")
+
+    @staticmethod
+    def replace(source: str, target: str, tokenizer: Any, length: int = 77) -> TokenAlignment:
+        """For prompts of equally many words, some of them other ones: each word has the attention of that in its place.
+
+        Where a word has another number of tokens than the one it replaces, each of its n tokens has 1/n of the sum of the
+        other's. The rest, padding too, keeps its place within its word, or in the sequence. (The released code goes by the
+        place in the sequence from the last replaced word on, which is another word's where token counts differ.)
+
+        Args:
+            source, target: prompts; words are separated by white space. tokenizer: any of Hugging Face's.
+            length: of the padded sequence, in tokens.
+
+        Raises:
+            ValueError: different numbers of words; a prompt that is too long, or whose words are not tokens of their own.
+        """
+        ours, theirs = _words(source, tokenizer, length), _words(target, tokenizer, length)
+        if len(ours) != len(theirs):
+            raise ValueError(f"target: expected as many words as the source's {len(ours) - 2}, got {len(theirs) - 2}")
+        mapper = torch.zeros(length, length)
+        for mine, yours in zip(ours, theirs, strict=True):
+            if len(mine) == len(yours):
+                mapper[mine, yours] = 1
+            else:
+                for j in yours:
+                    mapper[mine, j] = 1 / len(yours)
+        return TokenAlignment(_pad(mapper, sum(map(len, theirs))), torch.ones(length))
+
+    @staticmethod
+    def refine(source: str, target: str, tokenizer: Any, length: int = 77) -> TokenAlignment:
+        """For a prompt that adds words: tokens that both have keep the source's attention, new ones have their own.
+
+        The sequences are aligned by Needleman and Wunsch; padding keeps its place in the sequence.
+
+        Args, Raises:
+            as in replace(), for prompts of any number of words.
+        """
+        ours, theirs = _encode(source, tokenizer, length), _encode(target, tokenizer, length)
+        mapper, alphas = torch.zeros(length, length), torch.zeros(length)
+        for i, j in align(ours, theirs):
+            mapper[i, j] = alphas[j] = 1
+        alphas[len(theirs) :] = 1
+        return TokenAlignment(_pad(mapper, len(theirs)), alphas)
+
+
+def word_tokens(prompt: str, words: str | Sequence[str], tokenizer: Any, length: int = 77) -> list[int]:
+    """The positions of the tokens of words of the prompt, wherever they occur.
+
+    Args:
+        words: one or several, as they stand between white space in the prompt. Others: as in TokenAlignment.replace().
+
+    Raises:
+        ValueError: also where the prompt has no such word.
+    """
+    places, found = _words(prompt, tokenizer, length)[1:-1], []
+    for word in [words] if isinstance(words, str) else words:
+        mine = [n for own, tokens in zip(prompt.split(), places, strict=True) if own == word for n in tokens]
+        if not mine:
+            raise ValueError(f"words: {word!r} is no word of {prompt!r}")
+        found += mine
+    return sorted(found)
+
+
+def align(source: Sequence[int], target: Sequence[int]) -> list[tuple[int, int]]:
+    """Pairs of positions with the same token in the best global alignment (Needleman-Wunsch), in order.
+
+    Of equally good ones that which, from the end, first takes a token of the target as new, then one of the source as gone.
+    """
+    rows, columns = len(source) + 1, len(target) + 1
+    score = [[GAP * (i + j) if not i or not j else 0 for j in range(columns)] for i in range(rows)]
+
+    def diagonal(i: int, j: int) -> int:
+        return score[i - 1][j - 1] + (MATCH if source[i - 1] == target[j - 1] else MISMATCH)
+
+    for i in range(1, rows):
+        for j in range(1, columns):
+            score[i][j] = max(score[i][j - 1] + GAP, score[i - 1][j] + GAP, diagonal(i, j))
+    pairs, i, j = [], rows - 1, columns - 1
+    while i and j:
+        if score[i][j] == score[i][j - 1] + GAP:
+            j -= 1
+        elif score[i][j] == score[i - 1][j] + GAP:
+            i -= 1
+        else:
+            i, j = i - 1, j - 1
+            pairs.append((i, j))
+    return pairs[::-1]
+
+
+def _pad(mapper: Tensor, end: int) -> Tensor:
+    """The mapper, with each token from `end` on at its own place."""
+    rest = torch.arange(end, len(mapper))
+    mapper[:, rest] = 0
+    mapper[rest, rest] = 1
+    return mapper
+
+
+def _encode(prompt: str, tokenizer: Any, length: int) -> list[int]:
+    tokens = list(tokenizer(prompt).input_ids)
+    if not tokens or len(tokens) > length:
+        raise ValueError(f"prompt: expected 1 to {length} tokens, got {len(tokens)} in {prompt!r}")
+    return tokens
+
+
+def _words(prompt: str, tokenizer: Any, length: int) -> list[list[int]]:
+    """Positions of the tokens [before the first word, of each word, after the last word]."""
+    everything = _encode(prompt, tokenizer, length)
+    words = prompt.split()
+    prefixes = [list(tokenizer(" ".join(words[:n]), add_special_tokens=False).input_ids) for n in range(1, len(words) + 1)]
+    tokens = prefixes[-1] if prefixes else []
+    starts = [n for n in range(len(everything) - len(tokens) + 1) if everything[n : n + len(tokens)] == tokens]
+    ends = [0, *map(len, prefixes)]
+    if not starts or any(a >= b for a, b in pairwise(ends)) or any(p != tokens[: len(p)] for p in prefixes):
+        raise ValueError(f"tokenizer: expected one under which each word of {prompt!r} has tokens of its own")
+    places = [list(range(starts[0] + a, starts[0] + b)) for a, b in pairwise(ends)]
+    return [list(range(starts[0])), *places, list(range(starts[0] + len(tokens), len(everything)))]
