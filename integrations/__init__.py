@@ -32,7 +32,12 @@ if TYPE_CHECKING:
         VisualInContext,
         WordMaps,
     )
-    from .pipelines import AppearanceTransferPipeline, InContextBrushPipeline, VisualICLPipeline
+    from .pipelines import (
+        AppearanceTransferPipeline,
+        InContextBrushPipeline,
+        PromptEditingPipeline,
+        VisualICLPipeline,
+    )
 
 __all__ = [
     "AppearanceTransferPipeline",
@@ -56,6 +61,7 @@ __all__ = [
     "PersonalizeAnything",
     "PlugAndPlay",
     "PromptEdit",
+    "PromptEditingPipeline",
     "PromptToPrompt",
     "TokenAlignment",
     "TransferRoles",
@@ -84,8 +90,8 @@ _HOMES = {
     "PersonalSubject": ".methods",
     "PersonalizeAnything": ".methods",
     "PlugAndPlay": ".methods",
-    "PromptEditingPipeline": ".pipelines",
     "PromptEdit": ".methods",
+    "PromptEditingPipeline": ".pipelines",
     "PromptToPrompt": ".methods",
     "TokenAlignment": ".methods",
     "TransferRoles": ".methods",

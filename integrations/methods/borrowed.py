@@ -124,6 +124,13 @@ def check_resolution(name: str, resolution: Any) -> Resolution:
     return resolution if isinstance(resolution, int) else (sides[0], sides[1])
 
 
+def check_share(name: str, value: Any) -> float:
+    """The number; ValueError where it is none in [0, 1]."""
+    if not is_number(value) or not 0 <= value <= 1:
+        raise ValueError(f"{name}: expected a number in [0, 1], got {value!r}")
+    return float(value)
+
+
 def is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 

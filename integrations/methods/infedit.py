@@ -16,7 +16,7 @@ from ..diffusers.plan import Plan
 from . import borrowed
 from .borrowed import Resolution
 from .edit_roles import EditRoles
-from .local_blend import LocalBlend, check_threshold
+from .local_blend import LocalBlend
 from .prompt_to_prompt import PromptEdit, cross_plan
 
 
@@ -65,7 +65,7 @@ class InfEdit:
         if name == "edit" and not isinstance(value, PromptEdit):
             raise ValueError(f"edit: expected a PromptEdit, got {value!r}")
         if name in ("self_share", "cross_share"):
-            value = check_threshold(name, value)
+            value = borrowed.check_share(name, value)
         if name == "count" and not (borrowed.is_count(value) and value):
             raise ValueError(f"count: expected a number of steps > 0, got {value!r}")
         if name == "blend" and not isinstance(value, MutualBlend | None):
@@ -126,7 +126,7 @@ class MutualBlend(LocalBlend):
     ) -> None:  # fmt: skip
         super().__init__([target, mutual], resolution=resolution)
         self.thresholds = (
-            check_threshold("target_threshold", target_threshold), check_threshold("mutual_threshold", mutual_threshold)
+            borrowed.check_share("target_threshold", target_threshold), borrowed.check_share("mutual_threshold", mutual_threshold)
         )  # fmt: skip
 
     def __call__(self, latents: Tensor) -> Tensor:
@@ -173,7 +173,7 @@ def ddcm_step(
     for name, t in (("clean", clean), ("fresh", fresh)):
         if t.shape != (1, *latents.shape[1:]):
             raise ValueError(f"{name}: expected shape {(1, *latents.shape[1:])}, got {tuple(t.shape)}")
-    deviation = check_threshold("eta", eta) * (1 - next_alpha)
+    deviation = borrowed.check_share("eta", eta) * (1 - next_alpha)
     consistent = (latents[:1] - alpha**0.5 * clean) / (1 - alpha) ** 0.5
     change = noise - noise[:1]
     start = clean + ((latents - latents[:1]) - (1 - alpha) ** 0.5 * change) / alpha**0.5

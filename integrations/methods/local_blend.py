@@ -35,7 +35,7 @@ class LocalBlend:
     def __init__(self, words: Sequence[Sequence[int]], threshold: float = 0.3, resolution: Resolution = 16) -> None:
         if not isinstance(words, Sequence) or len(words) < 2:
             raise ValueError(f"words: expected text tokens of the source and of each edit, got {words!r}")
-        self.thresholds = (check_threshold("threshold", threshold),) * len(words)
+        self.thresholds = (borrowed.check_share("threshold", threshold),) * len(words)
         # The conditional half of a call is its second one.
         self.maps = WordMaps({i - len(words): tokens for i, tokens in enumerate(words)}, resolution)
 
@@ -58,10 +58,3 @@ class LocalBlend:
             raise ValueError(f"latents: expected one for each of {len(self.maps.words)} images, got {len(latents)}")
         masks = self.masks((latents.shape[2], latents.shape[3]))
         return latents[:1] + (masks[:1] | masks) * (latents - latents[:1])
-
-
-def check_threshold(name: str, value: Any) -> float:
-    """The number; ValueError where it is none in [0, 1]."""
-    if not borrowed.is_number(value) or not 0 <= value <= 1:
-        raise ValueError(f"{name}: expected a number in [0, 1], got {value!r}")
-    return float(value)

@@ -67,8 +67,8 @@ class MasaCtrl:
             value = tuple(value) if isinstance(value, (tuple, list)) else ()
             if len(value) != 2 or not all(isinstance(m, Tensor) and m.dtype == torch.bool and m.dim() == 2 for m in value):
                 raise ValueError("masks: expected two bool tensors (rows, columns), WordMaps or None")
-        if name == "threshold" and not (borrowed.is_number(value) and 0 <= value <= 1):
-            raise ValueError(f"threshold: expected a number in [0, 1], got {value!r}")
+        if name == "threshold":
+            value = borrowed.check_share(name, value)
         if name == "union" and not isinstance(value, bool):
             raise ValueError(f"union: expected True or False, got {value!r}")
         object.__setattr__(self, name, edit_roles.checked_edit(name, value))

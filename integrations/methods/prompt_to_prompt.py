@@ -88,8 +88,8 @@ class PromptToPrompt:
             value = borrowed.several(value, PromptEdit)
             if not value or not all(isinstance(edit, PromptEdit) for edit in value):
                 raise ValueError(f"edits: expected one or several PromptEdits, got {value!r}")
-        if name in ("cross_share", "self_share") and not (borrowed.is_number(value) and 0 <= value <= 1):
-            raise ValueError(f"{name}: expected a number in [0, 1], got {value!r}")
+        if name in ("cross_share", "self_share"):
+            value = borrowed.check_share(name, value)
         if name in ("self_resolution", "count") and not (borrowed.is_count(value) and value):
             raise ValueError(f"{name}: expected a number > 0, got {value!r}")
         if name == "blend" and not isinstance(value, LocalBlend | None):

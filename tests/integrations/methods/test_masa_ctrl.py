@@ -79,7 +79,7 @@ class ByWords:
     def masks(self) -> tuple[Tensor, Tensor] | None:
         if not self.maps:
             return None
-        source, target = sum(self.maps) / len(self.maps)
+        source, target = torch.stack(self.maps).mean(0)
         chosen = [(m - m.min()) / (m.max() - m.min()) >= self.threshold for m in (source, target)]
         return chosen[0].unflatten(0, (4, 4)), chosen[1].unflatten(0, (4, 4))
 

@@ -161,11 +161,11 @@ def test_features_go_with_the_control() -> None:
     plain, _ = run(model, call)
     method = PlugAndPlay(**(TINY | {"steps": (0, 0)}))
     expected = eager(model, call, layers=())
-    with apply(model, method, steps=1) as handle:
+    with apply(model, method, steps=1):
         assert relative(run(model, call)[0], plain) <= TOLERANCE
         copied = deepcopy(model)
         assert relative(run(model, call)[0], expected) <= TOLERANCE
-        handle.method.feature = None
+        method.feature = None
         copy: Any = Handle.of(copied)
         assert copy.step.index == 1
         assert relative(run(copied, call)[0], expected) <= TOLERANCE

@@ -229,7 +229,7 @@ def test_local_blend_over_a_run() -> None:
 def test_what_the_blend_keeps() -> None:
     """Outside of both masks an edit is the source, inside of either it is itself."""
     model = tiny_unet()
-    blend = LocalBlend(WORDS, 0.9, 4)
+    blend = LocalBlend(WORDS, 0.8, 8)
     with apply(model, PromptToPrompt(PromptEdit(REFINE), blend=blend)):
         run(model, unet_call(model, batch=4, text=LENGTH))
     masks, latents = blend.masks((16, 16)), torch.randn(2, 3, 16, 16)

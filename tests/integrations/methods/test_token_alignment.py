@@ -36,7 +36,7 @@ def words() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
 
 
-def columns(mapper: Tensor) -> list[dict[int, float]]:
+def columns(mapper: Tensor) -> list[dict[int, Any]]:
     """{source token: share} of each target token"""
     return [{int(i): pytest.approx(float(c[i])) for i in c.nonzero()} for c in mapper.unbind(1)]
 
