@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -80,20 +81,31 @@ class TokenAlignment:
 
 
 def word_tokens(prompt: str, words: str | Sequence[str], tokenizer: Any, length: int = 77) -> list[int]:
-    """The positions of the tokens of words of the prompt, wherever they occur.
+    """The positions of the tokens of words, or phrases, of the prompt, wherever they occur.
 
     Args:
-        words: one or several, as they stand between white space in the prompt. Others: as in TokenAlignment.replace().
+        prompt: what the model is given. words: one or several, whole words as the prompt has them, in upper or lower case.
+        tokenizer: any of Hugging Face's. length: tokens that the model reads.
 
     Raises:
-        ValueError: also where the prompt has no such word.
+        ValueError: the prompt has no such word, or only beyond what is read; a tokenizer that joins words in a token.
     """
-    places, found = _words(prompt, tokenizer, length)[1:-1], []
+    found: set[int] = set()
+    tokens = _bare(prompt, tokenizer)
+    first = _place(tokens, list(tokenizer(prompt).input_ids), prompt)
     for word in [words] if isinstance(words, str) else words:
-        mine = [n for own, tokens in zip(prompt.split(), places, strict=True) if own == word for n in tokens]
-        if not mine:
-            raise ValueError(f"words: {word!r} is no word of {prompt!r}")
-        found += mine
+        spans = [m.span() for m in re.finditer(rf"(?<!\w){re.escape(word.strip())}(?!\w)", prompt, re.IGNORECASE)]
+        if not word.strip() or not spans:
+            raise ValueError(f"words: {word!r} is not in the prompt {prompt!r}")
+        mine: list[int] = []
+        for start, end in spans:
+            before, until = (_bare(prompt[:n].rstrip(), tokenizer) for n in (start, end))
+            if before != tokens[: len(before)] or until != tokens[: len(until)] or len(before) == len(until):
+                raise ValueError(f"tokenizer: expected one under which {word!r} in {prompt!r} has tokens of its own")
+            mine += range(first + len(before), first + len(until))
+        if not (mine := [n for n in mine if n < length]):
+            raise ValueError(f"words: {word!r} is beyond the {length} tokens that the model reads of the prompt")
+        found |= set(mine)
     return sorted(found)
 
 
@@ -138,15 +150,28 @@ def _encode(prompt: str, tokenizer: Any, length: int) -> list[int]:
     return tokens
 
 
+def _bare(text: str, tokenizer: Any) -> list[int]:
+    """Tokens without special ones."""
+    return list(tokenizer(text, add_special_tokens=False).input_ids) if text else []
+
+
+def _place(tokens: list[int], among: list[int], prompt: str) -> int:
+    """Where they begin, among special ones."""
+    starts = [n for n in range(len(among) - len(tokens) + 1) if among[n : n + len(tokens)] == tokens]
+    if not starts:
+        raise ValueError(f"tokenizer: expected one that only puts tokens before and after those of {prompt!r}")
+    return starts[0]
+
+
 def _words(prompt: str, tokenizer: Any, length: int) -> list[list[int]]:
     """Positions of the tokens [before the first word, of each word, after the last word]."""
     everything = _encode(prompt, tokenizer, length)
     words = prompt.split()
-    prefixes = [list(tokenizer(" ".join(words[:n]), add_special_tokens=False).input_ids) for n in range(1, len(words) + 1)]
+    prefixes = [_bare(" ".join(words[:n]), tokenizer) for n in range(1, len(words) + 1)]
     tokens = prefixes[-1] if prefixes else []
-    starts = [n for n in range(len(everything) - len(tokens) + 1) if everything[n : n + len(tokens)] == tokens]
     ends = [0, *map(len, prefixes)]
-    if not starts or any(a >= b for a, b in pairwise(ends)) or any(p != tokens[: len(p)] for p in prefixes):
+    if any(a >= b for a, b in pairwise(ends)) or any(p != tokens[: len(p)] for p in prefixes):
         raise ValueError(f"tokenizer: expected one under which each word of {prompt!r} has tokens of its own")
-    places = [list(range(starts[0] + a, starts[0] + b)) for a, b in pairwise(ends)]
-    return [list(range(starts[0])), *places, list(range(starts[0] + len(tokens), len(everything)))]
+    first = _place(tokens, everything, prompt)
+    places = [list(range(first + a, first + b)) for a, b in pairwise(ends)]
+    return [list(range(first)), *places, list(range(first + len(tokens), len(everything)))]

@@ -15,10 +15,10 @@ from torch import Tensor
 from ...bindings import blend_latents
 from ..diffusers import Handle, apply, compose
 from ..methods import AttentionMaps, InContextBrush
+from ..methods.token_alignment import word_tokens
 from . import images as im
 from .images import ImageLike
 from .subject import DETECTOR, SEGMENTER, SubjectFinder
-from .words import word_tokens
 
 
 @dataclass
@@ -304,7 +304,8 @@ class InContextBrushPipeline:
         Raises:
             ValueError: it is not in the prompt, or beyond what the model reads of it.
         """
-        return word_tokens(self.pipe.tokenizer_2, prompt, word, max_sequence_length)
+        tokenizer = self.pipe.tokenizer_2
+        return word_tokens(prompt, word, tokenizer, min(max_sequence_length, tokenizer.model_max_length))
 
     def _frames(
         self, photos: list[Image.Image], holes: list[Image.Image], width: int | None, height: int | None, crop: int | None

@@ -24,12 +24,12 @@ from ..methods import (
     WordMaps,
 )
 from ..methods.infedit import ddcm_step
+from ..methods.token_alignment import word_tokens
 from . import ddim_inversion
 from . import images as im
 from .ddpm_inversion import DDPMSchedule, noise_predictor
 from .images import ImageLike
 from .stable_diffusion import StableDiffusionParts, check_number, noise_seed
-from .words import word_tokens
 
 PromptMethod = MasaCtrl | PlugAndPlay | PromptToPrompt | InfEdit
 # name: (its class, steps, guidance), the released codes'
@@ -146,10 +146,8 @@ class PromptEditingPipeline(StableDiffusionParts):
     ) -> PromptMethod:
         tokenizer = self.pipe.tokenizer
         length = tokenizer.model_max_length
-        tokens = [
-            sorted({n for word in chosen for n in word_tokens(tokenizer, text, word, length)})
-            for text, chosen in ((source, source_words), (prompt, words))
-        ]
+        pairs = ((source, source_words), (prompt, words))
+        tokens = [word_tokens(text, chosen, tokenizer, length) for text, chosen in pairs]
         own = None if isinstance(method, str) else method
         if kind == "masactrl":
             ready = MasaCtrl() if own is None else replace(own)

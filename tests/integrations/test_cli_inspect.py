@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 
 from flashbrush.integrations import AttentionMaps, InContextBrush
-from flashbrush.integrations.pipelines.words import word_tokens
 
 from .command import flashbrush
 
@@ -87,19 +86,6 @@ def test_tokens_of_a_region(pipe, tmp_path: Path) -> None:
     away.putpixel((0, 0), 255)
     with pytest.raises(ValueError, match="region: the model sees nothing of it"):
         pipe.region_tokens(away, **asked, padding_mask_crop=0)
-
-
-def test_tokens_of_a_word(pipe) -> None:
-    tokenizer = pipe.pipe.tokenizer_2
-    ids = tokenizer("a red moon, red").input_ids
-    red = word_tokens(tokenizer, "a red moon, red", "Red")
-    assert len(red) == 2 and len({ids[i] for i in red}) == 1
-    assert word_tokens(tokenizer, "a red moon, red", "red moon") == [red[0], red[0] + 1]
-    for word, match in (("blue", "is not in the prompt"), ("mo", "is not in the prompt"), (" ", "is not in the prompt")):
-        with pytest.raises(ValueError, match=match):
-            word_tokens(tokenizer, "a red moon", word)
-    with pytest.raises(ValueError, match="beyond the 3 tokens"):
-        word_tokens(tokenizer, "a red moon with a star", "star", 3)
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,10 @@ def test_tokens_of_words(words: Any, letters: Any) -> None:
     assert word_tokens("a cat on a mat", "a", words) == [0, 3]
     assert word_tokens("a cat on a mat", ["mat", "cat"], words) == [1, 4]
     assert word_tokens("a bc d bc", "bc", letters) == [2, 3, 5, 6]
+    assert word_tokens("a Red cat, red", "red", words) == [1, 4]  # the comma is a token of its own
+    assert word_tokens("a red cat", "red cat", words) == [1, 2]
+    assert word_tokens("a bc d bc", "bc", letters, 4) == [2, 3]
+    assert word_tokens("a cat", [], words) == []
 
 
 class Joining:
@@ -120,8 +124,13 @@ def test_what_does_not_fit(words: Any) -> None:
             aligner("a cat on the mat", "a cat", words, 3)
     with pytest.raises(ValueError, match=r"^tokenizer: "):
         TokenAlignment.replace("a cat", "a dog", Joining())
-    with pytest.raises(ValueError, match=r"^words: 'bird'"):
-        word_tokens("a cat", "bird", words)
+    for wrong in ("bird", "ca", " "):
+        with pytest.raises(ValueError, match=rf"^words: '{wrong}' is not in the prompt"):
+            word_tokens("a cat", wrong, words)
+    with pytest.raises(ValueError, match=r"^words: 'mat' is beyond the 3 tokens"):
+        word_tokens("a cat on the mat", "mat", words, 3)
+    with pytest.raises(ValueError, match=r"^tokenizer: "):
+        word_tokens("a cat", "cat", Joining())
     with pytest.raises(ValueError, match=r"^mapper: expected float32 of shape \(3, 3\)"):
         TokenAlignment(torch.eye(4), torch.ones(3))
     with pytest.raises(ValueError, match=r"^alphas: "):
