@@ -140,6 +140,7 @@ class Handle:
 
     @property
     def method(self) -> Method | None:
+        """What is in control; another may be set at any time."""
         return self._method
 
     @method.setter
