@@ -6,7 +6,8 @@ from .ic_custom_parameters import ICCustomParameters
 from .in_context_brush import InContextBrush
 from .kv_edit import KVEdit
 from .omini_control import OminiControl
-from .personalize_anything import PersonalizeAnything, PersonalSubject
+from .personal_subject import PersonalSubject
+from .personalize_anything import PersonalizeAnything
 from .visual_in_context import InContextRoles, VisualInContext
 
 __all__ = [
