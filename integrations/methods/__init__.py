@@ -11,7 +11,8 @@ from .kv_edit import KVEdit
 from .local_blend import LocalBlend
 from .masa_ctrl import MasaCtrl
 from .omini_control import OminiControl
-from .personalize_anything import PersonalizeAnything, PersonalSubject
+from .personal_subject import PersonalSubject
+from .personalize_anything import PersonalizeAnything
 from .plug_and_play import PlugAndPlay
 from .prompt_to_prompt import PromptEdit, PromptToPrompt
 from .token_alignment import TokenAlignment

@@ -27,11 +27,12 @@ class ICCustomParameters(nn.Module):
 
     def __init__(self, hidden: int = 3072, *, references: int = 10, registers: int = 4) -> None:
         super().__init__()
-        rows = (1, 1, references, len(TASKS) * 2 * registers)
-        for name, count in zip(NAMES, rows, strict=True):
-            embedding = nn.Embedding(count, hidden)
-            nn.init.zeros_(embedding.weight)
-            setattr(self, name, embedding)
+        self.cond_embedding = nn.Embedding(1, hidden)
+        self.target_embedding = nn.Embedding(1, hidden)
+        self.idx_embedding = nn.Embedding(references, hidden)
+        self.task_register_embeddings = nn.Embedding(len(TASKS) * 2 * registers, hidden)
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
 
     @property
     def hidden(self) -> int:

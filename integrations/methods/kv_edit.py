@@ -35,7 +35,7 @@ class KVEdit:
     between calls; ValueError names a wrong one.
 
     Args:
-        mask: bool (image tokens,), the tokens that are edited, at least one; `token_mask` makes it.
+        mask: bool (image tokens,), the tokens that are edited, at least one; token_masks.py makes it of one of the latents.
         times: noise levels of the edit, falling, one more than it has steps; those below the first that is skipped.
         phase: "invert" or "edit".
         attn_scale: added to the background's logits, natural units. The code has 1; 0 is plain attention.
@@ -145,25 +145,12 @@ def cache_time(times: Sequence[float], step: int, phase: str) -> float:
     return times[steps - 1 - step] if phase == "invert" else times[step]
 
 
-def token_mask(mask: Tensor) -> Tensor:
-    """bool (tokens,) from a mask of the latents (rows, columns): tokens of which any of the 2 x 2 latents is masked."""
-    rows, columns = mask.shape
-    return mask.bool().reshape(rows // 2, 2, columns // 2, 2).any(3).any(1).flatten()
-
-
-def packed_mask(mask: Tensor, channels: int) -> Tensor:
-    """The mask of the latents (rows, columns) as FLUX packs `channels` of them, (tokens, 4 * channels)."""
-    rows, columns = mask.shape
-    blocks = mask.reshape(rows // 2, 2, columns // 2, 2).transpose(1, 2).reshape(-1, 1, 4)
-    return blocks.expand(-1, channels, -1).flatten(1)
-
-
 def reblend(latents: Tensor, source: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:
     """source (1 - mask) + latents mask: within masked tokens, latents that are not masked are the inversion's.
 
     Args:
         latents: (batch, masked tokens, channels), at some time. source: (batch, image tokens, channels), of the inversion
-            at the same time. mask: packed_mask, (image tokens, channels). tokens: KVEdit.tokens.
+            at the same time. mask: packed, (image tokens, channels). tokens: KVEdit.tokens.
     """
     m = mask[tokens].to(latents)
     return source[:, tokens] * (1 - m) + latents * m

@@ -15,41 +15,9 @@ from ..diffusers.layer import Layer, Step
 from ..diffusers.part import Pair, Part
 from ..diffusers.plan import Plan
 from .borrowed import is_count
+from .personal_subject import PersonalSubject
 
 CONCATENATIONS = ("none", "target", "zero")
-
-
-@dataclass(frozen=True, eq=False)
-class PersonalSubject:
-    """A subject: where it is in its reference image, and where it shall be.
-
-    Args:
-        mask: bool (rows, columns) of the image tokens, at least one. target: as many tokens as in `mask`, which they are
-            matched with in raster order; None: the same place. `moved`, `dilated` and `eroded` make others.
-        item: of the batch, the reference's reconstruction.
-    """
-
-    mask: Tensor
-    target: Tensor | None = None
-    item: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("mask", "target"):
-            mask = getattr(self, name)
-            if mask is None and name == "target":
-                continue
-            if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 2 or not mask.any():
-                raise ValueError(f"{name}: expected a bool tensor (rows, columns) with at least one token")
-        target = self.mask if self.target is None else self.target
-        if target.shape != self.mask.shape or int(target.sum()) != int(self.mask.sum()):
-            raise ValueError(f"target: expected {int(self.mask.sum())} tokens of {tuple(self.mask.shape)}, as in mask, got "
-                             f"{int(target.sum())} of {tuple(target.shape)}")  # fmt: skip
-        if not is_count(self.item):
-            raise ValueError(f"item: expected an item of the batch, got {self.item!r}")
-
-    def positions(self, target: bool) -> Tensor:
-        """int64 (tokens, 2): row and column of each token, in raster order."""
-        return (self.mask if self.target is None or not target else self.target).nonzero()
 
 
 @dataclass
@@ -135,7 +103,7 @@ class PersonalizeAnything:
 
     def _references(self, subjects: tuple[PersonalSubject, ...], text: int, k: Tensor, v: Tensor) -> Pair:
         """(1, tokens of all subjects, heads, head_dim), with the RoPE turned on to where they are said to be."""
-        places = [(s.item, text + _tokens(s, False, k.device)) for s in subjects]
+        places = [(s.item, text + s.tokens(False, k.device)) for s in subjects]
         keys, values = (torch.cat([t[item, tokens] for item, tokens in places])[None] for t in (k, v))
         assert self._pos_embed is not None
         cos, sin = _turn(self._pos_embed, subjects, self.concatenation == "target", k.device)
@@ -146,7 +114,7 @@ def _replace(subjects: tuple[PersonalSubject, ...], draw: tuple[int, int, int], 
     """x (batch, [text and] image tokens, channels) with the image's tokens from `start` on."""
     y = x.clone()
     for subject in subjects:
-        y[-1, start + _tokens(subject, True, x.device)] = x[subject.item, start + _shuffled(subject, *draw, x.device)]
+        y[-1, start + subject.tokens(True, x.device)] = x[subject.item, start + subject.shuffled(*draw, x.device)]
     return y
 
 
@@ -157,25 +125,6 @@ def _control(tokens: int, references: int) -> Control:
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # what is kept outlives a call in inference mode
-def _tokens(subject: PersonalSubject, target: bool, device: torch.device) -> Tensor:
-    row, column = subject.positions(target).unbind(1)
-    return (row * subject.mask.shape[1] + column).to(device)
-
-
-@lru_cache(maxsize=256)
-@torch.inference_mode(False)
-def _shuffled(subject: PersonalSubject, width: int, seed: int, step: int, device: torch.device) -> Tensor:
-    """The reference's tokens, those of each window of width x width in a random order."""
-    tokens, cell = _tokens(subject, False, torch.device("cpu")), subject.positions(False).cpu() // width
-    window = cell[:, 0] * subject.mask.shape[1] + cell[:, 1]
-    drawn = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed * 100_003 + step))
-    shuffled = torch.empty_like(tokens)
-    shuffled[window.argsort(stable=True)] = tokens[drawn[window[drawn].argsort(stable=True)]]
-    return shuffled.to(device)
-
-
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)
 def _turn(pos_embed: nn.Module, subjects: tuple[PersonalSubject, ...], target: bool, device: torch.device) -> Pair:
     """cos and sin (tokens, head_dim) of the way from the reference's positions to the target's, or to position 0."""
     way = torch.cat([(s.positions(True) if target else 0) - s.positions(False) for s in subjects])
@@ -185,24 +134,3 @@ def _turn(pos_embed: nn.Module, subjects: tuple[PersonalSubject, ...], target: b
 def noised(source: Tensor, noise: Tensor, sigma: float) -> Tensor:
     """(1 - sigma) source + sigma noise: a reconstruction's latents at a noise level."""
     return (1 - sigma) * source + sigma * noise
-
-
-def moved(mask: Tensor, rows: int = 0, columns: int = 0) -> Tensor:
-    """The mask (rows, columns) moved down and right; ValueError where it would leave the image."""
-    height, width = mask.shape
-    places = mask.nonzero() + torch.tensor([rows, columns], device=mask.device)
-    if bool(((places < 0) | (places >= torch.tensor([height, width], device=mask.device))).any()):
-        raise ValueError(f"mask: moved by ({rows}, {columns}) it leaves the {height} x {width} tokens")
-    return mask.roll((rows, columns), (0, 1))
-
-
-def dilated(mask: Tensor, size: int = 3) -> Tensor:
-    """The mask (rows, columns) and all tokens within a square of size x size, odd, around one of its tokens."""
-    if size % 2 == 0 or size < 1:
-        raise ValueError(f"size: expected an odd number of tokens, got {size!r}")
-    return nn.functional.max_pool2d(mask[None].float(), size, 1, size // 2)[0] > 0
-
-
-def eroded(mask: Tensor, size: int = 3) -> Tensor:
-    """The tokens of the mask (rows, columns) around which a square of size x size has no other; beyond the image is none."""
-    return ~dilated(~mask, size)

@@ -252,18 +252,6 @@ def test_the_time_of_the_cache_is_an_interval_s_upper_one() -> None:
     assert [kv_edit.cache_time(TIMES, i, "invert") for i in range(3)] == [0.3, 0.55, 0.8]
 
 
-def test_a_token_is_masked_if_any_of_its_latents_is() -> None:
-    from diffusers import FluxPipeline
-
-    mask = torch.zeros(2 * ROWS, 2 * COLUMNS)
-    mask[3, 4] = mask[7, 1] = mask[10, 6] = mask[11, 7] = 1
-    tokens = kv_edit.token_mask(mask)
-    assert tokens.nonzero()[:, 0].tolist() == [COLUMNS + 2, 3 * COLUMNS, 5 * COLUMNS + 3]
-    packed = FluxPipeline._pack_latents(mask.expand(1, 3, -1, -1), 1, 3, *mask.shape)[0]
-    assert torch.equal(kv_edit.packed_mask(mask, 3), packed)
-    assert torch.equal(packed.any(1), tokens)
-
-
 # What it refuses
 
 

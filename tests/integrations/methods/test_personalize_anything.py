@@ -8,7 +8,8 @@ from torch import Tensor
 
 from flashbrush.integrations import PersonalizeAnything, PersonalSubject
 from flashbrush.integrations.diffusers import Layer, Step, apply
-from flashbrush.integrations.methods.personalize_anything import _shuffled, dilated, eroded, moved, noised
+from flashbrush.integrations.methods.personalize_anything import noised
+from flashbrush.integrations.methods.token_masks import moved
 
 from ..diffusers.tiny_images import sd3_call, tiny_sd3
 from ..tiny import COLUMNS, ROWS, TEXT, forward, relative, tiny_call, tiny_flux
@@ -60,8 +61,8 @@ class EagerPersonal(EagerLayer):
 
 def eager(method: PersonalizeAnything, step: int = 0, replace: bool = True):
     pairs = []
-    for subject in method.subjects:
-        sources = _shuffled(subject, method.shuffle, method.seed, step, CPU).tolist()
+    for subject in method.subjects:  # type: ignore[union-attr]
+        sources = subject.shuffled(method.shuffle, method.seed, step, CPU).tolist()
         target = subject.mask if subject.target is None else subject.target
         pairs.append((subject.item, list(zip(sources, target.flatten().nonzero()[:, 0].tolist(), strict=True))))
     return lambda i: EagerPersonal(i, pairs, method.concatenation, replace)
@@ -145,7 +146,7 @@ def test_every_knob_changes_the_generation_alone(knob: dict, step: Step) -> None
 
 
 def test_seeds_and_steps_draw_anew() -> None:
-    draws = {tuple(_shuffled(ONE, 3, seed, step, CPU).tolist()) for seed in range(3) for step in range(3)}
+    draws = {tuple(ONE.shuffled(3, seed, step, CPU).tolist()) for seed in range(3) for step in range(3)}
     assert len(draws) > 5
 
 
@@ -176,27 +177,11 @@ def test_a_shuffle_stays_within_its_windows() -> None:
     mask = torch.rand(9, 12, generator=torch.Generator().manual_seed(2)) > 0.3
     subject = PersonalSubject(mask)
     tokens = mask.flatten().nonzero()[:, 0]
-    assert torch.equal(_shuffled(subject, 1, 0, 0, CPU), tokens)
-    shuffled = _shuffled(subject, 3, 0, 0, CPU)
+    assert torch.equal(subject.shuffled(1, 0, 0, CPU), tokens)
+    shuffled = subject.shuffled(3, 0, 0, CPU)
     assert torch.equal(shuffled.sort().values, tokens) and not torch.equal(shuffled, tokens)
     for a, b in zip(tokens.tolist(), shuffled.tolist(), strict=True):
         assert (a // 12 // 3, a % 12 // 3) == (b // 12 // 3, b % 12 // 3)
-
-
-def test_masks() -> None:
-    mask = torch.zeros(5, 6, dtype=torch.bool)
-    mask[1:4, 0:3] = True
-    assert moved(mask, 1, 3).nonzero().tolist() == [[r, c] for r in (2, 3, 4) for c in (3, 4, 5)]
-    assert moved(mask, -1).nonzero()[0].tolist() == [0, 0]
-    for step in ((2, 0), (0, -1), (0, 4), (-2, 0)):
-        with pytest.raises(ValueError, match=r"^mask: moved by .* it leaves the 5 x 6 tokens"):
-            moved(mask, *step)
-    larger = torch.zeros_like(mask)
-    larger[0:5, 0:4] = True
-    assert torch.equal(dilated(mask), larger) and torch.equal(dilated(mask, 1), mask)
-    assert eroded(mask).nonzero().tolist() == [[2, 0], [2, 1]]
-    with pytest.raises(ValueError, match=r"^size: "):
-        dilated(mask, 2)
 
 
 def test_noised() -> None:
