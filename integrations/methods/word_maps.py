@@ -69,7 +69,7 @@ class WordMaps:
         return Plan(see=self.see)
 
     def see(self, seen: Seen) -> None:
-        """Add a layer's maps."""
+        """Add the maps of one layer of the call, as Plan.see."""
         tokens = sorted({n for tokens in self.words.values() for n in tokens})
         with torch.no_grad():
             means = seen.probabilities(tokens).mean(1)  # (batch, rows, tokens)
@@ -81,7 +81,7 @@ class WordMaps:
 
     @property
     def mean(self) -> Tensor:
-        """(items, rows, columns) float32, in the order of `words`, the same tensor until more is seen.
+        """Of what has been seen, (items, rows, columns) float32, in the order of `words`, the same tensor until more is seen.
 
         ValueError before there is any map.
         """
