@@ -140,6 +140,7 @@ class Handle:
 
     @property
     def method(self) -> Method | None:
+        """What decides in each layer and step; what it attaches comes and goes with it."""
         return self._method
 
     @method.setter

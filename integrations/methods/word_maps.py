@@ -69,7 +69,7 @@ class WordMaps:
         return Plan(see=self.see)
 
     def see(self, seen: Seen) -> None:
-        """Add a layer's maps."""
+        """Add a layer's maps to those seen so far."""
         tokens = sorted({n for tokens in self.words.values() for n in tokens})
         with torch.no_grad():
             means = seen.probabilities(tokens).mean(1)  # (batch, rows, tokens)
