@@ -46,7 +46,8 @@ class MasaCtrl:
             over the layers seen in it so far, min-max normalised, from `threshold` on. Until one has been seen there is
             no mask. The paper's and code's maps are of 16 x 16 tokens and of the conditional half: {-2: [...], -1: [...]}.
             Where the source's mask has no key or all of them, there is none either: the code's rows without a key
-            become the mean of all values. Masks made of words wait for the device.
+            become the mean of all values. Masks made of words wait for the device, and need apply() to leave those
+            cross-attention layers to the method.
         threshold: in [0, 1].
         union: softmax over [K_src; K_tgt] instead, without masks; the code's variant of that name.
         items: which items of a call are what; None: the batch is [source, edit_1, ..., edit_n] twice.

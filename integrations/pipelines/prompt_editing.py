@@ -23,7 +23,7 @@ from ..methods import (
     TokenAlignment,
     WordMaps,
 )
-from ..methods.infedit import ddcm_step
+from ..methods.ddcm import ddcm_step
 from ..methods.token_alignment import word_tokens
 from . import ddim_inversion
 from . import images as im
