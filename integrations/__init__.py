@@ -6,15 +6,33 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .methods import CrossImageAttention, InContextBrush, InContextRoles, TransferRoles, VisualInContext
+    from .methods import (
+        CrossImageAttention,
+        IPAdapter,
+        ImagePrompt,
+        InContextBrush,
+        InContextRoles,
+        PerturbedAttention,
+        RegionalPrompting,
+        SelfAttentionGuidance,
+        SmoothedEnergy,
+        TransferRoles,
+        VisualInContext,
+    )
     from .pipelines import AppearanceTransferPipeline, InContextBrushPipeline, VisualICLPipeline
 
 __all__ = [
     "AppearanceTransferPipeline",
     "CrossImageAttention",
+    "IPAdapter",
+    "ImagePrompt",
     "InContextBrush",
     "InContextBrushPipeline",
     "InContextRoles",
+    "PerturbedAttention",
+    "RegionalPrompting",
+    "SelfAttentionGuidance",
+    "SmoothedEnergy",
     "TransferRoles",
     "VisualICLPipeline",
     "VisualInContext",
@@ -22,9 +40,15 @@ __all__ = [
 _HOMES = {
     "AppearanceTransferPipeline": ".pipelines",
     "CrossImageAttention": ".methods",
+    "IPAdapter": ".methods",
+    "ImagePrompt": ".methods",
     "InContextBrush": ".methods",
     "InContextBrushPipeline": ".pipelines",
     "InContextRoles": ".methods",
+    "PerturbedAttention": ".methods",
+    "RegionalPrompting": ".methods",
+    "SelfAttentionGuidance": ".methods",
+    "SmoothedEnergy": ".methods",
     "TransferRoles": ".methods",
     "VisualICLPipeline": ".pipelines",
     "VisualInContext": ".methods",

@@ -2,6 +2,23 @@
 
 from .cross_image_attention import CrossImageAttention, TransferRoles
 from .in_context_brush import InContextBrush
+from .ip_adapter import IPAdapter, ImagePrompt
+from .perturbed_attention import PerturbedAttention
+from .regional_prompting import RegionalPrompting
+from .self_attention_guidance import SelfAttentionGuidance
+from .smoothed_energy import SmoothedEnergy
 from .visual_in_context import InContextRoles, VisualInContext
 
-__all__ = ["CrossImageAttention", "InContextBrush", "InContextRoles", "TransferRoles", "VisualInContext"]
+__all__ = [
+    "CrossImageAttention",
+    "IPAdapter",
+    "ImagePrompt",
+    "InContextBrush",
+    "InContextRoles",
+    "PerturbedAttention",
+    "RegionalPrompting",
+    "SelfAttentionGuidance",
+    "SmoothedEnergy",
+    "TransferRoles",
+    "VisualInContext",
+]
