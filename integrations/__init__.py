@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .methods import (
         CrossImageAttention,
-        IPAdapter,
+        CustomShift,
+        FastComposer,
         ImagePrompt,
         InContextBrush,
         InContextRoles,
+        IPAdapter,
         PerturbedAttention,
         RegionalPrompting,
         SelfAttentionGuidance,
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 __all__ = [
     "AppearanceTransferPipeline",
     "CrossImageAttention",
+    "CustomShift",
+    "FastComposer",
     "IPAdapter",
     "ImagePrompt",
     "InContextBrush",
@@ -40,6 +44,8 @@ __all__ = [
 _HOMES = {
     "AppearanceTransferPipeline": ".pipelines",
     "CrossImageAttention": ".methods",
+    "CustomShift": ".methods",
+    "FastComposer": ".methods",
     "IPAdapter": ".methods",
     "ImagePrompt": ".methods",
     "InContextBrush": ".methods",

@@ -1,8 +1,10 @@
 """Published methods: one file each, from knobs to segments, controls and schedule."""
 
 from .cross_image_attention import CrossImageAttention, TransferRoles
+from .custom_shift import CustomShift
+from .fast_composer import FastComposer
 from .in_context_brush import InContextBrush
-from .ip_adapter import IPAdapter, ImagePrompt
+from .ip_adapter import ImagePrompt, IPAdapter
 from .perturbed_attention import PerturbedAttention
 from .regional_prompting import RegionalPrompting
 from .self_attention_guidance import SelfAttentionGuidance
@@ -11,6 +13,8 @@ from .visual_in_context import InContextRoles, VisualInContext
 
 __all__ = [
     "CrossImageAttention",
+    "CustomShift",
+    "FastComposer",
     "IPAdapter",
     "ImagePrompt",
     "InContextBrush",

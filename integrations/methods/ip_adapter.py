@@ -113,6 +113,7 @@ class IPAdapter:
         self.__dict__.update(_plans={}) if name != "prompts" else self.__dict__.update(_plans={}, _kept={})
 
     def attach(self, model: nn.Module) -> list:
+        """Learns the names of the model's layers; there is nothing to remove."""
         names = {id(module): name for name, module in model.named_modules()}
         self.__dict__.update(_names=[names[id(place.attn)] for place in find_host(model).places(model)], _kept={}, _plans={})
         return []

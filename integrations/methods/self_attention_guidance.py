@@ -47,6 +47,7 @@ class SelfAttentionGuidance:
         object.__setattr__(self, name, value)
 
     def attach(self, model: nn.Module) -> list:
+        """Finds the model's middle block; there is nothing to remove."""
         places = find_host(model).places(model)
         self._middle = next((i for i, place in enumerate(places) if (place.kind, place.place) == ("self", "mid")), -1)
         return []
@@ -95,7 +96,9 @@ def degrade(latents: Tensor, noise: Tensor, mask: Tensor, alpha_bar: float | Ten
     return alpha.sqrt() * (mask * blurred + (1 - mask) * clean) + (1 - alpha).sqrt() * noise
 
 
-def guide(noise: Tensor, degraded: Tensor, conditional: Tensor | None = None, scale: float = 0.75, guidance: float = 1.0) -> Tensor:
+def guide(
+    noise: Tensor, degraded: Tensor, conditional: Tensor | None = None, scale: float = 0.75, guidance: float = 1.0
+) -> Tensor:
     """u + guidance (c - u) + scale (u - d); without classifier-free guidance e + scale (e - d).
 
     Args:

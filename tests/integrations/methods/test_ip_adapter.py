@@ -134,7 +134,7 @@ def test_equals_diffusers_over_a_run() -> None:
     ("scale", "of"),
     [
         ({"up": 0.8}, lambda name: 0.8 if name.startswith("up") else 0.0),
-        ({"down": 0.5, "up_blocks.1": 1.0}, lambda name: 0.5 if name.startswith("down") else 1.0 * name.startswith("up_blocks.1")),
+        ({"down": 0.5, "up_blocks.1": 1.0}, lambda n: 0.5 if n.startswith("down") else 1.0 * n.startswith("up_blocks.1")),
         ({"up": 1.0, "up_blocks.1.attentions.1": 0.2},
          lambda name: 0.2 if "up_blocks.1.attentions.1" in name else 1.0 * name.startswith("up")),
         ({5: 0.6}, lambda name: 0.6 * name.startswith("mid")),
@@ -227,4 +227,5 @@ def test_loading_leaves_the_model_as_it_is() -> None:
     before = {n: p.clone() for n, p in model.state_dict().items()}, dict(model.config), model.encoder_hid_proj
     ImagePrompt.load(model, state_dict(model, 0))
     assert dict(model.config) == before[1] and model.encoder_hid_proj is before[2]
-    assert set(model.state_dict()) == set(before[0]) and {type(p).__name__ for p in model.attn_processors.values()} == {"AttnProcessor2_0"}
+    assert set(model.state_dict()) == set(before[0])
+    assert {type(p).__name__ for p in model.attn_processors.values()} == {"AttnProcessor2_0"}

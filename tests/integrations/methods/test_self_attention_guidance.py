@@ -15,7 +15,7 @@ from flashbrush.integrations import SelfAttentionGuidance
 from flashbrush.integrations.diffusers import apply
 from flashbrush.integrations.methods.self_attention_guidance import degrade, guide
 
-from ..diffusers.tiny_images import SDXL, tiny_sd3, sd3_call, tiny_unet, unet_call
+from ..diffusers.tiny_images import SDXL, sd3_call, tiny_sd3, tiny_unet, unet_call
 from ..tiny import relative
 from .eager_maps import Largest, Site, attend, descend, run, run_eager
 
@@ -72,7 +72,9 @@ def test_mass_and_mask_equal_the_eager_form(config, side, grid, name: str, layer
 
 def test_the_mask_and_the_degradation_equal_diffusers() -> None:
     pytest.importorskip("diffusers.pipelines.deprecated.stable_diffusion_sag")
-    from diffusers.pipelines.deprecated.stable_diffusion_sag.pipeline_stable_diffusion_sag import StableDiffusionSAGPipeline
+    from diffusers.pipelines.deprecated.stable_diffusion_sag.pipeline_stable_diffusion_sag import (
+        StableDiffusionSAGPipeline,
+    )
 
     model, call = unet()
     core, scheduler, t = Eager(), DDIMScheduler(), torch.tensor(300)

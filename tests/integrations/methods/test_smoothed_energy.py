@@ -168,9 +168,9 @@ def test_without_a_blur_it_is_plain() -> None:
 
 @pytest.mark.parametrize("sigma", [-1, math.nan, "wide", True], ids=str)
 def test_wrong_knobs(sigma) -> None:
-    with pytest.raises(ValueError, match="^sigma: "):
+    with pytest.raises(ValueError, match=r"^sigma: "):
         SmoothedEnergy(sigma=sigma)
-    with pytest.raises(ValueError, match="^layers: "):
+    with pytest.raises(ValueError, match=r"^layers: "):
         SmoothedEnergy(layers=())
 
 
