@@ -3,8 +3,9 @@
 from .cross_image_attention import CrossImageAttention, TransferRoles
 from .custom_shift import CustomShift
 from .fast_composer import FastComposer
+from .image_prompt import ImagePrompt
 from .in_context_brush import InContextBrush
-from .ip_adapter import ImagePrompt, IPAdapter
+from .ip_adapter import IPAdapter
 from .perturbed_attention import PerturbedAttention
 from .regional_prompting import RegionalPrompting
 from .self_attention_guidance import SelfAttentionGuidance

@@ -123,6 +123,16 @@ def check_resolution(name: str, resolution: Any) -> Resolution:
     return resolution if isinstance(resolution, int) else (sides[0], sides[1])
 
 
+def check_items(name: str, items: Any) -> tuple[int, ...] | None:
+    """Different batch items, or None; ValueError for other values."""
+    if items is None:
+        return None
+    chosen = _several(items, int)
+    if not chosen or not all(map(is_count, chosen)) or len(set(chosen)) < len(chosen):
+        raise ValueError(f"{name}: expected different batch items or None, got {items!r}")
+    return chosen
+
+
 def is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 

@@ -47,11 +47,7 @@ class CustomShift:
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}  # k and v (1, tokens of all references, heads, head_dim)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "items" and value is not None:
-            value = tuple(value)
-            if not value or not all(map(borrowed.is_count, value)) or len(set(value)) < len(value):
-                raise ValueError(f"items: expected different batch items or None, got {value!r}")
-        object.__setattr__(self, name, value)
+        object.__setattr__(self, name, borrowed.check_items(name, value) if name == "items" else value)
 
     @torch.no_grad()
     def remember(self, transformer: nn.Module, latents: Tensor, text: Tensor, pooled: Tensor) -> None:
@@ -66,14 +62,17 @@ class CustomShift:
         Raises:
             RuntimeError: the model is not under this method's control.
         """
-        self._reading, before = True, dict(self._kept)
+        before, self._kept, self._reading = self._kept, {}, True
         try:
             transformer(hidden_states=latents, encoder_hidden_states=text, pooled_projections=pooled,
                         timestep=latents.new_zeros(latents.shape[0]))  # fmt: skip
         finally:
-            self._reading = False
-        if len(self._kept) == len(before) and all(self._kept[i] is pair for i, pair in before.items()):
+            new, self._kept, self._reading = self._kept, before, False
+        if not new:
             raise RuntimeError("CustomShift.remember: no layer was read; apply(transformer, this method) comes first")
+        for i, (k, v) in new.items():
+            old_k, old_v = before.get(i, (k[:, :0], v[:, :0]))
+            self._kept[i] = torch.cat([old_k, k], 1), torch.cat([old_v, v], 1)
 
     def forget(self) -> None:
         """Drop what `remember` has kept: the model is plain until it has references again."""
@@ -96,10 +95,7 @@ class CustomShift:
         return Plan(parts=[Part(items, control=control, extra={"references": references})])
 
     def _see(self, layer: Layer, seen: Seen) -> None:
-        pair = (torch.cat([*t[:, layer.text_len :]])[None] for t in (seen.k, seen.v))
-        if layer.index in self._kept:
-            pair = (torch.cat([old, new], 1) for old, new in zip(self._kept[layer.index], pair, strict=True))
-        k, v = pair
+        k, v = (t[:, layer.text_len :].flatten(0, 1)[None] for t in (seen.k, seen.v))
         self._kept[layer.index] = k, v
 
 

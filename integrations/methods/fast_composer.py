@@ -40,8 +40,8 @@ class FastComposer:
     stages: int | None = 5
 
     def __post_init__(self) -> None:
-        self._counted: frozenset[int] = frozenset()
-        self._losses: dict[int, Tensor] = {}
+        self._cross: dict[int, tuple] = {}  # the stage of each cross-attention layer
+        self._losses: dict[int, Tensor] = {}  # of each layer in its last call
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "tokens" and (not isinstance(value, Tensor) or value.dtype != torch.int64 or value.dim() != 2):
@@ -63,12 +63,7 @@ class FastComposer:
     def plan(self, layer: Layer, step: Step) -> Plan | None:
         if layer.kind not in ("self", "cross") or layer.place is None:
             raise ValueError(f"FastComposer: it is made for a UNet's cross-attention; layer {layer.index} is {layer.kind!r}")
-        if layer.index == 0:
-            self._losses = {}
-            stages = list(dict.fromkeys(self._cross.values()))
-            cut = 0 if self.stages is None else max(0, (len(stages) - self.stages) // 2)
-            self._counted = frozenset(i for i, stage in self._cross.items() if stage in stages[cut : len(stages) - cut])
-        if layer.index not in self._counted:
+        if layer.index not in self._counted():
             return None
         if self.tokens.shape != self.masks.shape[:2] or self.tokens.shape[0] != layer.batch:
             raise ValueError(f"tokens: expected ({layer.batch}, subjects) as the masks have, got {tuple(self.tokens.shape)} "
@@ -85,11 +80,17 @@ class FastComposer:
         there = (self.tokens >= 0).to(maps)[:, None].expand_as(inside)
         self._losses[layer.index] = ((outside - inside) * there).sum() / there.sum().clamp(min=1)
 
+    def _counted(self) -> list[int]:
+        stages = list(dict.fromkeys(self._cross.values()))
+        cut = 0 if self.stages is None else max(0, (len(stages) - self.stages) // 2)
+        return [i for i, stage in self._cross.items() if stage in stages[cut : len(stages) - cut]]
+
     def loss(self) -> Tensor:
         """Of the last call, a scalar. RuntimeError where no layer was read."""
-        if not self._losses:
+        losses = [self._losses[i] for i in self._counted() if i in self._losses]
+        if not losses:
             raise RuntimeError("FastComposer: no layer was read; is the method applied, and has the UNet cross-attention?")
-        return self.weight * torch.stack(list(self._losses.values())).mean()
+        return self.weight * torch.stack(losses).mean()
 
 
 class Fusion(nn.Module):

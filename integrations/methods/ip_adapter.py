@@ -15,60 +15,9 @@ from ...bindings import Control, Segments
 from ..diffusers.host import find_host
 from ..diffusers.layer import Layer, Step
 from ..diffusers.plan import Plan
+from .image_prompt import ImagePrompt
 
 Scale = float | Mapping[str | int, float]
-
-
-@dataclass(frozen=True, eq=False)
-class ImagePrompt:
-    """One adapter's weights, loaded, and what it is shown.
-
-    Attributes:
-        weights: {name of a cross-attention layer in the model: (to_k, to_v), each (heads * head_dim, channels)}.
-        projection: diffusers' module from an image encoder's output to tokens, or None.
-        tokens: (batch or 1, images, tokens of an image, channels), see `showing`.
-    """
-
-    weights: Mapping[str, tuple[Tensor, Tensor]]
-    projection: nn.Module | None = None
-    tokens: Tensor | None = None
-
-    @staticmethod
-    def load(unet: nn.Module, state: Mapping[str, Mapping[str, Tensor]]) -> ImagePrompt:
-        """From the state dict of pipe.load_ip_adapter, {"image_proj": ..., "ip_adapter": {"1.to_k_ip.weight": ...}}.
-
-        The model is left as it is: nothing is set on it.
-
-        Raises:
-            TypeError: a model that is no UNet: the adapters of FLUX and SD 3 are of another form.
-            ValueError: weights for other layers, or others than keys and values (the LoRA of FaceID).
-        """
-        if not hasattr(unet, "mid_block"):
-            raise TypeError(f"unet: IP-Adapters are for UNets here, got {type(unet).__name__}")
-        # The published numbers count the layers, of both kinds, in the order of their names.
-        names = [name.removesuffix(".processor") for name in unet.attn_processors]  # type: ignore[union-attr, operator]
-        cross = [name for name in names if not name.endswith("attn1")]
-        wanted = {f"{2 * i + 1}.to_{w}_ip.weight": (name, w) for i, name in enumerate(cross) for w in "kv"}
-        if set(wanted) != set(state["ip_adapter"]):
-            other = sorted(set(wanted) ^ set(state["ip_adapter"]))
-            raise ValueError(f"state: expected to_k_ip and to_v_ip of {len(cross)} layers; missing or unknown: {other[0]}")
-        like = next(unet.parameters())
-        found = {place: state["ip_adapter"][key].detach().to(like) for key, place in wanted.items()}
-        weights = {name: (found[name, "k"], found[name, "v"]) for name in cross}
-        convert: Any = unet._convert_ip_adapter_image_proj_to_diffusers
-        return ImagePrompt(weights, convert(state["image_proj"], low_cpu_mem_usage=False).to(like))
-
-    def showing(self, embeds: Tensor | None = None, *, tokens: Tensor | None = None) -> ImagePrompt:
-        """This adapter with images: their encoder's output (batch or 1, images, ...), or their tokens.
-
-        With classifier-free guidance the batch has both halves, zeros or the encoding of a black image first.
-        """
-        if embeds is not None and self.projection is not None:
-            with torch.no_grad():
-                tokens = self.projection(embeds.flatten(0, 1)).unflatten(0, embeds.shape[:2])
-        if tokens is None or tokens.dim() != 4:
-            raise ValueError("showing: expected embeds for a projection, or tokens (batch, images, tokens, channels)")
-        return ImagePrompt(self.weights, self.projection, tokens.detach())
 
 
 @dataclass(eq=False)
@@ -84,8 +33,8 @@ class IPAdapter:
     Args:
         prompts: the adapters with their images.
         scale: one for all, or one for each adapter: a number, or, as InstantStyle sets layers apart, {"down", "mid",
-            "up", Layer.index or the beginning of the name of a layer in the model: number}, later entries first, and 0
-            where none fits. diffusers' default is 1. In a mask's place a scale per image is a factor of that mask.
+            "up", Layer.index or the beginning of the name of a layer in the model: number}, of which the last that fits
+            counts, and 0 where none does. diffusers' default is 1. A scale for each image is a factor of its mask.
         masks: for each adapter None, or (1 or batch, images, rows, columns) as IPAdapterMaskProcessor.preprocess makes them.
     """
 
@@ -93,29 +42,31 @@ class IPAdapter:
     scale: Scale | Sequence[Scale] = 1.0
     masks: Sequence[Tensor | None] | None = None
 
+    def __post_init__(self) -> None:
+        self._names: list[str] = []  # of the model's layers
+        self._kept: dict[tuple[int, int], tuple[Tensor, ...]] = {}  # k and v of each adapter in each layer
+        self._plans: dict[Layer, Plan | None] = {}
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "prompts":
             value = tuple(value)
             if not value or any(not isinstance(p, ImagePrompt) or p.tokens is None for p in value):
                 raise ValueError("prompts: expected one or several ImagePrompt with images (showing), got others")
-        count = len(value if name == "prompts" else self.prompts)
+            if len(value) != len(self.__dict__.get("scale", value)):
+                raise ValueError(f"prompts: expected {len(self.prompts)} adapters, as there are scales, got {len(value)}")
+            _check_masks(self.__dict__.get("masks"), value)
         if name == "scale":
-            value = tuple(value) if isinstance(value, Sequence) else (value,) * count
-            flat = [n for one in value for n in (one.values() if isinstance(one, Mapping) else [one])]
-            if len(value) != count or not all(isinstance(n, (int, float)) and math.isfinite(n) for n in flat):
-                raise ValueError(f"scale: expected a number or mapping for all or each of {count} adapters, got {value!r}")
-        if name == "masks" and value is not None:
-            images = [prompt.tokens.shape[1] for prompt in self.prompts]  # type: ignore[union-attr]
-            got = [None if m is None else m.shape[1] if isinstance(m, Tensor) and m.dim() == 4 else 0 for m in value]
-            if len(got) != count or any(g not in (None, n) for g, n in zip(got, images, strict=True)):
-                raise ValueError(f"masks: expected None or (batch, images, rows, columns) with {images} images, got {got}")
+            value = _scales(value, len(self.prompts))
+        if name == "masks":
+            _check_masks(value, self.prompts)
         object.__setattr__(self, name, value)
-        self.__dict__.update(_plans={}) if name != "prompts" else self.__dict__.update(_plans={}, _kept={})
+        if not name.startswith("_"):
+            self.__dict__.update(_plans={}, **({"_kept": {}} if name == "prompts" else {}))
 
     def attach(self, model: nn.Module) -> list:
         """Learns the names of the model's layers; there is nothing to remove."""
         names = {id(module): name for name, module in model.named_modules()}
-        self.__dict__.update(_names=[names[id(place.attn)] for place in find_host(model).places(model)], _kept={}, _plans={})
+        self._names, self._kept, self._plans = [names[id(place.attn)] for place in find_host(model).places(model)], {}, {}
         return []
 
     def plan(self, layer: Layer, step: Step) -> Plan | None:
@@ -165,3 +116,20 @@ class IPAdapter:
             kv = (F.linear(tokens.to(w), w).unflatten(-1, (layer.heads, -1)) for w in prompt.weights[name])  # type: ignore[union-attr]
             self._kept[a, layer.index] = tuple(kv)
         return self._kept[a, layer.index]
+
+
+def _scales(value: Any, count: int) -> tuple[Scale, ...]:
+    scales = tuple(value) if isinstance(value, (tuple, list)) else (value,) * count
+    flat = [n for one in scales for n in (one.values() if isinstance(one, Mapping) else [one])]
+    if len(scales) != count or not all(isinstance(n, (int, float)) and math.isfinite(n) for n in flat):
+        raise ValueError(f"scale: expected a number or mapping for all or each of {count} adapters, got {value!r}")
+    return scales
+
+
+def _check_masks(masks: Sequence[Tensor | None] | None, prompts: Sequence[ImagePrompt]) -> None:
+    if masks is None:
+        return
+    images = [0 if prompt.tokens is None else prompt.tokens.shape[1] for prompt in prompts]
+    got = [None if m is None else m.shape[1] if isinstance(m, Tensor) and m.dim() == 4 else 0 for m in masks]
+    if len(got) != len(images) or any(g not in (None, n) for g, n in zip(got, images, strict=True)):
+        raise ValueError(f"masks: expected None or (batch, images, rows, columns) with {images} images, got {got}")

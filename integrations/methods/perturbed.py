@@ -43,16 +43,11 @@ class Perturbed:
         if name == "guided" and not isinstance(value, bool):
             raise ValueError(f"guided: expected True or False, got {value!r}")
         if name == "layers" and value is not None:
-            chosen = _several(value)
+            chosen = (value,) if isinstance(value, str | int) else tuple(value) if isinstance(value, Iterable) else ()
             if not chosen or not all(one in NAMES if isinstance(one, str) else borrowed.is_count(one) for one in chosen):
                 raise ValueError(f"layers: expected some of {', '.join(NAMES)} and indices, or None, got {value!r}")
             return chosen
-        if name == "items" and value is not None:
-            items = _several(value)
-            if not items or not all(map(borrowed.is_count, items)) or len(set(items)) < len(items):
-                raise ValueError(f"items: expected different batch items or None, got {value!r}")
-            return items
-        return value
+        return borrowed.check_items(name, value) if name == "items" else value
 
     def perturbed(self, layer: Layer, step: Step) -> tuple[int, ...]:
         """The items that are perturbed in this layer; () for none."""
@@ -62,9 +57,9 @@ class Perturbed:
         named = layer.place in layers or layer.kind in layers
         if not named and layer.index not in layers:
             return ()
-        if layer.kind in ("cross", "added"):
-            if layer.index in layers:
-                raise ValueError(f"layers: expected layers of self-attention; layer {layer.index} is {layer.kind!r}")
+        if layer.kind == "added" or (layer.kind == "cross" and layer.index in layers):
+            raise ValueError(f"layers: expected layers of self-attention; layer {layer.index} is {layer.kind!r}")
+        if layer.kind == "cross":
             return ()
         if self.items is not None:
             return tuple(self.items)
@@ -91,7 +86,3 @@ def guide(
 def adaptive(scale: float, timestep: float, decay: float, timesteps: int = 1000) -> float:
     """max(0, scale - decay (timesteps - timestep)): PAG's scale, which falls as the image forms; decay=0 keeps it."""
     return max(0.0, scale - decay * (timesteps - timestep))
-
-
-def _several(value: Any) -> tuple:
-    return tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (value,)

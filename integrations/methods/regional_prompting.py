@@ -60,24 +60,24 @@ class RegionalPrompting:
     items: Sequence[int] | None = None
     steps: Window = (0, None)
 
+    def __post_init__(self) -> None:
+        self._plans: dict[tuple, Plan] = {}
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "masks" and (not isinstance(value, Tensor) or value.dim() != 3 or not ((value >= 0) & (value <= 1)).all()):
             raise ValueError("masks: expected a tensor (regions, rows, columns) within 0 and 1")
+        if name == "masks" and len(value) != len(self.__dict__.get("spans", value)):
+            raise ValueError(f"masks: expected {len(self.spans)} regions, as there are spans, got {len(value)}")
         if name == "spans":
-            value = tuple(tuple(span) if isinstance(span, (tuple, list)) else span for span in value)
-            ends = [0, *(n for span in sorted(value) for n in span)] if all(map(_is_span, value)) else []
-            if len(value) != len(self.masks) or not ends or ends != sorted(ends):
-                raise ValueError(f"spans: expected {len(self.masks)} disjoint (first, one after the last), got {value!r}")
+            value = _spans(value, len(self.masks))
         if name == "form" and value not in ("bias", "groups"):
             raise ValueError(f"form: expected 'bias' or 'groups', got {value!r}")
         if name in ("outside", "shared") and not (isinstance(value, (int, float)) and 0 <= value <= 1):
             raise ValueError(f"{name}: expected a number from 0 to 1, got {value!r}")
         if name == "closed" and not isinstance(value, bool):
             raise ValueError(f"closed: expected True or False, got {value!r}")
-        if name == "items" and value is not None:
-            value = tuple(value)
-            if not value or not all(map(borrowed.is_count, value)) or len(set(value)) < len(value):
-                raise ValueError(f"items: expected different batch items or None, got {value!r}")
+        if name == "items":
+            value = borrowed.check_items(name, value)
         if name == "steps":
             value = borrowed.check_window(name, value)
         object.__setattr__(self, name, value)
@@ -121,7 +121,8 @@ class RegionalPrompting:
             apart += [(span, row) for row, span in apart] + [(a, b) for a in regions for b in regions if a != b]
         bias: float | Tensor = math.log(self.outside) if self.outside else -math.inf
         if self.items is not None:
-            _check_items(self.items, layer)
+            if max(self.items) >= layer.batch:
+                raise ValueError(f"items: expected items below the batch of {layer.batch}, got {self.items}")
             bias = torch.zeros(layer.batch, 1).index_fill(0, torch.tensor(self.items), bias)
         apart = [pair for pair in apart if pair[0] in rows and pair[1] in (*text, *rows)]
         if layer.kind != "cross":
@@ -142,10 +143,10 @@ class RegionalPrompting:
         return Plan(control) if self.items is None else Plan(parts=[Part(self.items, control=control)])
 
 
-def _is_span(span: Any) -> bool:
-    return isinstance(span, tuple) and len(span) == 2 and all(map(borrowed.is_count, span)) and span[0] < span[1]
-
-
-def _check_items(items: Sequence[int], layer: Layer) -> None:
-    if max(items) >= layer.batch:
-        raise ValueError(f"items: expected items below the batch of {layer.batch}, got {items}")
+def _spans(value: Any, count: int) -> tuple[Span, ...]:
+    spans = [tuple(span) if isinstance(span, (tuple, list)) else () for span in (value if isinstance(value, Sequence) else ())]
+    right = all(len(span) == 2 and all(map(borrowed.is_count, span)) and span[0] < span[1] for span in spans)
+    ends = [n for span in sorted(spans) for n in span]
+    if len(spans) != count or not right or ends != sorted(ends):
+        raise ValueError(f"spans: expected {count} disjoint (first, one after the last), got {value!r}")
+    return tuple(spans)

@@ -55,7 +55,7 @@ class EagerProcessor:
         cross = unet and text is not None and attn.is_cross_attention
         context = text if cross else hidden_states
         q, k, v = split(attn.to_q(hidden_states)), split(attn.to_k(context)), split(attn.to_v(context))
-        q, k = (x if norm is None else norm(x) for x, norm in ((q, attn.norm_q), (k, attn.norm_k)))
+        q, k = (norm(x) if callable(norm) else x for x, norm in ((q, attn.norm_q), (k, attn.norm_k)))
         text_len = 0
         if text is not None and not cross:
             text_len = text.shape[1]
