@@ -143,7 +143,7 @@ class RegionalPrompting:
         return Plan(control) if self.items is None else Plan(parts=[Part(self.items, control=control)])
 
 
-def _spans(value: Any, count: int) -> tuple[Span, ...]:
+def _spans(value: Any, count: int) -> tuple:
     spans = [tuple(span) if isinstance(span, (tuple, list)) else () for span in (value if isinstance(value, Sequence) else ())]
     right = all(len(span) == 2 and all(map(borrowed.is_count, span)) and span[0] < span[1] for span in spans)
     ends = [n for span in sorted(spans) for n in span]

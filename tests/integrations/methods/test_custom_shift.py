@@ -149,6 +149,9 @@ def test_references_add_up_and_are_forgotten() -> None:
         one = run(model, mine)
         remember(method, model, theirs, slice(1, 2))
         assert relative(run(model, mine), at_once) <= TOLERANCE < 1e-3 < relative(one, at_once)
+        with pytest.raises(AttributeError):
+            method.remember(model, theirs["hidden_states"], theirs["encoder_hidden_states"], 3)  # type: ignore[arg-type]
+        assert relative(run(model, mine), at_once) <= TOLERANCE
         method.items = (0, 1)
         assert relative(run(model, mine), at_once) > 1e-3
 

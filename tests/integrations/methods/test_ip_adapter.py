@@ -202,6 +202,11 @@ def test_what_it_refuses() -> None:
     ):
         with pytest.raises(ValueError, match=match):
             IPAdapter(**({"prompts": case.prompts} | knobs))  # type: ignore[arg-type]
+    method = IPAdapter(case.prompts, masks=[masks(2)])
+    with pytest.raises(ValueError, match=r"^prompts: .*1 adapters"):
+        method.prompts = case.prompts * 2
+    with pytest.raises(ValueError, match=r"^masks: "):
+        method.prompts = [case.prompts[0].showing(embeds(1))]
     with pytest.raises(ValueError, match="showing: "):
         case.prompts[0].showing(tokens=torch.zeros(2, 4, TEXT_CHANNELS))
     state = state_dict(case.model, 0)

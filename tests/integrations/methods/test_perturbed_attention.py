@@ -14,7 +14,7 @@ from flashbrush.integrations import PerturbedAttention
 from flashbrush.integrations.diffusers import Layer, Step, apply
 from flashbrush.integrations.methods.perturbed import adaptive, guide
 
-from ..diffusers.tiny_images import SDXL, sd3_call, tiny_sd3, tiny_unet, unet_call
+from ..diffusers.tiny_images import ADDED, SDXL, sd3_call, tiny_sd3, tiny_unet, unet_call
 from ..tiny import relative, tiny_call, tiny_flux
 from .eager_maps import Site, attend, changed_layers, descend, layers, run, run_eager, worst_layer
 
@@ -185,6 +185,12 @@ def test_what_does_not_fit(knobs: dict, batch: int, match: str) -> None:
     model, call = unet(batch)
     with apply(model, PerturbedAttention(**knobs)), pytest.raises(ValueError, match=match):
         run(model, call)
+
+
+def test_added_keys_are_refused() -> None:
+    model = tiny_unet(ADDED)
+    with apply(model, PerturbedAttention()), pytest.raises(ValueError, match="'added'"):
+        run(model, unet_call(model, batch=3))
 
 
 def test_plans_are_kept() -> None:

@@ -211,6 +211,7 @@ def test_no_map_is_made() -> None:
         ({"spans": ((0, 3), (2, 4))}, "^spans: "),
         ({"spans": ((0, 3), (4, 4))}, "^spans: "),
         ({"spans": (1, 2)}, "^spans: "),
+        ({"spans": 3}, "^spans: "),
         ({"form": "mask"}, "^form: "),
         ({"outside": 1.5}, "^outside: "),
         ({"shared": -0.1}, "^shared: "),
@@ -224,6 +225,9 @@ def test_no_map_is_made() -> None:
 def test_wrong_knobs(knob: dict, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         RegionalPrompting(**({"masks": two(), "spans": SPANS} | knob))
+    method = RegionalPrompting(two(), SPANS)
+    with pytest.raises(ValueError, match=r"^masks: .*2 regions"):
+        method.masks = two()[:1]
 
 
 def test_what_does_not_fit() -> None:
