@@ -51,8 +51,8 @@ class EagerProcessor:
 
         if isinstance(temb, tuple):
             image_rotary_emb = temb  # the fifth argument in FLUX
-        text: Any = encoder_hidden_states
-        unet = "Flux" not in type(attn).__name__ and attn.add_k_proj is None
+        text = encoder_hidden_states
+        unet = "Flux" not in type(attn).__name__ and getattr(attn, "add_k_proj", None) is None
         cross = unet and text is not None and attn.is_cross_attention
         context = text if cross else hidden_states
         q, k, v = split(attn.to_q(hidden_states)), split(attn.to_k(context)), split(attn.to_v(context))
