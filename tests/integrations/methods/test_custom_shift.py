@@ -14,7 +14,7 @@ from flashbrush.integrations.methods.custom_shift import guide
 
 from ..diffusers.tiny_images import sd3_call, tiny_sd3, tiny_unet, unet_call
 from ..tiny import relative
-from .eager_maps import (
+from .eager_hosts import (
     Largest,
     Site,
     attend,

@@ -15,7 +15,7 @@ from flashbrush.integrations.methods.fast_composer import Fusion, condition
 
 from ..diffusers.tiny_images import sd3_call, tiny_sd3, tiny_unet, unet_call
 from ..tiny import relative
-from .eager_maps import Largest, Site, attend, eager, layers, run
+from .eager_hosts import Largest, Site, attend, eager, layers, run
 
 TOLERANCE = 1e-5  # float32, relative to the largest value
 TOKENS = torch.tensor([[1, 3], [2, -1]])

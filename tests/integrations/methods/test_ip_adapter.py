@@ -15,7 +15,7 @@ from flashbrush.integrations.diffusers import apply
 
 from ..diffusers.tiny_images import SD15, SDXL, TEXT_CHANNELS, sd3_call, tiny_sd3, tiny_unet, unet_call
 from ..tiny import relative
-from .eager_maps import Largest, Site, attend, changed_layers, descend, layers, run, run_eager, worst_layer
+from .eager_hosts import Largest, Site, attend, changed_layers, descend, layers, run, run_eager, worst_layer
 
 TOLERANCE = 1e-5  # float32, relative to the largest output
 EMBED = 6  # channels of the image encoder's output

@@ -16,7 +16,7 @@ from flashbrush.integrations.methods.perturbed import adaptive, guide
 
 from ..diffusers.tiny_images import ADDED, SDXL, sd3_call, tiny_sd3, tiny_unet, unet_call
 from ..tiny import relative, tiny_call, tiny_flux
-from .eager_maps import Site, attend, changed_layers, descend, layers, run, run_eager, worst_layer
+from .eager_hosts import Site, attend, changed_layers, descend, layers, run, run_eager, worst_layer
 
 TOLERANCE = 1e-5  # float32, relative to the largest output
 MID = "mid_block.attentions.0.transformer_blocks.0.attn1"

@@ -16,7 +16,7 @@ from flashbrush.integrations.diffusers import apply
 
 from ..diffusers.tiny_images import ADDED, sd3_call, tiny_sd3, tiny_unet, unet_call
 from ..tiny import COLUMNS, ROWS, relative, tiny_call, tiny_flux
-from .eager_maps import Largest, Site, attend, changed_layers, descend, layers, run, run_eager, worst_layer
+from .eager_hosts import Largest, Site, attend, changed_layers, descend, layers, run, run_eager, worst_layer
 
 TOLERANCE = 1e-5  # float32, relative to the largest output
 SPANS = ((3, 5), (1, 2))  # of 5 tokens; 0 and 2 are everybody's

@@ -17,7 +17,7 @@ from flashbrush.integrations.methods.self_attention_guidance import degrade, gui
 
 from ..diffusers.tiny_images import SDXL, sd3_call, tiny_sd3, tiny_unet, unet_call
 from ..tiny import relative
-from .eager_maps import Largest, Site, attend, descend, run, run_eager
+from .eager_hosts import Largest, Site, attend, descend, run, run_eager
 
 TOLERANCE = 1e-5  # float32, relative to the largest output
 MID = "mid_block.attentions.0.transformer_blocks.0.attn1"

@@ -18,7 +18,7 @@ from flashbrush.integrations.methods.perturbed import guide
 
 from ..diffusers.tiny_images import sd3_call, tiny_sd3, tiny_unet, unet_call
 from ..tiny import COLUMNS, ROWS, relative, tiny_call, tiny_flux
-from .eager_maps import Largest, Site, attend, changed_layers, descend, layers, run, run_eager, worst_layer
+from .eager_hosts import Largest, Site, attend, changed_layers, descend, layers, run, run_eager, worst_layer
 
 TOLERANCE = 1e-5  # float32, relative to the largest output
 MID = "mid_block.attentions.0.transformer_blocks.0.attn1"
