@@ -2,19 +2,27 @@
 
 from .attention_maps import AttentionMap, AttentionMaps
 from .cross_image_attention import CrossImageAttention, TransferRoles
+from .custom_shift import CustomShift
 from .edit_roles import EditRoles
+from .fast_composer import FastComposer
 from .ic_custom import ICCustom
 from .ic_custom_parameters import ICCustomParameters
+from .image_prompt import ImagePrompt
 from .in_context_brush import InContextBrush
 from .infedit import InfEdit, MutualBlend, MutualRoles
+from .ip_adapter import IPAdapter
 from .kv_edit import KVEdit
 from .local_blend import LocalBlend
 from .masa_ctrl import MasaCtrl
 from .omini_control import OminiControl
 from .personal_subject import PersonalSubject
 from .personalize_anything import PersonalizeAnything
+from .perturbed_attention import PerturbedAttention
 from .plug_and_play import PlugAndPlay
 from .prompt_to_prompt import PromptEdit, PromptToPrompt
+from .regional_prompting import RegionalPrompting
+from .self_attention_guidance import SelfAttentionGuidance
+from .smoothed_energy import SmoothedEnergy
 from .token_alignment import TokenAlignment
 from .visual_in_context import InContextRoles, VisualInContext
 from .word_maps import WordMaps
@@ -23,9 +31,13 @@ __all__ = [
     "AttentionMap",
     "AttentionMaps",
     "CrossImageAttention",
+    "CustomShift",
     "EditRoles",
+    "FastComposer",
     "ICCustom",
     "ICCustomParameters",
+    "IPAdapter",
+    "ImagePrompt",
     "InContextBrush",
     "InContextRoles",
     "InfEdit",
@@ -37,9 +49,13 @@ __all__ = [
     "OminiControl",
     "PersonalSubject",
     "PersonalizeAnything",
+    "PerturbedAttention",
     "PlugAndPlay",
     "PromptEdit",
     "PromptToPrompt",
+    "RegionalPrompting",
+    "SelfAttentionGuidance",
+    "SmoothedEnergy",
     "TokenAlignment",
     "TransferRoles",
     "VisualInContext",

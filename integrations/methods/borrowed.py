@@ -131,6 +131,16 @@ def check_share(name: str, value: Any) -> float:
     return float(value)
 
 
+def check_items(name: str, items: Any) -> tuple[int, ...] | None:
+    """Different batch items, or None; ValueError for other values."""
+    if items is None:
+        return None
+    chosen = several(items, int)
+    if not chosen or not all(map(is_count, chosen)) or len(set(chosen)) < len(chosen):
+        raise ValueError(f"{name}: expected different batch items or None, got {items!r}")
+    return chosen
+
+
 def is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 

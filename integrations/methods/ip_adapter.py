@@ -1,0 +1,135 @@
+"""IP-Adapter (arXiv 2308.06721): images as prompts, each in a softmax of its own beside the text's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...bindings import Control, Segments
+from ..diffusers.host import find_host
+from ..diffusers.layer import Layer, Step
+from ..diffusers.plan import Plan
+from .image_prompt import ImagePrompt
+
+Scale = float | Mapping[str | int, float]
+
+
+@dataclass(eq=False)
+class IPAdapter:
+    """Decoupled cross-attention, all adapters and images in one launch. At image token i, in each head:
+
+        o_i = softmax(q_i K_text^T) V_text + sum_a scale_a mask_a(i) softmax(q_i K_a^T) V_a
+
+    A mask is resized bicubically to the layer's grid, beyond 0 and 1 too, as in diffusers. Several images of an adapter
+    without masks share a softmax. A knob may be set at any time, `prompts` with other images too: their keys and values
+    are made once. ValueError names a wrong one.
+
+    Args:
+        prompts: the adapters with their images.
+        scale: one for all, or one for each adapter: a number, or, as InstantStyle sets layers apart, {"down", "mid",
+            "up", Layer.index or the beginning of the name of a layer in the model: number}, of which the last that fits
+            counts, and 0 where none does. diffusers' default is 1. A scale for each image is a factor of its mask.
+        masks: for each adapter None, or (1 or batch, images, rows, columns) as IPAdapterMaskProcessor.preprocess makes them.
+    """
+
+    prompts: Sequence[ImagePrompt]
+    scale: Scale | Sequence[Scale] = 1.0
+    masks: Sequence[Tensor | None] | None = None
+
+    def __post_init__(self) -> None:
+        self._names: list[str] = []  # of the model's layers
+        self._kept: dict[tuple[int, int], tuple[Tensor, ...]] = {}  # k and v of each adapter in each layer
+        self._plans: dict[Layer, Plan | None] = {}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "prompts":
+            value = tuple(value)
+            if not value or any(not isinstance(p, ImagePrompt) or p.tokens is None for p in value):
+                raise ValueError("prompts: expected one or several ImagePrompt with images (showing), got others")
+            if len(value) != len(self.__dict__.get("scale", value)):
+                raise ValueError(f"prompts: expected {len(self.prompts)} adapters, as there are scales, got {len(value)}")
+            _check_masks(self.__dict__.get("masks"), value)
+        if name == "scale":
+            value = _scales(value, len(self.prompts))
+        if name == "masks":
+            _check_masks(value, self.prompts)
+        object.__setattr__(self, name, value)
+        if not name.startswith("_"):
+            self.__dict__.update(_plans={}, **({"_kept": {}} if name == "prompts" else {}))
+
+    def attach(self, model: nn.Module) -> list:
+        """Learns the names of the model's layers; there is nothing to remove."""
+        names = {id(module): name for name, module in model.named_modules()}
+        self._names, self._kept, self._plans = [names[id(place.attn)] for place in find_host(model).places(model)], {}, {}
+        return []
+
+    def plan(self, layer: Layer, step: Step) -> Plan | None:
+        if layer.kind not in ("self", "cross") or layer.place is None:
+            raise ValueError(f"IPAdapter: it is made for the cross-attention of a UNet; layer {layer.index} is {layer.kind!r}")
+        if layer.kind == "self":
+            return None
+        if layer not in self._plans:
+            self._plans[layer] = self._plan(layer)
+        return self._plans[layer]
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _plan(self, layer: Layer) -> Plan | None:
+        extra, gates = {}, {}
+        for a, prompt in enumerate(self.prompts):
+            scale, mask = self._scale(a, layer), None if self.masks is None else self.masks[a]
+            if not scale:
+                continue
+            k, v = self._keys(a, layer, prompt)
+            if mask is None:
+                extra[f"ip_{a}"], gates[f"ip_{a}"] = (k.flatten(1, 2), v.flatten(1, 2)), scale
+                continue
+            small = F.interpolate(mask.float(), layer.grid, mode="bicubic").flatten(2)  # (1 or batch, images, rows)
+            for i in range(mask.shape[1]):
+                extra[f"ip_{a}_{i}"], gates[f"ip_{a}_{i}"] = (k[:, i], v[:, i]), scale * small[:, i].to(k.device)
+        if not extra:
+            return None
+        keys = Segments({"text": layer.text_len} | {name: k.shape[1] for name, (k, _) in extra.items()})
+        groups = {name: [name] for name in keys}
+        return Plan(Control(Segments(image=layer.image_len), keys, groups=groups, gates=gates), extra=extra)
+
+    def _scale(self, a: int, layer: Layer) -> float:
+        scale, name = self.scale[a], self._names[layer.index]  # type: ignore[index]
+        if not isinstance(scale, Mapping):
+            return float(scale)
+        fits = [n for key, n in scale.items()
+                if key in (layer.place, layer.index) or (isinstance(key, str) and f"{name}.".startswith(f"{key}."))]  # fmt: skip
+        return float(fits[-1]) if fits else 0.0
+
+    def _keys(self, a: int, layer: Layer, prompt: ImagePrompt) -> tuple[Tensor, ...]:
+        """k and v (batch or 1, images, tokens, heads, head_dim)"""
+        if (a, layer.index) not in self._kept:
+            name, tokens = self._names[layer.index], prompt.tokens
+            if name not in prompt.weights:
+                raise ValueError(f"prompts: adapter {a} has no weights for the layer {name}")
+            kv = (F.linear(tokens.to(w), w).unflatten(-1, (layer.heads, -1)) for w in prompt.weights[name])  # type: ignore[union-attr]
+            self._kept[a, layer.index] = tuple(kv)
+        return self._kept[a, layer.index]
+
+
+def _scales(value: Any, count: int) -> tuple[Scale, ...]:
+    scales = tuple(value) if isinstance(value, (tuple, list)) else (value,) * count
+    flat = [n for one in scales for n in (one.values() if isinstance(one, Mapping) else [one])]
+    if len(scales) != count or not all(isinstance(n, (int, float)) and math.isfinite(n) for n in flat):
+        raise ValueError(f"scale: expected a number or mapping for all or each of {count} adapters, got {value!r}")
+    return scales
+
+
+def _check_masks(masks: Sequence[Tensor | None] | None, prompts: Sequence[ImagePrompt]) -> None:
+    if masks is None:
+        return
+    images = [0 if prompt.tokens is None else prompt.tokens.shape[1] for prompt in prompts]
+    got = [None if m is None else m.shape[1] if isinstance(m, Tensor) and m.dim() == 4 else 0 for m in masks]
+    if len(got) != len(images) or any(g not in (None, n) for g, n in zip(got, images, strict=True)):
+        raise ValueError(f"masks: expected None or (batch, images, rows, columns) with {images} images, got {got}")

@@ -1,0 +1,246 @@
+"""Regional prompting against an eager implementation of its formulas."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flashbrush.integrations import RegionalPrompting
+from flashbrush.integrations.diffusers import apply
+
+from ..diffusers.tiny_images import ADDED, sd3_call, tiny_sd3, tiny_unet, unet_call
+from ..tiny import COLUMNS, ROWS, relative, tiny_call, tiny_flux
+from .eager_hosts import Largest, Site, attend, changed_layers, descend, layers, run, run_eager, worst_layer
+
+TOLERANCE = 1e-5  # float32, relative to the largest output
+SPANS = ((3, 5), (1, 2))  # of 5 tokens; 0 and 2 are everybody's
+
+
+def two(side: tuple[int, int] = (16, 16)) -> Tensor:
+    """Two regions that overlap, and places in neither."""
+    masks = torch.zeros(2, *side)
+    masks[0, :, : side[1] // 2] = 1
+    masks[1, side[0] // 2 :, side[1] // 4 :] = 1
+    masks[:, :, -side[1] // 4 :] = 0
+    return masks
+
+
+def soft() -> Tensor:
+    x = torch.linspace(-2, 2, 16).expand(16, 16)
+    return torch.stack([0.6 * x.sigmoid(), (2 * x.T).sigmoid()])
+
+
+class Eager:
+    def __init__(self, method: RegionalPrompting, grids: dict[int, tuple[int, int]]) -> None:
+        self.method, self.grids = method, grids
+
+    def __call__(self, site: Site, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        m, out = self.method, attend(q, k, v)
+        if not site.cross and not site.text_len:
+            return out
+        items = list(range(len(q)) if m.items is None else m.items)
+        tokens, text = q.shape[2] - site.text_len, site.text_len or k.shape[2]
+        grid, first = self.grids[tokens], site.text_len
+        masks = F.adaptive_avg_pool2d(m.masks, grid).flatten(1)
+        if m.form == "bias":
+            bias, log = torch.zeros(q.shape[2], k.shape[2]), math.log(m.outside) if m.outside else -math.inf
+            for r, (a, b) in enumerate(m.spans):
+                out_of = torch.arange(tokens)[masks[r] < 0.5]
+                bias[first + out_of[:, None], torch.arange(a, b)] = log
+                if m.closed and not site.cross:
+                    bias[torch.arange(a, b)[:, None], first + out_of] = log
+                    for s, (c, d) in enumerate(m.spans):
+                        if s != r:
+                            bias[a:b, c:d] = log
+            out[items] = attend(q, k, v, bias)[items]
+            return out
+        share = (1 - m.shared) * masks / masks.sum(0).clamp(min=1)
+        rest = [j for j in range(text) if not any(a <= j < b for a, b in m.spans)]
+        mixed = (1 - share.sum(0))[:, None] * attend(q, k[:, :, rest], v[:, :, rest])
+        for r, (a, b) in enumerate(m.spans):
+            mixed = mixed + share[r][:, None] * attend(q, k[:, :, a:b], v[:, :, a:b])
+        out[items] = mixed[items]
+        return out
+
+
+def unet(side: tuple[int, int] = (8, 8)) -> tuple[Any, dict, dict]:
+    model, grids = tiny_unet(), [side, (side[0] // 2, side[1] // 2)]
+    return model, unet_call(model, side=side), {a * b: (a, b) for a, b in grids}
+
+
+def sd3() -> tuple[Any, dict, dict]:
+    return tiny_sd3(), sd3_call(), {16: (4, 4)}
+
+
+def flux() -> tuple[Any, dict, dict]:
+    model = tiny_flux()
+    return model, tiny_call(model, batch=2), {ROWS * COLUMNS: (ROWS, COLUMNS)}
+
+
+CASES = {
+    "UNet, hard": (unet, {}),
+    "UNet, soft": (unet, {"outside": 0.2}),
+    "UNet, some items": (unet, {"items": (1,)}),
+    "UNet, oblong": (lambda: unet((4, 12)), {}),
+    "UNet, groups": (unet, {"form": "groups"}),
+    "UNet, soft groups": (unet, {"form": "groups", "masks": soft(), "shared": 0.3}),
+    "UNet, groups of some items": (unet, {"form": "groups", "items": [0]}),
+    "UNet, one region": (unet, {"masks": two()[:1], "spans": ((0, 2),)}),
+    "SD 3, hard": (sd3, {}),
+    "SD 3, closed": (sd3, {"closed": True}),
+    "SD 3, soft, closed, some items": (sd3, {"closed": True, "outside": 0.1, "items": (1,)}),
+    "FLUX, hard": (flux, {}),
+    "FLUX, closed, some items": (flux, {"closed": True, "items": (1,)}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_the_eager_form(case: str) -> None:
+    host, knobs = CASES[case]
+    model, call, grids = host()
+    method = RegionalPrompting(**({"masks": two(), "spans": SPANS} | knobs))
+    core = Eager(method, grids)
+    expected, plain = run_eager(model, call, core), run(model, call)
+    with apply(model, method) as handle:
+        handle.grid = (ROWS, COLUMNS)
+        assert worst_layer(model, call, core) <= TOLERANCE
+        assert relative(run(model, call), expected) <= TOLERANCE
+        assert set(changed_layers(model, call)) == {n for n in layers(model) if not n.endswith("attn1")}
+    assert relative(expected, plain) > 1e-3
+    others = [n for n in range(2) if n not in (method.items or (0, 1))]
+    assert not others or relative(expected[others], plain[others]) <= TOLERANCE
+
+
+@pytest.mark.parametrize(("host", "knobs"), [(unet, {}), (unet, {"form": "groups"}), (sd3, {"closed": True}), (flux, {})])
+def test_equals_the_eager_form_over_a_run(host, knobs: dict) -> None:
+    """The method has the last two of three steps."""
+    model, call, grids = host()
+    key = "sample" if "sample" in call else "hidden_states"
+    method = RegionalPrompting(two(), SPANS, steps=(1, None), **knobs)
+    core = Eager(method, grids)
+    with apply(model, method) as handle:
+        handle.grid = (ROWS, COLUMNS)
+        out = descend(lambda x, i: run(model, call | {key: x}), call[key])
+    theirs = descend(lambda x, i: run_eager(model, call | {key: x}, core) if i else run(model, call | {key: x}), call[key])
+    assert relative(out, theirs) <= TOLERANCE
+
+
+def test_a_region_s_words_do_not_reach_beyond_it() -> None:
+    """In a layer, what the words of a region are does not matter to image tokens outside."""
+    model, call, _ = unet()
+    name, seen = "down_blocks.0.attentions.0.transformer_blocks.0.attn2", []
+    layers(model)[name].register_forward_hook(lambda module, args, output: seen.append(output))
+    for form in ("bias", "groups"):
+        seen.clear()
+        with apply(model, RegionalPrompting(two(), SPANS, form=form)):
+            run(model, call)
+            other = call["encoder_hidden_states"].clone()
+            other[:, 3:5] += 1
+            run(model, call | {"encoder_hidden_states": other})
+        inside = F.adaptive_avg_pool2d(two(), (8, 8))[0].flatten() > 0.5
+        assert torch.equal(seen[0][:, ~inside], seen[1][:, ~inside]) and relative(seen[0][:, inside], seen[1][:, inside]) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"masks": two().flip(2)}, {"spans": ((0, 2), (2, 3))}, {"form": "groups"}, {"outside": 0.5}, {"items": (0,)},
+     {"steps": (1, None)}],
+    ids=lambda change: next(iter(change)),
+)  # fmt: skip
+def test_every_knob_changes_the_output(change: dict) -> None:
+    model, call, _ = unet()
+    method = RegionalPrompting(two(), SPANS)
+    with apply(model, method) as handle:
+        handle.set_step(0)
+        before = run(model, call)
+        handle.method = dataclasses.replace(method, **change)
+        assert relative(run(model, call), before) > 1e-4
+        for name, value in change.items():
+            setattr(method, name, value)
+        handle.method = method
+        assert relative(run(model, call), before) > 1e-4
+
+
+def test_the_knobs_of_one_form() -> None:
+    model, call, _ = unet()
+    joint, joint_call, _ = sd3()
+    for host, inputs, knobs, change in (
+        (model, call, {"form": "groups"}, {"shared": 0.5}),
+        (joint, joint_call, {}, {"closed": True}),
+    ):
+        outs = []
+        for more in ({}, change):
+            with apply(host, RegionalPrompting(two(), SPANS, **knobs, **more)):
+                outs.append(run(host, inputs))
+        assert relative(*outs) > 1e-4
+
+
+def test_neutral_settings() -> None:
+    model, call, _ = unet()
+    plain = run(model, call)
+    for method in (
+        RegionalPrompting(two(), SPANS, outside=1.0),
+        RegionalPrompting(torch.ones(2, 4, 4), SPANS),
+        RegionalPrompting(torch.ones(1, 4, 4), ((0, 5),), form="groups"),
+    ):
+        with apply(model, method):
+            assert relative(run(model, call), plain) <= TOLERANCE
+
+
+def test_no_map_is_made() -> None:
+    model = tiny_sd3(layers=1)
+    model = type(model)(**(dict(model.config) | {"pos_embed_max_size": 64, "sample_size": 128, "num_attention_heads": 1,
+                                                 "attention_head_dim": 32})).eval()  # fmt: skip
+    with apply(model, RegionalPrompting(two(), SPANS)), Largest() as largest:
+        run(model, sd3_call(batch=1, side=(128, 128)))
+    assert largest.elements < 4096**2
+
+
+@pytest.mark.parametrize(
+    ("knob", "match"),
+    [
+        ({"masks": torch.ones(4, 4)}, "^masks: "),
+        ({"masks": 2 * torch.ones(2, 4, 4)}, "^masks: "),
+        ({"spans": ((0, 2),)}, "^spans: "),
+        ({"spans": ((0, 3), (2, 4))}, "^spans: "),
+        ({"spans": ((0, 3), (4, 4))}, "^spans: "),
+        ({"spans": (1, 2)}, "^spans: "),
+        ({"spans": 3}, "^spans: "),
+        ({"form": "mask"}, "^form: "),
+        ({"outside": 1.5}, "^outside: "),
+        ({"shared": -0.1}, "^shared: "),
+        ({"closed": 1}, "^closed: "),
+        ({"items": ()}, "^items: "),
+        ({"items": (0, 0)}, "^items: "),
+        ({"steps": 4}, "^steps: "),
+    ],
+    ids=lambda knob: next(iter(knob)) if isinstance(knob, dict) else None,
+)
+def test_wrong_knobs(knob: dict, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        RegionalPrompting(**({"masks": two(), "spans": SPANS} | knob))
+    method = RegionalPrompting(two(), SPANS)
+    with pytest.raises(ValueError, match=r"^masks: .*2 regions"):
+        method.masks = two()[:1]
+
+
+def test_what_does_not_fit() -> None:
+    model, call, _ = unet()
+    joint, joint_call, _ = sd3()
+    added = tiny_unet(ADDED)
+    packed, packed_call, _ = flux()
+    for host, inputs, method, match in (
+        (model, call, RegionalPrompting(two(), ((3, 9), (1, 2))), "^spans: .*which has 5"),
+        (model, call, RegionalPrompting(two(), SPANS, items=(2,)), "^items: "),
+        (joint, joint_call, RegionalPrompting(two(), SPANS, form="groups"), "^form: 'groups'"),
+        (added, unet_call(added), RegionalPrompting(two(), SPANS), "^form: 'bias'"),
+        (packed, packed_call, RegionalPrompting(two(), SPANS), r"handle\.grid"),
+    ):
+        with apply(host, method), pytest.raises(ValueError, match=match):
+            run(host, inputs)
