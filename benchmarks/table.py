@@ -17,14 +17,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from . import backward, forward, growth, layer, machine, readme, visual_in_context
+from . import backward, forward, growth, layer, machine, methods, readme, visual_in_context
 from .forward import Row, Settings
 from .shapes import EVERY, QUICK, SHAPES
 from .truth import WrongResult
 
 SCHEMA = 1
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
-SECTIONS = ("forward", "backward", "layer", "unet", "growth")
+SECTIONS = ("forward", "backward", "layer", "unet", "methods", "growth")
 GROWTH = (1024, 2048, 4096, 8192, 16384)
 COMMITTED = machine.ROOT / "benchmarks" / "results" / "cpu.json"
 
@@ -146,6 +146,9 @@ def _tasks(options: argparse.Namespace, settings: Settings) -> Iterator[tuple[st
     for dtype in dtypes if "unet" in options.sections else ():
         side = visual_in_context.QUICK_SIDE if options.quick else visual_in_context.SIDE
         yield f"UNet layer, {dtype}", lambda n=side, d=dtype: visual_in_context.measure(n, d, settings)
+    for dtype in dtypes if "methods" in options.sections else ():
+        sizes = (methods.QUICK_SIDE, methods.QUICK_TOKENS) if options.quick else (methods.SIDE, methods.TOKENS)
+        yield f"methods, {dtype}", lambda s=sizes, d=dtype: methods.measure(*s, d, settings)
     if "growth" in options.sections:
         tokens = (128, 256, 512) if options.quick else GROWTH
         yield f"growth, {dtypes[0]}", lambda: growth.measure(tokens, dtypes[0], settings)
@@ -170,7 +173,7 @@ def _show(console: Console, results: Row) -> None:
     for row in results["rows"]:
         missing |= row["missing"]
         dtype = row["dtype"].replace("bfloat", "bf").replace("float", "fp")
-        if row["section"] in ("layer", "unet", "growth"):
+        if row["section"] in ("layer", "unet", "methods", "growth"):
             kind = {"layer": "FLUX layer", "unet": "UNet layer, SD-VICL"}.get(row["section"], row["section"])
             what = f"{kind} {row['shape'].get('size', '')}".rstrip()
             pairs = (

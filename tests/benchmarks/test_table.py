@@ -33,7 +33,7 @@ def test_file(tmp_path: Path) -> None:
     )
     assert results["machine"]["threads"] == results["conditions"]["threads"] == 1
     sections = {row["section"] for row in results["rows"]}
-    assert sections == {"forward", "forward and backward", "layer", "unet", "growth"}
+    assert sections == {"forward", "forward and backward", "layer", "unet", "methods", "growth"}
     for row in results["rows"]:
         assert row["dtype"] in ("bfloat16", "float32")
         for cell in row["seconds"].values():
