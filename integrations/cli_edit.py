@@ -8,27 +8,29 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .cli_model import Backend, Device, Dtype, Offload, Out, Precision, Seed, load
-from .cli_vicl import Model, Width
+from .cli_vicl import Width
 from .output import check_pictures, write_pictures
 
 if TYPE_CHECKING:
     from .pipelines import PromptEditingOutput
 
+KV_EDIT = "kv-edit"
 Words = Annotated[list[str] | None, typer.Option(help="What the edit is about, in --prompt: it stays there. Repeat it.")]
 
 
 def edit(
-    method: Annotated[str, typer.Option(help="masactrl, plug-and-play, prompt-to-prompt or infedit.")],
+    method: Annotated[str, typer.Option(help="masactrl, plug-and-play, prompt-to-prompt, infedit; kv-edit on FLUX.")],
     image: Annotated[Path, typer.Option(help="Photo to change.")],
     prompt: Annotated[str, typer.Option(help="What the result shows.")],
-    model: Model,
+    model: Annotated[str, typer.Option(help="Stable Diffusion 1.x or 2.x, for kv-edit FLUX.1: a name or a diffusers folder.")],
     output: Out,
+    mask: Annotated[Path | None, typer.Option(help="kv-edit: of the image's size, white where to paint.")] = None,
     source_prompt: Annotated[str, typer.Option(help="What the photo shows.")] = "",
     word: Words = None,
     source_word: Annotated[list[str] | None, typer.Option(help="The same in --source-prompt. Repeat it.")] = None,
     negative_prompt: Annotated[str, typer.Option(help="What guidance leads away from.")] = "",
-    steps: Annotated[int | None, typer.Option(min=1, help="Levels of noise. Default: 50; infedit: 15.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Default: 7.5; plug-and-play: 10, infedit: 2.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Levels of noise. Default: 50; infedit: 15, kv-edit: 28.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Default: 7.5; plug-and-play: 10, infedit: 2, kv-edit: 5.5.")] = None,
     inversion_iterations: Annotated[int, typer.Option(min=1, help="Calls of the model for a step of the inversion.")] = 1,
     reconstruction: Annotated[Path | None, typer.Option(help="Also write what the autoencoder leaves of the photo.")] = None,
     seed: Seed = 0,
@@ -39,17 +41,32 @@ def edit(
     offload: Offload = False,
     backend: Backend = "auto",
 ) -> None:
-    """Change a photo by a changed prompt, without training: four methods on Stable Diffusion's attention."""
+    """Change a photo by a changed prompt, without training: four methods on Stable Diffusion, one on FLUX."""
     from .pipelines import images as im
     from .pipelines.prompt_editing import METHODS
 
     check_pictures({"output": output, "reconstruction": reconstruction})
     # Before a model is loaded, which takes minutes.
-    if method not in METHODS:
-        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+    if method not in (*METHODS, KV_EDIT):
+        raise ValueError(f"method: expected one of {', '.join(METHODS)}, {KV_EDIT}, got {method!r}")
+    if (mask is None) is (method == KV_EDIT):
+        raise ValueError(f"mask: {KV_EDIT} needs one, and the other methods have no use for it")
     if bool(word) != bool(source_word):
         raise ValueError("word: expected it together with --source-word, or neither")
     photo = im.open_image(image)
+    if method == KV_EDIT:
+        given = {"word": word, "negative_prompt": negative_prompt or None, "reconstruction": reconstruction}
+        if wrong := [name for name, value in given.items() if value]:
+            raise ValueError(f"{wrong[0]}: {KV_EDIT} has no use for it")
+        im.panel_size((16, 16), width=width, height=height, multiple=16)
+        hole = im.open_mask(mask, photo.size)  # type: ignore[arg-type]
+        options = {"steps": steps, "guidance_scale": guidance, "width": width, "height": height}
+        pipe = load("KVEditPipeline", model, dtype, device, offload, backend)
+        chosen = {name: value for name, value in options.items() if value is not None}
+        made = pipe(photo, hole, prompt, source_prompt=source_prompt, **chosen)
+        write_pictures({output: lambda path: made.image.save(path, quality=95)})
+        print(f"the picture is {output}; {len(made.tokens)} of {made.latents.shape[1]} image tokens were computed in a step")
+        return
     im.panel_size((8, 8), width=width, height=height, multiple=8)
     pipe = load("PromptEditingPipeline", model, dtype, device, offload, backend)
     result: PromptEditingOutput = pipe(

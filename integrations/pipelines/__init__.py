@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .appearance_transfer import AppearanceTransferOutput, AppearanceTransferPipeline
     from .in_context_brush import InContextBrushOutput, InContextBrushPipeline
+    from .kv_editing import KVEditOutput, KVEditPipeline
     from .prompt_editing import PromptEditingOutput, PromptEditingPipeline
     from .subject import SubjectFinder
     from .visual_icl import VisualICLOutput, VisualICLPipeline
@@ -17,6 +18,8 @@ __all__ = [
     "AppearanceTransferPipeline",
     "InContextBrushOutput",
     "InContextBrushPipeline",
+    "KVEditOutput",
+    "KVEditPipeline",
     "PromptEditingOutput",
     "PromptEditingPipeline",
     "SubjectFinder",
@@ -28,6 +31,8 @@ _HOMES = {
     "AppearanceTransferPipeline": ".appearance_transfer",
     "InContextBrushOutput": ".in_context_brush",
     "InContextBrushPipeline": ".in_context_brush",
+    "KVEditOutput": ".kv_editing",
+    "KVEditPipeline": ".kv_editing",
     "PromptEditingOutput": ".prompt_editing",
     "PromptEditingPipeline": ".prompt_editing",
     "SubjectFinder": ".subject",

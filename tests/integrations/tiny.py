@@ -10,8 +10,9 @@ TEXT, ROWS, COLUMNS = 7, 6, 4  # text tokens; grid of image tokens: a vertical d
 
 
 def tiny_flux(
-    *, double: int = 2, single: int = 2, heads: int = 4, head_dim: int = 32, in_channels: int = 8, out_channels: int = 8
-) -> FluxTransformer2DModel:
+    *, double: int = 2, single: int = 2, heads: int = 4, head_dim: int = 32, in_channels: int = 8, out_channels: int = 8,
+    joint: int = 16, pooled: int = 16,
+) -> FluxTransformer2DModel:  # fmt: skip
     """Two blocks of each kind, 4 heads of 32; every parameter is random, and attention weighs in the output.
 
     Fresh diffusers models have unit norms and small weights, under which a control hardly shows.
@@ -25,8 +26,8 @@ def tiny_flux(
         num_single_layers=single,
         attention_head_dim=head_dim,
         num_attention_heads=heads,
-        joint_attention_dim=16,
-        pooled_projection_dim=16,
+        joint_attention_dim=joint,
+        pooled_projection_dim=pooled,
         axes_dims_rope=(head_dim // 4, head_dim // 8 * 3, head_dim // 8 * 3),
     ).eval()
     with torch.no_grad():

@@ -1,0 +1,240 @@
+"""KV-Edit from a photo to a picture: new content in a region, before a background that stays as it is."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..diffusers import Handle, apply
+from ..methods import KVEdit
+from ..methods.kv_edit import paste, reblend
+from ..methods.token_masks import packed_mask, token_mask
+from . import images as im
+from .images import ImageLike
+from .stable_diffusion import check_number
+
+
+@dataclass
+class KVEditOutput:
+    """What one call made.
+
+    Attributes:
+        image: the result, RGB, of the photo's own size, the photo's own pixels outside of the mask.
+        latents: (1, image tokens, channels), packed; outside of the masked tokens they are the photo's.
+        tokens: the image tokens that were edited.
+        size: (width, height) in pixels at which the model saw the photo.
+        method: with the keys and values that the inversion left, for other edits of the same photo.
+    """
+
+    image: Image.Image
+    latents: Tensor
+    tokens: Tensor
+    size: tuple[int, int]
+    method: KVEdit
+
+
+class KVEditPipeline:
+    """KV-Edit (arXiv 2502.17363) with the parts of a FluxPipeline.
+
+        pipe = KVEditPipeline.from_pretrained("black-forest-labs/FLUX.1-dev", dtype=torch.bfloat16).to("cuda")
+        pipe("park.jpg", "bench.png", "a bench in a park", source_prompt="a park").image.save("out.png")
+
+    The photo is inverted by Euler with all of its tokens; the edit's calls hold text and masked tokens alone, which makes
+    them as much cheaper as the mask is small. Defaults are the released code's. The wrapped pipeline is `pipe.pipe`.
+
+    Args:
+        pipe: a diffusers FluxPipeline. backend: as in flashbrush.attention.
+
+    Raises:
+        TypeError: another pipeline.
+    """
+
+    def __init__(self, pipe: Any, *, backend: str = "auto") -> None:
+        from diffusers import FluxPipeline
+
+        if not isinstance(pipe, FluxPipeline):
+            raise TypeError(f"pipe: expected a FluxPipeline, got {type(pipe).__name__}")
+        self.pipe: Any = pipe
+        self.backend = backend
+
+    @classmethod
+    def from_pretrained(cls, model: str | os.PathLike[str], *, backend: str = "auto", **options: Any) -> KVEditPipeline:
+        """Load from a hub id or a diffusers folder; safetensors only.
+
+        Args:
+            model: FLUX.1-dev, or another checkpoint of FluxPipeline. backend: as above.
+            options: passed on to FluxPipeline.from_pretrained (dtype, device_map, revision ...). Without a dtype, bfloat16.
+
+        Raises:
+            OSError: not found. ValueError: a folder, or weights, of another kind of model.
+        """
+        from diffusers import FluxPipeline
+
+        folder = os.fspath(model)
+        if os.path.isdir(folder) and not os.path.exists(os.path.join(folder, "transformer")):
+            raise ValueError(f"model: {folder} is not a FLUX checkpoint: it has no transformer")
+        if "torch_dtype" not in options:
+            options.setdefault("dtype", torch.bfloat16)
+        return cls(FluxPipeline.from_pretrained(model, use_safetensors=True, **options), backend=backend)
+
+    def to(self, *args: Any, **options: Any) -> KVEditPipeline:
+        """As DiffusionPipeline.to."""
+        self.pipe.to(*args, **options)
+        return self
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: ImageLike,
+        mask: ImageLike,
+        prompt: str,
+        *,
+        source_prompt: str = "",
+        steps: int = 28,
+        skip: int = 4,
+        guidance_scale: float = 5.5,
+        inversion_guidance: float = 1.5,
+        attn_scale: float = 1.0,
+        masked_inversion: bool = False,
+        keep_device: torch.device | str | None = None,
+        keep_dtype: torch.dtype | None = None,
+        width: int | None = None,
+        height: int | None = None,
+        paste_back: bool = True,
+        max_sequence_length: int = 512,
+        progress: bool = True,
+    ) -> KVEditOutput:
+        """Edit a region of a photo.
+
+        Args:
+            image: a file, a PIL image, or a uint8 array. mask: of its size, white where to paint.
+            prompt: what the result shows. source_prompt: what the photo shows.
+            steps: levels of noise. skip: of them left out at the noisy end; more of the photo is left in the region then.
+            guidance_scale, inversion_guidance: FLUX.1-dev's embedded guidance, of the edit and of the inversion.
+            attn_scale, masked_inversion, keep_device, keep_dtype: as in KVEdit.
+            width, height: at which the model sees the photo, multiples of 16; None: near the photo's.
+            paste_back: put the painted region into the photo, whose other pixels stay identical; False: the model's picture.
+            max_sequence_length: as in FluxPipeline, cut to the tokenizer's.
+            progress: show a progress bar.
+
+        Raises:
+            TypeError, ValueError, FileNotFoundError: naming the argument, what was expected and what came.
+            FloatingPointError: the latents are no longer finite.
+        """
+        for name, text in (("prompt", prompt), ("source_prompt", source_prompt)):
+            if not isinstance(text, str):
+                raise TypeError(f"{name}: expected a string, got {type(text).__name__}")
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"steps: expected an integer of at least 1, got {steps!r}")
+        if isinstance(skip, bool) or not isinstance(skip, int) or not 0 <= skip < steps:
+            raise ValueError(f"skip: expected an integer from 0 to {steps - 1}, as there are {steps} steps, got {skip!r}")
+        check_number("guidance_scale", guidance_scale)
+        check_number("inversion_guidance", inversion_guidance)
+        pipe = self.pipe
+        photo = im.flatten(im.open_image(image))
+        hole = im.open_mask(mask, photo.size)
+        size = im.panel_size(photo.size, width=width, height=height, multiple=2 * pipe.vae_scale_factor)
+        clean, ids = self._encode(im.resize_photo(photo, size))
+        cells = self._cells(im.resize_mask(hole, size))
+        times = self._times(steps, clean.shape[1])[skip:]
+        method = KVEdit(
+            token_mask(cells), times, attn_scale=attn_scale, masked_inversion=masked_inversion, keep_device=keep_device,
+            keep_dtype=keep_dtype,
+        )  # fmt: skip
+        length = min(max_sequence_length, pipe.tokenizer_2.model_max_length)
+        texts = [self._embed(text, length) for text in (source_prompt, prompt)]
+        inside = packed_mask(cells, pipe.vae.config.latent_channels)
+        with (
+            apply(pipe.transformer, method, backend=self.backend) as handle,
+            self._bar(2 * len(times) - 2, progress) as bar,
+        ):
+            up = self._climb(handle, clean, ids, times, texts[0], inversion_guidance, bar)
+            tokens = method.tokens.to(clean.device)
+            method.phase = "edit"
+            handle.reset()
+            latents = up[-1][:, tokens]
+            for i, (time, lower) in enumerate(pairwise(times)):
+                handle.set_step(i, len(times) - 1, time)
+                latents = reblend(latents, up[len(times) - 1 - i], inside.to(clean.device), tokens)
+                velocity = self._velocity(latents, ids[tokens], time, texts[1], guidance_scale)
+                latents = latents + (lower - time) * velocity
+                bar.update()
+        final = paste(clean, latents, tokens)
+        if not bool(final.isfinite().all()):
+            raise FloatingPointError(f"the latents are no longer finite in {pipe.transformer.dtype}: try bfloat16 or float32")
+        made = self._decode(final, size)
+        whole = (0, 0, *photo.size)
+        made = im.paste_back(made, photo, hole, whole) if paste_back else im.resize_photo(made, photo.size)
+        return KVEditOutput(made, final, method.tokens, size, method)
+
+    def _climb(
+        self, handle: Handle, clean: Tensor, ids: Tensor, times: list[float], text: tuple, guidance: float, bar: Any
+    ) -> list[Tensor]:
+        """The photo's latents at all times, rising."""
+        up = [clean]
+        for i, (time, upper) in enumerate(pairwise(times[::-1])):
+            handle.set_step(i, len(times) - 1, time)
+            up.append(up[-1] + (upper - time) * self._velocity(up[-1], ids, time, text, guidance))
+            bar.update()
+        return up
+
+    def _velocity(self, latents: Tensor, ids: Tensor, time: float, text: tuple, guidance: float) -> Tensor:
+        transformer, (embedded, pooled, text_ids) = self.pipe.transformer, text
+        scale = None
+        if transformer.config.guidance_embeds:
+            scale = torch.full((1,), guidance, device=latents.device, dtype=torch.float32)
+        return transformer(
+            hidden_states=latents.to(transformer.dtype), encoder_hidden_states=embedded, pooled_projections=pooled,
+            timestep=torch.full((1,), time, device=latents.device, dtype=transformer.dtype), guidance=scale, img_ids=ids,
+            txt_ids=text_ids, return_dict=False,
+        )[0].float()  # fmt: skip
+
+    def _times(self, steps: int, tokens: int) -> list[float]:
+        """Noise levels as the pipeline takes them, falling, 0 the last."""
+        import numpy as np
+        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+        scheduler = type(self.pipe.scheduler).from_config(self.pipe.scheduler.config)
+        config = scheduler.config
+        names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+        mu = calculate_shift(tokens, *(config[name] for name in names))
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
+        return [float(sigma) for sigma in scheduler.sigmas]
+
+    def _embed(self, text: str, length: int) -> tuple[Tensor, Tensor, Tensor]:
+        return self.pipe.encode_prompt(text, None, device=self.pipe._execution_device, max_sequence_length=length)
+
+    def _encode(self, photo: Image.Image) -> tuple[Tensor, Tensor]:
+        """(packed latents (1, tokens, channels) float32, their ids (tokens, 3))"""
+        pipe, vae = self.pipe, self.pipe.vae
+        pixels = pipe.image_processor.preprocess(photo).to(pipe._execution_device, vae.dtype)
+        latents = (vae.encode(pixels).latent_dist.mode().float() - vae.config.shift_factor) * vae.config.scaling_factor
+        rows, columns = latents.shape[2] // 2, latents.shape[3] // 2
+        ids = pipe._prepare_latent_image_ids(1, rows, columns, latents.device, pipe.transformer.dtype)
+        return pipe._pack_latents(latents, *latents.shape), ids
+
+    def _decode(self, latents: Tensor, size: tuple[int, int]) -> Image.Image:
+        pipe, vae = self.pipe, self.pipe.vae
+        unpacked = pipe._unpack_latents(latents, size[1], size[0], pipe.vae_scale_factor)
+        pixels = vae.decode((unpacked / vae.config.scaling_factor + vae.config.shift_factor).to(vae.dtype), return_dict=False)[0]
+        pipe.maybe_free_model_hooks()
+        return pipe.image_processor.postprocess(pixels.float(), output_type="pil")[0]
+
+    def _cells(self, mask: Image.Image) -> Tensor:
+        """bool (rows, columns): latents of which any pixel is on."""
+        side = self.pipe.vae_scale_factor
+        pixels = torch.frombuffer(bytearray(mask.tobytes()), dtype=torch.uint8)
+        cells = pixels.reshape(mask.height // side, side, mask.width // side, side)
+        return cells.amax((1, 3)) > 0
+
+    def _bar(self, total: int, progress: bool) -> Any:
+        from tqdm.auto import tqdm
+
+        config: dict[str, Any] = {"desc": "inverting, editing", **getattr(self.pipe, "_progress_bar_config", {})}
+        return tqdm(total=total, **(config if progress else {**config, "disable": True}))

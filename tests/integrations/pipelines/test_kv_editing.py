@@ -1,0 +1,155 @@
+"""KVEditPipeline and flashbrush edit --method kv-edit, on a tiny FLUX with the text encoders of the tiny model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+from PIL import Image
+from skimage import data
+
+from flashbrush.integrations import KVEditPipeline
+from flashbrush.integrations.diffusers import apply
+
+from ..command import flashbrush
+from ..tiny import tiny_flux
+
+
+@pytest.fixture(scope="module")
+def folder(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A FluxPipeline in the standard format: the tiny model's autoencoder and text encoders, a random transformer."""
+    from diffusers import FluxFillPipeline
+
+    parts = dict(FluxFillPipeline.from_pretrained(checkpoint, torch_dtype=torch.float32).components)
+    channels = 4 * parts["vae"].config.latent_channels
+    width = parts["text_encoder_2"].config.d_model
+    pooled = parts["text_encoder"].config.projection_dim
+    transformer = tiny_flux(double=1, single=1, in_channels=channels, out_channels=channels, joint=width, pooled=pooled)
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_image_seq_len=16, max_image_seq_len=256)
+    unused = {"image_encoder": None, "feature_extractor": None}
+    pipe = FluxPipeline(**(parts | unused | {"transformer": transformer, "scheduler": scheduler}))
+    where = tmp_path_factory.mktemp("flux") / "model"
+    pipe.save_pretrained(where, safe_serialization=True)
+    return where
+
+
+@pytest.fixture(scope="module")
+def pipe(folder: Path) -> KVEditPipeline:
+    return KVEditPipeline.from_pretrained(folder, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def photo() -> Image.Image:
+    return Image.fromarray(data.coffee()).resize((64, 48))
+
+
+@pytest.fixture(scope="module")
+def mask() -> Image.Image:
+    picture = Image.new("L", (64, 48), 0)
+    picture.paste(255, (17, 9, 39, 30))
+    return picture
+
+
+OPTIONS = {"source_prompt": "a photo of a cup", "steps": 4, "skip": 1, "progress": False, "width": 64, "height": 48}
+
+
+def test_the_background_stays(pipe: KVEditPipeline, photo: Image.Image, mask: Image.Image) -> None:
+    result, again = (pipe(photo, mask, "a red moon", **OPTIONS) for _ in range(2))
+    assert torch.equal(result.latents, again.latents) and result.image.size == photo.size
+    # 8 x 8 pixels a token: columns 2 to 4, rows 1 to 3.
+    assert result.tokens.tolist() == [8 * row + column for row in (1, 2, 3) for column in (2, 3, 4)]
+    clean, _ = pipe._encode(photo)
+    others = torch.ones(clean.shape[1], dtype=torch.bool)
+    others[result.tokens] = False
+    assert torch.equal(result.latents[:, others], clean[:, others])
+    assert float((result.latents[:, ~others] - clean[:, ~others]).abs().max()) > 0.05
+    outside = np.asarray(mask) == 0
+    assert np.array_equal(np.asarray(result.image)[outside], np.asarray(photo)[outside])
+    assert not np.array_equal(np.asarray(result.image)[~outside], np.asarray(photo)[~outside])
+
+
+def test_an_edit_computes_the_masked_tokens_alone(pipe: KVEditPipeline, photo: Image.Image, mask: Image.Image) -> None:
+    seen: list[int] = []
+    hook = pipe.pipe.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["hidden_states"].shape[1]), with_kwargs=True
+    )
+    try:
+        pipe(photo, mask, "a red moon", **OPTIONS)
+    finally:
+        hook.remove()
+    assert seen == [48] * 3 + [9] * 3
+
+
+def test_the_same_prompt_brings_the_photo_back(pipe: KVEditPipeline, photo: Image.Image, mask: Image.Image) -> None:
+    """To the error of Euler's steps, which more of them make smaller."""
+    clean, _ = pipe._encode(photo)
+    errors = []
+    for steps in (8, 64):
+        options = OPTIONS | {"steps": steps, "skip": steps // 2, "attn_scale": 0.0}
+        options |= {"guidance_scale": 1.5, "inversion_guidance": 1.5}
+        result = pipe(photo, mask, OPTIONS["source_prompt"], **options)
+        errors.append(float((result.latents - clean).abs().max() / clean.abs().max()))
+    assert errors[1] < 0.4 * errors[0]
+
+
+@pytest.mark.parametrize(
+    "change", [{"prompt": "a green star"}, {"source_prompt": "a moon"}, {"attn_scale": 3.0}, {"skip": 2}, {"masked_inversion": True}],
+    ids=str,
+)  # fmt: skip
+def test_what_is_asked_for_matters(change: dict, pipe: KVEditPipeline, photo: Image.Image, mask: Image.Image) -> None:
+    plain = pipe(photo, mask, "a red moon", **OPTIONS)
+    prompt = change.get("prompt", "a red moon")
+    changed = pipe(photo, mask, prompt, **OPTIONS | {n: v for n, v in change.items() if n != "prompt"})
+    assert float((plain.latents - changed.latents).abs().max()) > 1e-4
+
+
+def test_the_model_is_left_as_it_was(pipe: KVEditPipeline, photo: Image.Image, mask: Image.Image) -> None:
+    before = list(pipe.pipe.transformer.attn_processors.values())
+    pipe(photo, mask, "a red moon", **OPTIONS)
+    assert all(a is b for a, b in zip(before, pipe.pipe.transformer.attn_processors.values(), strict=True))
+    with apply(pipe.pipe.transformer):  # nobody else's control is in place
+        pass
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"steps": 0}, "steps: expected an integer of at least 1"),
+        ({"skip": 4}, "skip: expected an integer from 0 to 3"),
+        ({"guidance_scale": float("inf")}, "guidance_scale: expected a finite number"),
+        ({"width": 60}, "width"),
+        ({"mask": Image.new("L", (64, 48), 0)}, "mask"),
+    ],
+    ids=["steps", "skip", "guidance", "width", "mask"],
+)
+def test_wrong_input(wrong: dict, said: str, pipe: KVEditPipeline, photo: Image.Image, mask: Image.Image) -> None:
+    options = OPTIONS | {n: v for n, v in wrong.items() if n != "mask"}
+    with pytest.raises(ValueError, match=said):
+        pipe(photo, wrong.get("mask", mask), "a red moon", **options)
+
+
+def test_another_pipeline_is_refused(checkpoint: Path) -> None:
+    with pytest.raises(TypeError, match="expected a FluxPipeline, got str"):
+        KVEditPipeline("FLUX")
+    with pytest.raises(ValueError, match="is not a FLUX checkpoint"):
+        KVEditPipeline.from_pretrained(checkpoint / "vae")
+
+
+def test_the_command(
+    folder: Path, photo: Image.Image, mask: Image.Image, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photo.save(tmp_path / "cup.png")
+    mask.save(tmp_path / "mask.png")
+    call = ["edit", "--method", "kv-edit", "--image", tmp_path / "cup.png", "--prompt", "a red moon", "--model", folder,
+            "--width", 64, "--height", 48, "--steps", 6, "--dtype", "float32"]  # fmt: skip
+    code, said, err = flashbrush(capsys, *call, "--mask", tmp_path / "mask.png", "-o", tmp_path / "out.png")
+    assert code == 0, err
+    assert Image.open(tmp_path / "out.png").size == (64, 48) and "9 of 48 image tokens" in said
+    code, _, err = flashbrush(capsys, *call, "-o", tmp_path / "none.png")
+    assert code == 2 and "mask: kv-edit needs one" in err and not (tmp_path / "none.png").exists()
+    more = ["--mask", tmp_path / "mask.png", "--negative-prompt", "blue", "-o", tmp_path / "none.png"]
+    code, _, err = flashbrush(capsys, *call, *more)
+    assert code == 2 and "negative_prompt: kv-edit has no use for it" in err
