@@ -23,10 +23,10 @@ def folder(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A FluxPipeline in the standard format: the tiny model's autoencoder and text encoders, a random transformer."""
     from diffusers import FluxFillPipeline
 
-    parts = dict(FluxFillPipeline.from_pretrained(checkpoint, torch_dtype=torch.float32).components)
+    parts = dict(FluxFillPipeline.from_pretrained(checkpoint, dtype=torch.float32).components)
     channels = 4 * parts["vae"].config.latent_channels
     width = parts["text_encoder_2"].config.d_model
-    pooled = parts["text_encoder"].config.projection_dim
+    pooled = parts["text_encoder"].config.hidden_size
     transformer = tiny_flux(double=1, single=1, in_channels=channels, out_channels=channels, joint=width, pooled=pooled)
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_image_seq_len=16, max_image_seq_len=256)
     unused = {"image_encoder": None, "feature_extractor": None}
@@ -95,10 +95,10 @@ def test_the_same_prompt_brings_the_photo_back(pipe: KVEditPipeline, photo: Imag
     assert errors[1] < 0.4 * errors[0]
 
 
-@pytest.mark.parametrize(
-    "change", [{"prompt": "a green star"}, {"source_prompt": "a moon"}, {"attn_scale": 3.0}, {"skip": 2}, {"masked_inversion": True}],
-    ids=str,
-)  # fmt: skip
+CHANGES = [{"prompt": "a green star"}, {"source_prompt": "a moon"}, {"attn_scale": 3.0}, {"skip": 2}, {"masked_inversion": True}]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=str)
 def test_what_is_asked_for_matters(change: dict, pipe: KVEditPipeline, photo: Image.Image, mask: Image.Image) -> None:
     plain = pipe(photo, mask, "a red moon", **OPTIONS)
     prompt = change.get("prompt", "a red moon")
