@@ -183,7 +183,8 @@ def _adapters(layer: Any, regions: Tensor, dtype: torch.dtype, generator: torch.
         from diffusers.models.attention_processor import Attention, IPAdapterAttnProcessor2_0
 
         attn = Attention(320, cross_attention_dim=channels, heads=8, dim_head=40)
-        processor: Any = IPAdapterAttnProcessor2_0(320, channels, num_tokens=(4, 4), scale=[0.7, 0.7]).to(dtype)
+        kind: Any = IPAdapterAttnProcessor2_0  # annotated as taking one scale
+        processor = kind(320, channels, num_tokens=(4, 4), scale=[0.7, 0.7]).to(dtype)
         for i, pair in enumerate(weights):
             processor.to_k_ip[i].weight, processor.to_v_ip[i].weight = (torch.nn.Parameter(w) for w in pair)
         for which, t in (("to_q", q), ("to_k", k), ("to_v", v)):

@@ -105,7 +105,8 @@ def maps_report(output: InContextBrushOutput, maps: AttentionMaps, title: str = 
     columns = 1 + len(means)
     figure = Figure(figsize=(max(columns * CELL, 8), 2 * CELL + HEIGHT + 0.8), layout="constrained", facecolor="white")
     figure.suptitle(shorten(title, 110, placeholder=" …") or "In-Context Brush", fontsize=12, color=INK)
-    above, below = figure.subfigures(2, 1, height_ratios=(2 * CELL, HEIGHT))
+    halves: Any = figure.subfigures(2, 1, height_ratios=(2 * CELL, HEIGHT))
+    above, below = halves
     axes = above.subplots(1, columns, squeeze=False)[0]
     for place, (name, mean) in zip(axes, {"canvas": None, **means}.items(), strict=True):
         place.imshow(np.asarray(canvas.convert("L" if mean is not None else "RGB")), cmap="gray", vmin=0, vmax=255)

@@ -150,7 +150,7 @@ def _renames(a: Plan, b: Plan) -> dict[str, str]:
     return new
 
 
-def _renamed(plan: Plan, names: Mapping[str, str]) -> dict[str, tuple[Tensor, Tensor]]:
+def _renamed(plan: Plan, names: Mapping[str, str]) -> Extra:
     return {names.get(name, name): pair for name, pair in (plan.extra or {}).items()}
 
 

@@ -148,34 +148,27 @@ class PromptEditingPipeline(StableDiffusionParts):
         length = tokenizer.model_max_length
         pairs = ((source, source_words), (prompt, words))
         tokens = [word_tokens(text, chosen, tokenizer, length) for text, chosen in pairs]
-        own = None if isinstance(method, str) else method
-        if kind == "masactrl":
-            ready = MasaCtrl() if own is None else replace(own)
-            if words and ready.masks is None:
-                # Of [source, edit] twice, the conditional half comes last.
-                ready.masks = WordMaps({-2: tokens[0], -1: tokens[1]})
-            return ready
-        if kind == "plug-and-play":
-            if words:
-                raise ValueError("words: Plug-and-Play has no use for them")
-            return PlugAndPlay() if own is None else replace(own)
-        edit = None
-        if own is None or not (own.edits if isinstance(own, PromptToPrompt) else (own.edit,))[0].alignment:  # type: ignore[union-attr]
-            # As many words: some are others. Otherwise some are new.
-            same = kind == "prompt-to-prompt" and len(source.split()) == len(prompt.split())
-            align = TokenAlignment.replace if same else TokenAlignment.refine
-            edit = PromptEdit(align(source, prompt, tokenizer, length))
-        if kind == "prompt-to-prompt":
-            ready = PromptToPrompt(edit) if own is None else replace(own)  # type: ignore[arg-type]
-            if own is not None and edit is not None:
-                ready.edits = [replace(one, alignment=edit.alignment) for one in ready.edits]
-            if words and ready.blend is None:
-                ready.blend = LocalBlend(tokens)
-            return ready
-        ready = InfEdit(edit) if own is None else replace(own)  # type: ignore[arg-type]
-        if own is not None and edit is not None:
-            ready.edit = replace(ready.edit, alignment=edit.alignment)
-        if words and ready.blend is None:
+        if kind == "plug-and-play" and words:
+            raise ValueError("words: Plug-and-Play has no use for them")
+        # As many words: some are others. Otherwise some are new.
+        same = kind == "prompt-to-prompt" and len(source.split()) == len(prompt.split())
+        align = TokenAlignment.replace if same else TokenAlignment.refine
+
+        def edited(edit: PromptEdit) -> PromptEdit:
+            return edit if edit.alignment is not None else replace(edit, alignment=align(source, prompt, tokenizer, length))
+
+        # What is given stays as it is.
+        ready = _released(kind) if isinstance(method, str) else replace(method)
+        if isinstance(ready, PromptToPrompt):
+            ready.edits = [edited(one) for one in ready.edits]
+        if isinstance(ready, InfEdit):
+            ready.edit = edited(ready.edit)
+        if words and isinstance(ready, MasaCtrl) and ready.masks is None:
+            # Of [source, edit] twice, the conditional half comes last.
+            ready.masks = WordMaps({-2: tokens[0], -1: tokens[1]})
+        if words and isinstance(ready, PromptToPrompt) and ready.blend is None:
+            ready.blend = LocalBlend(tokens)
+        if words and isinstance(ready, InfEdit) and ready.blend is None:
             ready.blend = MutualBlend(tokens[1], tokens[1])
         return ready
 
@@ -254,3 +247,12 @@ class PromptEditingPipeline(StableDiffusionParts):
                 return outputs
 
             yield predict
+
+
+def _released(kind: str) -> PromptMethod:
+    """With the released code's knobs."""
+    made: dict[str, Callable[[], PromptMethod]] = {
+        "masactrl": MasaCtrl, "plug-and-play": PlugAndPlay,
+        "prompt-to-prompt": lambda: PromptToPrompt([PromptEdit()]), "infedit": lambda: InfEdit(PromptEdit()),
+    }  # fmt: skip
+    return made[kind]()

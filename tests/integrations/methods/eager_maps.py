@@ -85,8 +85,8 @@ def worst_edit(model: UNet2DConditionModel, call: dict, edits: Mapping[int, Edit
     return max(errors)
 
 
-def largest_tensor(model: UNet2DConditionModel, batch: int = 4) -> int:
-    """Elements of the largest one that any of torch's operators returns in a call with 1,024 tokens an image."""
+def largest_tensor(model: UNet2DConditionModel, batch: int = 4, side: int = 32) -> int:
+    """Elements of the largest one that any of torch's operators returns in a call with side * side tokens an image."""
     sizes = [0]
 
     class Sizes(TorchDispatchMode):
@@ -95,7 +95,7 @@ def largest_tensor(model: UNet2DConditionModel, batch: int = 4) -> int:
             sizes.extend(t.numel() for t in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(t, Tensor))
             return out
 
-    call = unet_call(model, batch=batch, side=(32, 32))
+    call = unet_call(model, batch=batch, side=(side, side))
     with Sizes():
         run(model, call)
     return max(sizes)

@@ -26,12 +26,15 @@ TOLERANCE = 1e-5  # float32, relative to the largest output
 GRIDS = {64: (8, 8), 16: (4, 4)}
 
 
-@pytest.mark.parametrize("knobs", [{}, {"form": "groups"}, {"form": "groups", "masks": soft(), "shared": 0.3}], ids=str)
+FORMS = {"bias": {}, "groups": {"form": "groups"}, "soft groups": {"form": "groups", "masks": soft(), "shared": 0.3}}
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("turned", [False, True])
-def test_regional_prompting_with_ip_adapters(knobs: dict, turned: bool) -> None:
+def test_regional_prompting_with_ip_adapters(form: str, turned: bool) -> None:
     """Words keep to their regions, images to theirs, in one launch."""
     case = Case(SD15, (1, 2))
-    regional = RegionalPrompting(**({"masks": two(), "spans": SPANS} | knobs))
+    regional = RegionalPrompting(**({"masks": two(), "spans": SPANS} | FORMS[form]))
     scales, regions = [0.7, 0.5], [None, masks(2)]
     words, images = Eager(regional, GRIDS), case.eager(scales, regions)
 

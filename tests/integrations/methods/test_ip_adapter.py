@@ -139,7 +139,7 @@ def test_equals_diffusers_over_a_run() -> None:
          lambda name: 0.2 if "up_blocks.1.attentions.1" in name else 1.0 * name.startswith("up")),
         ({5: 0.6}, lambda name: 0.6 * name.startswith("mid")),
     ],
-    ids=str,
+    ids=["a place", "the beginning of a name", "a longer name", "an index"],
 )  # fmt: skip
 def test_scales_of_layers(scale: dict, of) -> None:
     case = Case(SD15, (1,))
