@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .appearance_transfer import AppearanceTransferOutput, AppearanceTransferPipeline
     from .in_context_brush import InContextBrushOutput, InContextBrushPipeline
     from .kv_editing import KVEditOutput, KVEditPipeline
+    from .personalization import PersonalizeAnythingOutput, PersonalizeAnythingPipeline
     from .prompt_editing import PromptEditingOutput, PromptEditingPipeline
     from .subject import SubjectFinder
     from .visual_icl import VisualICLOutput, VisualICLPipeline
@@ -20,6 +21,8 @@ __all__ = [
     "InContextBrushPipeline",
     "KVEditOutput",
     "KVEditPipeline",
+    "PersonalizeAnythingOutput",
+    "PersonalizeAnythingPipeline",
     "PromptEditingOutput",
     "PromptEditingPipeline",
     "SubjectFinder",
@@ -33,6 +36,8 @@ _HOMES = {
     "InContextBrushPipeline": ".in_context_brush",
     "KVEditOutput": ".kv_editing",
     "KVEditPipeline": ".kv_editing",
+    "PersonalizeAnythingOutput": ".personalization",
+    "PersonalizeAnythingPipeline": ".personalization",
     "PromptEditingOutput": ".prompt_editing",
     "PromptEditingPipeline": ".prompt_editing",
     "SubjectFinder": ".subject",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -16,6 +15,7 @@ from ..methods import KVEdit
 from ..methods.kv_edit import paste, reblend
 from ..methods.token_masks import packed_mask, token_mask
 from . import images as im
+from .flux_parts import FluxParts
 from .images import ImageLike
 from .stable_diffusion import check_number
 
@@ -39,54 +39,15 @@ class KVEditOutput:
     method: KVEdit
 
 
-class KVEditPipeline:
-    """KV-Edit (arXiv 2502.17363) with the parts of a FluxPipeline.
+class KVEditPipeline(FluxParts):
+    """KV-Edit (arXiv 2502.17363) with the parts of a FluxPipeline; arguments as in FluxParts.
 
         pipe = KVEditPipeline.from_pretrained("black-forest-labs/FLUX.1-dev", dtype=torch.bfloat16).to("cuda")
         pipe("park.jpg", "bench.png", "a bench in a park", source_prompt="a park").image.save("out.png")
 
     The photo is inverted by Euler with all of its tokens; the edit's calls hold text and masked tokens alone, which makes
-    them as much cheaper as the mask is small. Defaults are the released code's. The wrapped pipeline is `pipe.pipe`.
-
-    Args:
-        pipe: a diffusers FluxPipeline. backend: as in flashbrush.attention.
-
-    Raises:
-        TypeError: another pipeline.
+    them as much cheaper as the mask is small. Defaults are the released code's.
     """
-
-    def __init__(self, pipe: Any, *, backend: str = "auto") -> None:
-        from diffusers import FluxPipeline
-
-        if not isinstance(pipe, FluxPipeline):
-            raise TypeError(f"pipe: expected a FluxPipeline, got {type(pipe).__name__}")
-        self.pipe: Any = pipe
-        self.backend = backend
-
-    @classmethod
-    def from_pretrained(cls, model: str | os.PathLike[str], *, backend: str = "auto", **options: Any) -> KVEditPipeline:
-        """Load from a hub id or a diffusers folder; safetensors only.
-
-        Args:
-            model: FLUX.1-dev, or another checkpoint of FluxPipeline. backend: as above.
-            options: passed on to FluxPipeline.from_pretrained (dtype, device_map, revision ...). Without a dtype, bfloat16.
-
-        Raises:
-            OSError: not found. ValueError: a folder, or weights, of another kind of model.
-        """
-        from diffusers import FluxPipeline
-
-        folder = os.fspath(model)
-        if os.path.isdir(folder) and not os.path.exists(os.path.join(folder, "transformer")):
-            raise ValueError(f"model: {folder} is not a FLUX checkpoint: it has no transformer")
-        if "torch_dtype" not in options:
-            options.setdefault("dtype", torch.bfloat16)
-        return cls(FluxPipeline.from_pretrained(model, use_safetensors=True, **options), backend=backend)
-
-    def to(self, *args: Any, **options: Any) -> KVEditPipeline:
-        """As DiffusionPipeline.to."""
-        self.pipe.to(*args, **options)
-        return self
 
     @torch.no_grad()
     def __call__(
@@ -152,7 +113,7 @@ class KVEditPipeline:
         inside = packed_mask(cells, pipe.vae.config.latent_channels)
         with (
             apply(pipe.transformer, method, backend=self.backend) as handle,
-            self._bar(2 * len(times) - 2, progress) as bar,
+            self._bar("inverting, editing", 2 * len(times) - 2, progress) as bar,
         ):
             up = self._climb(handle, clean, ids, times, texts[0], inversion_guidance, bar)
             tokens = method.tokens.to(clean.device)
@@ -183,58 +144,3 @@ class KVEditPipeline:
             up.append(up[-1] + (upper - time) * self._velocity(up[-1], ids, time, text, guidance))
             bar.update()
         return up
-
-    def _velocity(self, latents: Tensor, ids: Tensor, time: float, text: tuple, guidance: float) -> Tensor:
-        transformer, (embedded, pooled, text_ids) = self.pipe.transformer, text
-        scale = None
-        if transformer.config.guidance_embeds:
-            scale = torch.full((1,), guidance, device=latents.device, dtype=torch.float32)
-        return transformer(
-            hidden_states=latents.to(transformer.dtype), encoder_hidden_states=embedded, pooled_projections=pooled,
-            timestep=torch.full((1,), time, device=latents.device, dtype=transformer.dtype), guidance=scale, img_ids=ids,
-            txt_ids=text_ids, return_dict=False,
-        )[0].float()  # fmt: skip
-
-    def _times(self, steps: int, tokens: int) -> list[float]:
-        """Noise levels as the pipeline takes them, falling, 0 the last."""
-        import numpy as np
-        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-
-        scheduler = type(self.pipe.scheduler).from_config(self.pipe.scheduler.config)
-        config = scheduler.config
-        names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-        mu = calculate_shift(tokens, *(config[name] for name in names))
-        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
-        return [float(sigma) for sigma in scheduler.sigmas]
-
-    def _embed(self, text: str, length: int) -> tuple[Tensor, Tensor, Tensor]:
-        return self.pipe.encode_prompt(text, None, device=self.pipe._execution_device, max_sequence_length=length)
-
-    def _encode(self, photo: Image.Image) -> tuple[Tensor, Tensor]:
-        """(packed latents (1, tokens, channels) float32, their ids (tokens, 3))"""
-        pipe, vae = self.pipe, self.pipe.vae
-        pixels = pipe.image_processor.preprocess(photo).to(pipe._execution_device, vae.dtype)
-        latents = (vae.encode(pixels).latent_dist.mode().float() - vae.config.shift_factor) * vae.config.scaling_factor
-        rows, columns = latents.shape[2] // 2, latents.shape[3] // 2
-        ids = pipe._prepare_latent_image_ids(1, rows, columns, latents.device, pipe.transformer.dtype)
-        return pipe._pack_latents(latents, *latents.shape), ids
-
-    def _decode(self, latents: Tensor, size: tuple[int, int]) -> Image.Image:
-        pipe, vae = self.pipe, self.pipe.vae
-        unpacked = pipe._unpack_latents(latents, size[1], size[0], pipe.vae_scale_factor)
-        pixels = vae.decode((unpacked / vae.config.scaling_factor + vae.config.shift_factor).to(vae.dtype), return_dict=False)[0]
-        pipe.maybe_free_model_hooks()
-        return pipe.image_processor.postprocess(pixels.float(), output_type="pil")[0]
-
-    def _cells(self, mask: Image.Image) -> Tensor:
-        """bool (rows, columns): latents of which any pixel is on."""
-        side = self.pipe.vae_scale_factor
-        pixels = torch.frombuffer(bytearray(mask.tobytes()), dtype=torch.uint8)
-        cells = pixels.reshape(mask.height // side, side, mask.width // side, side)
-        return cells.amax((1, 3)) > 0
-
-    def _bar(self, total: int, progress: bool) -> Any:
-        from tqdm.auto import tqdm
-
-        config: dict[str, Any] = {"desc": "inverting, editing", **getattr(self.pipe, "_progress_bar_config", {})}
-        return tqdm(total=total, **(config if progress else {**config, "disable": True}))

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from PIL import Image
 from skimage import data
 
@@ -15,30 +14,11 @@ from flashbrush.integrations import KVEditPipeline
 from flashbrush.integrations.diffusers import apply
 
 from ..command import flashbrush
-from ..tiny import tiny_flux
 
 
 @pytest.fixture(scope="module")
-def folder(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A FluxPipeline in the standard format: the tiny model's autoencoder and text encoders, a random transformer."""
-    from diffusers import FluxFillPipeline
-
-    parts = dict(FluxFillPipeline.from_pretrained(checkpoint, dtype=torch.float32).components)
-    channels = 4 * parts["vae"].config.latent_channels
-    width = parts["text_encoder_2"].config.d_model
-    pooled = parts["text_encoder"].config.hidden_size
-    transformer = tiny_flux(double=1, single=1, in_channels=channels, out_channels=channels, joint=width, pooled=pooled)
-    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_image_seq_len=16, max_image_seq_len=256)
-    unused = {"image_encoder": None, "feature_extractor": None}
-    pipe = FluxPipeline(**(parts | unused | {"transformer": transformer, "scheduler": scheduler}))
-    where = tmp_path_factory.mktemp("flux") / "model"
-    pipe.save_pretrained(where, safe_serialization=True)
-    return where
-
-
-@pytest.fixture(scope="module")
-def pipe(folder: Path) -> KVEditPipeline:
-    return KVEditPipeline.from_pretrained(folder, dtype=torch.float32)
+def pipe(flux_checkpoint: Path) -> KVEditPipeline:
+    return KVEditPipeline.from_pretrained(flux_checkpoint, dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -139,11 +119,11 @@ def test_another_pipeline_is_refused(checkpoint: Path) -> None:
 
 
 def test_the_command(
-    folder: Path, photo: Image.Image, mask: Image.Image, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    flux_checkpoint: Path, photo: Image.Image, mask: Image.Image, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     photo.save(tmp_path / "cup.png")
     mask.save(tmp_path / "mask.png")
-    call = ["edit", "--method", "kv-edit", "--image", tmp_path / "cup.png", "--prompt", "a red moon", "--model", folder,
+    call = ["edit", "--method", "kv-edit", "--image", tmp_path / "cup.png", "--prompt", "a red moon", "--model", flux_checkpoint,
             "--width", 64, "--height", 48, "--steps", 6, "--dtype", "float32"]  # fmt: skip
     code, said, err = flashbrush(capsys, *call, "--mask", tmp_path / "mask.png", "-o", tmp_path / "out.png")
     assert code == 0, err
