@@ -8,6 +8,7 @@ python -m flashbrush.benchmarks.methods takes the arguments of `flashbrush bench
 from __future__ import annotations
 
 import functools
+import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -92,6 +93,28 @@ def cases(side: int, tokens: int, dtype: torch.dtype, seed: int) -> Iterator[tup
     yield "regional_prompting", Case(cross, words.plan(cross, step), functools.partial(_regions, regions, spans), TEXT)
     yield "ip_adapter, two", _adapters(cross, regions, dtype, generator)
 
+    whole_image = Layer(0, "double", None, 24, 128, 512, tokens, 1)
+    omini = m.OminiControl(tokens // 2, strength=0.5)
+    rows = 512 + tokens - tokens // 2
+    yield "omini_control", Case(whole_image, omini.plan(whole_image, step), functools.partial(_weighed, rows, 0.5), 512 + tokens)
+
+    height = next(n for n in range(math.isqrt(tokens), 0, -1) if tokens % n == 0)
+    parameters = m.ICCustomParameters(24 * 128).to(dtype)
+    for p in parameters.parameters():
+        p.requires_grad_(False).copy_(torch.randn(p.shape, generator=generator))
+    custom = m.ICCustom(parameters, grid=(height, tokens // height))
+    registers = [t.unflatten(1, (24, 128))[None].transpose(1, 2) for t in parameters.registers("free")]
+    joined = functools.partial(_before_a_background, registers, 0.0)
+    yield "ic_custom", Case(whole_image, custom.plan(whole_image, step), joined, 512 + tokens)
+
+    text = 333
+    sd3 = Layer(0, "joint", None, 24, 64, text, tokens, 1, None)
+    references = [torch.randn(1, 2 * tokens, 24, 64, generator=generator).to(dtype) for _ in "kv"]
+    shift = m.CustomShift(items=(0,))
+    shift._kept[0] = references[0], references[1]
+    joined = functools.partial(_before_a_background, [t.transpose(1, 2) for t in references], 0.0)
+    yield "custom_shift, two references", Case(sd3, shift.plan(sd3, step), joined, text + tokens)
+
     masked_tokens = tokens // 4
     joint = Layer(0, "double", None, 24, 128, 512, masked_tokens, 1)
     kept = tokens - masked_tokens
@@ -156,6 +179,13 @@ def _before_a_background(background: list[Tensor], scale: float, q: Tensor, k: T
     bias = torch.zeros(own + more_k.shape[2], dtype=q.dtype)
     bias[own:] = scale
     k, v = torch.cat([k, more_k], 2), torch.cat([v, more_v], 2)
+    return torch.softmax(q @ k.mT * q.shape[-1] ** -0.5 + bias, -1) @ v
+
+
+def _weighed(others: int, strength: float, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """OminiControl's first release: a bias for every pair of tokens."""
+    bias = torch.zeros(q.shape[2], k.shape[2], dtype=q.dtype)
+    bias[:others, others:] = bias[others:, :others] = torch.tensor(strength).log()
     return torch.softmax(q @ k.mT * q.shape[-1] ** -0.5 + bias, -1) @ v
 
 
