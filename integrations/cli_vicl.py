@@ -89,9 +89,9 @@ def options(
 ) -> dict[str, Any]:  # fmt: skip
     """Arguments of VisualICLPipeline's call; ValueError names a wrong knob before a model is loaded."""
     from .methods import VisualInContext
+    from .pipelines.checks import check_number
     from .pipelines.ddpm_inversion import check_skip
     from .pipelines.images import panel_size
-    from .pipelines.stable_diffusion import check_number
 
     check_skip(skip, steps)
     check_number("gamma", gamma)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..methods import CrossImageAttention, TransferRoles
 from . import images as im
+from .checks import noise_seed
 from .images import ImageLike
-from .stable_diffusion import noise_seed
 from .swap_guidance import InversionOptions, Scale, SwapGuidancePipeline, guidance_scales
 
 APPEARANCE, STRUCTURE, OUTPUT = 0, 1, 3  # items of a UNet call; 2 is the output without the swap

@@ -15,9 +15,9 @@ from ..methods import KVEdit
 from ..methods.kv_edit import paste, reblend
 from ..methods.token_masks import packed_mask, token_mask
 from . import images as im
-from .flux_parts import FluxParts
+from .checks import check_number
+from .flux import FluxParts
 from .images import ImageLike
-from .stable_diffusion import check_number
 
 
 @dataclass

@@ -16,9 +16,9 @@ from ..methods import PersonalizeAnything, PersonalSubject
 from ..methods.personalize_anything import noised
 from ..methods.token_masks import moved, token_mask
 from . import images as im
-from .flux_parts import FluxParts
+from .checks import check_number, noise_seed
+from .flux import FluxParts
 from .images import ImageLike
-from .stable_diffusion import check_number, noise_seed
 
 
 @dataclass
@@ -93,6 +93,8 @@ class PersonalizeAnythingPipeline(FluxParts):
         if method is not None and not isinstance(method, PersonalizeAnything):
             raise TypeError(f"method: expected a PersonalizeAnything, got {type(method).__name__}")
         base, reported = noise_seed(seed, generator)
+        pictures: list[Any]
+        outlines: list[Any]
         pictures, outlines = (list(x) if isinstance(x, (list, tuple)) else [x] for x in (subject, mask))
         moves = [move] * len(pictures) if all(isinstance(n, int) for n in move) else list(move)
         for name, given in (("mask", outlines), ("move", moves)):

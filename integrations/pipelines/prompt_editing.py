@@ -27,9 +27,10 @@ from ..methods.ddcm import ddcm_step
 from ..methods.token_alignment import word_tokens
 from . import ddim_inversion
 from . import images as im
+from .checks import check_number, noise_seed
 from .ddpm_inversion import DDPMSchedule, noise_predictor
 from .images import ImageLike
-from .stable_diffusion import StableDiffusionParts, check_number, noise_seed
+from .stable_diffusion import StableDiffusionParts
 
 PromptMethod = MasaCtrl | PlugAndPlay | PromptToPrompt | InfEdit
 # name: (its class, steps, guidance), the released codes'

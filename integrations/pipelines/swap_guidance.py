@@ -14,9 +14,10 @@ from torch import Tensor
 
 from ...bindings import adain
 from ..diffusers import Method, apply
+from .checks import check_number
 from .ddpm_inversion import DDPMSchedule, Inversion, check_skip, invert, noise_predictor
 from .inversion_cache import InversionCache, WeightsDigest
-from .stable_diffusion import StableDiffusionParts, check_number
+from .stable_diffusion import StableDiffusionParts
 
 Scale = Callable[[int, int], float]  # (step, steps) -> scale of the swap guidance
 

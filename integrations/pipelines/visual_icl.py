@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..methods import InContextRoles, VisualInContext
 from . import images as im
+from .checks import noise_seed
 from .images import ImageLike
-from .stable_diffusion import noise_seed
 from .swap_guidance import InversionOptions, Scale, SwapGuidancePipeline, guidance_scales
 from .vicl_tasks import Palette, check_palette, check_task, palette_of, read_task
 
