@@ -33,3 +33,16 @@ def noise_seed(seed: int | None, generator: torch.Generator | None) -> tuple[int
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise ValueError(f"seed: expected an integer from 0 to 2**63 - 1, got {seed!r}")
     return seed, seed
+
+
+def check_texts(**texts: Any) -> None:
+    """TypeError unless each is a string."""
+    for name, text in texts.items():
+        if not isinstance(text, str):
+            raise TypeError(f"{name}: expected a string, got {type(text).__name__}")
+
+
+def check_steps(steps: Any) -> None:
+    """ValueError unless it is a number of steps."""
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps: expected an integer of at least 1, got {steps!r}")

@@ -15,7 +15,8 @@ from ..methods import KVEdit
 from ..methods.kv_edit import paste, reblend
 from ..methods.token_masks import packed_mask, token_mask
 from . import images as im
-from .checks import check_number
+from .checks import check_number, check_steps, check_texts
+from .ddpm_inversion import check_skip
 from .flux import FluxParts
 from .images import ImageLike
 
@@ -88,13 +89,9 @@ class KVEditPipeline(FluxParts):
             TypeError, ValueError, FileNotFoundError: naming the argument, what was expected and what came.
             FloatingPointError: the latents are no longer finite.
         """
-        for name, text in (("prompt", prompt), ("source_prompt", source_prompt)):
-            if not isinstance(text, str):
-                raise TypeError(f"{name}: expected a string, got {type(text).__name__}")
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"steps: expected an integer of at least 1, got {steps!r}")
-        if isinstance(skip, bool) or not isinstance(skip, int) or not 0 <= skip < steps:
-            raise ValueError(f"skip: expected an integer from 0 to {steps - 1}, as there are {steps} steps, got {skip!r}")
+        check_texts(prompt=prompt, source_prompt=source_prompt)
+        check_steps(steps)
+        check_skip(skip, steps)
         check_number("guidance_scale", guidance_scale)
         check_number("inversion_guidance", inversion_guidance)
         pipe = self.pipe

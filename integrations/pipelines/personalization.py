@@ -16,7 +16,7 @@ from ..methods import PersonalizeAnything, PersonalSubject
 from ..methods.personalize_anything import noised
 from ..methods.token_masks import moved, token_mask
 from . import images as im
-from .checks import check_number, noise_seed
+from .checks import check_number, check_steps, check_texts, noise_seed
 from .flux import FluxParts
 from .images import ImageLike
 
@@ -84,11 +84,8 @@ class PersonalizeAnythingPipeline(FluxParts):
             TypeError, ValueError, FileNotFoundError: naming the argument, what was expected and what came.
             FloatingPointError: the latents are no longer finite.
         """
-        for name, text in (("prompt", prompt), ("subject_prompt", subject_prompt)):
-            if not isinstance(text, str):
-                raise TypeError(f"{name}: expected a string, got {type(text).__name__}")
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"steps: expected an integer of at least 1, got {steps!r}")
+        check_texts(prompt=prompt, subject_prompt=subject_prompt)
+        check_steps(steps)
         check_number("guidance_scale", guidance_scale)
         if method is not None and not isinstance(method, PersonalizeAnything):
             raise TypeError(f"method: expected a PersonalizeAnything, got {type(method).__name__}")

@@ -27,7 +27,7 @@ from ..methods.ddcm import ddcm_step
 from ..methods.token_alignment import word_tokens
 from . import ddim_inversion
 from . import images as im
-from .checks import check_number, noise_seed
+from .checks import check_number, check_texts, noise_seed
 from .ddpm_inversion import DDPMSchedule, noise_predictor
 from .images import ImageLike
 from .stable_diffusion import StableDiffusionParts
@@ -118,9 +118,7 @@ class PromptEditingPipeline(StableDiffusionParts):
         if kind not in METHODS:
             got = repr(method) if isinstance(method, str) else type(method).__name__
             raise ValueError(f"method: expected one of {', '.join(METHODS)}, or such a method, got {got}")
-        for name, text in (("prompt", prompt), ("source_prompt", source_prompt), ("negative_prompt", negative_prompt)):
-            if not isinstance(text, str):
-                raise TypeError(f"{name}: expected a string, got {type(text).__name__}")
+        check_texts(prompt=prompt, source_prompt=source_prompt, negative_prompt=negative_prompt)
         if bool(words) != bool(source_words):
             raise ValueError("words: expected them together with source_words, or neither")
         steps = METHODS[kind][1] if steps is None else steps
