@@ -29,7 +29,9 @@ def tiny_unet(**changes: Any) -> UNet2DConditionModel:
         "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
         "layers_per_block": 1, "cross_attention_dim": TEXT_WIDTH, "attention_head_dim": 2,
     }  # fmt: skip
-    unet = UNet2DConditionModel(**config | changes).eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        unet = UNet2DConditionModel(**config | changes).eval()
     with torch.no_grad():
         for name, parameter in unet.named_parameters():
             if "attn" in name and parameter.dim() == 2:
