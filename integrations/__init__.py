@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from .pipelines import (
         AppearanceTransferPipeline,
         InContextBrushPipeline,
+        KVEditPipeline,
+        PersonalizeAnythingPipeline,
         PromptEditingPipeline,
         VisualICLPipeline,
     )
