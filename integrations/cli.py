@@ -54,8 +54,8 @@ PACKAGES = {
     "safetensors": "insert, vicl, demo",
     "numpy": "insert, vicl, demo",
     "Pillow": "insert, vicl, demo",
-    "matplotlib": "insert --report, demo",
-    "scikit-image": "demo: its photos",
+    "matplotlib": "insert --report, inspect, eval insert, sweep, demo",
+    "scikit-image": "the photos of demo, eval insert and sweep",
     "torchmetrics": "eval",
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from .methods import AttentionMaps
     from .pipelines import InContextBrushOutput
 
-SEEN = 10  # steps of a run, unless told otherwise: a real model's maps take half a gigabyte for 50
+SEEN = 10  # steps of a run, unless told otherwise: a map of every layer and name is kept for each
 
 
 def inspect(
@@ -53,6 +54,8 @@ def inspect(
 
     if output.exists() and not output.is_dir():
         raise ValueError(f"output: expected a folder, got a file: {output}")
+    if find_spec("matplotlib") is None:
+        raise ImportError("inspect: needs matplotlib, which is not installed")
     method = InContextBrush(alpha_prompt, alpha_subject, gain_span)
     photo = im.open_image(image, "image")
     hole = im.open_mask(mask, photo.size)

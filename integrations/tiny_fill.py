@@ -10,7 +10,7 @@ from ..benchmarks.tiny_fill.canvases import SIDE
 
 HOLE = 0.72  # of a panel's side: what it saw ranges from 0.5 to 0.9
 SUBJECT = 0.62  # of a panel's side, as large as it is to appear: 0.45 to 0.75
-STEPS = 6  # more make noise finer, and the copy no better
+STEPS = 6  # those of the committed tables
 
 
 def options(hole: Image.Image) -> dict[str, Any]:

@@ -76,7 +76,8 @@ class Composition:
         return joined
 
     def attach(self, model: nn.Module) -> list[Any]:
-        return [hook for method in self.methods if hasattr(method, "attach") for hook in method.attach(model)]  # type: ignore[attr-defined]
+        attached = [getattr(method, "attach", None) for method in self.methods]
+        return [hook for attach in attached if attach is not None for hook in attach(model)]
 
     def __repr__(self) -> str:
         return f"compose({', '.join(map(repr, self.methods))})"
@@ -93,9 +94,9 @@ def _join(a: Plan, b: Plan) -> Plan:
             continue
         if other.order is not None:
             raise ValueError("one sorts the tokens of all items, the other has parts of the batch")
-        for what, tables in (("a source", other.source), ("a tensor as scale", isinstance(other.scale, Tensor) or None)):
-            if tables is not None:
-                raise ValueError(f"one has parts of the batch, the other {what} for all of its items")
+        if other.source is not None or isinstance(other.scale, Tensor):
+            what = "a tensor as scale" if other.source is None else "a source"
+            raise ValueError(f"one has parts of the batch, the other {what} for all of its items")
         if other.control is not None and other.control.batches and one.control is not other.control:
             raise ValueError("one has parts of the batch, the other tables for each of its items")
     control, order = _join_controls(a, b)
@@ -132,7 +133,7 @@ def _join_controls(a: Plan, b: Plan) -> tuple[Control | None, Tensor | None]:
         if order is not None and plan.order is None:
             table.sort(order)
         tables.append(table)
-    return _joined(*tables), order
+    return _join_tables(*tables), order
 
 
 def _renames(a: Plan, b: Plan) -> dict[str, str]:
@@ -187,7 +188,7 @@ class _Tables:
         return None if self.gates is None else self.gates[:, :, group]
 
 
-def _joined(a: _Tables, b: _Tables) -> Control:
+def _join_tables(a: _Tables, b: _Tables) -> Control:
     rows = _refine(a.rows, b.rows)
     row_names = _names([(a.rows[i][0], b.rows[j][0]) for i, j, _ in rows], len(a.rows), len(b.rows))
     lengths = [[(t.names[c], t.control.keys.lengths[c]) for c in t.own] for t in (a, b)]

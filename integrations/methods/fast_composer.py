@@ -96,7 +96,8 @@ class FastComposer:
 class Fusion(nn.Module):
     """A subject's image embedding z fused into the word that names it: c = LN(MLP_2(MLP_1([e ; z]) + e)).
 
-    An MLP is LN, linear, GELU, linear; the second one adds its input to its output.
+    An MLP is LN, linear, GELU, linear; the second one adds its input to its output. Parameters have names of our own:
+    published ones do not load.
 
     Args:
         dim: channels of the text's embeddings and of the image's.

@@ -9,6 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from . import images as im
+
 Pipeline = TypeVar("Pipeline", bound="FluxParts")
 
 
@@ -102,10 +104,7 @@ class FluxParts:
 
     def _cells(self, mask: Image.Image) -> Tensor:
         """bool (rows, columns): latents of which any pixel is on."""
-        side = self.pipe.vae_scale_factor
-        pixels = torch.frombuffer(bytearray(mask.tobytes()), dtype=torch.uint8)
-        cells = pixels.reshape(mask.height // side, side, mask.width // side, side)
-        return cells.amax((1, 3)) > 0
+        return torch.from_numpy(im.mask_cells(mask, self.pipe.vae_scale_factor))
 
     def _bar(self, what: str, total: int, progress: bool) -> Any:
         from tqdm.auto import tqdm

@@ -305,3 +305,8 @@ def _multiple(length: float, multiple: int) -> int:
 
 def _times(size: tuple[int, int]) -> str:
     return f"{size[0]}x{size[1]}"
+
+
+def mask_cells(mask: Image.Image, side: int) -> np.ndarray:
+    """bool (rows, columns): squares of side x side pixels of which any is on; side divides the mask's width and height."""
+    return np.asarray(mask).reshape(mask.height // side, side, mask.width // side, side).max(axis=(1, 3)) > 0

@@ -340,10 +340,7 @@ class InContextBrushPipeline:
 
     def _tokens(self, mask: Image.Image) -> Tensor:
         """(image tokens,) bool: tokens of which any pixel is on."""
-        side = 2 * self.pipe.vae_scale_factor
-        pixels = torch.frombuffer(bytearray(mask.tobytes()), dtype=torch.uint8)
-        cells = pixels.reshape(mask.height // side, side, mask.width // side, side)
-        return (cells.amax((1, 3)) > 0).flatten()
+        return torch.from_numpy(im.mask_cells(mask, 2 * self.pipe.vae_scale_factor)).flatten()
 
 
 def _items(given: dict[str, Any]) -> list[dict[str, Any]]:

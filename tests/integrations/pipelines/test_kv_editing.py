@@ -41,7 +41,7 @@ def test_the_background_stays(pipe: KVEditPipeline, photo: Image.Image, mask: Im
     assert torch.equal(result.latents, again.latents) and result.image.size == photo.size
     # 8 x 8 pixels a token: columns 2 to 4, rows 1 to 3.
     assert result.tokens.tolist() == [8 * row + column for row in (1, 2, 3) for column in (2, 3, 4)]
-    clean, _ = pipe._encode(photo)
+    clean = pipe._encode(photo)[0].detach()
     others = torch.ones(clean.shape[1], dtype=torch.bool)
     others[result.tokens] = False
     assert torch.equal(result.latents[:, others], clean[:, others])
@@ -65,7 +65,7 @@ def test_an_edit_computes_the_masked_tokens_alone(pipe: KVEditPipeline, photo: I
 
 def test_the_same_prompt_brings_the_photo_back(pipe: KVEditPipeline, photo: Image.Image, mask: Image.Image) -> None:
     """To the error of Euler's steps, which more of them make smaller."""
-    clean, _ = pipe._encode(photo)
+    clean = pipe._encode(photo)[0].detach()
     errors = []
     for steps in (8, 64):
         options = OPTIONS | {"steps": steps, "skip": steps // 2, "attn_scale": 0.0}
