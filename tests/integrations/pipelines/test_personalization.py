@@ -10,6 +10,7 @@ from PIL import Image
 from skimage import data
 
 from flashbrush.integrations import PersonalizeAnything, PersonalizeAnythingPipeline, PersonalSubject
+from flashbrush.integrations.pipelines import PersonalizeAnythingOutput
 
 from ..command import flashbrush
 
@@ -35,11 +36,17 @@ OPTIONS = {"steps": 4, "seed": 0, "progress": False, "width": 64, "height": 48}
 TOKENS = [8 * row + column for row in (1, 2, 3) for column in (2, 3, 4)]  # 8 x 8 pixels each
 
 
+def subjects(result: PersonalizeAnythingOutput) -> tuple[PersonalSubject, ...]:
+    """Which the method keeps as a tuple."""
+    assert isinstance(result.method.subjects, tuple)
+    return result.method.subjects
+
+
 def test_a_subject_where_it_is_wanted(pipe: PersonalizeAnythingPipeline, photo: Image.Image, mask: Image.Image) -> None:
     here, again = (pipe("a red moon", photo, mask, **OPTIONS) for _ in range(2))
     assert torch.equal(here.latents, again.latents) and here.image.size == (64, 48) and here.seed == 0
     there = pipe("a red moon", photo, mask, move=(8, 16), **OPTIONS)
-    (first,), (second,) = here.method.subjects, there.method.subjects
+    (first,), (second,) = subjects(here), subjects(there)
     device = torch.device("cpu")
     assert first.tokens(True, device).tolist() == first.tokens(False, device).tolist() == TOKENS
     assert second.tokens(True, device).tolist() == [n + 8 + 2 for n in TOKENS]
@@ -70,7 +77,7 @@ def test_two_subjects(pipe: PersonalizeAnythingPipeline, photo: Image.Image, mas
         result = pipe("a red moon", [photo, photo.rotate(180)], [mask, mask], move=[(0, 0), (8, 24)], **OPTIONS)
     finally:
         hook.remove()
-    assert seen == [3] * 4 and [s.item for s in result.method.subjects] == [0, 1]
+    assert seen == [3] * 4 and [s.item for s in subjects(result)] == [0, 1]
 
 
 @pytest.mark.parametrize(
