@@ -5,10 +5,10 @@ from __future__ import annotations
 import warnings
 from types import ModuleType
 
-from .backends import composed, composed_backward, cpu, reference, triton
+from .backends import composed, composed_backward, cpu, cuda, reference, triton
 from .problem import Problem
 
-BACKENDS: dict[str, ModuleType] = {m.name: m for m in (cpu, triton, composed, reference)}
+BACKENDS: dict[str, ModuleType] = {m.name: m for m in (cpu, triton, cuda, composed, reference)}
 FUSED = {"cpu": (cpu,), "cuda": (triton,), "hip": (triton,)}
 
 

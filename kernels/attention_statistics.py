@@ -65,7 +65,7 @@ def value_sums(
 @triton.jit(do_not_specialize=["stride_starts", "n_heads", "n_row_blocks", "n_row_segments", "n_key_segments", "n_rows"])
 def sum_mass_kernel(
     p_partial, p_mass, p_row_starts, stride_starts, n_heads, n_rows, n_row_blocks, n_row_segments, n_key_segments,
-    BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     bh = tl.program_id(0).to(tl.int64)
     p_starts = p_row_starts + (bh // n_heads) * stride_starts
@@ -75,7 +75,7 @@ def sum_mass_kernel(
     m_c = o_c < n_key_segments
     seen = 0
     for r in range(0, n_row_segments):
-        end = seen + tl.cdiv(tl.load(p_starts + r + 1) - tl.load(p_starts + r), BLOCK_M)
+        end = seen + tl.cdiv(tl.load(p_starts + r + 1) - tl.load(p_starts + r), BLOCK_M) * PARTS
         b_mass = tl.zeros([BLOCK_C], tl.float32)
         for t in range(seen, end, BLOCK_T):
             o_t = t + tl.arange(0, BLOCK_T)
@@ -85,13 +85,13 @@ def sum_mass_kernel(
         seen = end
 
 
-def sum_mass(partial: Tensor, row_starts: Tensor, row_segments: int, block_m: int) -> Tensor:
-    """partial (B, H, row blocks, C) -> mass (B, H, R, C) float32; row_starts (1|B, R + 1) int32"""
+def sum_mass(partial: Tensor, row_starts: Tensor, row_segments: int, block_m: int, parts: int = 1) -> Tensor:
+    """partial (B, H, row blocks * parts, C) -> mass (B, H, R, C) float32; row_starts (1|B, R + 1) int32"""
     batch, heads, row_blocks, key_segments = partial.shape
     mass = torch.empty(batch, heads, row_segments, key_segments, dtype=torch.float32, device=partial.device)
     sum_mass_kernel[(batch * heads,)](
         partial, mass, row_starts, item_strides(row_starts)[0], heads, 0, row_blocks, row_segments, key_segments,
-        BLOCK_M=block_m, BLOCK_T=32, BLOCK_C=triton.next_power_of_2(key_segments), num_warps=4,
+        PARTS=parts, BLOCK_M=block_m, BLOCK_T=32, BLOCK_C=triton.next_power_of_2(key_segments), num_warps=4,
     )  # fmt: skip
     return mass
 

@@ -6,7 +6,6 @@ Verified in Triton's interpreter and compiled for GPUs that are not there; not y
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 from ..problem import Problem
 from . import Result
 from . import triton_launch as launch
+from . import triton_statistics as statistics
 from .triton_launch import interpreted
 
 if TYPE_CHECKING:
@@ -73,7 +73,6 @@ def backward(
 
 
 def _forward(p: Problem) -> Result:
-    from ...kernels import attention_statistics as statistics
     from ...kernels.attention_forward import attention_forward
 
     device, B, H, G = p.q.device, p.batch, p.heads, p.n_groups
@@ -99,11 +98,7 @@ def _forward(p: Problem) -> Result:
     lse = torch.empty(B, H, p.rows, G, dtype=torch.float32, device=device) if p.need_stats else None
     partial = torch.empty(B, H, row_blocks, C, dtype=torch.float32, device=device) if p.need_mass else None
     keys = launch.piece_arguments(p, pieces)
-    sums = None
-    if 1 in kinds:
-        sums = statistics.value_sums(
-            p.v, B, C, traits, key_starts=keys["key_starts"], valid=p.valid, source_v=p.source_v
-        )
+    sums = statistics.value_sums(p, traits, keys["key_starts"]) if 1 in kinds else None
     attention_forward(
         p.q, p.k, p.v, out, traits,
         warps=tile.warps, stages=tile.stages, row_blocks=row_blocks, row_segments=R, key_segments=C,
@@ -117,20 +112,7 @@ def _forward(p: Problem) -> Result:
     mass = gain = None
     if partial is not None:
         assert row_starts is not None
-        mass = statistics.sum_mass(partial, row_starts, R, tile.block_m)
-    if p.head_gain is not None:
-        assert mass is not None and row_starts is not None
-        rule = p.head_gain
-        flags = (*_flags(rule.rows, R), *_flags(rule.apply, R), *_flags(rule.keys, C))
-        gain = statistics.head_gain(
-            mass, launch.constant(flags, torch.int32, device), row_starts, rule.norm, _number(rule.span, device),
-            _number(rule.floor, device), launch.table(p.gain),
-        )  # fmt: skip
-        statistics.scale_rows(out, gain, row_starts, traits, tile.block_m, row_blocks)
-    elif p.need_stats:
-        gain = torch.ones(B, H, R, dtype=torch.float32, device=device)
-        if p.gain is not None:
-            gain *= p.gain
+        mass, gain = statistics.mass_and_gain(p, out, partial, row_starts, traits, tile.block_m)
     return Result(out, lse, mass, gain)
 
 
@@ -158,11 +140,3 @@ def _contrast(p: Problem, kinds: list[int], device: torch.device) -> Tensor:
     for c, kind in zip(p.contrast, kinds, strict=True):
         flat += [float(kind), *((1.0, 0.0, 0.0) if c is None else (c.beta, *(c.clip or (0.0, 0.0))))]
     return launch.constant(tuple(flat), torch.float32, device)
-
-
-def _flags(indices: Sequence[int], count: int) -> list[int]:
-    return [int(i in indices) for i in range(count)]
-
-
-def _number(x: float | Tensor, device: torch.device) -> Tensor:
-    return x if isinstance(x, Tensor) else launch.constant((x,), torch.float32, device)

@@ -1,0 +1,392 @@
+// The attention over segments on Hopper: a persistent kernel of three warp groups.
+//
+// One of the first group's warps makes plans of what a block of 128 rows visits, another lets the copy engine bring its Q
+// and tiles of K and V. The other two groups own 64 rows each and take turns: while one's products run, the other computes
+// its softmax. Within a group the product of the next tile with K runs ahead of the product of this one with V.
+#pragma once
+#include "softmax.cuh"
+
+namespace flashbrush {
+
+// Threads of the named barriers, by id. 0 is sync_block's.
+constexpr int kTurn = 1;   // and 2: of the group whose turn it is to start products
+constexpr int kGroup = 3;  // and 4: a group's own
+
+constexpr int kThreads = 384, kGroupThreads = 128, kComputeThreads = 256, kComputeWarps = 8;
+constexpr int kStages = 2, kPlans = 2;
+
+template <typename T, int D_, int KEYS_, bool GROUPED_, int POLYNOMIAL_>
+struct Kernel {
+  using Type = T;
+  static constexpr int D = D_, KEYS = KEYS_, POLYNOMIAL = POLYNOMIAL_;
+  static constexpr bool GROUPED = GROUPED_;
+  static constexpr int q_bytes = kRows * D * 2, tile_bytes = KEYS * D * 2;
+  static constexpr int k_offset = q_bytes, v_offset = k_offset + kStages * tile_bytes;
+  static constexpr int plans_offset = v_offset + kStages * tile_bytes;
+  static constexpr int barriers_offset = plans_offset + kPlans * int(sizeof(Plan));
+  static constexpr int mass_offset = barriers_offset + 128;
+  // Sum and maximum of each (segment, row), then sums over the rows of a warp.
+  static int shared_bytes(const FbGpuAttention& call) {
+    return mass_offset + (call.partial_mass ? call.C * (2 * kRows + kComputeWarps) * int(sizeof(float)) : 0);
+  }
+};
+
+struct Barriers {
+  Barrier q_full, q_empty, plan_full[kPlans], plan_empty[kPlans], k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
+};
+static_assert(sizeof(Barriers) <= 128, "the room that Kernel gives them");
+
+// A place in a ring of buffers, and the parity of its barriers.
+template <int SIZE>
+struct Ring {
+  int at = 0;
+  uint32_t parity = 0;
+  FB_INLINE void next() {
+    if (++at == SIZE) at = 0, parity ^= 1;
+  }
+};
+
+// ------------------------------------------------------------------------------------------------------------- loading
+
+FB_DEVICE void make_plans(const Parameters& p, Plan* plans, Barriers* bars, int lane) {
+  Ring<kPlans> plan;
+  for (int n = block_index(); n < p.count; n += block_count(), plan.next()) {
+    wait(&bars->plan_empty[plan.at], plan.parity ^ 1);
+    make_plan(p, n, lane, plans + plan.at);
+    arrive(&bars->plan_full[plan.at]);
+  }
+}
+
+// By one thread. K runs one tile ahead of V, as the products do.
+template <typename K>
+FB_DEVICE void load_tiles(const Parameters& p, char* shared, const Plan* plans, Barriers* bars) {
+  using Tiles = Cursor<K::KEYS>;
+  Ring<kPlans> plan;
+  Ring<kStages> k, v;
+  Ring<1> q;
+  const int heads_per_kv = p.call.H / p.call.Hkv;
+  for (int n = block_index(); n < p.count; n += block_count(), plan.next(), q.next()) {
+    wait(&bars->plan_full[plan.at], plan.parity);
+    const Plan* todo = plans + plan.at;
+    const int head = todo->h / heads_per_kv;
+    auto load_k = [&](const Tiles& tile) {
+      wait(&bars->k_empty[k.at], k.parity ^ 1);
+      arrive_expecting(&bars->k_full[k.at], K::tile_bytes);
+      copy_tile(shared + K::k_offset + k.at * K::tile_bytes, &p.k[tile.visit->tensor], &bars->k_full[k.at], tile.row(), head, tile.visit->item_k);
+      k.next();
+    };
+    auto load_v = [&](const Tiles& tile) {
+      wait(&bars->v_empty[v.at], v.parity ^ 1);
+      arrive_expecting(&bars->v_full[v.at], K::tile_bytes);
+      copy_tile(shared + K::v_offset + v.at * K::tile_bytes, &p.v[tile.visit->tensor], &bars->v_full[v.at], tile.row(), head, tile.visit->item_v);
+      v.next();
+    };
+    wait(&bars->q_empty, q.parity ^ 1);
+    arrive_expecting(&bars->q_full, K::q_bytes);
+    const int item_q = p.call.source_q ? int(p.call.source_q[todo->b]) : p.shared_q ? 0 : todo->b;
+    copy_tile(shared, &p.q, &bars->q_full, todo->first, todo->h, item_q);
+    for (int g = 0; g < p.call.G; ++g) {
+      const Visit *silent = todo->visits + todo->begin[g], *loud = todo->visits + todo->loud[g], *end = todo->visits + todo->begin[g + 1];
+      Tiles tile(silent, loud);
+      if (tile.any()) do load_k(tile);
+        while (tile.next());
+      Tiles ahead(loud, end), behind(loud, end);
+      if (!ahead.any()) continue;
+      load_k(ahead);
+      while (ahead.next()) {
+        load_k(ahead);
+        load_v(behind);
+        behind.next();
+      }
+      load_v(behind);
+    }
+    arrive(&bars->plan_empty[plan.at]);
+  }
+}
+
+// ----------------------------------------------------------------------------------------------------------- computing
+
+// A warp group that computes; its threads know their place in it.
+struct Place {
+  int group, thread, warp, lane;
+  FB_INLINE int row() const { return 16 * warp + lane / 4; }  // of 64; a thread's other row is 8 below
+};
+
+// s = Q K^T, started.
+template <typename K>
+FB_DEVICE void start_scores(float (&s)[K::KEYS / 2], uint64_t q, uint64_t k) {
+#pragma unroll
+  for (int d = 0; d < K::D / 16; ++d)
+    multiply<typename K::Type, K::KEYS>(s, advance(q, d / 4 * kRows * 128 + d % 4 * 32), advance(k, d / 4 * K::KEYS * 128 + d % 4 * 32), d > 0);
+  commit_products();
+}
+
+// o += P V, started.
+template <typename K>
+FB_DEVICE void start_output(float (&o)[K::D / 2], const uint32_t (&p)[K::KEYS / 16][4], uint64_t v) {
+#pragma unroll
+  for (int j = 0; j < K::KEYS / 16; ++j) multiply<typename K::Type, K::D>(o, p[j], advance(v, j * 16 * 128), true);
+  commit_products();
+}
+
+// Values from `keys` on belong to others, and 0 * NaN is NaN. Both groups write these zeros; each waits for its own.
+template <typename K>
+FB_DEVICE void clear_values(char* tile, int keys, const Place& me) {
+  struct alignas(16) Chunk {
+    uint32_t words[4];
+  };
+  const int chunks = (K::KEYS - keys) * 8;
+  for (int block = 0; block < K::D / 64; ++block)
+    for (int n = me.thread; n < chunks; n += kGroupThreads) *(Chunk*)(tile + (block * K::KEYS + keys) * 128 + n * 16) = Chunk{};
+  publish_stores();
+  sync_some(kGroup + me.group, kGroupThreads);
+}
+
+// The running segment ends: its sum joins the row's, and is kept for its mass.
+FB_DEVICE void close_segment(RowSums& sums, const Visit& visit, float* mass, const Place& me) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float sum = sums.segment[i] * visit.unfold;
+    sums.l[i] += sum;
+    sums.segment[i] = 0.f;
+    if (mass) {
+      const float whole = over_row(sum);
+      float* to = mass + visit.segment * 2 * kRows + 64 * me.group + me.row() + 8 * i;
+      if (me.lane % 4 == 0) to[0] = whole, to[kRows] = sums.m[i];
+    }
+  }
+}
+
+// Mass of the visits of a group: p summed over the warp group's rows.
+FB_DEVICE void write_mass(const FbGpuAttention& call, const Plan* plan, const Visit* begin, const Visit* end, const float* mass, float* by_warp,
+                          const float (&m)[2], const float (&share)[2], const Place& me) {
+  sync_warp();
+  for (const Visit* visit = begin; visit < end; visit += 4) {
+    const bool mine = visit + me.lane % 4 < end;
+    const int c = mine ? visit[me.lane % 4].segment : 0;
+    float sum = 0.f;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = 64 * me.group + me.row() + 8 * i;
+      const float* from = mass + c * 2 * kRows + row;
+      if (mine && row < plan->rows && share[i] > 0.f) sum += from[0] * exp2_fast(from[kRows] - m[i]) * share[i];
+    }
+    sum += shuffle_xor(sum, 4);
+    sum += shuffle_xor(sum, 8);
+    sum += shuffle_xor(sum, 16);
+    if (mine && me.lane < 4) by_warp[c * kComputeWarps + 4 * me.group + me.warp] = sum;
+  }
+}
+
+// The group's rows of the output -> Q's memory -> memory; eight threads write 128 bytes of one row.
+template <typename K>
+FB_DEVICE void store_output(const FbGpuAttention& call, const Plan* plan, const float (&o)[K::D / 2], char* shared, const Place& me) {
+  struct alignas(16) Chunk {
+    uint32_t words[4];
+  };
+  char* own = shared + 64 * me.group * 128;
+  auto place = [&](int row, int chunk) { return own + chunk / 8 * kRows * 128 + row * 128 + (chunk % 8 ^ row % 8) * 16; };
+#pragma unroll
+  for (int j = 0; j < K::D / 16; ++j) {
+    uint32_t x[4];
+#pragma unroll
+    for (int n = 0; n < 4; ++n) x[n] = pack<typename K::Type>(o[8 * j + 2 * n], o[8 * j + 2 * n + 1]);
+    store_matrices(place(16 * me.warp + me.lane % 16, 2 * j + me.lane / 16), x[0], x[1], x[2], x[3]);
+  }
+  sync_some(kGroup + me.group, kGroupThreads);
+  const int rows = plan->rows - 64 * me.group;
+  char* out = (char*)call.out.data + 2 * (plan->b * call.out.stride_b + (plan->first + 64 * me.group) * call.out.stride_t + plan->h * call.out.stride_h);
+#pragma unroll
+  for (int n = 0; n < 64 * K::D / 8 / kGroupThreads; ++n) {
+    const int at = n * kGroupThreads + me.thread, row = at / (K::D / 8), chunk = at % (K::D / 8);
+    if (row < rows) *(Chunk*)(out + 2 * row * call.out.stride_t + 16 * chunk) = *(const Chunk*)place(row, chunk);
+  }
+}
+
+template <typename K>
+FB_DEVICE void compute(const Parameters& p, char* shared, const Plan* plans, Barriers* bars, const Place& me) {
+  constexpr int KEYS = K::KEYS, D = K::D;
+  const FbGpuAttention& call = p.call;
+  float* mass = call.partial_mass ? (float*)(shared + K::mass_offset) : nullptr;
+  float* mass_by_warp = mass + call.C * 2 * kRows;
+  Ring<kPlans> plan;
+  Ring<kStages> k, v;
+  Ring<1> q;
+  const uint64_t q_operand = operand(shared + me.group * 64 * 128, 0, 1024);
+  const uint64_t k_operand = operand(shared + K::k_offset, 0, 1024);
+  const uint64_t v_operand = operand(shared + K::v_offset, KEYS * 128, 1024);
+  auto release = [&](Barrier* b) {
+    if (me.lane == 0) arrive(b);
+  };
+  if (me.group == 1) arrive_some(kTurn, kComputeThreads);
+
+  for (int n = block_index(); n < p.count; n += block_count(), plan.next(), q.next()) {
+    wait(&bars->plan_full[plan.at], plan.parity);
+    const Plan* todo = plans + plan.at;
+    const float scale = todo->scale;
+    wait(&bars->q_full, q.parity);
+    float total[K::GROUPED ? D / 2 : 1];
+    if (K::GROUPED)
+#pragma unroll
+      for (int i = 0; i < D / 2; ++i) total[K::GROUPED ? i : 0] = 0.f;
+    float o[D / 2];
+
+    for (int g = 0; g < (K::GROUPED ? call.G : 1); ++g) {
+      const Visit *silent = todo->visits + todo->begin[g], *loud = todo->visits + todo->loud[g], *end = todo->visits + todo->begin[g + 1];
+      RowSums sums;
+      sums.clear();
+      float s[KEYS / 2], decay[2];
+      uint32_t prob[KEYS / 16][4];
+#pragma unroll
+      for (int i = 0; i < D / 2; ++i) o[i] = 0.f;
+
+      Cursor<KEYS> tile(silent, loud);
+      while (tile.any()) {
+        wait(&bars->k_full[k.at], k.parity);
+        begin_products();
+        start_scores<K>(s, q_operand, advance(k_operand, k.at * K::tile_bytes));
+        await_products<0>();
+        pin(s);
+        release(&bars->k_empty[k.at]);
+        k.next();
+        softmax_tile<KEYS, K::POLYNOMIAL>(s, sums, decay, tile.keys(), scale, *tile.visit, me.lane);
+        const Visit& visit = *tile.visit;
+        tile.next();
+        if (tile.opens()) close_segment(sums, visit, mass, me);
+      }
+
+      tile = Cursor<KEYS>(loud, end);
+      if (tile.any()) {
+        sync_some(kTurn + me.group, kComputeThreads);
+        wait(&bars->k_full[k.at], k.parity);
+        begin_products();
+        start_scores<K>(s, q_operand, advance(k_operand, k.at * K::tile_bytes));
+        arrive_some(kTurn + 1 - me.group, kComputeThreads);
+        await_products<0>();
+        pin(s);
+        release(&bars->k_empty[k.at]);
+        k.next();
+        softmax_tile<KEYS, K::POLYNOMIAL>(s, sums, decay, tile.keys(), scale, *tile.visit, me.lane);
+        pack_probabilities<typename K::Type, KEYS>(s, prob);
+        for (;;) {
+          const Visit& before = *tile.visit;
+          const int keys = tile.keys();
+          if (!tile.next()) {
+            close_segment(sums, before, mass, me);
+            wait(&bars->v_full[v.at], v.parity);
+            if (keys < KEYS) clear_values<K>(shared + K::v_offset + v.at * K::tile_bytes, keys, me);
+            break;
+          }
+          if (tile.opens()) close_segment(sums, before, mass, me);
+          sync_some(kTurn + me.group, kComputeThreads);
+          wait(&bars->k_full[k.at], k.parity);
+          begin_products();
+          start_scores<K>(s, q_operand, advance(k_operand, k.at * K::tile_bytes));
+          wait(&bars->v_full[v.at], v.parity);
+          if (keys < KEYS) clear_values<K>(shared + K::v_offset + v.at * K::tile_bytes, keys, me);
+          begin_products();
+          start_output<K>(o, prob, advance(v_operand, v.at * K::tile_bytes));
+          arrive_some(kTurn + 1 - me.group, kComputeThreads);
+          await_products<1>();
+          pin(s);
+          release(&bars->k_empty[k.at]);
+          k.next();
+          const bool raised = softmax_tile<KEYS, K::POLYNOMIAL>(s, sums, decay, tile.keys(), scale, *tile.visit, me.lane);
+          await_products<0>();
+          pin(o);
+          release(&bars->v_empty[v.at]);
+          v.next();
+          if (raised)
+#pragma unroll
+            for (int i = 0; i < D / 2; ++i) o[i] *= decay[i / 2 % 2];
+          pack_probabilities<typename K::Type, KEYS>(s, prob);
+        }
+        begin_products();
+        start_output<K>(o, prob, advance(v_operand, v.at * K::tile_bytes));
+        await_products<0>();
+        pin(o);
+        release(&bars->v_empty[v.at]);
+        v.next();
+      }
+
+      float share[2], factor[2];
+      const float gain = call.gain.data ? row_of(call.gain, todo->b, todo->h)[todo->r] : 1.f;
+      const float* contrast = call.contrast && call.contrast[4 * g] != 0.f ? call.contrast + 4 * g : nullptr;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float l = over_row(sums.l[i]);
+        share[i] = l == 0.f ? 0.f : 1.f / l;
+        const int row = 64 * me.group + me.row() + 8 * i;
+        const bool exists = row < todo->rows;
+        if (call.lse && exists && me.lane % 4 == 0)
+          call.lse[((int64_t(todo->b) * call.H + todo->h) * call.M + todo->first + row) * call.G + g] = (sums.m[i] + log2_fast(l)) * kLn2;
+        float gate = gain;
+        if (call.gates.data && exists) gate *= call.gates.data[todo->b * call.gates.stride_b + (todo->first + row) * call.gates.stride_h + g];
+        factor[i] = gate;
+      }
+      if (mass) write_mass(call, todo, silent, end, mass, mass_by_warp, sums.m, share, me);
+      const float unshift = exp2f(sums.shift);
+#pragma unroll
+      for (int i = 0; i < D / 2; ++i) o[i] *= share[i / 2 % 2] * unshift;
+      if (contrast) {
+        const float beta = contrast[1], rest = (1.f - beta) / float(todo->allowed[g] > 0 ? todo->allowed[g] : 1);
+        const float* value_sums = call.value_sums + (int64_t(todo->b) * call.Hkv + todo->h / (call.H / call.Hkv)) * call.C * D + 2 * (me.lane % 4);
+#pragma unroll
+        for (int i = 0; i < D / 2; ++i) o[i] *= beta;
+        for (const Visit* visit = loud; visit < end; ++visit)
+#pragma unroll
+          for (int i = 0; i < D / 2; ++i) o[i] += rest * visit->weight * value_sums[visit->segment * D + 8 * (i / 4) + i % 2];
+      }
+#pragma unroll
+      for (int i = 0; i < D / 2; ++i) {
+        o[i] *= factor[i / 2 % 2];
+        if (K::GROUPED) o[i] = total[K::GROUPED ? i : 0] += o[i];
+      }
+    }
+
+    store_output<K>(call, todo, o, shared, me);
+    if (mass) {
+      // Of the segments that were visited; the sums of all four warps were written before store_output's barrier.
+      float* to = call.partial_mass + ((int64_t(n / call.row_blocks) * call.row_blocks + block_of(call, n)) * 2 + me.group) * call.C;
+      for (int c = me.thread; c < call.C; c += kGroupThreads) {
+        bool visited = false;
+        for (int i = 0; i < todo->begin[call.G]; ++i) visited |= todo->visits[i].segment == c;
+        const float* from = mass_by_warp + c * kComputeWarps + 4 * me.group;
+        to[c] = visited ? (from[0] + from[1]) + (from[2] + from[3]) : 0.f;
+      }
+    }
+    publish_stores();
+    sync_some(kGroup + me.group, kGroupThreads);
+    release(&bars->q_empty);
+    release(&bars->plan_empty[plan.at]);
+  }
+}
+
+template <typename K>
+__global__ void __launch_bounds__(kThreads, 1) attention_forward(const __grid_constant__ Parameters p) {
+  char* shared = shared_memory();
+  Plan* plans = (Plan*)(shared + K::plans_offset);
+  Barriers* bars = (Barriers*)(shared + K::barriers_offset);
+  const int warp = uniform(thread_index() / 32), lane = thread_index() % 32;
+  if (thread_index() == 0) {
+    init_barrier(&bars->q_full, 1);
+    init_barrier(&bars->q_empty, kComputeWarps);
+    for (int i = 0; i < kPlans; ++i) init_barrier(&bars->plan_full[i], 32), init_barrier(&bars->plan_empty[i], kComputeWarps + 1);
+    for (int i = 0; i < kStages; ++i) {
+      init_barrier(&bars->k_full[i], 1), init_barrier(&bars->k_empty[i], kComputeWarps);
+      init_barrier(&bars->v_full[i], 1), init_barrier(&bars->v_empty[i], kComputeWarps);
+    }
+    publish_barriers();
+  }
+  sync_block();
+  if (warp < 4) {
+    give_registers<40>();
+    if (warp == 0 && lane == 0) load_tiles<K>(p, shared, plans, bars);
+    if (warp == 1) make_plans(p, plans, bars, lane);
+  } else {
+    take_registers<232>();
+    compute<K>(p, shared, plans, bars, Place{(warp - 4) / 4, thread_index() % kGroupThreads, warp % 4, lane});
+  }
+}
+
+}  // namespace flashbrush
