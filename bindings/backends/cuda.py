@@ -28,8 +28,7 @@ LIBRARY = Path(__file__).with_name("libflashbrush_cuda.so")
 DTYPES = {torch.bfloat16: 1, torch.float16: 2}
 DIMS = (64, 128)
 MOST_SEGMENTS, MOST_GROUPS = 32, 8
-ROWS = 128  # of a block
-PARTS = 2  # of a block, each with a partial mass of its own
+PART = 64  # rows of a block's part, each with a partial mass of its own
 ARCH = 90
 
 _FAILURES = {
@@ -68,7 +67,7 @@ class _Attention(Structure):
 
 
 def available() -> list[str]:
-    if _load() is None:
+    if _open(LIBRARY) is None:
         return ["the CUDA library is not built; it needs nvcc 12.5 or newer at installation"]
     if not torch.cuda.is_available():
         return ["no GPU is visible to torch"]
@@ -115,8 +114,9 @@ def _forward(p: Problem) -> Result:
     device, B, H, C, G = p.q.device, p.batch, p.heads, len(p.key_lengths), p.n_groups
     out = torch.empty(B, p.rows, H, p.dim, dtype=p.q.dtype, device=device) if p.out is None else p.out
     lse = torch.empty(B, H, p.rows, G, device=device) if p.need_stats else None
-    row_blocks = launch.blocks(p.row_lengths, p.row_items, ROWS)
-    partial = torch.empty(B, H, row_blocks * PARTS, C, device=device) if p.need_mass else None
+    block = _library().flashbrush_gpu_block_rows(p.dim)
+    row_blocks, parts = launch.blocks(p.row_lengths, p.row_items, block), block // PART
+    partial = torch.empty(B, H, row_blocks * parts, C, device=device) if p.need_mass else None
     row_starts = launch.starts(p.row_lengths, p.row_items, device)
     key_starts = launch.starts(p.key_lengths, p.key_items, device)
     kinds = [0.0 if c is None else 1.0 for c in p.contrast]
@@ -148,7 +148,7 @@ def _forward(p: Problem) -> Result:
         source_v=pointer(p.source_v, torch.int64), row_starts=row_starts.data_ptr(), key_starts=key_starts.data_ptr(),
         valid=pointer(p.valid, torch.int32), rows_by_item=p.row_items is not None, keys_by_item=p.key_items is not None,
         groups=pointer(launch.constant(p.groups, torch.int32, device), torch.int32),
-        order=pointer(_order(p, device), torch.int32), scales=table(p.scales), bias=table(p.bias),
+        order=pointer(_order(p, block, device), torch.int32), scales=table(p.scales), bias=table(p.bias),
         weight=table(p.weight), gain=table(None if p.head_gain is not None else p.gain), gates=table(p.gates),
         contrast=pointer(contrast, torch.float32), value_sums=pointer(sums, torch.float32),
         lse=pointer(lse, torch.float32), partial_mass=pointer(partial, torch.float32),
@@ -157,13 +157,12 @@ def _forward(p: Problem) -> Result:
     mass = gain = None
     if partial is not None:
         traits = statistics.plain_traits(p, out)
-        mass, gain = statistics.mass_and_gain(p, out, partial, row_starts, traits, ROWS, PARTS)
+        mass, gain = statistics.mass_and_gain(p, out, partial, row_starts, traits, block, parts)
     return Result(out, lse, mass, gain)
 
 
 def _run(call: _Attention, device: torch.device) -> None:
-    library = _load()
-    assert library is not None
+    library = _library()
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
     if status := library.flashbrush_gpu_attention(byref(call), stream):
         text = library.flashbrush_gpu_error(status)
@@ -178,13 +177,16 @@ def _open(path: Path) -> ctypes.CDLL | None:
         return None
     library.flashbrush_gpu_attention.argtypes = (POINTER(_Attention), c_void_p)
     library.flashbrush_gpu_attention.restype = c_int
+    library.flashbrush_gpu_block_rows.argtypes = (c_int,)
     library.flashbrush_gpu_error.argtypes = (c_int,)
     library.flashbrush_gpu_error.restype = c_char_p
     return library
 
 
-def _load() -> ctypes.CDLL | None:
-    return _open(LIBRARY)
+def _library() -> ctypes.CDLL:
+    library = _open(LIBRARY)
+    assert library is not None
+    return library
 
 
 def _is_mapped(t: Tensor) -> bool:
@@ -205,7 +207,7 @@ def _describe_all(tensors: tuple[Tensor, ...]):
     return (_Tensor * len(tensors))(*map(_describe, tensors))
 
 
-def _order(p: Problem, device: torch.device) -> Tensor | None:
+def _order(p: Problem, block: int, device: torch.device) -> Tensor | None:
     """The blocks of rows that see the most keys first, so that the last ones to run are short."""
     if p.row_items is not None or p.key_items is not None:
         return None
@@ -213,5 +215,5 @@ def _order(p: Problem, device: torch.device) -> Tensor | None:
     costs = [sum(p.key_lengths[c] for c in C if not p.removed(r, c)) for r in range(len(p.row_lengths))]
     if len(set(costs)) == 1:
         return None
-    blocks = [cost for cost, length in zip(costs, p.row_lengths, strict=True) for _ in range(-(-length // ROWS))]
+    blocks = [cost for cost, length in zip(costs, p.row_lengths, strict=True) for _ in range(-(-length // block))]
     return launch.constant(tuple(sorted(range(len(blocks)), key=lambda i: -blocks[i])), torch.int32, device)

@@ -14,6 +14,8 @@ from . import triton_launch as launch
 if TYPE_CHECKING:
     from ...kernels.attention_blocks import Traits
 
+SCALED_ROWS = 64  # of a program
+
 
 def plain_traits(p: Problem, out: Tensor) -> Traits:
     """For a main kernel that is not Triton's: one piece a segment, none of the attention's own features."""
@@ -47,7 +49,8 @@ def mass_and_gain(
             mass, launch.constant(flags, torch.int32, device), row_starts, rule.norm, rule.span, rule.floor,
             launch.table(p.gain),
         )  # fmt: skip
-        kernels.scale_rows(out, gain, row_starts, traits, block_m, partial.shape[2] // parts)
+        blocks = launch.blocks(p.row_lengths, p.row_items, SCALED_ROWS)
+        kernels.scale_rows(out, gain, row_starts, traits, SCALED_ROWS, blocks)
     elif p.need_stats:
         gain = torch.ones(p.batch, p.heads, R, dtype=torch.float32, device=device)
         if p.gain is not None:

@@ -19,22 +19,42 @@ int run(const FbGpuAttention& call, Stream stream) {
   p.count = call.B * call.H * call.row_blocks;
   if (p.count == 0) return kOk;
   p.shared_q = call.q.items == 1;
-  if (!map_tensor(&p.q, call.q, call, call.H, kRows)) return kRefused;
+  if (!map_tensor(&p.q, call.q, call, call.H, K::ROWS)) return kRefused;
   for (int n = 0; n < call.L; ++n) {
     if (!map_tensor(&p.k[n], call.k[n], call, call.Hkv, K::KEYS) || !map_tensor(&p.v[n], call.v[n], call, call.Hkv, K::KEYS)) return kRefused;
     p.shared_k |= uint32_t(call.k[n].items == 1) << n;
     p.shared_v |= uint32_t(call.v[n].items == 1) << n;
   }
   const int blocks = p.count < call.multiprocessors ? p.count : call.multiprocessors;
-  return launch(attention_forward<K>, p, blocks, kThreads, K::shared_bytes(call), stream);
+  return launch(attention_forward<K>, p, blocks, K::THREADS, K::shared_bytes(call), stream);
 }
 
+// Another number in place of these can be tried from the command line.
+#ifndef FLASHBRUSH_KEYS_128
+#define FLASHBRUSH_KEYS_128 128
+#endif
+#ifndef FLASHBRUSH_KEYS_64
+#define FLASHBRUSH_KEYS_64 128
+#endif
+#ifndef FLASHBRUSH_GROUPS_64
+#define FLASHBRUSH_GROUPS_64 3
+#endif
+#ifndef FLASHBRUSH_POLYNOMIAL_64
+#define FLASHBRUSH_POLYNOMIAL_64 0
+#endif
+
+constexpr int kGroups128 = 2, kGroups64 = FLASHBRUSH_GROUPS_64;
+
+// Two accumulators leave room for tiles of 64 keys. The segments of a diptych are multiples of 128 tokens, and a mass wants
+// the shared memory that a wider tile would take.
 template <typename T>
 int choose(const FbGpuAttention& call, Stream stream) {
-  // Two accumulators leave room for a tile of 64 keys. Segments of a diptych are multiples of 128 tokens, and a mass wants
-  // the shared memory that a wider tile would take.
-  if (call.D == 128) return call.G > 1 ? run<Kernel<T, 128, 64, true, 0>>(call, stream) : run<Kernel<T, 128, 128, false, 0>>(call, stream);
-  if (call.D == 64) return call.G > 1 ? run<Kernel<T, 64, 64, true, 0>>(call, stream) : run<Kernel<T, 64, 128, false, 0>>(call, stream);
+  if (call.D == 128)
+    return call.G > 1 ? run<Kernel<T, 128, 64, kGroups128, true, 0>>(call, stream)
+                      : run<Kernel<T, 128, FLASHBRUSH_KEYS_128, kGroups128, false, 0>>(call, stream);
+  if (call.D == 64)
+    return call.G > 1 ? run<Kernel<T, 64, 64, kGroups64, true, 0>>(call, stream)
+                      : run<Kernel<T, 64, FLASHBRUSH_KEYS_64, kGroups64, false, FLASHBRUSH_POLYNOMIAL_64>>(call, stream);
   return kNotTaken;
 }
 
@@ -51,3 +71,6 @@ FLASHBRUSH_EXPORT int flashbrush_gpu_attention(const FbGpuAttention* call, void*
 
 // What a status means; null: not CUDA's.
 FLASHBRUSH_EXPORT const char* flashbrush_gpu_error(int status) { return error_text(status); }
+
+// Rows of a block, a multiple of 64, which are a warp group's; 0: no kernel takes this head dim.
+FLASHBRUSH_EXPORT int flashbrush_gpu_block_rows(int dim) { return kGroupRows * (dim == 128 ? kGroups128 : dim == 64 ? kGroups64 : 0); }

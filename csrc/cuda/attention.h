@@ -31,7 +31,7 @@ typedef struct {
 typedef struct {
   int32_t abi, dtype;
   int32_t B, M, H, Hkv, D, R, C, G, L;  // L tensors of keys: 1, or C of them
-  int32_t row_blocks;                   // of 128 rows, each inside one row segment: as many as the fullest item has
+  int32_t row_blocks;                   // of flashbrush_gpu_block_rows rows, each inside one row segment: as many as the fullest item has
   int32_t multiprocessors;
   float scale;  // where scales is absent
   FbGpuTensor q, out;
@@ -48,6 +48,6 @@ typedef struct {
   FbGpuTable gates;           // [b][row][G]; stride_h is the stride of a row
   const float* contrast;      // [G][4]: kind (0 none, 1 without clip), beta, and two unused; null: none
   const float* value_sums;    // [B][Hkv][C][D], of a contrast
-  float *lse, *partial_mass;  // [B][H][M][G], [B][H][row_blocks][2][C]; null: not wanted
+  float *lse, *partial_mass;  // [B][H][M][G], [B][H][row_blocks][warp groups][C]; null: not wanted
 } FbGpuAttention;
 }

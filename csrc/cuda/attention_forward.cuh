@@ -1,33 +1,37 @@
-// The attention over segments on Hopper: a persistent kernel of three warp groups.
+// The attention over segments on Hopper: a persistent kernel of three or four warp groups.
 //
-// One of the first group's warps makes plans of what a block of 128 rows visits, another lets the copy engine bring its Q
-// and tiles of K and V. The other two groups own 64 rows each and take turns: while one's products run, the other computes
-// its softmax. Within a group the product of the next tile with K runs ahead of the product of this one with V.
+// One of the first group's warps makes plans of what a block of rows visits, another lets the copy engine bring its Q and
+// tiles of K and V. The other groups own 64 rows each and take turns: while one's products run, another computes its
+// softmax. Within a group the product of the next tile with K runs ahead of the product of this one with V.
 #pragma once
 #include "softmax.cuh"
 
 namespace flashbrush {
 
-// Threads of the named barriers, by id. 0 is sync_block's.
-constexpr int kTurn = 1;   // and 2: of the group whose turn it is to start products
-constexpr int kGroup = 3;  // and 4: a group's own
+// Named barriers, by id. 0 is sync_block's.
+constexpr int kTurn = 1;   // to 3: of the group whose turn it is to start products, and the one before it
+constexpr int kGroup = 4;  // to 6: a group's own
 
-constexpr int kThreads = 384, kGroupThreads = 128, kComputeThreads = 256, kComputeWarps = 8;
+constexpr int kGroupThreads = 128, kGroupWarps = 4;
 constexpr int kStages = 2, kPlans = 2;
 
-template <typename T, int D_, int KEYS_, bool GROUPED_, int POLYNOMIAL_>
+// GROUPS: warp groups that compute. KEYS: of a tile. POLYNOMIAL: see softmax_tile.
+template <typename T, int D_, int KEYS_, int GROUPS_, bool GROUPED_, int POLYNOMIAL_>
 struct Kernel {
   using Type = T;
-  static constexpr int D = D_, KEYS = KEYS_, POLYNOMIAL = POLYNOMIAL_;
-  static constexpr bool GROUPED = GROUPED_;
-  static constexpr int q_bytes = kRows * D * 2, tile_bytes = KEYS * D * 2;
+  static constexpr int D = D_, KEYS = KEYS_, GROUPS = GROUPS_, POLYNOMIAL = POLYNOMIAL_;
+  static constexpr bool GROUPED = GROUPED_;  // several softmax groups
+  static constexpr int ROWS = GROUPS * kGroupRows, WARPS = GROUPS * kGroupWarps, THREADS = (GROUPS + 1) * kGroupThreads;
+  // Of 65,536 registers at most, what loads and plans need goes first.
+  static constexpr int LOAD_REGISTERS = GROUPS == 2 ? 40 : 32, REGISTERS = GROUPS == 2 ? 232 : 160;
+  static constexpr int q_bytes = ROWS * D * 2, tile_bytes = KEYS * D * 2;
   static constexpr int k_offset = q_bytes, v_offset = k_offset + kStages * tile_bytes;
   static constexpr int plans_offset = v_offset + kStages * tile_bytes;
   static constexpr int barriers_offset = plans_offset + kPlans * int(sizeof(Plan));
   static constexpr int mass_offset = barriers_offset + 128;
   // Sum and maximum of each (segment, row), then sums over the rows of a warp.
   static int shared_bytes(const FbGpuAttention& call) {
-    return mass_offset + (call.partial_mass ? call.C * (2 * kRows + kComputeWarps) * int(sizeof(float)) : 0);
+    return mass_offset + (call.partial_mass ? call.C * (2 * ROWS + WARPS) * int(sizeof(float)) : 0);
   }
 };
 
@@ -48,11 +52,12 @@ struct Ring {
 
 // ------------------------------------------------------------------------------------------------------------- loading
 
+template <typename K>
 FB_DEVICE void make_plans(const Parameters& p, Plan* plans, Barriers* bars, int lane) {
   Ring<kPlans> plan;
   for (int n = block_index(); n < p.count; n += block_count(), plan.next()) {
     wait(&bars->plan_empty[plan.at], plan.parity ^ 1);
-    make_plan(p, n, lane, plans + plan.at);
+    make_plan(p, n, K::ROWS, lane, plans + plan.at);
     arrive(&bars->plan_full[plan.at]);
   }
 }
@@ -117,7 +122,7 @@ template <typename K>
 FB_DEVICE void start_scores(float (&s)[K::KEYS / 2], uint64_t q, uint64_t k) {
 #pragma unroll
   for (int d = 0; d < K::D / 16; ++d)
-    multiply<typename K::Type, K::KEYS>(s, advance(q, d / 4 * kRows * 128 + d % 4 * 32), advance(k, d / 4 * K::KEYS * 128 + d % 4 * 32), d > 0);
+    multiply<typename K::Type, K::KEYS>(s, advance(q, d / 4 * K::ROWS * 128 + d % 4 * 32), advance(k, d / 4 * K::KEYS * 128 + d % 4 * 32), d > 0);
   commit_products();
 }
 
@@ -129,7 +134,7 @@ FB_DEVICE void start_output(float (&o)[K::D / 2], const uint32_t (&p)[K::KEYS / 
   commit_products();
 }
 
-// Values from `keys` on belong to others, and 0 * NaN is NaN. Both groups write these zeros; each waits for its own.
+// Values from `keys` on belong to others, and 0 * NaN is NaN. All groups write these zeros; each waits for its own.
 template <typename K>
 FB_DEVICE void clear_values(char* tile, int keys, const Place& me) {
   struct alignas(16) Chunk {
@@ -143,6 +148,7 @@ FB_DEVICE void clear_values(char* tile, int keys, const Place& me) {
 }
 
 // The running segment ends: its sum joins the row's, and is kept for its mass.
+template <typename K>
 FB_DEVICE void close_segment(RowSums& sums, const Visit& visit, float* mass, const Place& me) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -151,13 +157,14 @@ FB_DEVICE void close_segment(RowSums& sums, const Visit& visit, float* mass, con
     sums.segment[i] = 0.f;
     if (mass) {
       const float whole = over_row(sum);
-      float* to = mass + visit.segment * 2 * kRows + 64 * me.group + me.row() + 8 * i;
-      if (me.lane % 4 == 0) to[0] = whole, to[kRows] = sums.m[i];
+      float* to = mass + visit.segment * 2 * K::ROWS + kGroupRows * me.group + me.row() + 8 * i;
+      if (me.lane % 4 == 0) to[0] = whole, to[K::ROWS] = sums.m[i];
     }
   }
 }
 
-// Mass of the visits of a group: p summed over the warp group's rows.
+// Mass of the visits of a group: p summed over a warp's rows.
+template <typename K>
 FB_DEVICE void write_mass(const FbGpuAttention& call, const Plan* plan, const Visit* begin, const Visit* end, const float* mass, float* by_warp,
                           const float (&m)[2], const float (&share)[2], const Place& me) {
   sync_warp();
@@ -167,14 +174,14 @@ FB_DEVICE void write_mass(const FbGpuAttention& call, const Plan* plan, const Vi
     float sum = 0.f;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int row = 64 * me.group + me.row() + 8 * i;
-      const float* from = mass + c * 2 * kRows + row;
-      if (mine && row < plan->rows && share[i] > 0.f) sum += from[0] * exp2_fast(from[kRows] - m[i]) * share[i];
+      const int row = kGroupRows * me.group + me.row() + 8 * i;
+      const float* from = mass + c * 2 * K::ROWS + row;
+      if (mine && row < plan->rows && share[i] > 0.f) sum += from[0] * exp2_fast(from[K::ROWS] - m[i]) * share[i];
     }
     sum += shuffle_xor(sum, 4);
     sum += shuffle_xor(sum, 8);
     sum += shuffle_xor(sum, 16);
-    if (mine && me.lane < 4) by_warp[c * kComputeWarps + 4 * me.group + me.warp] = sum;
+    if (mine && me.lane < 4) by_warp[c * K::WARPS + kGroupWarps * me.group + me.warp] = sum;
   }
 }
 
@@ -184,8 +191,8 @@ FB_DEVICE void store_output(const FbGpuAttention& call, const Plan* plan, const 
   struct alignas(16) Chunk {
     uint32_t words[4];
   };
-  char* own = shared + 64 * me.group * 128;
-  auto place = [&](int row, int chunk) { return own + chunk / 8 * kRows * 128 + row * 128 + (chunk % 8 ^ row % 8) * 16; };
+  char* own = shared + kGroupRows * me.group * 128;
+  auto place = [&](int row, int chunk) { return own + chunk / 8 * K::ROWS * 128 + row * 128 + (chunk % 8 ^ row % 8) * 16; };
 #pragma unroll
   for (int j = 0; j < K::D / 16; ++j) {
     uint32_t x[4];
@@ -194,10 +201,10 @@ FB_DEVICE void store_output(const FbGpuAttention& call, const Plan* plan, const 
     store_matrices(place(16 * me.warp + me.lane % 16, 2 * j + me.lane / 16), x[0], x[1], x[2], x[3]);
   }
   sync_some(kGroup + me.group, kGroupThreads);
-  const int rows = plan->rows - 64 * me.group;
-  char* out = (char*)call.out.data + 2 * (plan->b * call.out.stride_b + (plan->first + 64 * me.group) * call.out.stride_t + plan->h * call.out.stride_h);
+  const int rows = plan->rows - kGroupRows * me.group;
+  char* out = (char*)call.out.data + 2 * (plan->b * call.out.stride_b + (plan->first + kGroupRows * me.group) * call.out.stride_t + plan->h * call.out.stride_h);
 #pragma unroll
-  for (int n = 0; n < 64 * K::D / 8 / kGroupThreads; ++n) {
+  for (int n = 0; n < kGroupRows * K::D / 8 / kGroupThreads; ++n) {
     const int at = n * kGroupThreads + me.thread, row = at / (K::D / 8), chunk = at % (K::D / 8);
     if (row < rows) *(Chunk*)(out + 2 * row * call.out.stride_t + 16 * chunk) = *(const Chunk*)place(row, chunk);
   }
@@ -208,17 +215,20 @@ FB_DEVICE void compute(const Parameters& p, char* shared, const Plan* plans, Bar
   constexpr int KEYS = K::KEYS, D = K::D;
   const FbGpuAttention& call = p.call;
   float* mass = call.partial_mass ? (float*)(shared + K::mass_offset) : nullptr;
-  float* mass_by_warp = mass + call.C * 2 * kRows;
+  float* mass_by_warp = mass + call.C * 2 * K::ROWS;
   Ring<kPlans> plan;
   Ring<kStages> k, v;
   Ring<1> q;
-  const uint64_t q_operand = operand(shared + me.group * 64 * 128, 0, 1024);
+  const uint64_t q_operand = operand(shared + me.group * kGroupRows * 128, 0, 1024);
   const uint64_t k_operand = operand(shared + K::k_offset, 0, 1024);
   const uint64_t v_operand = operand(shared + K::v_offset, KEYS * 128, 1024);
   auto release = [&](Barrier* b) {
     if (me.lane == 0) arrive(b);
   };
-  if (me.group == 1) arrive_some(kTurn, kComputeThreads);
+  auto my_turn = [&] { sync_some(kTurn + me.group, 2 * kGroupThreads); };
+  const int next_turn = kTurn + (me.group + 1) % K::GROUPS;
+  auto your_turn = [&] { arrive_some(next_turn, 2 * kGroupThreads); };
+  if (me.group == K::GROUPS - 1) your_turn();
 
   for (int n = block_index(); n < p.count; n += block_count(), plan.next(), q.next()) {
     wait(&bars->plan_full[plan.at], plan.parity);
@@ -252,16 +262,16 @@ FB_DEVICE void compute(const Parameters& p, char* shared, const Plan* plans, Bar
         softmax_tile<KEYS, K::POLYNOMIAL>(s, sums, decay, tile.keys(), scale, *tile.visit, me.lane);
         const Visit& visit = *tile.visit;
         tile.next();
-        if (tile.opens()) close_segment(sums, visit, mass, me);
+        if (tile.opens()) close_segment<K>(sums, visit, mass, me);
       }
 
       tile = Cursor<KEYS>(loud, end);
       if (tile.any()) {
-        sync_some(kTurn + me.group, kComputeThreads);
+        my_turn();
         wait(&bars->k_full[k.at], k.parity);
         begin_products();
         start_scores<K>(s, q_operand, advance(k_operand, k.at * K::tile_bytes));
-        arrive_some(kTurn + 1 - me.group, kComputeThreads);
+        your_turn();
         await_products<0>();
         pin(s);
         release(&bars->k_empty[k.at]);
@@ -272,13 +282,13 @@ FB_DEVICE void compute(const Parameters& p, char* shared, const Plan* plans, Bar
           const Visit& before = *tile.visit;
           const int keys = tile.keys();
           if (!tile.next()) {
-            close_segment(sums, before, mass, me);
+            close_segment<K>(sums, before, mass, me);
             wait(&bars->v_full[v.at], v.parity);
             if (keys < KEYS) clear_values<K>(shared + K::v_offset + v.at * K::tile_bytes, keys, me);
             break;
           }
-          if (tile.opens()) close_segment(sums, before, mass, me);
-          sync_some(kTurn + me.group, kComputeThreads);
+          if (tile.opens()) close_segment<K>(sums, before, mass, me);
+          my_turn();
           wait(&bars->k_full[k.at], k.parity);
           begin_products();
           start_scores<K>(s, q_operand, advance(k_operand, k.at * K::tile_bytes));
@@ -286,7 +296,7 @@ FB_DEVICE void compute(const Parameters& p, char* shared, const Plan* plans, Bar
           if (keys < KEYS) clear_values<K>(shared + K::v_offset + v.at * K::tile_bytes, keys, me);
           begin_products();
           start_output<K>(o, prob, advance(v_operand, v.at * K::tile_bytes));
-          arrive_some(kTurn + 1 - me.group, kComputeThreads);
+          your_turn();
           await_products<1>();
           pin(s);
           release(&bars->k_empty[k.at]);
@@ -316,7 +326,7 @@ FB_DEVICE void compute(const Parameters& p, char* shared, const Plan* plans, Bar
       for (int i = 0; i < 2; ++i) {
         const float l = over_row(sums.l[i]);
         share[i] = l == 0.f ? 0.f : 1.f / l;
-        const int row = 64 * me.group + me.row() + 8 * i;
+        const int row = kGroupRows * me.group + me.row() + 8 * i;
         const bool exists = row < todo->rows;
         if (call.lse && exists && me.lane % 4 == 0)
           call.lse[((int64_t(todo->b) * call.H + todo->h) * call.M + todo->first + row) * call.G + g] = (sums.m[i] + log2_fast(l)) * kLn2;
@@ -324,7 +334,7 @@ FB_DEVICE void compute(const Parameters& p, char* shared, const Plan* plans, Bar
         if (call.gates.data && exists) gate *= call.gates.data[todo->b * call.gates.stride_b + (todo->first + row) * call.gates.stride_h + g];
         factor[i] = gate;
       }
-      if (mass) write_mass(call, todo, silent, end, mass, mass_by_warp, sums.m, share, me);
+      if (mass) write_mass<K>(call, todo, silent, end, mass, mass_by_warp, sums.m, share, me);
       const float unshift = exp2f(sums.shift);
 #pragma unroll
       for (int i = 0; i < D / 2; ++i) o[i] *= share[i / 2 % 2] * unshift;
@@ -347,11 +357,11 @@ FB_DEVICE void compute(const Parameters& p, char* shared, const Plan* plans, Bar
     store_output<K>(call, todo, o, shared, me);
     if (mass) {
       // Of the segments that were visited; the sums of all four warps were written before store_output's barrier.
-      float* to = call.partial_mass + ((int64_t(n / call.row_blocks) * call.row_blocks + block_of(call, n)) * 2 + me.group) * call.C;
+      float* to = call.partial_mass + ((int64_t(n / call.row_blocks) * call.row_blocks + block_of(call, n)) * K::GROUPS + me.group) * call.C;
       for (int c = me.thread; c < call.C; c += kGroupThreads) {
         bool visited = false;
         for (int i = 0; i < todo->begin[call.G]; ++i) visited |= todo->visits[i].segment == c;
-        const float* from = mass_by_warp + c * kComputeWarps + 4 * me.group;
+        const float* from = mass_by_warp + c * K::WARPS + kGroupWarps * me.group;
         to[c] = visited ? (from[0] + from[1]) + (from[2] + from[3]) : 0.f;
       }
     }
@@ -363,28 +373,28 @@ FB_DEVICE void compute(const Parameters& p, char* shared, const Plan* plans, Bar
 }
 
 template <typename K>
-__global__ void __launch_bounds__(kThreads, 1) attention_forward(const __grid_constant__ Parameters p) {
+__global__ void __launch_bounds__(K::THREADS, 1) attention_forward(const __grid_constant__ Parameters p) {
   char* shared = shared_memory();
   Plan* plans = (Plan*)(shared + K::plans_offset);
   Barriers* bars = (Barriers*)(shared + K::barriers_offset);
   const int warp = uniform(thread_index() / 32), lane = thread_index() % 32;
   if (thread_index() == 0) {
     init_barrier(&bars->q_full, 1);
-    init_barrier(&bars->q_empty, kComputeWarps);
-    for (int i = 0; i < kPlans; ++i) init_barrier(&bars->plan_full[i], 32), init_barrier(&bars->plan_empty[i], kComputeWarps + 1);
+    init_barrier(&bars->q_empty, K::WARPS);
+    for (int i = 0; i < kPlans; ++i) init_barrier(&bars->plan_full[i], 32), init_barrier(&bars->plan_empty[i], K::WARPS + 1);
     for (int i = 0; i < kStages; ++i) {
-      init_barrier(&bars->k_full[i], 1), init_barrier(&bars->k_empty[i], kComputeWarps);
-      init_barrier(&bars->v_full[i], 1), init_barrier(&bars->v_empty[i], kComputeWarps);
+      init_barrier(&bars->k_full[i], 1), init_barrier(&bars->k_empty[i], K::WARPS);
+      init_barrier(&bars->v_full[i], 1), init_barrier(&bars->v_empty[i], K::WARPS);
     }
     publish_barriers();
   }
   sync_block();
   if (warp < 4) {
-    give_registers<40>();
+    give_registers<K::LOAD_REGISTERS>();
     if (warp == 0 && lane == 0) load_tiles<K>(p, shared, plans, bars);
-    if (warp == 1) make_plans(p, plans, bars, lane);
+    if (warp == 1) make_plans<K>(p, plans, bars, lane);
   } else {
-    take_registers<232>();
+    take_registers<K::REGISTERS>();
     compute<K>(p, shared, plans, bars, Place{(warp - 4) / 4, thread_index() % kGroupThreads, warp % 4, lane});
   }
 }

@@ -10,7 +10,7 @@
 
 namespace flashbrush {
 
-constexpr int kRows = 128;  // of a block: 64 for each of two warp groups
+constexpr int kGroupRows = 64;  // of a block, for each warp group that computes
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr float kInf = __builtin_huge_valf();
 
@@ -63,7 +63,7 @@ FB_DEVICE int block_of(const FbGpuAttention& call, int index) {
 }
 
 // By the 32 lanes of a warp, one key segment each.
-FB_DEVICE void make_plan(const Parameters& p, int index, int lane, Plan* plan) {
+FB_DEVICE void make_plan(const Parameters& p, int index, int block_rows, int lane, Plan* plan) {
   const FbGpuAttention& call = p.call;
   const int head = index / call.row_blocks, b = head / call.H, h = head % call.H;
   int block = block_of(call, index);
@@ -71,10 +71,10 @@ FB_DEVICE void make_plan(const Parameters& p, int index, int lane, Plan* plan) {
   const int32_t* starts = call.row_starts + (call.rows_by_item ? b * (call.R + 1) : 0);
   int r = 0, first = 0, rows = 0;
   for (; r < call.R; ++r) {
-    const int begin = starts[r], length = starts[r + 1] - begin, blocks = (length + kRows - 1) / kRows;
+    const int begin = starts[r], length = starts[r + 1] - begin, blocks = (length + block_rows - 1) / block_rows;
     if (block < blocks) {
-      first = begin + block * kRows;
-      rows = least(kRows, begin + length - first);
+      first = begin + block * block_rows;
+      rows = least(block_rows, begin + length - first);
       break;
     }
     block -= blocks;
