@@ -1,13 +1,15 @@
-"""Builds flashbrush: the packages, whose root is this folder, and the CPU library from csrc/cpu.
+"""Builds flashbrush: the packages, whose root is this folder, and the libraries from csrc/cpu and csrc/cuda.
 
-The library is plain C++ behind a C interface: no Python, no torch. Its parts are the files that are there:
-`csrc/cpu/*_isa.cpp` is compiled once per instruction set, with -DFLASHBRUSH_ISA=<name>; every other `csrc/cpu/*.cpp`
-once, for any machine. Together they become bindings/backends/libflashbrush_cpu.so.
+The libraries are plain C++ and CUDA C++ behind a C interface: no Python, no torch. Their parts are the files that are
+there: `csrc/cpu/*_isa.cpp` is compiled once per instruction set, with -DFLASHBRUSH_ISA=<name>; every other
+`csrc/cpu/*.cpp` once, for any machine. Together they become bindings/backends/libflashbrush_cpu.so. `csrc/cuda/*.cu`
+becomes libflashbrush_cuda.so beside it, for Hopper GPUs, where nvcc is present.
 
 An instruction set that the compiler cannot do is left out. Without a compiler, or where something else fails, the
-package installs without the library. bindings/backends/build_report.json says what was built, how, and what went wrong.
+package installs without that library. bindings/backends/build_report.json says what was built, how, and what went wrong.
 
     CXX                     the compiler; by default the first of c++, g++, clang++
+    NVCC                    the CUDA compiler; by default CUDA_HOME's or the one on PATH; empty: none
     FLASHBRUSH_SANITIZE=1   with AddressSanitizer and UndefinedBehaviorSanitizer, or not at all
 """
 
@@ -16,6 +18,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -48,8 +51,10 @@ ROOT_MODULES = {"__init__", "__main__"}
 DATA = {"flashbrush.benchmarks": ["results/*.json"], "flashbrush.checkpoints": ["*/**"]}
 
 SOURCES = Path("csrc/cpu")
+CUDA_SOURCES = Path("csrc/cuda")
 BACKENDS = Path("bindings/backends")
 LIBRARY = "libflashbrush_cpu.so"
+CUDA_LIBRARY = "libflashbrush_cuda.so"
 REPORT = "build_report.json"
 
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=fast"]
@@ -60,6 +65,9 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
 AVX512BF16 = [*AVX512, "-mavx512bf16"]
 AMX = [*AVX512BF16, "-mamx-tile", "-mamx-bf16"]
+# The architecture by its long form: the short one also makes code for an sm_90 that has no wgmma.
+CUDA_FLAGS = ["-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+CUDA_FLAGS += ["-Xptxas=-v", "-shared"]
 ISAS = {"portable": [], "avx2": AVX2, "avx512": AVX512, "avx512bf16": AVX512BF16, "amx": AMX}
 
 
@@ -94,14 +102,61 @@ def find_compiler() -> list[str]:
     raise BuildError("no C++ compiler was found (c++, g++ or clang++ on PATH, or CXX)")
 
 
+def find_cuda_compiler() -> str:
+    if (chosen := os.environ.get("NVCC")) is not None:
+        if not shutil.which(chosen):
+            raise BuildError(f"the CUDA compiler that NVCC names does not exist: {chosen}" if chosen else "NVCC is empty")
+        return chosen
+    homes = [Path(home, "bin") for name in ("CUDA_HOME", "CUDA_PATH") if (home := os.environ.get(name))]
+    for path in (*homes, None, "/usr/local/cuda/bin"):
+        if found := shutil.which("nvcc", path=path and str(path)):
+            return found
+    raise BuildError("nvcc was not found (NVCC, CUDA_HOME or PATH)")
+
+
+def build_cuda_library(folder: Path) -> dict:
+    """Leaves the library in `folder`, or none; what the report says of it."""
+    report: dict = {"error": None, "output": "", "compiler": None, "flags": CUDA_FLAGS, "kernels": {}, "warnings": []}
+    library = folder / CUDA_LIBRARY
+    try:
+        compiler = find_cuda_compiler()
+        report["compiler"] = call([compiler, "--version"]).splitlines()[-1]
+        with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as scratch:
+            target = Path(scratch) / CUDA_LIBRARY
+            sources = [str(source) for source in sorted(CUDA_SOURCES.glob("*.cu"))]
+            read_resources(call([compiler, *CUDA_FLAGS, *sources, "-o", str(target)]), report)
+            os.replace(target, library)
+    except (BuildError, OSError) as error:
+        library.unlink(missing_ok=True)
+        report["error"] = str(error)
+        report["output"] = getattr(error, "output", "")
+    return report
+
+
+def read_resources(output: str, report: dict) -> None:
+    """Registers and bytes spilled of each kernel, and what ptxas warns of, from its -v."""
+    kernel = ""
+    for line in output.splitlines():
+        if found := re.search(r"Compiling entry function '(\w+)'", line):
+            kernel = found[1]
+            report["kernels"][kernel] = {"registers": 0, "spills": 0}
+        elif found := re.search(r"(\d+) bytes spill stores", line):
+            report["kernels"][kernel]["spills"] = int(found[1])
+        elif found := re.search(r"Used (\d+) registers", line):
+            report["kernels"][kernel]["registers"] = int(found[1])
+        elif "warning" in line.lower() or re.search(r"\(C\d+\)", line):
+            report["warnings"].append(line.strip())
+
+
 def build_library(folder: Path) -> None:
-    """Leaves the library and its report in `folder`, or the report alone, with the reason in "error"."""
+    """Leaves the libraries and their report in `folder`, or the report alone, with the reason in "error"."""
     folder.mkdir(parents=True, exist_ok=True)
     library = folder / LIBRARY
     sanitize = os.environ.get("FLASHBRUSH_SANITIZE", "0") not in ("", "0")
     report: dict = {"error": None, "output": "", "library": None, "compiler": None, "machine": platform.machine()}
     report |= {"isas": [], "left_out": {}, "flags": [], "isa_flags": {}, "sanitize": sanitize}
     started = time.monotonic()
+    cuda = ThreadPoolExecutor(1).submit(build_cuda_library, folder)
     try:
         # Renamed into place: a process that runs the old library keeps the old file.
         with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as scratch:
@@ -115,6 +170,7 @@ def build_library(folder: Path) -> None:
         report["error"] = str(error)
         report["output"] = getattr(error, "output", "")
         print(f"flashbrush: installing without the CPU library: {error}\n{report['output']}", file=sys.stderr)
+    report["cuda"] = cuda.result()
     report["seconds"] = round(time.monotonic() - started, 1)
     (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n")
 
@@ -182,13 +238,14 @@ class BuildLibrary(build_ext):
 
     def get_outputs(self) -> list[str]:
         folder = Path(self.build_lib, "flashbrush") / BACKENDS
-        return [str(folder / name) for name in (LIBRARY, REPORT)]
+        return [str(folder / name) for name in (LIBRARY, CUDA_LIBRARY, REPORT) if (folder / name).exists()]
 
     def get_output_mapping(self) -> dict[str, str]:
         return {out: str(BACKENDS / Path(out).name) for out in self.get_outputs()} if self.inplace else {}
 
     def get_source_files(self) -> list[str]:
-        return [str(path) for path in sorted(SOURCES.iterdir()) if path.suffix in (".cpp", ".h")]
+        paths = sorted((*SOURCES.iterdir(), *CUDA_SOURCES.iterdir()))
+        return [str(path) for path in paths if path.suffix in (".cpp", ".h", ".cu", ".cuh")]
 
 
 class PlatformWheel(bdist_wheel):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import json
 import os
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, addressof, byref, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
@@ -21,11 +20,11 @@ from torch import Tensor
 from ..control import NORMS
 from ..problem import Problem
 from . import Result
+from .library import open_library
 
 name = "cpu"
 ABI = 2
 LIBRARY = Path(__file__).with_name("libflashbrush_cpu.so")
-REPORT = Path(__file__).with_name("build_report.json")
 BY_NAME_ONLY = ("amx",)  # of the instruction sets
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _FAILURES = {
@@ -237,15 +236,9 @@ def _wanted_isa() -> str:
 @functools.cache
 def _load() -> tuple[ctypes.CDLL | None, str]:
     """(library, reason why there is none)"""
-    if not LIBRARY.exists():
-        reason = "the shared library was not built"
-        if REPORT.exists():
-            reason += f": {json.loads(REPORT.read_text()).get('error') or 'no reason recorded'}"
+    library, reason = open_library(LIBRARY)
+    if library is None:
         return None, reason
-    try:
-        library = ctypes.CDLL(str(LIBRARY))
-    except OSError as error:
-        return None, f"the shared library does not load: {error}"
     if library.flashbrush_abi() != ABI:
         return None, _FAILURES[3]
     library.flashbrush_isa.restype = c_char_p

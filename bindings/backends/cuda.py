@@ -21,6 +21,7 @@ from ..problem import Problem
 from . import Result, triton
 from . import triton_launch as launch
 from . import triton_statistics as statistics
+from .library import open_library
 
 name = "cuda"
 ABI = 1
@@ -67,8 +68,9 @@ class _Attention(Structure):
 
 
 def available() -> list[str]:
-    if _open(LIBRARY) is None:
-        return ["the CUDA library is not built; it needs nvcc 12.5 or newer at installation"]
+    library, reason = _load()
+    if library is None:
+        return [reason]
     if not torch.cuda.is_available():
         return ["no GPU is visible to torch"]
     return triton.available()
@@ -170,22 +172,22 @@ def _run(call: _Attention, device: torch.device) -> None:
 
 
 @functools.cache
-def _open(path: Path) -> ctypes.CDLL | None:
-    try:
-        library = ctypes.CDLL(str(path))
-    except OSError:
-        return None
-    library.flashbrush_gpu_attention.argtypes = (POINTER(_Attention), c_void_p)
-    library.flashbrush_gpu_attention.restype = c_int
-    library.flashbrush_gpu_block_rows.argtypes = (c_int,)
-    library.flashbrush_gpu_error.argtypes = (c_int,)
-    library.flashbrush_gpu_error.restype = c_char_p
-    return library
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    """(library, the reason why there is none)"""
+    library, reason = open_library(LIBRARY, "cuda")
+    if library is not None:
+        library.flashbrush_gpu_attention.argtypes = (POINTER(_Attention), c_void_p)
+        library.flashbrush_gpu_attention.restype = c_int
+        library.flashbrush_gpu_block_rows.argtypes = (c_int,)
+        library.flashbrush_gpu_error.argtypes = (c_int,)
+        library.flashbrush_gpu_error.restype = c_char_p
+    return library, reason
 
 
 def _library() -> ctypes.CDLL:
-    library = _open(LIBRARY)
-    assert library is not None
+    library, reason = _load()
+    if library is None:
+        raise RuntimeError(reason)
     return library
 
 

@@ -185,28 +185,17 @@ FB_DEVICE void write_mass(const FbGpuAttention& call, const Plan* plan, const Vi
   }
 }
 
-// The group's rows of the output -> Q's memory -> memory; eight threads write 128 bytes of one row.
+// The group's rows of the output, straight from registers: four threads write 16 bytes in a row. It is a hundredth of what a
+// block reads, and memory of its own to gather whole rows in would be taken from K and V.
 template <typename K>
-FB_DEVICE void store_output(const FbGpuAttention& call, const Plan* plan, const float (&o)[K::D / 2], char* shared, const Place& me) {
-  struct alignas(16) Chunk {
-    uint32_t words[4];
-  };
-  char* own = shared + kGroupRows * me.group * 128;
-  auto place = [&](int row, int chunk) { return own + chunk / 8 * K::ROWS * 128 + row * 128 + (chunk % 8 ^ row % 8) * 16; };
+FB_DEVICE void store_output(const FbGpuAttention& call, const Plan* plan, const float (&o)[K::D / 2], const Place& me) {
 #pragma unroll
-  for (int j = 0; j < K::D / 16; ++j) {
-    uint32_t x[4];
+  for (int i = 0; i < 2; ++i) {
+    const int row = kGroupRows * me.group + me.row() + 8 * i;
+    char* out = (char*)call.out.data + 2 * (plan->b * call.out.stride_b + (plan->first + row) * call.out.stride_t + plan->h * call.out.stride_h + 2 * (me.lane % 4));
+    if (row < plan->rows)
 #pragma unroll
-    for (int n = 0; n < 4; ++n) x[n] = pack<typename K::Type>(o[8 * j + 2 * n], o[8 * j + 2 * n + 1]);
-    store_matrices(place(16 * me.warp + me.lane % 16, 2 * j + me.lane / 16), x[0], x[1], x[2], x[3]);
-  }
-  sync_some(kGroup + me.group, kGroupThreads);
-  const int rows = plan->rows - kGroupRows * me.group;
-  char* out = (char*)call.out.data + 2 * (plan->b * call.out.stride_b + (plan->first + kGroupRows * me.group) * call.out.stride_t + plan->h * call.out.stride_h);
-#pragma unroll
-  for (int n = 0; n < kGroupRows * K::D / 8 / kGroupThreads; ++n) {
-    const int at = n * kGroupThreads + me.thread, row = at / (K::D / 8), chunk = at % (K::D / 8);
-    if (row < rows) *(Chunk*)(out + 2 * row * call.out.stride_t + 16 * chunk) = *(const Chunk*)place(row, chunk);
+      for (int j = 0; j < K::D / 8; ++j) *(uint32_t*)(out + 16 * j) = pack<typename K::Type>(o[4 * j + 2 * i], o[4 * j + 2 * i + 1]);
   }
 }
 
@@ -265,8 +254,11 @@ FB_DEVICE void compute(const Parameters& p, char* shared, const Plan* plans, Bar
         if (tile.opens()) close_segment<K>(sums, visit, mass, me);
       }
 
+      const bool last = g == call.G - 1;
       tile = Cursor<KEYS>(loud, end);
-      if (tile.any()) {
+      if (!tile.any()) {
+        if (last) release(&bars->q_empty);
+      } else {
         my_turn();
         wait(&bars->k_full[k.at], k.parity);
         begin_products();
@@ -282,6 +274,7 @@ FB_DEVICE void compute(const Parameters& p, char* shared, const Plan* plans, Bar
           const Visit& before = *tile.visit;
           const int keys = tile.keys();
           if (!tile.next()) {
+            if (last) release(&bars->q_empty);
             close_segment<K>(sums, before, mass, me);
             wait(&bars->v_full[v.at], v.parity);
             if (keys < KEYS) clear_values<K>(shared + K::v_offset + v.at * K::tile_bytes, keys, me);
@@ -354,9 +347,9 @@ FB_DEVICE void compute(const Parameters& p, char* shared, const Plan* plans, Bar
       }
     }
 
-    store_output<K>(call, todo, o, shared, me);
+    store_output<K>(call, todo, o, me);
     if (mass) {
-      // Of the segments that were visited; the sums of all four warps were written before store_output's barrier.
+      sync_some(kGroup + me.group, kGroupThreads);
       float* to = call.partial_mass + ((int64_t(n / call.row_blocks) * call.row_blocks + block_of(call, n)) * K::GROUPS + me.group) * call.C;
       for (int c = me.thread; c < call.C; c += kGroupThreads) {
         bool visited = false;
@@ -364,10 +357,8 @@ FB_DEVICE void compute(const Parameters& p, char* shared, const Plan* plans, Bar
         const float* from = mass_by_warp + c * K::WARPS + kGroupWarps * me.group;
         to[c] = visited ? (from[0] + from[1]) + (from[2] + from[3]) : 0.f;
       }
+      sync_some(kGroup + me.group, kGroupThreads);  // before the next block's sums
     }
-    publish_stores();
-    sync_some(kGroup + me.group, kGroupThreads);
-    release(&bars->q_empty);
     release(&bars->plan_empty[plan.at]);
   }
 }
@@ -387,6 +378,7 @@ __global__ void __launch_bounds__(K::THREADS, 1) attention_forward(const __grid_
       init_barrier(&bars->v_full[i], 1), init_barrier(&bars->v_empty[i], K::WARPS);
     }
     publish_barriers();
+    prefetch_map(&p.q), prefetch_map(&p.k[0]), prefetch_map(&p.v[0]);
   }
   sync_block();
   if (warp < 4) {

@@ -66,8 +66,8 @@ FB_DEVICE void wait(Barrier* b, uint32_t parity) {
       ".reg .pred done;\n"
       "again:\n"
       "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra.uni passed;\n"
-      "bra.uni again;\n"
+      "@done bra passed;\n"
+      "bra again;\n"
       "passed:\n"
       "}\n" ::"r"(shared_address(b)), "r"(parity) : "memory");
 }
@@ -83,13 +83,6 @@ FB_DEVICE void copy_tile(void* to, const TensorMap* map, Barrier* b, int row, in
 }
 // Ordinary stores to shared memory become visible to the copy engine and to products; a barrier of the threads follows.
 FB_DEVICE void publish_stores() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
-// Four 8 x 8 matrices of 16-bit elements -> shared memory: lane i holds element pair i % 4 of row i / 4 of each, and the
-// address of row i % 8 of matrix i / 8.
-FB_DEVICE void store_matrices(void* row, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)), "r"(a), "r"(b), "r"(c), "r"(d)
-               : "memory");
-}
 
 // ------------------------------------------------------------------------------------------------------------ numbers
 

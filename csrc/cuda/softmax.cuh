@@ -56,12 +56,17 @@ FB_DEVICE bool softmax_tile(float (&s)[KEYS / 2], RowSums& sums, float (&decay)[
       if (8 * (n / 4) + n % 2 >= last) s[n] = -kInf;
   }
   const float add = visit.add;
-  float top[2] = {-kInf, -kInf};
+  // Two chains a row for a maximum and a sum, which one warp alone would wait for link by link.
+  float top[2] = {-kInf, -kInf}, other[2] = {-kInf, -kInf};
 #pragma unroll
-  for (int n = 0; n < KEYS / 2; ++n) top[n / 2 % 2] = maximum(top[n / 2 % 2], s[n]);
+  for (int n = 0; n < KEYS / 2; n += 2) {
+    top[n / 2 % 2] = maximum(top[n / 2 % 2], s[n]);
+    other[n / 2 % 2] = maximum(other[n / 2 % 2], s[n + 1]);
+  }
   bool raised = visit.shift != sums.shift;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
+    top[i] = maximum(top[i], other[i]);
     top[i] = maximum(top[i], shuffle_xor(top[i], 1));
     top[i] = maximum(top[i], shuffle_xor(top[i], 2)) * scale + add;
     raised |= top[i] > sums.m[i] + kSlack;
@@ -92,8 +97,14 @@ FB_DEVICE bool softmax_tile(float (&s)[KEYS / 2], RowSums& sums, float (&decay)[
     for (int n = 0; n < KEYS / 2; ++n)
       if (8 * (n / 4) + n % 2 >= last) s[n] = 0.f;
   }
+  float odd[2] = {0.f, 0.f};
 #pragma unroll
-  for (int n = 0; n < KEYS / 2; ++n) sums.segment[n / 2 % 2] += s[n];
+  for (int n = 0; n < KEYS / 2; n += 2) {
+    sums.segment[n / 2 % 2] += s[n];
+    odd[n / 2 % 2] += s[n + 1];
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) sums.segment[i] += odd[i];
   return raised;
 }
 
