@@ -1,7 +1,5 @@
 // Shared memory of the emulated block, its barriers, and the copy engine.
 #pragma once
-#include <algorithm>
-
 #include "emulated_threads.h"
 
 namespace flashbrush::emulation {
@@ -187,10 +185,12 @@ struct Copies : Engine {
   };
   Memory& memory;
   Barriers& barriers;
+  Random& random;
   Pace pace;
   std::vector<Copy> waiting;
+  int first_unwilling = 0;
 
-  Copies(Memory& memory, Barriers& barriers) : memory(memory), barriers(barriers) {}
+  Copies(Memory& memory, Barriers& barriers, Random& random) : memory(memory), barriers(barriers), random(random) {}
 
   // Bytes `offset` of a tile's 16-byte chunks, as they lie in memory.
   uint8_t* chunk(const Copy& c, uint32_t offset) { return memory.at_published(swizzle(c.to + offset), 16, "a tile copy"); }
@@ -204,13 +204,19 @@ struct Copies : Engine {
     for (const Copy& other : waiting)
       if (to < other.to + other.bytes && other.to < to + c.bytes) fail("two tile copies at once to offset %u", to - kBase);
     for (uint32_t offset = 0; offset < c.bytes; offset += 16) memset(chunk(c, offset), 0xff, 16);
-    waiting.push_back(c);
-    if (pace.at_once) perform(pending() - 1);
+    if (!pace.at_once && random.chance(pace.unwilling)) {
+      waiting.push_back(c);
+    } else {
+      waiting.insert(waiting.begin() + first_unwilling++, c);
+      if (pace.at_once) perform(first_unwilling - 1);
+    }
   }
   int pending() const override { return int(waiting.size()); }
+  int willing() const override { return first_unwilling; }
   void perform(int which) override {
     const Copy c = waiting[size_t(which)];
     waiting.erase(waiting.begin() + which);
+    first_unwilling -= which < first_unwilling;
     const bool outside = c.head < 0 || c.head >= c.map.heads || c.item < 0 || c.item >= c.map.items;
     uint32_t offset = 0;
     for (int64_t block = 0; block < c.map.blocks; ++block) {

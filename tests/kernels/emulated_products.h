@@ -67,11 +67,14 @@ struct Group : Engine {
   } members[kGroup];
   Memory& memory;
   Pace& pace;
+  Random& random;
   int first_thread;
   std::deque<Product> products;
   uint64_t performed = 0;
+  bool unwilling = false;  // drawn for the next product
 
-  Group(Memory& memory, Pace& pace, int first_thread) : memory(memory), pace(pace), first_thread(first_thread) {}
+  Group(Memory& memory, Pace& pace, Random& random, int first_thread)
+      : memory(memory), pace(pace), random(random), first_thread(first_thread) {}
 
   void begin(int t) { members[t].begun = true; }
   void commit(int t) {
@@ -154,6 +157,7 @@ struct Group : Engine {
   // -------------------------------------------------------------------------------------------------------- execution
 
   int pending() const override { return !products.empty() && products.front().issued == kGroup; }
+  int willing() const override { return pending() && !unwilling; }
   std::string in_flight() const override {
     return products.empty() ? "" : std::to_string(products.size()) + " products of threads from " + std::to_string(first_thread);
   }
@@ -192,6 +196,7 @@ struct Group : Engine {
     const Product p = products.front();
     products.pop_front();
     ++performed;
+    unwilling = random.chance(pace.unwilling);
     const Decode decode = p.half ? decode_half : decode_bfloat;
     if (p.from_registers) {
       for (int t = 0; t < kGroup; ++t)

@@ -8,6 +8,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <functional>
 #include <map>
 #include <stdexcept>
@@ -57,8 +58,13 @@ struct Random {
 
 #if defined(__x86_64__)
 using Context = void*;
-// The registers that a called function keeps are pushed, the rest is the caller's business.
-__attribute__((naked, noinline)) inline void switch_context(Context*, Context*) {
+#if defined(__clang__)
+#define FB_OPAQUE noinline
+#else
+#define FB_OPAQUE noipa
+#endif
+// The registers that a called function keeps are pushed, the rest is the caller's business. Opaque: all memory may change.
+__attribute__((naked, FB_OPAQUE)) inline void switch_context(Context*, Context*) {
   asm volatile(
       "pushq %rbp\n pushq %rbx\n pushq %r12\n pushq %r13\n pushq %r14\n pushq %r15\n"
       "movq %rsp, (%rdi)\n movq (%rsi), %rsp\n"
@@ -118,10 +124,12 @@ struct Warp {
   uint64_t result[2] = {};
 };
 
-// What runs beside the threads: copies, and products of each warp group.
+// What runs beside the threads: copies, and products of each warp group. Of those that could be performed, the first are
+// willing, and the others wait until nothing else can happen.
 struct Engine {
   virtual ~Engine() = default;
   virtual int pending() const = 0;
+  virtual int willing() const = 0;
   virtual void perform(int which) = 0;
   virtual std::string in_flight() const = 0;
 };
@@ -129,12 +137,13 @@ struct Engine {
 // When an engine performs what it could: at once, not before nobody else can go on, or with a chance at every step.
 struct Pace {
   bool at_once = false;
-  double chance = 0;
+  double chance = 0, unwilling = 0;
   void draw(Random& random) {
     static const double kChances[] = {0.02, 0.1, 0.4};
     const int kind = random.below(4);
     at_once = kind == 0;
     chance = kind < 2 ? 0 : kChances[random.below(3)];
+    unwilling = random.below(2) * 0.2;
   }
 };
 
@@ -239,16 +248,18 @@ struct Scheduler {
   }
 
   bool perform_any() {
-    int all = 0;
-    for (auto& [engine, pace] : engines) all += engine->pending();
-    if (!all) return false;
-    int which = random.below(all);
-    for (auto& [engine, pace] : engines) {
-      if (which < engine->pending()) {
-        engine->perform(which);
-        return true;
+    for (const bool willing : {true, false}) {
+      const auto count = [&](const Engine& e) { return willing ? e.willing() : e.pending(); };
+      int all = 0;
+      for (auto& [engine, pace] : engines) all += count(*engine);
+      int which = random.below(all);
+      for (auto& [engine, pace] : engines) {
+        if (which < count(*engine)) {
+          engine->perform(which);
+          return true;
+        }
+        which -= count(*engine);
       }
-      which -= engine->pending();
     }
     return false;
   }
@@ -268,8 +279,7 @@ struct Scheduler {
     return text;
   }
 
-  // body() on every thread; 0, or what launch returns, with a message.
-  int run(int count, std::function<void()> each, std::string* message) {
+  void start(int count, std::function<void()> each) {
     active() = this;
     body = std::move(each);
     threads = std::vector<Thread>(size_t(count));
@@ -282,21 +292,24 @@ struct Scheduler {
     shuffle_order();
     fair = random.below(2) == 0;
     for (auto& [engine, pace] : engines) pace->draw(random);
+  }
+
+  // body() on every thread; 0, or what launch returns, with a message.
+  int run(int count, std::function<void()> each, std::string* message) {
     try {
-      for (;;) {
+      start(count, std::move(each));
+      // What is in flight when all threads have finished stays so: nobody waited for it.
+      while (std::any_of(threads.begin(), threads.end(), [](const Thread& t) { return !t.finished; })) {
         for (auto& [engine, pace] : engines)
-          if (engine->pending() && random.chance(pace->chance)) engine->perform(random.below(engine->pending()));
+          if (engine->willing() && random.chance(pace->chance)) engine->perform(random.below(engine->willing()));
         if (fair || random.below(32) == 0) shuffle_order();
         bool ran = false;
         for (size_t i = 0; i < order.size() && !ran; ++i) ran = run_warp(order[i]);
         if (ran || perform_any()) continue;
-        for (const Thread& t : threads) {
-          if (t.finished) continue;
-          *message = "nobody can go on" + who_waits();
-          return kDeadlock;
-        }
-        return 0;
+        *message = "nobody can go on" + who_waits();
+        return kDeadlock;
       }
+      return 0;
     } catch (const Failure& e) {
       *message = e.what();
       return kMisuse;

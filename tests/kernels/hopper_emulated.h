@@ -30,7 +30,7 @@ struct Block {
   Memory memory;
   Barriers barriers{memory, {}};
   NamedBarriers named;
-  Copies copies{memory, barriers};
+  Copies copies{memory, barriers, scheduler.random};
   Pace products_pace;
   std::vector<std::unique_ptr<Group>> groups;
   std::vector<std::vector<int>> claims;  // of registers, by warps
@@ -42,7 +42,7 @@ struct Block {
     memory.start(shared_bytes);
     scheduler.engines.push_back({&copies, &copies.pace});
     for (int i = 0; i + kGroup <= threads; i += kGroup) {
-      groups.push_back(std::make_unique<Group>(memory, products_pace, i));
+      groups.push_back(std::make_unique<Group>(memory, products_pace, scheduler.random, i));
       scheduler.engines.push_back({groups.back().get(), &products_pace});
     }
     claims.resize(size_t(threads / kWarp));
@@ -124,6 +124,11 @@ struct Block {
 inline Block*& block() {
   static Block* current = nullptr;
   return current;
+}
+// One launch at a time.
+inline std::mutex& only() {
+  static std::mutex mutex;
+  return mutex;
 }
 inline uint64_t& seed() {
   static uint64_t value = 0;
@@ -327,8 +332,7 @@ inline bool make_map(TensorMap* map, bool, const void* base, int64_t rows, int64
 // 0, or an error that stderr explains.
 template <typename Parameters>
 int launch(void (*kernel)(Parameters), const Parameters& parameters, int blocks, int threads, int shared_bytes, Stream) {
-  static std::mutex one;
-  const std::lock_guard<std::mutex> lock(one);
+  const std::lock_guard<std::mutex> lock(emulation::only());
   if (blocks < 1 || threads < 1 || threads > emulation::kMostThreads || threads % emulation::kWarp || shared_bytes < 0 ||
       shared_bytes > 227 << 10) {
     fprintf(stderr, "emulated launch: %d blocks of %d threads, %d bytes\n", blocks, threads, shared_bytes);
