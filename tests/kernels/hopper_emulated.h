@@ -4,7 +4,7 @@
 //
 // Stricter than the hardware: arrays of registers of a product (accumulators and A) must live, unchanged, until it was
 // awaited, and begin_products() precedes the first product of every group. Not seen: ordinary stores that are not published,
-// races of ordinary accesses within a pass of a warp, the time that anything takes.
+// races of ordinary accesses within a pass of a warp, loops that call none of these functions, the time that anything takes.
 #pragma once
 #include <cmath>
 #include <memory>
