@@ -14,6 +14,13 @@ FB_DEVICE int column_of(int i) { return 8 * (i / 4) + 2 * (thread_index() % 4) +
 // Step s of 16 of the summed dimension, of a tile of so many rows.
 FB_DEVICE uint64_t step_of(uint64_t tile, int s, int rows) { return advance(tile, s / 4 * rows * 128 + s % 4 * 32); }
 
+// Two neighbours of a row into a tile of 64 columns or blocks of as many, swizzled.
+template <typename T>
+FB_DEVICE void store_pair(char* tile, int rows, int row, int column, float a, float b) {
+  char* block = tile + column / 64 * rows * 128 + row * 128;
+  *reinterpret_cast<uint32_t*>(block + ((column % 64 / 8) ^ row % 8) * 16 + column % 8 * 2) = pack<T>(a, b);
+}
+
 // ------------------------------------------------------------------------------------ q k', and back through the tile of q
 
 struct Rows {
@@ -49,14 +56,7 @@ __global__ void multiply_rows(const __grid_constant__ Rows p) {
   for (int i = 0; i < N / 2; ++i) p.out[row_of(i) * N + column_of(i)] = c[i];
   if (N > D) return;
 
-  // A warp stores its 16 rows, 16 columns at a time: lanes 0-7 have the rows of the first 8 x 8 matrix, and so on.
-  const int lane = thread_index() % 32, row = 16 * (thread_index() / 32) + lane % 16;
-  for (int j = 0; j < N / 16; ++j) {
-    const int chunk = (2 * j + lane / 16) % 8;
-    char* to = q + j / 4 * kRows * 128 + row * 128 + (chunk ^ row % 8) * 16;
-    const float* f = c + 8 * j;
-    store_matrices(to, pack<T>(f[0], f[1]), pack<T>(f[2], f[3]), pack<T>(f[4], f[5]), pack<T>(f[6], f[7]));
-  }
+  for (int i = 0; i < N / 2; i += 2) store_pair<T>(q, kRows, row_of(i), column_of(i), c[i], c[i + 1]);
   publish_stores();
   sync_some(1, 128);
   for (int i = thread_index(); i < kRows * N; i += 128) {
@@ -145,7 +145,6 @@ enum Mistake {
   EARLY_OPERAND,
   EXTRA_COPY,
   NO_COMMIT,
-  NO_PUBLISH,
   OTHER_OPERAND,
   OUT_OF_BOUNDS,
   TOO_MANY_REGISTERS,
@@ -217,15 +216,10 @@ __global__ void sum_tiles(const __grid_constant__ Ring p) {
   }
   if (mistake == NO_AWAIT) await_products<0>();
 
-  // The sum becomes an operand: it is multiplied by 1, so that stores which nobody published would show.
-  const int lane = thread_index() % 32, row = 16 * (thread_index() % 128 / 32) + lane % 16;
-  for (int j = 0; j < 4; ++j) {
-    const float* f = c + 8 * j;
-    store_matrices(mine + row * 128 + ((2 * j + lane / 16) ^ row % 8) * 16, pack<T>(f[0], f[1]), pack<T>(f[2], f[3]), pack<T>(f[4], f[5]),
-                   pack<T>(f[6], f[7]));
-  }
-  if (mistake != NO_PUBLISH) publish_stores();
-  if (mistake != HALF_A_WARP || lane < 16) sync_some(group, mistake == OTHER_COUNT && thread_index() % 128 < 64 ? 96 : 128);
+  // The sum becomes an operand: it is multiplied by 1.
+  for (int i = 0; i < 32; i += 2) store_pair<T>(mine, 64, row_of(i) % 64, column_of(i), c[i], c[i + 1]);
+  publish_stores();
+  if (mistake != HALF_A_WARP || thread_index() % 32 < 16) sync_some(group, mistake == OTHER_COUNT && thread_index() % 128 < 64 ? 96 : 128);
   uint32_t ones[4][4];
   for (int s = 0; s < 4; ++s)
     for (int i = 0; i < 4; ++i)

@@ -12,7 +12,8 @@
 
 #include "emulated_products.h"
 
-#define FB_DEVICE static inline
+#define FB_INLINE inline
+#define FB_DEVICE static FB_INLINE
 #define __global__
 #define __device__
 #define __host__
@@ -209,14 +210,18 @@ FB_DEVICE float shuffle_xor(float x, int mask) {
   const int from = emulation::block()->scheduler.lane() ^ mask;
   return bits_to_float(int(emulation::exchange("shuffle_xor", uint64_t(mask), uint32_t(float_to_bits(x)), from)));
 }
-FB_DEVICE bool any_of_warp(bool x) {
+FB_DEVICE int shuffle_xor(int x, int mask) { return float_to_bits(shuffle_xor(bits_to_float(x), mask)); }
+FB_DEVICE void sync_warp() { emulation::block()->meet("sync_warp"); }
+FB_DEVICE uint32_t votes_of_warp(bool x) {
   emulation::Scheduler& s = emulation::block()->scheduler;
   const int parity = int(s.warp().meetings & 1);
-  emulation::exchange("any_of_warp", 0, x, 0);
-  bool any = false;
-  for (int i = 0; i < emulation::kWarp; ++i) any |= s.warp().slots[parity][i].words[0] != 0;
-  return any;
+  emulation::exchange("votes_of_warp", 0, x, 0);
+  uint32_t votes = 0;
+  for (int i = 0; i < emulation::kWarp; ++i) votes |= uint32_t(s.warp().slots[parity][i].words[0] != 0) << i;
+  return votes;
 }
+FB_DEVICE bool any_of_warp(bool x) { return votes_of_warp(x) != 0; }
+FB_DEVICE int count_bits(uint32_t x) { return __builtin_popcount(x); }
 FB_DEVICE int uniform(int x) { return int(emulation::exchange("uniform", 0, uint32_t(x), 0)); }
 template <int COUNT>
 FB_DEVICE void give_registers() { emulation::block()->claim_registers(COUNT, false); }
@@ -250,28 +255,14 @@ FB_DEVICE void copy_tile(void* to, const TensorMap* map, Barrier* b, int row, in
   emulation::block()->copies.issue(*map, shared_address(to), shared_address(b), row, head, item);
   emulation::block()->scheduler.pause();
 }
-FB_DEVICE void publish_stores() { emulation::block()->memory.publish(emulation::block()->warp()); }
-
-FB_DEVICE void store_matrices(void* row, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-  using namespace emulation;
-  const uint32_t address = shared_address(row);
-  if (address % 16) fail("a row of a matrix at offset %u, no multiple of 16", address - kBase);
-  block()->scheduler.meet("store_matrices", 0, {address, {a, b, c, d}}, [](Warp&, Warp::Slot* slots, uint64_t*) {
-    Memory& memory = block()->memory;
-    for (int i = 0; i < kWarp; ++i) {
-      const auto to = uint32_t(slots[i].address);
-      uint8_t* p = memory.at(to, 16, "a row of a matrix");
-      for (int pair = 0; pair < 4; ++pair) memcpy(p + 4 * pair, &slots[i % 8 * 4 + pair].words[i / 8], 4);
-      memory.mark_stored(to, block()->warp());
-    }
-  });
-}
+FB_DEVICE void publish_stores() {}
 
 // ------------------------------------------------------------------------------------------------------------ numbers
 
 FB_DEVICE float exp2_fast(float x) { return std::exp2(x); }
 FB_DEVICE float log2_fast(float x) { return std::log2(x); }
 FB_DEVICE float maximum(float a, float b) { return std::fmax(a, b); }
+FB_DEVICE float maximum_or_nan(float a, float b) { return a != a || b != b ? a + b : std::fmax(a, b); }
 template <typename T>
 FB_DEVICE uint32_t pack(float low, float high) { return uint32_t(T::round(low)) | uint32_t(T::round(high)) << 16; }
 
@@ -362,6 +353,8 @@ int launch(void (*kernel)(Parameters), const Parameters& parameters, int blocks,
   }
   return 0;
 }
+
+inline const char* error_text(int status) { return status > 0 ? "the emulation found an error, which stderr explains" : nullptr; }
 
 }  // namespace flashbrush
 

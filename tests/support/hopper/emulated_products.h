@@ -170,7 +170,7 @@ struct Group : Engine {
       for (int half = 0; half < 2; ++half) {
         const uint32_t address = d.start + uint32_t(r / 8) * d.stride + uint32_t(r % 8 * kRow + half * 16);
         uint16_t chunk[8];
-        memcpy(chunk, memory.at_published(swizzle(address), 16, "an operand"), 16);
+        memcpy(chunk, memory.at(swizzle(address), 16, "an operand"), 16);
         for (int i = 0; i < 8; ++i) to[(half * 8 + i) * across + r * along] = decode(chunk[i]);
       }
     }
@@ -184,7 +184,7 @@ struct Group : Engine {
       for (int n = 0; n < columns; n += 8) {
         const uint32_t address = d.start + uint32_t(k / 8) * d.stride + uint32_t(k % 8 * kRow + n % 64 * 2) + uint32_t(n / 64) * d.step;
         uint16_t chunk[8];
-        memcpy(chunk, memory.at_published(swizzle(address), 16, "an operand"), 16);
+        memcpy(chunk, memory.at(swizzle(address), 16, "an operand"), 16);
         for (int i = 0; i < 8; ++i) to[k][n + i] = decode(chunk[i]);
       }
     }

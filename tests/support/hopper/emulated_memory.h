@@ -25,9 +25,6 @@ struct Memory {
   std::vector<uint8_t> storage;
   uint8_t* bytes = nullptr;
   uint32_t size = 0;
-  // Warp + 1 of stores, by rows, that the copy engine and products do not see yet. Ordinary ones leave no trace.
-  std::vector<uint8_t> unpublished;
-  std::vector<std::pair<uint32_t, uint8_t>> stored;
 
   void start(int count) {
     size = uint32_t(count);
@@ -35,8 +32,6 @@ struct Memory {
     const uintptr_t first = uintptr_t(storage.data()) + kMargin;
     bytes = storage.data() + kMargin + (1024 - first % 1024) % 1024;
     memset(bytes, 0xff, size);
-    unpublished.assign(size / kRow + 1, 0);
-    stored.clear();
   }
   void check_margins() const {
     for (const uint8_t* p = storage.data(); p < storage.data() + storage.size(); ++p)
@@ -51,27 +46,6 @@ struct Memory {
     if (address < kBase || uint64_t(address) + count > uint64_t(kBase) + size)
       fail("%s out of shared memory: offset %ld, %u bytes of %u", what, long(address) - long(kBase), count, size);
     return bytes + (address - kBase);
-  }
-  void mark_stored(uint32_t address, int warp) {
-    const uint32_t row = (address - kBase) / kRow;
-    unpublished[row] = uint8_t(warp + 1);
-    stored.push_back({row, uint8_t(warp + 1)});
-  }
-  void publish(int warp) {
-    size_t kept = 0;
-    for (auto& [row, owner] : stored) {
-      if (owner != warp + 1) stored[kept++] = {row, owner};
-      else if (unpublished[row] == owner) unpublished[row] = 0;
-    }
-    stored.resize(kept);
-  }
-  // Read or written by the copy engine or a product, which must know of what was stored there.
-  uint8_t* at_published(uint32_t address, uint32_t count, const char* what) {
-    uint8_t* p = at(address, count, what);
-    const uint32_t row = (address - kBase) / kRow;
-    if (unpublished[row])
-      fail("%s of bytes that warp %d stored and did not publish, offset %u", what, unpublished[row] - 1, address - kBase);
-    return p;
   }
 };
 
@@ -193,7 +167,7 @@ struct Copies : Engine {
   Copies(Memory& memory, Barriers& barriers, Random& random) : memory(memory), barriers(barriers), random(random) {}
 
   // Bytes `offset` of a tile's 16-byte chunks, as they lie in memory.
-  uint8_t* chunk(const Copy& c, uint32_t offset) { return memory.at_published(swizzle(c.to + offset), 16, "a tile copy"); }
+  uint8_t* chunk(const Copy& c, uint32_t offset) { return memory.at(swizzle(c.to + offset), 16, "a tile copy"); }
 
   void issue(const TensorMap& map, uint32_t to, uint32_t barrier, int row, int head, int item) {
     if (map.valid != kValidMap) fail("a tile copy by a map that was not made");
