@@ -7,9 +7,8 @@ namespace {
 
 enum { kOk = 0, kOtherVersion = -1, kNotTaken = -2, kRefused = -3 };
 
-// Nothing reads an empty tensor, and there is no map of one.
 bool map_tensor(TensorMap* map, const FbGpuTensor& t, const FbGpuAttention& call, int heads, int box_rows) {
-  return t.tokens == 0 || make_map(map, call.dtype == FB_F16, t.data, t.tokens, heads, t.items, call.D, 2 * t.stride_t, 2 * t.stride_h, 2 * t.stride_b, box_rows);
+  return make_map(map, call.dtype == FB_F16, t.data, t.tokens, heads, t.items, call.D, 2 * t.stride_t, 2 * t.stride_h, 2 * t.stride_b, box_rows);
 }
 
 template <typename K>
@@ -21,6 +20,8 @@ int run(const FbGpuAttention& call, Stream stream) {
   p.shared_q = call.q.items == 1;
   if (!map_tensor(&p.q, call.q, call, call.H, K::ROWS)) return kRefused;
   for (int n = 0; n < call.L; ++n) {
+    p.k[n] = p.v[n] = p.q;  // there is no map of an empty tensor; nothing reads this one
+    if (call.k[n].tokens == 0) continue;
     if (!map_tensor(&p.k[n], call.k[n], call, call.Hkv, K::KEYS) || !map_tensor(&p.v[n], call.v[n], call, call.Hkv, K::KEYS)) return kRefused;
     p.shared_k |= uint32_t(call.k[n].items == 1) << n;
     p.shared_v |= uint32_t(call.v[n].items == 1) << n;

@@ -359,6 +359,7 @@ FB_DEVICE void compute(const Parameters& p, char* shared, const Plan* plans, Bar
       }
       sync_some(kGroup + me.group, kGroupThreads);  // before the next block's sums
     }
+    sync_warp();  // its other lanes may still read the plan
     release(&bars->plan_empty[plan.at]);
   }
 }

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-import os
-import platform
-import shlex
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
+from support.hopper import build
+
 SOURCE = Path(__file__).with_name("hopper_selftest.cpp")
-HEADERS = Path(__file__).parents[1] / "support" / "hopper"
 OK, MISUSE, DEADLOCK = 0, 1, 2
 SEEDS = 8
 DTYPES = [torch.bfloat16, torch.float16]
@@ -25,23 +21,9 @@ MISTAKES = [
 ]  # fmt: skip
 
 
-def find_compiler() -> list[str]:
-    named = shlex.split(os.environ.get("CXX", ""))
-    for command in (named, ["c++"], ["g++"], ["clang++"]):
-        if command and shutil.which(command[0]):
-            return command
-    pytest.skip("no C++ compiler: neither CXX names one nor is c++, g++ or clang++ found")
-
-
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    if platform.system() != "Linux" or platform.machine() not in ("x86_64", "aarch64"):
-        pytest.skip(f"fibers are not tried on {platform.system()} {platform.machine()}")
-    made = tmp_path_factory.mktemp("hopper") / "selftest.so"
-    command = [*find_compiler(), "-std=c++17", "-O2", "-Wno-psabi", "-fPIC", "-shared", f"-I{HEADERS}", str(SOURCE), "-o", str(made)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return ctypes.CDLL(str(made))
+    return ctypes.CDLL(str(build(SOURCE, tmp_path_factory.mktemp("hopper") / "selftest.so")))
 
 
 def address(x: torch.Tensor) -> ctypes.c_void_p:
