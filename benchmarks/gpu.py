@@ -1,6 +1,7 @@
 """One command for a machine with a GPU: is every kernel right, and how fast is it beside every other that is installed.
 
     python benchmarks/gpu.py --out results          from a checkout; needs torch, triton and numpy alone
+    python benchmarks/gpu.py --build --out results  and compiles csrc/cuda beforehand, with the machine's nvcc
     python benchmarks/gpu.py --dry-run              the whole plan on the CPU, with tiny shapes
 
 Exit code 0; 1 where a result is wrong or a task failed, which has no time then; 2 for wrong arguments or no GPU.
@@ -73,6 +74,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=8.0, help="what there is no time for is listed as skipped (8)")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, with tiny shapes; its times mean nothing")
+    parser.add_argument("--build", action="store_true", help="compile csrc/cuda first, for the cuda backend")
     parser.add_argument("--device", default="cuda", help="cuda, or cuda:1 ...")
     parser.add_argument("--backend", help="of ours: see flashbrush info (triton; in a dry run cpu, or composed)")
     parser.add_argument("--jobs", type=int, help="processes that check side by side (6; in a dry run 1)")
@@ -101,6 +103,8 @@ def _setup(options: argparse.Namespace) -> Setup:
     from .gpu_machine import Setup
 
     device = torch.device("cpu" if options.dry_run else options.device)
+    if options.build and options.worker is None:
+        _build()
     known = backends()
     if not options.dry_run and (device.type != "cuda" or not torch.cuda.is_available()):
         raise ValueError(f"device: no GPU is visible to torch as {options.device!r}; --dry-run walks the plan on the CPU")
@@ -116,9 +120,24 @@ def _setup(options: argparse.Namespace) -> Setup:
     return Setup(device, backend, options.dry_run, _more(options.peers))
 
 
+def _build() -> None:
+    """Raises ValueError: nvcc is not there, or fails."""
+    builder = runpy.run_path(str(ROOT / "setup.py"))
+    before = os.getcwd()
+    os.chdir(ROOT)  # its paths are relative
+    try:
+        report = builder["build_cuda_library"](builder["BACKENDS"])
+    finally:
+        os.chdir(before)
+    if report["error"]:
+        raise ValueError(f"build: {report['error']}\n{report['output']}")
+    for kernel, resources in report["kernels"].items():
+        print(f"{kernel}: {resources['registers']} registers, {resources['spills']} bytes spilled")
+
+
 def _more(file: Path | None) -> dict:
     from .gpu_peers import VENDORS
-    from .gpu_shapes import VARIANTS
+    from .gpu_shapes import OWN
 
     if file is None:
         return {}
@@ -128,7 +147,7 @@ def _more(file: Path | None) -> dict:
     if not callable(found):
         raise ValueError(f"peers: {file} has no function contestants()")
     more: Any = found()
-    if taken := {*VENDORS, *VARIANTS, "composed", "eager"} & more.keys():
+    if taken := {*VENDORS, *OWN, "composed", "eager"} & more.keys():
         raise ValueError(f"peers: these names are taken: {', '.join(sorted(taken))}")
     return more
 

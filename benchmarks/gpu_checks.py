@@ -203,6 +203,34 @@ def dims_and_dtypes(setup: Setup) -> Row:
     return _row(setup, {f"{a}, {str(t)[6:]}, D {d}": _forward(a, t, d) for a, t, d in cases})
 
 
+@torch.no_grad()
+def repeats(setup: Setup) -> Row:
+    """A thousand calls on the same inputs, bitwise the same: what is read before it was written shows sooner or later."""
+    dims = (32,) if setup.dry else (64, 128)
+    return _row(setup, {f"{setup.backend}, D {dim}, repeated": _repeated(dim) for dim in dims})
+
+
+def _repeated(dim: int) -> Callable[[Setup, str], Row]:
+    def check(setup: Setup, label: str) -> Row:
+        generator = torch.Generator(setup.device).manual_seed(5)
+        rows = {"prompt": 33, "subject": 70, "target": 150} if setup.dry else {"prompt": 333, "subject": 700, "target": 1500}
+        p = Draw(setup.device, torch.bfloat16, dim, generator, heads=4 if setup.dry else 24).problem(
+            rows, weight={("target", "prompt"): 1.3, ("target", "subject"): 1.3}, head_gain=HeadGain()
+        )
+        control = p.control()
+        first, stats = attention(p.q, p.k, p.v, control, backend=setup.backend, return_stats=True)
+        times = 3 if setup.dry else 1000
+        for i in range(times):
+            again, other = attention(p.q, p.k, p.v, control, backend=setup.backend, return_stats=True)
+            same = [torch.equal(a, b) for a, b in zip((first, *stats), (again, *other), strict=True)]
+            if not all(same):
+                names = [name for name, fine in zip(("out", "lse", "mass", "gain"), same, strict=True) if not fine]
+                raise WrongResult(f"{label}: call {i + 1} differs in {', '.join(names)}")
+        return {"repeats": times}
+
+    return check
+
+
 def gradients(setup: Setup) -> Row:
     """dq, dk and dv of the features that have them, in bfloat16 at head dim 128, and in float32 at 64."""
     dim = 32 if setup.dry else 128

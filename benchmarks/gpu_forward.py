@@ -10,7 +10,7 @@ from torch import Tensor
 from . import gpu_peers, timing
 from .forward import Row, describe, rounded, seconds
 from .gpu_machine import Setup, judged
-from .gpu_shapes import VARIANTS, dry, vary
+from .gpu_shapes import CUDA, OWN, dry, vary
 from .gpu_timing import interleaved, replayed, sets
 from .peers import Case, Peer, draw
 from .shapes import Shape
@@ -23,7 +23,8 @@ SECONDS = 2.0  # that the rounds of one row may take
 def main_entries(setup: Setup) -> list[Entry]:
     """Every plain attention there is, ours plain and with In-Context Brush, and the latter's other forms."""
     entries: list[Entry] = [(name, peer, "plain") for name, peer in gpu_peers.VENDORS.items()]
-    entries += [(name, gpu_peers.mine(setup, name), name) for name in ("plain", "shift", "brush")]
+    own = ("plain", "shift", "brush", "cuda_plain", "cuda_shift", "cuda_brush")
+    entries += [(name, gpu_peers.mine(setup, name), OWN[name]) for name in own]
     entries += [("composed", gpu_peers.COMPOSED, "brush"), ("eager", gpu_peers.EAGER, "brush")]
     return entries + [(name, peer, "brush" if peer.controlled else "plain") for name, peer in setup.more.items()]
 
@@ -31,7 +32,8 @@ def main_entries(setup: Setup) -> list[Entry]:
 def feature_entries(setup: Setup) -> list[Entry]:
     """Every other variant of ours, beside our plain call and the other forms of the same."""
     names = ("plain", "groups", "contrast", "contrast_linear", "quarter")
-    entries: list[Entry] = [(name, gpu_peers.mine(setup, name), name) for name in names]
+    names += ("cuda_plain", "cuda_groups", "cuda_contrast_linear", "cuda_quarter")
+    entries: list[Entry] = [(name, gpu_peers.mine(setup, name), OWN[name]) for name in names]
     entries += [("cudnn", gpu_peers.VENDORS["cudnn"], "plain")]
     entries += [(f"composed_{name}", gpu_peers.COMPOSED, name) for name in ("groups", "contrast_linear", "quarter")]
     return entries + [(f"eager_{name}", gpu_peers.EAGER, name) for name in ("groups", "contrast")]
@@ -59,7 +61,7 @@ def measure(setup: Setup, shape: Shape, entries: Iterable[Entry], graphs: bool =
         if name not in varied:
             varied[name] = [vary(case, name) for case in cases]
         case = varied[name][0]
-        with judged(label, missing, failures, device, ours=label in VARIANTS):
+        with judged(label, missing, failures, device, ours=label in OWN):
             prepared = [peer.prepare(c) for c in varied[name]]
             out, heads_first = first(prepared[0], case)
             if (name, peer.controlled) not in truths:
@@ -115,24 +117,30 @@ def rates(samples: Mapping[str, list[float]], work: Mapping[str, float]) -> dict
 
 def ratios(samples: Mapping[str, list[float]]) -> dict[str, timing.Spread]:
     """Time over time, round by round, of ours over others': below 1 ours is faster; `vendor`: the fastest plain one."""
-    own = [n for n in VARIANTS if n in samples]
+    own = [n for n in OWN if n in samples]
     vendors = [n for n in (*gpu_peers.VENDORS, "flex") if n in samples]
-    pairs = [(name, "plain") for name in own if name != "plain" and "plain" in own]
+    pairs = [(name, plain) for name in own if (plain := _plain(name)) != name and plain in own]
+    pairs += [(name, OWN[name]) for name in CUDA if name in own and OWN[name] in own]
     pairs += [(name, vendor) for name in own for vendor in vendors]
-    pairs += [(name, other) for other in samples if (name := _counterpart(other)) in own]
-    found = {f"{a}/{b}": timing.ratio(samples, a, b) for a, b in pairs if a is not None}
+    pairs += [(name, other) for other in samples for name in _counterparts(other) if name in own]
+    found = {f"{a}/{b}": timing.ratio(samples, a, b) for a, b in pairs}
     if vendors:
         fastest = min(vendors, key=lambda n: timing.spread(samples[n]).median)
         found |= {f"{name}/vendor": timing.ratio(samples, name, fastest) for name in own}
     return found
 
 
-def _counterpart(label: str) -> str | None:
-    """Our variant that another form computes: composed_groups and eager_groups our groups, composed and eager brush."""
+def _plain(name: str) -> str:
+    return "cuda_plain" if name in CUDA else "plain"
+
+
+def _counterparts(label: str) -> list[str]:
+    """Ours that compute what another form does: composed_groups and eager_groups our groups, composed and eager brush."""
     kind, _, rest = label.partition("_")
     if kind not in ("composed", "eager"):
-        return None
-    return rest if rest in VARIANTS else "brush"
+        return []
+    variant = rest if rest in OWN else "brush"
+    return [name for name in OWN if OWN[name] == variant]
 
 
 def _replays(calls: Mapping[str, list[Callable[[], Tensor]]], device: torch.device) -> Row:

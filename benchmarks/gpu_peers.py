@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .gpu_machine import Setup
+from .gpu_shapes import CUDA, OWN
 from .peers import COMPOSED, SDPA, Call, Case, Missing, Peer, ours
 from .peers import EAGER as CPU_EAGER
 
@@ -116,11 +117,12 @@ EAGER = replace(CPU_EAGER, slack=16.0)  # it rounds the logits and every partial
 FLEX = Peer("flex", "FlexAttention", False, _flex)
 
 
-def mine(setup: Setup, variant: str) -> Peer:
-    """Our library's, on the backend of the setup."""
+def mine(setup: Setup, name: str) -> Peer:
+    """Our library's by its name in the results: on the backend of the setup, or on cuda."""
+    backend, variant = "cuda" if name in CUDA else setup.backend, OWN[name]
     controlled = variant != "plain"
-    title = f"flashbrush {setup.backend}, {variant}"
-    return Peer(variant, title, controlled, functools.partial(ours, setup.backend, controlled))
+    title = f"flashbrush {backend}, {variant}"
+    return Peer(name, title, controlled, functools.partial(ours, backend, controlled))
 
 
 def composed_forms() -> dict[str, Peer]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from ..bindings import backends
 from . import gpu_around, gpu_backward, gpu_checks, gpu_forward, gpu_layer, gpu_machine
 from .forward import Row
 from .gpu_machine import Setup
@@ -52,6 +53,13 @@ def _all() -> list[Task]:
     ]
     plan += [
         Task("checks", "head dims and dtypes", gpu_checks.dims_and_dtypes, 40),
+        *(
+            Task("checks", f"{name}, cuda", _on_cuda(functools.partial(gpu_checks.features, labels=labels)), 15)
+            for name, labels in gpu_checks.FORWARD_GROUPS.items()
+        ),
+        Task("checks", "head dims and dtypes, cuda", _on_cuda(gpu_checks.dims_and_dtypes), 15),
+        Task("checks", "a thousand repeats, cuda", _on_cuda(gpu_checks.repeats), 15),
+        Task("checks", "a thousand repeats", gpu_checks.repeats, 15),
         Task("checks", "gradients", gpu_checks.gradients, 60),
         Task("checks", "around attention", gpu_around.checks, 20),
         _forward(MAIN),
@@ -68,6 +76,17 @@ def _all() -> list[Task]:
     ]
     plan += [_features("sd15-64"), _backward("sd3-1024"), _backward("tokens-16k")]
     return [*plan, _entries("compiled", MAIN, gpu_forward.compiled_entries, 45)]
+
+
+def _on_cuda(run: Callable[[Setup], Row]) -> Callable[[Setup], Row]:
+    """What the cuda backend does not take is listed as missing, or all of it where it is not usable."""
+
+    def on_cuda(setup: Setup) -> Row:
+        if reasons := backends()["cuda"]:
+            return {"missing": {"cuda": "; ".join(reasons)}}
+        return run(replace(setup, backend="cuda"))
+
+    return on_cuda
 
 
 def _entries(

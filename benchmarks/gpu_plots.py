@@ -10,10 +10,12 @@ from typing import Any
 from .forward import Row
 from .gpu_report import title
 
-LINES = ("plain", "shift", "brush", "cudnn", "flash", "efficient", "flash_attn_2", "flash_attn_3", "flash_attn_4", "composed",
+OURS = ("plain", "shift", "brush", "cuda_plain", "cuda_brush")
+LINES = (*OURS, "cudnn", "flash", "efficient", "flash_attn_2", "flash_attn_3", "flash_attn_4", "composed",
          "eager")  # fmt: skip
 BARS = {
-    "forward": ("plain/vendor", "brush/vendor", "brush/plain", "brush/composed", "brush/eager"),
+    "forward": ("plain/vendor", "brush/vendor", "brush/plain", "brush/composed", "brush/eager",
+                "cuda_plain/vendor", "cuda_brush/vendor", "cuda_brush/cuda_plain"),
     "layer": ("plain/fastest stock", "controlled/fastest stock"),
     "backward": ("plain/vendor", "brush/vendor"),
     "features": ("groups/plain", "contrast/plain", "contrast_linear/plain", "quarter/plain"),
@@ -48,7 +50,7 @@ def _rates(axes: Any, rows: Sequence[Row], gemm: float | None) -> None:
     for name in LINES:
         points = sorted((r["shape"]["rows"], r["tflops"][name]) for r in forward if name in r["tflops"])
         if points:
-            ours = name in ("plain", "shift", "brush")
+            ours = name in OURS
             axes.plot(*zip(*points, strict=True), marker="o", linewidth=2.2 if ours else 1.1,
                       linestyle="-" if ours else "--", label=f"ours, {name}" if ours else name)  # fmt: skip
     if gemm:

@@ -18,7 +18,9 @@ COLUMNS = (
     "section", "name", "size", "dtype", "contestant", "status", "median_ms", "q1_ms", "q3_ms", "rounds", "tflops",
     "gb_per_s", "replay_ms", "extra_mb", "max_error", "max_error_eager", "note",
 )  # fmt: skip
-KEY_RATIOS = ("plain/vendor", "brush/vendor", "brush/plain", "brush/composed", "brush/eager")
+KEY_RATIOS = (
+    "plain/vendor", "brush/vendor", "brush/plain", "brush/composed", "brush/eager", "cuda_plain/vendor", "cuda_brush/vendor",
+)  # fmt: skip
 
 
 class Results:

@@ -38,6 +38,9 @@ LONG = ("tokens-16k", "tokens-64k")
 SMALL = ("sd15-32", "sd15-64", "sd3-1024")
 
 VARIANTS = ("plain", "shift", "brush", "groups", "contrast", "contrast_linear", "quarter")
+# Ours by their names in the results, with their variants; the second ones run on the cuda backend, whatever the others do.
+CUDA = {f"cuda_{name}": name for name in ("plain", "shift", "brush", "groups", "contrast_linear", "quarter")}
+OWN = {**{name: name for name in VARIANTS}, **CUDA}
 
 
 def dry(shape: Shape) -> Shape:

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("checkpoints", "kernels", "bindings", "integrations", "benchmarks")
 FILES = ("__init__.py", "__main__.py", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
 BUILT = ("libflashbrush_cpu.so", "build_report.json")
+CUDA_BUILT = "libflashbrush_cuda.so"
 COMPILER = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
 # One instruction set is quicker to build, and shows that one that the compiler cannot do is left out.
 OLD_COMPILER = """#!/bin/sh
@@ -33,7 +34,7 @@ needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 
 def copy_tree(target: Path, *more: str) -> Path:
     """What a fresh clone has, as far as packaging is concerned, and beside it what a used one collects."""
-    ignore = shutil.ignore_patterns("__pycache__", ".*", "*.egg-info", *BUILT)
+    ignore = shutil.ignore_patterns("__pycache__", ".*", "*.egg-info", *BUILT, CUDA_BUILT)
     for folder in (*FOLDERS, "csrc", *more):
         shutil.copytree(ROOT / folder, target / folder, ignore=ignore)
     for file in FILES:
@@ -49,6 +50,7 @@ def copy_tree(target: Path, *more: str) -> Path:
 def run(command: list[str], folder: Path, **environment: str) -> str:
     """With this interpreter in `folder`, by the variables given; the output, or the test fails with it."""
     kept = {k: v for k, v in os.environ.items() if k not in ("CXX", "PYTHONPATH", "FLASHBRUSH_SANITIZE")}
+    kept["NVCC"] = ""  # which takes half a minute, and has a test of its own
     done = subprocess.run(
         [sys.executable, *command], cwd=folder, env=kept | environment, text=True, errors="replace",
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300,
@@ -116,7 +118,7 @@ def test_a_source_distribution_can_be_built_again(dist: Path) -> None:
         names = {name.partition("/")[2] for name in archive.getnames()}
         folders = {member.name.partition("/")[2] for member in archive if member.isdir()}
     # the links of a checkout lead round in circles, its tests need the checkout
-    csrc = {p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".h")}
+    csrc = {p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".h", ".cu", ".cuh")}
     made = {name for name in names if name.startswith("flashbrush.egg-info/")} | {"PKG-INFO", "setup.cfg"}
     assert names - folders - made == sources() | data() | csrc | set(FILES)
 
@@ -151,6 +153,40 @@ def test_the_report_says_what_was_built_and_what_was_left_out(wheel: Path) -> No
     others = {"avx2", "avx512", "avx512bf16", "amx"} if report["machine"] == "x86_64" else set()
     assert set(report["left_out"]) == others
     assert all("unrecognized command-line option" in reason for reason in report["left_out"].values())
+
+
+# Writes what ptxas would say of two kernels, or fails as an old nvcc does.
+CUDA_COMPILER = """#!/bin/sh
+test "$1" = --version && { echo "some nvcc"; exit 0; }
+OUTCOME
+echo "ptxas info    : Compiling entry function '_Z5firstv' for 'sm_90a'"
+echo "    64 bytes stack frame, 140 bytes spill stores, 136 bytes spill loads"
+echo "ptxas info    : Used 168 registers, used 16 barriers"
+echo "ptxas info    : (C7512) Potential Performance Loss: wgmma.mma_async instructions are serialized in '_Z6secondv'"
+echo "ptxas info    : Compiling entry function '_Z6secondv' for 'sm_90a'"
+echo "    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
+echo "ptxas info    : Used 90 registers"
+for last; do :; done
+echo library > "$last"
+"""
+
+
+@pytest.mark.parametrize("works", (True, False))
+def test_the_cuda_library_is_built_where_nvcc_is(works: bool, tmp_path: Path) -> None:
+    compiler, tree = tmp_path / "nvcc", copy_tree(tmp_path / "tree")
+    compiler.write_text(CUDA_COMPILER.replace("OUTCOME", "" if works else "echo 'error: unsupported gpu'; exit 1"))
+    compiler.chmod(0o755)
+    run(["setup.py", "-q", "build_ext", "--inplace"], tree, NVCC=str(compiler), CXX="false")  # the other library takes longer
+    backends = tree / "bindings" / "backends"
+    report = json.loads((backends / "build_report.json").read_text())["cuda"]
+    assert (backends / CUDA_BUILT).exists() == works
+    if not works:
+        assert "unsupported gpu" in report["error"] and report["kernels"] == {}
+        return
+    assert report["error"] is None and report["compiler"] == "some nvcc"
+    spilled, clean = {"registers": 168, "spills": 140}, {"registers": 90, "spills": 0}
+    assert report["kernels"] == {"_Z5firstv": spilled, "_Z6secondv": clean}
+    assert len(report["warnings"]) == 1 and "serialized" in report["warnings"][0]
 
 
 WORKS = """

@@ -24,7 +24,7 @@ def problem(dtype=torch.float32, **options):
 
 def test_backends_say_why_not() -> None:
     found = fb.backends()
-    assert list(found) == ["cpu", "triton", "composed", "reference"]
+    assert list(found) == ["cpu", "triton", "cuda", "composed", "reference"]
     assert found["composed"] == [] and found["reference"] == []
     assert all(isinstance(reason, str) and reason for reasons in found.values() for reason in reasons)
     found["cpu"].append("changed by a caller")
@@ -59,7 +59,7 @@ def test_every_named_backend_runs_or_fails_with_reasons() -> None:
             assert all(reason in str(error.value) for reason in reasons)
         else:
             assert fb.attention(q, q, q, backend=name).shape == q.shape
-    with pytest.raises(ValueError, match="backend: expected 'auto' or one of cpu, triton, composed, reference, got 'fast'"):
+    with pytest.raises(ValueError, match="backend: expected 'auto' or one of cpu, triton, cuda, composed, reference, got 'fast'"):
         fb.attention(q, q, q, backend="fast")
 
 
