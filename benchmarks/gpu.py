@@ -117,7 +117,7 @@ def _setup(options: argparse.Namespace) -> Setup:
     if device.type == "cuda":
         torch.cuda.set_device(device if device.index is not None else 0)
         device = torch.device("cuda", torch.cuda.current_device())
-    return Setup(device, backend, options.dry_run, _more(options.peers))
+    return Setup(device, backend, options.dry_run, _more(options.peers), options.build)
 
 
 def _build() -> None:

@@ -31,6 +31,7 @@ class Setup:
     backend: str
     dry: bool = False
     more: dict[str, Peer] = field(default_factory=dict)  # contestants of the caller's own
+    build: bool = False  # whether CUDA sources may be compiled
 
     def seconds(self, seconds: float) -> float:
         """How long a task may time; a dry run makes the fewest rounds."""

@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from ..bindings import backends
-from . import gpu_around, gpu_backward, gpu_checks, gpu_forward, gpu_layer, gpu_machine
+from . import gpu_around, gpu_backward, gpu_checks, gpu_forward, gpu_layer, gpu_machine, gpu_variants
 from .forward import Row
 from .gpu_machine import Setup
 from .gpu_shapes import GPU_SHAPES, LAYERS, LONG, MAIN, SMALL
 
-SECTIONS = ("ceilings", "checks", "forward", "layer", "backward", "features", "around", "compiled")
+SECTIONS = ("ceilings", "checks", "forward", "layer", "variants", "backward", "features", "around", "compiled")
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ def _all() -> list[Task]:
         _forward(MAIN),
         _layer(MAIN),
         *(_forward(name) for name in GPU_SHAPES if name not in (MAIN, *LONG)),
+        *(_variants(name) for name in (MAIN, "sd3-1024")),
         _backward(MAIN),
         _features(MAIN),
         *(_layer(name) for name in LAYERS if name != MAIN),
@@ -108,6 +109,10 @@ def _features(shape: str) -> Task:
 
 def _layer(shape: str) -> Task:
     return Task("layer", shape, functools.partial(gpu_layer.measure, shape=GPU_SHAPES[shape]), 8)
+
+
+def _variants(shape: str) -> Task:
+    return Task("variants", shape, functools.partial(gpu_variants.measure_variants, shape=shape), 45)
 
 
 def _backward(shape: str) -> Task:

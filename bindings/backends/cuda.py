@@ -68,7 +68,7 @@ class _Attention(Structure):
 
 
 def available() -> list[str]:
-    library, reason = _load()
+    library, reason = _open(LIBRARY)
     if library is None:
         return [reason]
     if not torch.cuda.is_available():
@@ -172,9 +172,9 @@ def _run(call: _Attention, device: torch.device) -> None:
 
 
 @functools.cache
-def _load() -> tuple[ctypes.CDLL | None, str]:
+def _open(path: Path) -> tuple[ctypes.CDLL | None, str]:
     """(library, the reason why there is none)"""
-    library, reason = open_library(LIBRARY, "cuda")
+    library, reason = open_library(path, "cuda")
     if library is not None:
         library.flashbrush_gpu_attention.argtypes = (POINTER(_Attention), c_void_p)
         library.flashbrush_gpu_attention.restype = c_int
@@ -185,7 +185,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
 
 
 def _library() -> ctypes.CDLL:
-    library, reason = _load()
+    library, reason = _open(LIBRARY)
     if library is None:
         raise RuntimeError(reason)
     return library

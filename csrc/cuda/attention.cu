@@ -34,6 +34,9 @@ int run(const FbGpuAttention& call, Stream stream) {
 #ifndef FLASHBRUSH_KEYS_128
 #define FLASHBRUSH_KEYS_128 128
 #endif
+#ifndef FLASHBRUSH_POLYNOMIAL_128
+#define FLASHBRUSH_POLYNOMIAL_128 0
+#endif
 #ifndef FLASHBRUSH_KEYS_64
 #define FLASHBRUSH_KEYS_64 128
 #endif
@@ -52,7 +55,7 @@ template <typename T>
 int choose(const FbGpuAttention& call, Stream stream) {
   if (call.D == 128)
     return call.G > 1 ? run<Kernel<T, 128, 64, kGroups128, true, 0>>(call, stream)
-                      : run<Kernel<T, 128, FLASHBRUSH_KEYS_128, kGroups128, false, 0>>(call, stream);
+                      : run<Kernel<T, 128, FLASHBRUSH_KEYS_128, kGroups128, false, FLASHBRUSH_POLYNOMIAL_128>>(call, stream);
   if (call.D == 64)
     return call.G > 1 ? run<Kernel<T, 64, 64, kGroups64, true, 0>>(call, stream)
                       : run<Kernel<T, 64, FLASHBRUSH_KEYS_64, kGroups64, false, FLASHBRUSH_POLYNOMIAL_64>>(call, stream);

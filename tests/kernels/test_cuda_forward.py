@@ -45,9 +45,7 @@ def seed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], N
         patch.setattr(cuda, "LIBRARY", path)
         patch.setattr(cuda, "available", lambda: [])
         patch.setattr(triton_launch, "multiprocessors", lambda _: 2)
-        cuda._load.cache_clear()
         yield lambda value: library.flashbrush_emulation_seed(ctypes.c_uint64(value))
-    cuda._load.cache_clear()
 
 
 def run(call: Call) -> tuple[Tensor, fb.Stats]:
