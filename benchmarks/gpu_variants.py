@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import runpy
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -81,22 +81,13 @@ def _peer(setup: Setup, library: Path, form: str, name: str) -> Peer:
     ours = gpu_peers.mine(setup, f"cuda_{form}")
 
     def prepare(case: Case) -> tuple[Call, bool]:
-        with_library = _with_library(library)
-        call, heads_first = with_library(lambda: ours.prepare(case))()
-        return with_library(call), heads_first
+        with cuda.trial(library):
+            call, heads_first = ours.prepare(case)
+
+        def run() -> Tensor:
+            with cuda.trial(library):
+                return call()
+
+        return run, heads_first
 
     return Peer(f"{form}, {name}", f"flashbrush cuda, {form}, {name}", ours.controlled, prepare)
-
-
-def _with_library(library: Path) -> Callable:
-    def wrap(call: Callable) -> Callable[[], Tensor]:
-        def run():
-            before, cuda.LIBRARY = cuda.LIBRARY, library
-            try:
-                return call()
-            finally:
-                cuda.LIBRARY = before
-
-        return run
-
-    return wrap

@@ -36,7 +36,10 @@ FLOORS = (
 # What backends may know of bindings: how a call is described, not how it is made.
 DESCRIPTIONS = ("bindings/segments.py", "bindings/control.py", "bindings/problem.py")
 # What bindings have no public word for: `flashbrush info` names the instruction sets of the library, the tuner tries tiles.
-SHOWN = (("integrations/cli.py", "bindings/backends/cpu.py"), ("benchmarks/tune.py", "bindings/backends/tiles.py"))
+SHOWN = (
+    ("integrations/cli.py", "bindings/backends/cpu.py"), ("benchmarks/tune.py", "bindings/backends/tiles.py"),
+    ("benchmarks/gpu_variants.py", "bindings/backends/cuda.py"),
+)  # fmt: skip
 LINES = 500
 
 

@@ -9,8 +9,10 @@ does not choose it: it runs where backend="cuda" names it.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+from collections.abc import Iterator
 from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
 from pathlib import Path
 
@@ -182,6 +184,17 @@ def _open(path: Path) -> tuple[ctypes.CDLL | None, str]:
         library.flashbrush_gpu_error.argtypes = (c_int,)
         library.flashbrush_gpu_error.restype = c_char_p
     return library, reason
+
+
+@contextlib.contextmanager
+def trial(library: Path) -> Iterator[None]:
+    """All calls of this process take another build of the library: for the tuner."""
+    global LIBRARY
+    before, LIBRARY = LIBRARY, library
+    try:
+        yield
+    finally:
+        LIBRARY = before
 
 
 def _library() -> ctypes.CDLL:
