@@ -111,7 +111,10 @@ def isas() -> list[str]:
 
 
 def forward(problem: Problem) -> Result:
-    """Any layout with a contiguous last dimension. Extra memory: packed K and V of two heads, scratch per thread."""
+    """Any layout with a contiguous last dimension.
+
+    Extra memory: packed K and V of two heads, with three or four threads of one head a thread, and scratch per thread.
+    """
     p = problem
     R, C = len(p.row_lengths), len(p.key_lengths)
     out = torch.empty(p.batch, p.rows, p.heads, p.dim, dtype=p.q.dtype) if p.out is None else p.out
