@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .problem import Problem
+from .problem import GainRule, Problem
 
 Indices = tuple[int, ...]
 
@@ -28,17 +27,22 @@ def coalesce(problem: Problem) -> Problem:
     if joined is None:
         return p
 
-    def pick(table: Tensor | None) -> Tensor | None:
-        return None if table is None else table.index_select(2, rows).index_select(3, keys)
-
     # Index tensors are kept, so that a call makes no copy to the device, which a GPU would have to wait for.
-    rows, keys = _index(joined.rows, p.q.device), _index(joined.keys, p.q.device)
+    device = p.q.device
+    rows = None if len(joined.rows) == len(p.row_lengths) else _index(joined.rows, device)
+    keys = None if len(joined.keys) == len(p.key_lengths) else _index(joined.keys, device)
 
-    return replace(
-        p, row_lengths=joined.row_lengths, key_lengths=joined.key_lengths, groups=joined.groups, kinds=joined.kinds,
-        bias=pick(p.bias), weight=pick(p.weight), gain=None if p.gain is None else p.gain.index_select(2, rows),
-        valid=None if p.valid is None else p.valid.index_select(1, keys),
-        head_gain=replace(rule, rows=joined.rule[0], keys=joined.rule[1], apply=joined.rule[2]) if rule else None,
+    def pick(table: Tensor | None, row_dim: int | None, key_dim: int | None) -> Tensor | None:
+        if table is not None and rows is not None and row_dim is not None:
+            table = table.index_select(row_dim, rows)
+        if table is not None and keys is not None and key_dim is not None:
+            table = table.index_select(key_dim, keys)
+        return table
+
+    return p.changed(
+        row_lengths=joined.row_lengths, key_lengths=joined.key_lengths, groups=joined.groups, kinds=joined.kinds,
+        bias=pick(p.bias, 2, 3), weight=pick(p.weight, 2, 3), gain=pick(p.gain, 2, None), valid=pick(p.valid, None, 1),
+        head_gain=GainRule(*joined.rule, values=rule.values, norm=rule.norm) if rule else None,
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from .segments import INT_DTYPES, Segments
 
 Value = float | Tensor
 NORMS = ("minmax", "mean", "max", "softmax")
+_TABLES = ("bias", "weight", "gain", "head_gain_values", "gates", "valid")
 EVERY = 2**31 - 1  # an entry of the `valid` table that cuts nothing
 
 
@@ -149,6 +150,13 @@ class Control:
             numbers = [(0.0, 0.0, 0.0) if c is None else (c.beta, *(c.clip or (0.0, 0.0))) for c in self.contrast]
             self.contrast_values = torch.tensor(numbers, dtype=torch.float64)
         self.valid = self._valid_table(valid or {})
+        # The batch sizes and head counts that the tables name (1 broadcasts and is left out), found once for all calls.
+        tables = [t for t in (self.bias, self.weight, self.gain) if t is not None]
+        broadcast = tables if self.gates is None else [*tables, self.gates]
+        exact = [t for t in (self.valid, rows.items, keys.items) if t is not None]
+        self.batches = frozenset({t.shape[0] for t in broadcast if t.shape[0] > 1} | {t.shape[0] for t in exact})
+        self.heads = frozenset(t.shape[1] for t in tables if t.shape[1] > 1)
+        self._devices = frozenset(t.device for t in (getattr(self, name) for name in _TABLES) if t is not None)
         self._moved: dict[torch.device, Control] = {}
 
     def _pair_table(
@@ -231,30 +239,16 @@ class Control:
             table[:, c] = count
         return table
 
-    @property
-    def batches(self) -> set[int]:
-        """The batch sizes that the tables name (1 broadcasts and is left out)."""
-        pairs = (("bias", self.bias), ("weight", self.weight), ("gain", self.gain), ("gates", self.gates))
-        sizes = {t.shape[0] for _, t in pairs if t is not None and t.shape[0] > 1}
-        exact = (self.valid, self.rows.items, self.keys.items)
-        return sizes | {t.shape[0] for t in exact if t is not None}
-
-    @property
-    def heads(self) -> set[int]:
-        """The head counts that the tables name (1 broadcasts and is left out)."""
-        return {t.shape[1] for t in (self.bias, self.weight, self.gain) if t is not None and t.shape[1] > 1}
-
     def to(self, device: torch.device | str) -> Control:
         """This control with its tables on `device`; the same object where they are there already, else cached."""
         device = torch.device(device)
-        tables = ("bias", "weight", "gain", "head_gain_values", "gates", "valid")
-        if all(t is None or t.device == device for t in (getattr(self, name) for name in tables)):
+        if self._devices <= {device}:
             return self
         if device in self._moved and not torch.compiler.is_compiling():
             return self._moved[device]
         moved = object.__new__(Control)
-        moved.__dict__.update(self.__dict__, _moved={})
-        for name in tables:
+        moved.__dict__.update(self.__dict__, _moved={}, _devices=frozenset((device,)))
+        for name in _TABLES:
             if (table := getattr(self, name)) is not None:
                 setattr(moved, name, table.to(device))
         if not torch.compiler.is_compiling():

@@ -110,7 +110,10 @@ def isas() -> list[str]:
 
 
 def forward(problem: Problem) -> Result:
-    """Any layout with a contiguous last dimension. Extra memory: packed K and V of two heads, scratch per thread."""
+    """Any layout with a contiguous last dimension.
+
+    Extra memory: packed K and V of two heads, with three or four threads of one head a thread, and scratch per thread.
+    """
     p = problem
     R, C = len(p.row_lengths), len(p.key_lengths)
     out = torch.empty(p.batch, p.rows, p.heads, p.dim, dtype=p.q.dtype) if p.out is None else p.out
@@ -171,7 +174,7 @@ def describe_call(p: Problem, out: Tensor, lse: Tensor | None, keep: list) -> At
         """(1|B, 1|H, ...) float32, contiguous but for the first two dimensions"""
         if t is None:
             return _Table(None, 0, 0)
-        keep.append(t.to(torch.float32).contiguous())
+        keep.append((t if t.dtype is torch.float32 else t.to(torch.float32)).contiguous())
         return _Table(keep[-1].data_ptr(), *(keep[-1].stride(i) if t.shape[i] > 1 else 0 for i in (0, 1)))
 
     def ints(values: Tensor | tuple[int, ...] | None, dtype: torch.dtype) -> int | None:
@@ -207,13 +210,14 @@ def describe_call(p: Problem, out: Tensor, lse: Tensor | None, keep: list) -> At
     )  # fmt: skip
 
 
+@functools.lru_cache(1024)
 def _flags(chosen: tuple[int, ...], count: int) -> bytes:
     return bytes(i in chosen for i in range(count))
 
 
 def describe(t: Tensor, broadcast: bool) -> Tensor4:
-    batch = 0 if broadcast and t.shape[0] == 1 else t.stride(0)
-    return Tensor4(t.data_ptr(), batch, t.stride(1), t.stride(2))
+    batch, token, head, _ = t.stride()
+    return Tensor4(t.data_ptr(), 0 if broadcast and t.shape[0] == 1 else batch, token, head)
 
 
 def describe_list(tensors: Sequence[Tensor], broadcast: bool):

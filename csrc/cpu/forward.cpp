@@ -155,19 +155,14 @@ struct Scale {
 
   void work() {
     constexpr int64_t step = 64;
-    const int64_t size = p->dtype == FB_F32 ? 4 : 2, parts = (p->M + step - 1) / step;
+    const int64_t parts = (p->M + step - 1) / step;
     for (int64_t i; (i = next.fetch_add(1)) < p->B * parts;) {
       const int64_t b = i / parts, first = i % parts * step, last = std::min(p->M, first + step);
       const int32_t* lengths = p->row_lengths + (p->rows_by_item ? b * p->R : 0);
       int64_t r = 0, end = lengths[0];
       for (int64_t row = first; row < last; ++row) {
         while (row >= end) end += lengths[++r];
-        if (!p->gain_apply[r]) continue;
-        for (int64_t h = 0; h < p->H; ++h) {
-          char* to = (char*)p->out.data + (b * p->out.stride_b + row * p->out.stride_t + h * p->out.stride_h) * size;
-          const float factor = derived[b * p->H + h];
-          if (factor != 1.f) kernels->scale_row(p->dtype, to, p->D, factor);
-        }
+        if (p->gain_apply[r]) kernels->scale_row(p, b, row, derived.data() + b * p->H);
       }
     }
   }

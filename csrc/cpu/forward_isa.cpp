@@ -139,11 +139,19 @@ struct Sweep {
 
   // Close a segment: its lanes join l, and its mass is kept with the maximum of this moment.
   void close(int64_t c, float unfold) {
-    for (int64_t i = 0; i < groups * MR; ++i) {
-      const float part = sum(load(x.lanes + i * W)) * unfold;
+    const int64_t all = groups * MR;
+    auto add = [&](int64_t i, float part) {
       x.l[i] += part;
       if (x.mass) x.mass[c * rows + i] = part, x.mass_m[c * rows + i] = x.m[i];
+    };
+    int64_t i = 0;
+    for (; i + 4 <= all; i += 4) {
+      const float* lanes = x.lanes + i * W;
+      float parts[4];
+      store_sums(parts, load(lanes), load(lanes + W), load(lanes + 2 * W), load(lanes + 3 * W));
+      for (int n = 0; n < 4; ++n) add(i + n, parts[n] * unfold);
     }
+    for (; i < all; ++i) add(i, sum(load(x.lanes + i * W)) * unfold);
   }
 
   void run(int64_t g, bool sums_only, const float* clip, float shift) {
@@ -222,7 +230,7 @@ void rows(const FbAttention* p, const Layout* layout, const RowTask* task, const
   x.place<DTYPE>(p, padded, scratch);
   if (!p->mass) x.mass = nullptr;
   pack_rows<DTYPE>(p, p->q, p->source_q ? p->source_q[b] : b, *task, padded, x.q);
-  const float scale = entry(p->scale, b, h, 0, 1.f);
+  const float scale = entry(p->scale, b, h, 0, 1.f), gain = entry(p->gain, b, h, task->segment, 1.f);
   Sweep<DTYPE> sweep{p, layout, task, packed, x, padded, padded / MR, scale};
   float* total = p->G > 1 ? x.total : x.o;
   if (p->G > 1) memset(total, 0, size_t(padded * DP) * 4);
@@ -233,17 +241,19 @@ void rows(const FbAttention* p, const Layout* layout, const RowTask* task, const
     const bool clipped = contrast[0] == 2.f, linear = contrast[0] == 1.f;
     sweep.clear();
     sweep.run(g, clipped, nullptr, 0.f);
-    for (int64_t i = 0; i < task->count; ++i) {
-      // m + log2(l), in log2; a row without a key keeps -inf
-      x.lse[i] = x.l[i] == 0.f ? -kInf : x.m[i] + __builtin_log2f(x.l[i]);
-      if (p->lse) p->lse[((b * p->H + h) * p->M + task->first + i) * p->G + g] = x.lse[i] * kLn2;
-    }
+    if (p->lse || clipped)
+      for (int64_t i = 0; i < task->count; ++i) {
+        // m + log2(l), in log2; a row without a key keeps -inf
+        x.lse[i] = x.l[i] == 0.f ? -kInf : x.m[i] + __builtin_log2f(x.l[i]);
+        if (p->lse) p->lse[((b * p->H + h) * p->M + task->first + i) * p->G + g] = x.lse[i] * kLn2;
+      }
     if (block_mass) {
       for (int64_t c = 0; c < C; ++c) {
         if (p->groups[c] != g) continue;
+        const float *part = x.mass + c * padded, *m = x.mass_m + c * padded;
         float mass = 0.f;
         for (int64_t i = 0; i < task->count; ++i)
-          if (x.mass[c * padded + i] != 0.f) mass += x.mass[c * padded + i] * __builtin_exp2f(x.mass_m[c * padded + i] - x.m[i]) / x.l[i];
+          if (part[i] != 0.f) mass += part[i] * (m[i] == x.m[i] ? 1.f : __builtin_exp2f(m[i] - x.m[i])) / x.l[i];
         block_mass[task->slot * C + c] = mass;
       }
     }
@@ -262,8 +272,8 @@ void rows(const FbAttention* p, const Layout* layout, const RowTask* task, const
     }
     for (int64_t i = 0; i < task->count; ++i) {
       const int64_t row = task->first + i;
-      const float gate = p->gates.data ? p->gates.data[b * p->gates.stride_b + row * p->gates.stride_h + g] : 1.f;
-      const bool none = x.lse[i] == -kInf;
+      const float gate = gain * (p->gates.data ? p->gates.data[b * p->gates.stride_b + row * p->gates.stride_h + g] : 1.f);
+      const bool none = x.l[i] == 0.f;
       const float factor = none ? 0.f : gate * (clipped ? 1.f : linear ? contrast[1] / x.l[i] : 1.f / x.l[i]);
       float* o = x.o + i * DP;
       for (int64_t d = 0; d < DP; d += W) store(o + d, none ? splat(0.f) : load(o + d) * splat(factor));
@@ -275,14 +285,28 @@ void rows(const FbAttention* p, const Layout* layout, const RowTask* task, const
         }
       if (p->G > 1)
         for (int64_t d = 0; d < DP; d += W) store(total + i * DP + d, load(total + i * DP + d) + load(o + d));
+      if (g + 1 < p->G) continue;
+      if (i + kAhead < task->count) fetch(at(p->out, p->dtype, b, row + kAhead, h), D * element_size(DTYPE));
+      store_row<DTYPE>((char*)at(p->out, p->dtype, b, row, h), total + i * DP, D);
     }
   }
-  const float gain = entry(p->gain, b, h, task->segment, 1.f);
-  for (int64_t i = 0; i < task->count; ++i) {
-    float* o = total + i * DP;
-    if (gain != 1.f)
-      for (int64_t d = 0; d < DP; d += W) store(o + d, load(o + d) * splat(gain));
-    store_row<DTYPE>((char*)at(p->out, p->dtype, b, task->first + i, h), o, D);
+}
+
+// An output row of every head, times a factor each.
+template <int DTYPE>
+void scale_row(const FbAttention* p, int64_t b, int64_t row, const float* factors) {
+  const int64_t D = p->D, full = D / W * W, bytes = D * element_size(DTYPE);
+  alignas(64) float x[256];
+  for (int64_t h = 0; h < p->H; ++h) {
+    char* to = (char*)at(p->out, DTYPE, b, row, h);
+    // Mostly lines that another core has written: without their ownership they would be asked for twice.
+    const char* ahead = (const char*)at(p->out, DTYPE, b, row + 1 < p->M ? row + 1 : row, h);
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(ahead + i, 1);
+    if (factors[h] == 1.f) continue;
+    const vf factor = splat(factors[h]);
+    for (int64_t d = 0; d < full; d += W) store(x + d, load_vector<DTYPE>(to, d) * factor);
+    if (full < D) store(x + full, load_part<DTYPE>(to, full, D - full) * factor);
+    store_row<DTYPE>(to, x, D);
   }
 }
 
@@ -324,12 +348,10 @@ void rows(const FbAttention* p, const Layout* l, const RowTask* t, const Packed*
 #undef FB_CALL
 }
 
-void scale_row(int32_t dtype, void* row, int64_t count, float factor) {
-  for (int64_t i = 0; i < count; ++i) {
-    if (dtype == FB_F32) ((float*)row)[i] *= factor;
-    else if (dtype == FB_BF16) ((uint16_t*)row)[i] = f32_to_bf16(bf16_to_f32(((uint16_t*)row)[i]) * factor);
-    else ((uint16_t*)row)[i] = f32_to_f16(f16_to_f32(((uint16_t*)row)[i]) * factor);
-  }
+void scale_row(const FbAttention* p, int64_t b, int64_t row, const float* factors) {
+#define FB_CALL(T) return ::scale_row<T>(p, b, row, factors)
+  FB_BY_DTYPE(p->dtype, FB_CALL)
+#undef FB_CALL
 }
 
 }  // namespace FLASHBRUSH_ISA

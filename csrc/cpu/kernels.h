@@ -83,7 +83,7 @@ struct Kernels {
   size_t (*scratch_bytes)(const FbAttention*, int64_t block_rows);
   void (*pack)(const FbAttention*, const Layout*, int64_t b, int64_t kv_head, int64_t first_tile, int64_t last_tile, const Packed*);
   void (*rows)(const FbAttention*, const Layout*, const RowTask*, const Packed*, float* block_mass, char* scratch);
-  void (*scale_row)(int32_t dtype, void* row, int64_t count, float factor);
+  void (*scale_row)(const FbAttention*, int64_t b, int64_t row, const float* factors);  // of out; a factor a head
   size_t (*few_rows_sums)(const FbAttention*);     // bytes of a chunk
   size_t (*few_rows_scratch)(const FbAttention*);  // bytes of a thread
   void (*few_rows_sweep)(const FewRows*, int64_t chunk, int32_t first_tile, int32_t last_tile, bool second, char* scratch);

@@ -49,21 +49,29 @@ struct TileRows {
   }
 };
 
+constexpr int kAhead = 16;  // rows to fetch ahead: rows of a head lie apart, where the hardware's own prefetching does little
+
+inline void fetch(const char* row, int64_t bytes) {
+  for (int64_t x = 0; x < bytes; x += 64) __builtin_prefetch(row + x);
+}
+
 // K^T in strips of NV vectors of keys: [strip][step][key]
 template <int DTYPE, int KT>
 inline void pack_keys(const FbAttention* p, const char* const* rows, uint32_t* out) {
-  const int64_t D = p->D, steps = dim_steps<DTYPE>(D);
+  const int64_t D = p->D, steps = dim_steps<DTYPE>(D), bytes = D * element_size(DTYPE);
   const Strips strips(KT / W);
   for (int i = 0; i < strips.count; ++i) {
     const int first = strips.first(i) * W, width = strips.width(i) * W;
     uint32_t* to = out + first * steps;
-    int64_t s = 0;
+    int64_t whole = 0;  // steps that are transposed in registers
 #if defined(__AVX512F__)
-    if constexpr (pairs<DTYPE>() || DTYPE == FB_F32)
-      for (; s + 16 <= D / per<DTYPE>(); s += 16)
-        for (int j = 0; j < width; j += 16) transpose_words(rows + first + j, s, to + s * width + j, width);
+    if constexpr (pairs<DTYPE>() || DTYPE == FB_F32) whole = D / per<DTYPE>() / 16 * 16;
+    for (int j = 0; j < width && whole; j += 16) {
+      for (int n = first + j + kAhead; n < first + j + kAhead + 16 && n < KT; ++n) fetch(rows[n], bytes);
+      for (int64_t s = 0; s < whole; s += 16) transpose_words(rows + first + j, s, to + s * width + j, width);
+    }
 #endif
-    for (; s < steps; ++s)
+    for (int64_t s = whole; s < steps; ++s)
       for (int j = 0; j < width; ++j) {
         const char* row = rows[first + j];
         if constexpr (pairs<DTYPE>()) {
@@ -79,11 +87,13 @@ inline void pack_keys(const FbAttention* p, const char* const* rows, uint32_t* o
 // Rows as B operand whose rows are summed over, in strips of up to NV vectors of the head dim: [strip][step][d]
 template <int DTYPE>
 inline void pack_depth(const char* const* rows, int64_t D, int64_t depth, const Strips& strips, uint32_t* out) {
+  constexpr int64_t ahead = kAhead / per<DTYPE>();
   for (int i = 0; i < strips.count; ++i) {
     const int64_t width = strips.width(i) * W, first = int64_t(strips.first(i)) * W;
     const int64_t columns = D - first < width ? D - first : width;
     uint32_t* to = out + first * depth;
     for (int64_t s = 0; s < depth; ++s, to += width) {
+      for (int64_t n = 0; i == 0 && s + ahead < depth && n < per<DTYPE>(); ++n) fetch(rows[(s + ahead) * per<DTYPE>() + n], D * element_size(DTYPE));
       if constexpr (pairs<DTYPE>()) {
         const uint16_t *even = (const uint16_t*)rows[2 * s] + first, *odd = (const uint16_t*)rows[2 * s + 1] + first;
         for (int64_t d = 0; d < columns; ++d) to[d] = uint32_t(even[d]) | uint32_t(odd[d]) << 16;
@@ -111,6 +121,7 @@ inline void pack_rows(const FbAttention* p, const FbTensor& t, int64_t item, con
       continue;
     }
     const char* row = at(t, p->dtype, item, task.first + i, task.h);
+    if (i + kAhead < task.count) fetch(at(t, p->dtype, item, task.first + i + kAhead, task.h), D * element_size(DTYPE));
     if constexpr (pairs<DTYPE>()) {
       memset(to + D / 2, 0, size_t(steps - D / 2) * 4);
       memcpy(to, row, size_t(D) * 2);

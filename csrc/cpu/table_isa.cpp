@@ -15,7 +15,7 @@ size_t value_tile_bytes(const FbAttention*);
 size_t scratch_bytes(const FbAttention*, int64_t);
 void pack(const FbAttention*, const Layout*, int64_t, int64_t, int64_t, int64_t, const Packed*);
 void rows(const FbAttention*, const Layout*, const RowTask*, const Packed*, float*, char*);
-void scale_row(int32_t, void*, int64_t, float);
+void scale_row(const FbAttention*, int64_t, int64_t, const float*);
 size_t few_rows_sums(const FbAttention*);
 size_t few_rows_scratch(const FbAttention*);
 void few_rows_sweep(const FewRows*, int64_t, int32_t, int32_t, bool, char*);
