@@ -1,9 +1,12 @@
 // Lays out tiles and row blocks of an attention, and spreads them over threads.
 //
-// The work is one ordered list: for each (item, key head) the packing of its K and V, then its row blocks. Threads take
-// the next entry; a row block waits for the packing of its head, a packing for the head whose buffer it takes over.
-// Earlier entries never wait for later ones, so that no order of threads can block. Who takes what never enters a sum:
-// results are bitwise the same for any number of threads.
+// The work is ordered lists: for each (item, key head) the packing of its K and V, then its row blocks. Threads take the
+// next entry of a list; a row block waits for the packing of its head, a packing for the head whose buffer it takes over.
+// Entries wait for earlier ones of their own list alone, so that no order of threads can block. Who takes what never
+// enters a sum: results are bitwise the same for any number of threads.
+//
+// A few threads have a list of heads each, and help with another's when theirs has ended: what a thread packs stays in its
+// own caches, and is there when its row blocks read it. Many threads share one list, which packs two heads at a time.
 //
 // No two threads write the same memory at once. A packing writes its own tiles of a head's buffer, and its release of
 // `packing` is acquired by every row block that reads them; a buffer is packed anew after the acquire of `running`, which
@@ -33,18 +36,26 @@ int64_t block_rows(const FbAttention* p) {
   return 24;
 }
 
+constexpr int kOwnLists = 4;  // threads, at most, that have one each: every list has a buffer
+
+// Units list, list + lists, ..: entries [first_task[n], first_task[n + 1]) are the n-th's, packing first.
+struct List {
+  std::vector<int64_t> first_task{0};
+  std::atomic<int64_t> next{0};
+};
+
 struct Job {
   const FbAttention* p;
   const Kernels* kernels;
   std::vector<ItemLayout> layouts;             // one, or one an item
   std::vector<std::vector<RowTask>> blocks;    // of an item, without its head: one, or one an item
   std::vector<int64_t> first_slot;             // [B + 1] of an item's masses
-  std::vector<int64_t> first_task;             // [units + 1]
-  int64_t units, buffers, chunks;
+  std::unique_ptr<List[]> list;                // [lists]
+  int64_t units, lists, buffers, chunks;
   size_t unit_bytes, value_offset, sums_offset, scratch_size;
   Buffer packed, scratch, masses;
   std::unique_ptr<std::atomic<int64_t>[]> packing, running;  // [units] left to do
-  std::atomic<int64_t> next{0}, next_thread{0};
+  std::atomic<int64_t> next_thread{0};
 
   const ItemLayout& layout(int64_t b) const { return layouts[layouts.size() > 1 ? b : 0]; }
   const std::vector<RowTask>& rows(int64_t b) const { return blocks[blocks.size() > 1 ? b : 0]; }
@@ -88,15 +99,17 @@ struct Job {
   }
 
   void work() {
-    char* mine = scratch.get() + next_thread.fetch_add(1) * scratch_size;
-    int64_t unit = 0;
-    for (;;) {
-      const int64_t i = next.fetch_add(1);
-      if (i >= first_task[units]) return;
-      while (first_task[unit + 1] <= i) ++unit;
-      const int64_t local = i - first_task[unit];
+    const int64_t thread = next_thread.fetch_add(1);
+    for (int64_t n = 0; n < lists; ++n) work_on((thread + n) % lists, scratch.get() + thread * scratch_size);
+  }
+
+  void work_on(int64_t which, char* thread_scratch) {
+    List& from = list[which];
+    for (int64_t i, n = 0; (i = from.next.fetch_add(1)) < from.first_task.back();) {
+      while (from.first_task[n + 1] <= i) ++n;
+      const int64_t unit = which + n * lists, local = i - from.first_task[n];
       if (local < chunks) pack(unit, local);
-      else run(unit, local - chunks, mine);
+      else run(unit, local - chunks, thread_scratch);
     }
   }
 };
@@ -214,26 +227,32 @@ FLASHBRUSH_EXPORT int flashbrush_attention(const FbAttention* p, const char* isa
   // The sums over a segment's values are taken in order, by one thread.
   job.chunks = linear ? 1 : std::max<int64_t>(1, std::min<int64_t>(most_tiles / 2, 8));
   job.first_slot.assign(p->B + 1, 0);
-  job.first_task.assign(job.units + 1, 0);
   for (int64_t b = 0; b < p->B; ++b) job.first_slot[b + 1] = job.first_slot[b] + p->H * int64_t(job.rows(b).size());
-  for (int64_t u = 0; u < job.units; ++u)
-    job.first_task[u + 1] = job.first_task[u] + job.chunks + int64_t(job.rows(u / p->Hkv).size()) * (p->H / p->Hkv);
+  job.packing.reset(new std::atomic<int64_t>[job.units]);
+  job.running.reset(new std::atomic<int64_t>[job.units]);
+  int64_t tasks = 0;
+  for (int64_t u = 0; u < job.units; ++u) {
+    const int64_t blocks = int64_t(job.rows(u / p->Hkv).size()) * (p->H / p->Hkv);
+    job.packing[u].store(job.chunks, std::memory_order_relaxed);
+    job.running[u].store(blocks, std::memory_order_relaxed);
+    tasks += job.chunks + blocks;
+  }
   job.value_offset = size_t(round_up(most_tiles * int64_t(kernels->key_tile_bytes(p)), 64));
   job.sums_offset = job.value_offset + size_t(round_up(most_tiles * int64_t(kernels->value_tile_bytes(p)), 64));
   job.unit_bytes = job.sums_offset + (linear ? size_t(p->C * round_up(p->D, kernels->dim_multiple)) * 4 : 0);
   job.unit_bytes = linear ? size_t(round_up(int64_t(job.unit_bytes), 64)) : job.unit_bytes;
-  const int threads = int(std::max<int64_t>(1, std::min<int64_t>(p->threads, job.first_task[job.units])));
-  job.buffers = std::min<int64_t>(job.units, threads > 1 ? 2 : 1);
+  const int threads = int(std::max<int64_t>(1, std::min<int64_t>(p->threads, tasks)));
+  job.lists = threads <= kOwnLists && threads <= job.units ? threads : 1;
+  job.buffers = job.lists > 1 ? job.lists : std::min<int64_t>(job.units, threads > 1 ? 2 : 1);
+  job.list.reset(new List[job.lists]);
+  for (int64_t u = 0; u < job.units; ++u) {
+    std::vector<int64_t>& first = job.list[u % job.lists].first_task;
+    first.push_back(first.back() + job.chunks + job.running[u].load(std::memory_order_relaxed));
+  }
   job.scratch_size = size_t(round_up(int64_t(kernels->scratch_bytes(p, round_up(limit, kernels->row_group))), 4096));
   if (!allocate(job.packed, job.unit_bytes * size_t(job.buffers)) || !allocate(job.scratch, job.scratch_size * size_t(threads)) ||
       (p->mass && !allocate(job.masses, sizeof(float) * size_t(job.first_slot[p->B] * p->C))))
     return kNoMemory;
-  job.packing.reset(new std::atomic<int64_t>[job.units]);
-  job.running.reset(new std::atomic<int64_t>[job.units]);
-  for (int64_t u = 0; u < job.units; ++u) {
-    job.packing[u].store(job.chunks, std::memory_order_relaxed);
-    job.running[u].store(job.first_task[u + 1] - job.first_task[u] - job.chunks, std::memory_order_relaxed);
-  }
   run_parallel(parallel, [](void* data) { static_cast<Job*>(data)->work(); }, &job, threads);
   if (p->mass) reduce_masses(job);
   apply_gains(p, kernels, parallel, threads);
