@@ -36,7 +36,7 @@ struct Visit {
   float add, shift, unfold, weight;
 };
 
-struct Plan {
+struct alignas(16) Plan {
   int b, h, r, first, rows;       // rows first .. first + rows - 1 of segment r
   float scale;                    // of logits in log2 units
   int begin[FB_MOST_GROUPS + 1];  // of each group's visits

@@ -90,6 +90,16 @@ def test_everything_at_once(dim: int, dtype: torch.dtype) -> None:
     run(everything(dim, dtype))
 
 
+@pytest.mark.skipif(HARDWARE, reason="benchmarks/gpu.py builds and checks them there")
+def test_the_tuners_other_tiles(tmp_path: Path) -> None:
+    numbers = {"KEYS_128": 176, "POLYNOMIAL_128": 4, "GROUPS_64": 2, "KEYS_64": 160, "POLYNOMIAL_64": 6}
+    flags = [f"-DFLASHBRUSH_{name}={value}" for name, value in numbers.items()]
+    with cuda.trial(build(SOURCE, tmp_path / "other.so", *flags)):
+        for dim in cuda.DIMS:
+            run(everything(dim))
+            run(Call(*tensors(*[(1, 400, 2, dim)] * 3), None))
+
+
 def test_a_derived_gain() -> None:
     segments = fb.Segments(prompt=33, subject=130, target=140)
     control = fb.Control(

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 HEADERS = Path(__file__).parent
-FLAGS = ["-std=c++17", "-O2", "-fPIC", "-shared", "-Wno-psabi", f"-I{HEADERS}", "-DFLASHBRUSH_EMULATED", "-x", "c++"]
+FLAGS = ["-std=c++17", "-O2", "-fPIC", "-shared", "-Wno-psabi", f"-I{HEADERS}", "-DFLASHBRUSH_EMULATED"]
 
 
 def find_compiler() -> list[str]:
@@ -23,11 +23,11 @@ def find_compiler() -> list[str]:
     pytest.skip("no C++ compiler: neither CXX names one nor is c++, g++ or clang++ found")
 
 
-def build(source: Path, library: Path) -> Path:
+def build(source: Path, library: Path, *flags: str) -> Path:
     """Compiles one source into a shared library; skips where fibers are not tried."""
     if platform.system() != "Linux" or platform.machine() not in ("x86_64", "aarch64"):
         pytest.skip(f"fibers are not tried on {platform.system()} {platform.machine()}")
-    command = [*find_compiler(), *FLAGS, str(source), "-o", str(library)]
+    command = [*find_compiler(), *FLAGS, *flags, "-x", "c++", str(source), "-o", str(library)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return library
