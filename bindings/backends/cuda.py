@@ -29,7 +29,7 @@ name = "cuda"
 ABI = 1
 LIBRARY = Path(__file__).with_name("libflashbrush_cuda.so")
 DTYPES = {torch.bfloat16: 1, torch.float16: 2}
-DIMS = (64, 128)
+MOST_DIM = 128  # and multiples of 8; 64 and 128 fill the tiles, others are filled up with zeros
 MOST_SEGMENTS, MOST_GROUPS = 32, 8
 PART = 64  # rows of a block's part, each with a partial mass of its own
 ARCH = 90
@@ -84,8 +84,8 @@ def why_not(problem: Problem) -> list[str]:
         reasons.append(f"the GPU's compute capability is {launch.arch(p.q.device) / 10}, not 9.0")
     if p.q.dtype not in DTYPES:
         reasons.append(f"{p.q.dtype} is not bfloat16 or float16")
-    if p.dim not in DIMS:
-        reasons.append(f"the head dim {p.dim} is not {' or '.join(map(str, DIMS))}")
+    if p.dim > MOST_DIM or p.dim % 8:
+        reasons.append(f"the head dim {p.dim} is not a multiple of 8 up to {MOST_DIM}")
     if p.mask is not None:
         reasons.append("a dense mask is not a table over segments")
     if len(p.key_lengths) > MOST_SEGMENTS:

@@ -53,13 +53,12 @@ constexpr int kGroups128 = 2, kGroups64 = FLASHBRUSH_GROUPS_64;
 // the shared memory that a wider tile would take.
 template <typename T>
 int choose(const FbGpuAttention& call, Stream stream) {
-  if (call.D == 128)
+  if (call.D % 8 || call.D > 128) return kNotTaken;
+  if (call.D > 64)
     return call.G > 1 ? run<Kernel<T, 128, 64, kGroups128, true, 0>>(call, stream)
                       : run<Kernel<T, 128, FLASHBRUSH_KEYS_128, kGroups128, false, FLASHBRUSH_POLYNOMIAL_128>>(call, stream);
-  if (call.D == 64)
-    return call.G > 1 ? run<Kernel<T, 64, 64, kGroups64, true, 0>>(call, stream)
+  return call.G > 1 ? run<Kernel<T, 64, 64, kGroups64, true, 0>>(call, stream)
                       : run<Kernel<T, 64, FLASHBRUSH_KEYS_64, kGroups64, false, FLASHBRUSH_POLYNOMIAL_64>>(call, stream);
-  return kNotTaken;
 }
 
 }  // namespace
@@ -76,5 +75,5 @@ FLASHBRUSH_EXPORT int flashbrush_gpu_attention(const FbGpuAttention* call, void*
 // What a status means; null: not CUDA's.
 FLASHBRUSH_EXPORT const char* flashbrush_gpu_error(int status) { return error_text(status); }
 
-// Rows of a block, a multiple of 64, which are a warp group's; 0: no kernel takes this head dim.
-FLASHBRUSH_EXPORT int flashbrush_gpu_block_rows(int dim) { return kGroupRows * (dim == 128 ? kGroups128 : dim == 64 ? kGroups64 : 0); }
+// Rows of a block, a multiple of 64, which are a warp group's.
+FLASHBRUSH_EXPORT int flashbrush_gpu_block_rows(int dim) { return kGroupRows * (dim > 64 ? kGroups128 : kGroups64); }

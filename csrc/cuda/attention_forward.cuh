@@ -15,7 +15,7 @@ constexpr int kGroup = 4;  // to 6: a group's own
 constexpr int kGroupThreads = 128, kGroupWarps = 4;
 constexpr int kStages = 2, kPlans = 2;
 
-// GROUPS: warp groups that compute. KEYS: of a tile. POLYNOMIAL: see softmax_tile.
+// D: of the tiles; a smaller head dim is filled up with zeros. GROUPS: warp groups that compute. KEYS: of a tile. POLYNOMIAL: see softmax_tile.
 template <typename T, int D_, int KEYS_, int GROUPS_, bool GROUPED_, int POLYNOMIAL_>
 struct Kernel {
   using Type = T;
@@ -62,6 +62,13 @@ FB_DEVICE void make_plans(const Parameters& p, Plan* plans, Barriers* bars, int 
   }
 }
 
+// ROWS rows in blocks of 64 columns, one after another. Columns from the head dim on come as zeros.
+template <typename K, int ROWS>
+FB_DEVICE void copy_rows(char* to, const TensorMap* map, Barrier* full, int row, int head, int item) {
+  arrive_expecting(full, ROWS * K::D * 2);
+  for (int block = 0; block < K::D / 64; ++block) copy_tile(to + block * ROWS * 128, map, full, 64 * block, row, head, item);
+}
+
 // By one thread. K runs one tile ahead of V, as the products do.
 template <typename K>
 FB_DEVICE void load_tiles(const Parameters& p, char* shared, const Plan* plans, Barriers* bars) {
@@ -76,20 +83,17 @@ FB_DEVICE void load_tiles(const Parameters& p, char* shared, const Plan* plans, 
     const int head = todo->h / heads_per_kv;
     auto load_k = [&](const Tiles& tile) {
       wait(&bars->k_empty[k.at], k.parity ^ 1);
-      arrive_expecting(&bars->k_full[k.at], K::tile_bytes);
-      copy_tile(shared + K::k_offset + k.at * K::tile_bytes, &p.k[tile.visit->tensor], &bars->k_full[k.at], tile.row(), head, tile.visit->item_k);
+      copy_rows<K, K::KEYS>(shared + K::k_offset + k.at * K::tile_bytes, &p.k[tile.visit->tensor], &bars->k_full[k.at], tile.row(), head, tile.visit->item_k);
       k.next();
     };
     auto load_v = [&](const Tiles& tile) {
       wait(&bars->v_empty[v.at], v.parity ^ 1);
-      arrive_expecting(&bars->v_full[v.at], K::tile_bytes);
-      copy_tile(shared + K::v_offset + v.at * K::tile_bytes, &p.v[tile.visit->tensor], &bars->v_full[v.at], tile.row(), head, tile.visit->item_v);
+      copy_rows<K, K::KEYS>(shared + K::v_offset + v.at * K::tile_bytes, &p.v[tile.visit->tensor], &bars->v_full[v.at], tile.row(), head, tile.visit->item_v);
       v.next();
     };
     wait(&bars->q_empty, q.parity ^ 1);
-    arrive_expecting(&bars->q_full, K::q_bytes);
     const int item_q = p.call.source_q ? int(p.call.source_q[todo->b]) : p.shared_q ? 0 : todo->b;
-    copy_tile(shared, &p.q, &bars->q_full, todo->first, todo->h, item_q);
+    copy_rows<K, K::ROWS>(shared, &p.q, &bars->q_full, todo->first, todo->h, item_q);
     for (int g = 0; g < p.call.G; ++g) {
       const Visit *silent = todo->visits + todo->begin[g], *loud = todo->visits + todo->loud[g], *end = todo->visits + todo->begin[g + 1];
       Tiles tile(silent, loud);
@@ -195,7 +199,8 @@ FB_DEVICE void store_output(const FbGpuAttention& call, const Plan* plan, const 
     char* out = (char*)call.out.data + 2 * (plan->b * call.out.stride_b + (plan->first + row) * call.out.stride_t + plan->h * call.out.stride_h + 2 * (me.lane % 4));
     if (row < plan->rows)
 #pragma unroll
-      for (int j = 0; j < K::D / 8; ++j) *(uint32_t*)(out + 16 * j) = pack<typename K::Type>(o[4 * j + 2 * i], o[4 * j + 2 * i + 1]);
+      for (int j = 0; j < K::D / 8; ++j)
+        if (8 * j < call.D) *(uint32_t*)(out + 16 * j) = pack<typename K::Type>(o[4 * j + 2 * i], o[4 * j + 2 * i + 1]);
   }
 }
 
@@ -333,12 +338,13 @@ FB_DEVICE void compute(const Parameters& p, char* shared, const Plan* plans, Bar
       for (int i = 0; i < D / 2; ++i) o[i] *= share[i / 2 % 2] * unshift;
       if (contrast) {
         const float beta = contrast[1], rest = (1.f - beta) / float(todo->allowed[g] > 0 ? todo->allowed[g] : 1);
-        const float* value_sums = call.value_sums + (int64_t(todo->b) * call.Hkv + todo->h / (call.H / call.Hkv)) * call.C * D + 2 * (me.lane % 4);
+        const float* value_sums = call.value_sums + (int64_t(todo->b) * call.Hkv + todo->h / (call.H / call.Hkv)) * call.C * call.D + 2 * (me.lane % 4);
 #pragma unroll
         for (int i = 0; i < D / 2; ++i) o[i] *= beta;
         for (const Visit* visit = loud; visit < end; ++visit)
 #pragma unroll
-          for (int i = 0; i < D / 2; ++i) o[i] += rest * visit->weight * value_sums[visit->segment * D + 8 * (i / 4) + i % 2];
+          for (int i = 0; i < D / 2; ++i)
+            if (8 * (i / 4) < call.D) o[i] += rest * visit->weight * value_sums[visit->segment * call.D + 8 * (i / 4) + i % 2];
       }
 #pragma unroll
       for (int i = 0; i < D / 2; ++i) {

@@ -73,12 +73,12 @@ FB_DEVICE void wait(Barrier* b, uint32_t parity) {
 }
 
 FB_DEVICE void prefetch_map(const TensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
-// A tile of (64 elements, rows, blocks of 64 elements, 1 head, 1 item) -> to, swizzled; beyond the tensor it is zeros.
-FB_DEVICE void copy_tile(void* to, const TensorMap* map, Barrier* b, int row, int head, int item) {
+// 64 elements from `column` on, of the map's rows from `row` on, of one head and item -> to, swizzled; zeros beyond the tensor.
+FB_DEVICE void copy_tile(void* to, const TensorMap* map, Barrier* b, int column, int row, int head, int item) {
   asm volatile(
-      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(
           shared_address(to)),
-      "l"(map), "r"(shared_address(b)), "r"(0), "r"(row), "r"(0), "r"(head), "r"(item)
+      "l"(map), "r"(shared_address(b)), "r"(column), "r"(row), "r"(head), "r"(item)
       : "memory");
 }
 // Ordinary stores to shared memory become visible to the copy engine and to products; a barrier of the threads follows.

@@ -18,17 +18,16 @@ inline EncodeTiled find_encode() {
   return EncodeTiled(found);
 }
 
-// Of a 16-bit tensor (items, rows, heads, dim) whose dim is contiguous and a multiple of 64; strides in bytes, multiples of
-// 16. A copy takes box_rows rows of one head and item, all of dim, in blocks of 64 elements. Returns false where the driver
-// refuses it.
+// Of a 16-bit tensor (items, rows, heads, dim) whose dim is contiguous; strides in bytes, multiples of 16. A copy takes 64
+// elements of box_rows rows of one head and item. Returns false where the driver refuses it.
 inline bool make_map(TensorMap* map, bool half, const void* base, int64_t rows, int64_t heads, int64_t items, int64_t dim, int64_t row_stride,
                      int64_t head_stride, int64_t item_stride, int box_rows) {
   static const EncodeTiled encode = find_encode();
   if (!encode) return false;
-  const cuuint64_t sizes[5] = {64, cuuint64_t(rows), cuuint64_t(dim / 64), cuuint64_t(heads), cuuint64_t(items)};
-  const cuuint64_t strides[4] = {cuuint64_t(row_stride), 128, cuuint64_t(head_stride), cuuint64_t(item_stride)};
-  const cuuint32_t box[5] = {64, cuuint32_t(box_rows), cuuint32_t(dim / 64), 1, 1}, steps[5] = {1, 1, 1, 1, 1};
-  return encode(map, half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 5, const_cast<void*>(base), sizes, strides, box,
+  const cuuint64_t sizes[4] = {cuuint64_t(dim), cuuint64_t(rows), cuuint64_t(heads), cuuint64_t(items)};
+  const cuuint64_t strides[3] = {cuuint64_t(row_stride), cuuint64_t(head_stride), cuuint64_t(item_stride)};
+  const cuuint32_t box[4] = {64, cuuint32_t(box_rows), 1, 1}, steps[4] = {1, 1, 1, 1};
+  return encode(map, half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, const_cast<void*>(base), sizes, strides, box,
                 steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }

@@ -43,8 +43,10 @@ __global__ void multiply_rows(const __grid_constant__ Rows p) {
   sync_block();
   if (thread_index() == 0) {
     arrive_expecting(full, (kRows + N) * D * 2);
-    copy_tile(q, &p.q, full, 0, 0, 0);
-    copy_tile(k, &p.k, full, p.row, p.head, p.item);
+    for (int block = 0; block < D / 64; ++block) {
+      copy_tile(q + block * kRows * 128, &p.q, full, 64 * block, 0, 0, 0);
+      copy_tile(k + block * N * 128, &p.k, full, 64 * block, p.row, p.head, p.item);
+    }
   }
   wait(full, 0);
   float c[N / 2];
@@ -99,7 +101,7 @@ __global__ void multiply_columns(const __grid_constant__ Columns p) {
   sync_block();
   if (thread_index() == 0) {
     arrive_expecting(full, S * N * 2);
-    copy_tile(v, &p.v, full, 0, 0, 0);
+    for (int block = 0; block < N / 64; ++block) copy_tile(v + block * S * 128, &p.v, full, 64 * block, 0, 0, 0);
   }
   uint32_t a[S / 16][4];
   for (int s = 0; s < S / 16; ++s)
@@ -180,13 +182,13 @@ __global__ void sum_tiles(const __grid_constant__ Ring p) {
     give_registers<24>();
     if (thread_index() == 0) {
       arrive_expecting(loaded, 2 * kTile);
-      for (int g = 0; g < 2; ++g) copy_tile(q + g * kTile, &p.q, loaded, 64 * (2 * block_index() + g), 0, 0);
+      for (int g = 0; g < 2; ++g) copy_tile(q + g * kTile, &p.q, loaded, 0, 64 * (2 * block_index() + g), 0, 0);
       for (int i = 0; i < p.tiles; ++i) {
         const int s = i % kStages;
         wait(empty + s, i / kStages % 2 ^ 1);
         arrive_expecting(full + s, mistake == FEWER_BYTES ? kTile - 128 : kTile);
-        if (mistake == EXTRA_COPY && i == 1) copy_tile(q + (2 + kStages) * kTile, &p.k, loaded, 0, 0, 0);
-        if (mistake != NO_COPY || i + 1 < p.tiles) copy_tile(k + s * kTile, &p.k, full + s, 64 * i, 0, 0);
+        if (mistake == EXTRA_COPY && i == 1) copy_tile(q + (2 + kStages) * kTile, &p.k, loaded, 0, 0, 0, 0);
+        if (mistake != NO_COPY || i + 1 < p.tiles) copy_tile(k + s * kTile, &p.k, full + s, 0, 64 * i, 0, 0);
       }
     }
     return;

@@ -75,7 +75,7 @@ def everything(dim: int = 128, dtype: torch.dtype = torch.bfloat16) -> Call:
 def test_drawn_calls(seed: Callable[[int], None], longest: int) -> None:
     @hypothesis.seed(longest)
     @settings(max_examples=draws(40 if not HARDWARE else 400), derandomize=False, database=None)
-    @given(calls(longest=longest, dims=cuda.DIMS, dtypes=DTYPES, clip=False), st.integers(0, 2**60))
+    @given(calls(longest=longest, dims=(8, 40, 64, 80, 128), dtypes=DTYPES, clip=False), st.integers(0, 2**60))
     def drawn(call: Call, order: int) -> None:
         assume(not cuda.why_not(call.on(torch.device(DEVICE)).problem()))
         seed(order)
@@ -85,7 +85,7 @@ def test_drawn_calls(seed: Callable[[int], None], longest: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("dim", cuda.DIMS)
+@pytest.mark.parametrize("dim", (40, 64, 96, 128))
 def test_everything_at_once(dim: int, dtype: torch.dtype) -> None:
     run(everything(dim, dtype))
 
@@ -95,7 +95,7 @@ def test_the_tuners_other_tiles(tmp_path: Path) -> None:
     numbers = {"KEYS_128": 176, "POLYNOMIAL_128": 4, "GROUPS_64": 2, "KEYS_64": 160, "POLYNOMIAL_64": 6}
     flags = [f"-DFLASHBRUSH_{name}={value}" for name, value in numbers.items()]
     with cuda.trial(build(SOURCE, tmp_path / "other.so", *flags)):
-        for dim in cuda.DIMS:
+        for dim in (64, 128):
             run(everything(dim))
             run(Call(*tensors(*[(1, 400, 2, dim)] * 3), None))
 
@@ -146,7 +146,7 @@ def test_weights_beyond_the_exponent(weight: float) -> None:
     torch.testing.assert_close(stats.lse.double().cpu(), expected.lse, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("dim", cuda.DIMS)
+@pytest.mark.parametrize("dim", (64, 80, 128))
 def test_removed_keys_are_not_read(dim: int) -> None:
     q, k, v = tensors((1, 70, 2, dim), (1, 200, 2, dim), (1, 200, 2, dim))
     rows, keys = fb.Segments(a=40, b=30), fb.Segments(x=10, y=5, z=150, end=35)
@@ -211,7 +211,7 @@ def test_why_not() -> None:
         return "; ".join(cuda.why_not(Call(*tensors(*[(1, segments.total, 1, dim)] * 3, dtype=dtype), control).problem()))
 
     assert reasons() == ""
-    assert "head dim 40" in reasons(dim=40)
+    assert "head dim 36" in reasons(dim=36) and "head dim 160" in reasons(dim=160)
     assert "float32" in reasons(dtype=torch.float32)
     assert "clip" in reasons(contrast=fb.Contrast(beta=1.5, clip=(0.0, 1.0)))
     assert "33 key segments" in reasons(segments=33, weight={("s0", f"s{i}"): 1 + i / 50 for i in range(33)})

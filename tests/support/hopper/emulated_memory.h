@@ -15,7 +15,7 @@ inline uint32_t swizzle(uint32_t address) { return address ^ (address >> 7 & 7) 
 // As make_map's arguments say; 16-bit elements.
 struct alignas(64) TensorMap {
   const char* base;
-  int64_t rows, heads, items, blocks, row_stride, head_stride, item_stride;
+  int64_t rows, heads, items, dim, row_stride, head_stride, item_stride;
   int box_rows;
   uint32_t valid;
 };
@@ -155,7 +155,7 @@ struct Copies : Engine {
   struct Copy {
     TensorMap map;
     uint32_t to, barrier, bytes;
-    int row, head, item;
+    int column, row, head, item;
   };
   Memory& memory;
   Barriers& barriers;
@@ -169,11 +169,11 @@ struct Copies : Engine {
   // Bytes `offset` of a tile's 16-byte chunks, as they lie in memory.
   uint8_t* chunk(const Copy& c, uint32_t offset) { return memory.at(swizzle(c.to + offset), 16, "a tile copy"); }
 
-  void issue(const TensorMap& map, uint32_t to, uint32_t barrier, int row, int head, int item) {
+  void issue(const TensorMap& map, uint32_t to, uint32_t barrier, int column, int row, int head, int item) {
     if (map.valid != kValidMap) fail("a tile copy by a map that was not made");
     if (to % kRow) fail("a tile copied to offset %u, no multiple of %d", to - kBase, kRow);
     if (!barriers.find(barrier).published) fail("a tile copy on a barrier that was not published, at offset %u", barrier - kBase);
-    const Copy c{map, to, barrier, uint32_t(map.box_rows * map.blocks * kRow), row, head, item};
+    const Copy c{map, to, barrier, uint32_t(map.box_rows * kRow), column, row, head, item};
     memory.at(to, c.bytes, "a tile copy");
     for (const Copy& other : waiting)
       if (to < other.to + other.bytes && other.to < to + c.bytes) fail("two tile copies at once to offset %u", to - kBase);
@@ -193,15 +193,16 @@ struct Copies : Engine {
     first_unwilling -= which < first_unwilling;
     const bool outside = c.head < 0 || c.head >= c.map.heads || c.item < 0 || c.item >= c.map.items;
     uint32_t offset = 0;
-    for (int64_t block = 0; block < c.map.blocks; ++block) {
-      for (int64_t row = c.row; row < int64_t(c.row) + c.map.box_rows; ++row) {
-        const bool zero = outside || row < 0 || row >= c.map.rows;
-        const char* from = c.map.base + block * kRow;
-        if (!zero) from += row * c.map.row_stride + c.head * c.map.head_stride + c.item * c.map.item_stride;
-        for (int i = 0; i < kRow; i += 16, offset += 16) {
-          uint8_t* to = chunk(c, offset);
-          if (zero) memset(to, 0, 16);
-          else memcpy(to, from + i, 16);
+    for (int64_t row = c.row; row < int64_t(c.row) + c.map.box_rows; ++row) {
+      const bool zero = outside || row < 0 || row >= c.map.rows;
+      const char* from = c.map.base;
+      if (!zero) from += row * c.map.row_stride + c.head * c.map.head_stride + c.item * c.map.item_stride;
+      for (int i = 0; i < kRow; offset += 16) {
+        uint8_t* to = chunk(c, offset);
+        for (const int end = i + 16; i < end; i += 2, to += 2) {
+          const int64_t column = int64_t(c.column) + i / 2;
+          if (zero || column < 0 || column >= c.map.dim) memset(to, 0, 2);
+          else memcpy(to, from + 2 * column, 2);
         }
       }
     }

@@ -250,9 +250,9 @@ FB_DEVICE void wait(Barrier* b, uint32_t parity) { emulation::block()->wait(shar
 FB_DEVICE void prefetch_map(const TensorMap* map) {
   if (map->valid != emulation::kValidMap) emulation::fail("a map that was not made");
 }
-FB_DEVICE void copy_tile(void* to, const TensorMap* map, Barrier* b, int row, int head, int item) {
+FB_DEVICE void copy_tile(void* to, const TensorMap* map, Barrier* b, int column, int row, int head, int item) {
   if (uintptr_t(map) % 64) emulation::fail("a map at no multiple of 64 bytes");
-  emulation::block()->copies.issue(*map, shared_address(to), shared_address(b), row, head, item);
+  emulation::block()->copies.issue(*map, shared_address(to), shared_address(b), column, row, head, item);
   emulation::block()->scheduler.pause();
 }
 FB_DEVICE void publish_stores() {}
@@ -310,12 +310,12 @@ FB_DEVICE void multiply(float (&c)[N / 2], const uint32_t (&a)[4], uint64_t b, b
 inline bool make_map(TensorMap* map, bool, const void* base, int64_t rows, int64_t heads, int64_t items, int64_t dim, int64_t row_stride,
                      int64_t head_stride, int64_t item_stride, int box_rows) {
   map->valid = 0;
-  for (int64_t size : {rows, heads, items, dim / 64})
+  for (int64_t size : {rows, heads, items, dim})
     if (size < 1 || size > int64_t(1) << 32) return false;
   for (int64_t stride : {row_stride, head_stride, item_stride})
     if (stride % 16 || stride < 0 || stride >= int64_t(1) << 40) return false;
-  if (uintptr_t(base) % 16 || !base || dim / 64 > 256 || box_rows < 1 || box_rows > 256) return false;
-  *map = {static_cast<const char*>(base), rows, heads, items, dim / 64, row_stride, head_stride, item_stride, box_rows,
+  if (uintptr_t(base) % 16 || !base || box_rows < 1 || box_rows > 256) return false;
+  *map = {static_cast<const char*>(base), rows, heads, items, dim, row_stride, head_stride, item_stride, box_rows,
           emulation::kValidMap};
   return true;
 }
