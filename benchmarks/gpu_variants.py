@@ -24,9 +24,10 @@ ROOT = Path(__file__).resolve().parents[1]
 VARIANTS: dict[int, dict[str, dict[str, int]]] = {
     128: {
         "as built": {},
+        "three groups, 80 keys": {"GROUPS_128": 3, "KEYS_128": 80},
+        "three groups, 64 keys": {"GROUPS_128": 3, "KEYS_128": 64},
         "160 keys": {"KEYS_128": 160},
         "176 keys": {"KEYS_128": 176},
-        "2 of 16 by polynomial": {"POLYNOMIAL_128": 2},
         "4 of 16 by polynomial": {"POLYNOMIAL_128": 4},
     },
     64: {

@@ -118,7 +118,7 @@ def _forward(p: Problem) -> Result:
     device, B, H, C, G = p.q.device, p.batch, p.heads, len(p.key_lengths), p.n_groups
     out = torch.empty(B, p.rows, H, p.dim, dtype=p.q.dtype, device=device) if p.out is None else p.out
     lse = torch.empty(B, H, p.rows, G, device=device) if p.need_stats else None
-    block = _library().flashbrush_gpu_block_rows(p.dim)
+    block = _library().flashbrush_gpu_block_rows(p.dim, G)
     row_blocks, parts = launch.blocks(p.row_lengths, p.row_items, block), block // PART
     partial = torch.empty(B, H, row_blocks * parts, C, device=device) if p.need_mass else None
     row_starts = launch.starts(p.row_lengths, p.row_items, device)
@@ -180,7 +180,7 @@ def _open(path: Path) -> tuple[ctypes.CDLL | None, str]:
     if library is not None:
         library.flashbrush_gpu_attention.argtypes = (POINTER(_Attention), c_void_p)
         library.flashbrush_gpu_attention.restype = c_int
-        library.flashbrush_gpu_block_rows.argtypes = (c_int,)
+        library.flashbrush_gpu_block_rows.argtypes = (c_int, c_int)
         library.flashbrush_gpu_error.argtypes = (c_int,)
         library.flashbrush_gpu_error.restype = c_char_p
     return library, reason

@@ -5,6 +5,8 @@ using namespace flashbrush;
 
 namespace {
 
+constexpr int kMostShared = 227 << 10;  // bytes of a block
+
 enum { kOk = 0, kOtherVersion = -1, kNotTaken = -2, kRefused = -3 };
 
 bool map_tensor(TensorMap* map, const FbGpuTensor& t, const FbGpuAttention& call, int heads, int box_rows) {
@@ -26,6 +28,7 @@ int run(const FbGpuAttention& call, Stream stream) {
     p.shared_k |= uint32_t(call.k[n].items == 1) << n;
     p.shared_v |= uint32_t(call.v[n].items == 1) << n;
   }
+  if (K::shared_bytes(call) > kMostShared) return kNotTaken;
   const int blocks = p.count < call.multiprocessors ? p.count : call.multiprocessors;
   return launch(attention_forward<K>, p, blocks, K::THREADS, K::shared_bytes(call), stream);
 }
@@ -33,6 +36,9 @@ int run(const FbGpuAttention& call, Stream stream) {
 // Another number in place of these can be tried from the command line.
 #ifndef FLASHBRUSH_KEYS_128
 #define FLASHBRUSH_KEYS_128 128
+#endif
+#ifndef FLASHBRUSH_GROUPS_128
+#define FLASHBRUSH_GROUPS_128 2
 #endif
 #ifndef FLASHBRUSH_POLYNOMIAL_128
 #define FLASHBRUSH_POLYNOMIAL_128 0
@@ -47,7 +53,8 @@ int run(const FbGpuAttention& call, Stream stream) {
 #define FLASHBRUSH_POLYNOMIAL_64 0
 #endif
 
-constexpr int kGroups128 = 2, kGroups64 = FLASHBRUSH_GROUPS_64;
+// Warp groups by head dim; three have no registers for the two accumulators of several softmax groups at head dim 128.
+constexpr int warp_groups(int dim, bool grouped) { return dim <= 64 ? FLASHBRUSH_GROUPS_64 : grouped ? 2 : FLASHBRUSH_GROUPS_128; }
 
 // Two accumulators leave room for tiles of 64 keys. The segments of a diptych are multiples of 128 tokens, and a mass wants
 // the shared memory that a wider tile would take.
@@ -55,10 +62,10 @@ template <typename T>
 int choose(const FbGpuAttention& call, Stream stream) {
   if (call.D % 8 || call.D > 128) return kNotTaken;
   if (call.D > 64)
-    return call.G > 1 ? run<Kernel<T, 128, 64, kGroups128, true, 0>>(call, stream)
-                      : run<Kernel<T, 128, FLASHBRUSH_KEYS_128, kGroups128, false, FLASHBRUSH_POLYNOMIAL_128>>(call, stream);
-  return call.G > 1 ? run<Kernel<T, 64, 64, kGroups64, true, 0>>(call, stream)
-                      : run<Kernel<T, 64, FLASHBRUSH_KEYS_64, kGroups64, false, FLASHBRUSH_POLYNOMIAL_64>>(call, stream);
+    return call.G > 1 ? run<Kernel<T, 128, 64, warp_groups(128, true), true, 0>>(call, stream)
+                      : run<Kernel<T, 128, FLASHBRUSH_KEYS_128, warp_groups(128, false), false, FLASHBRUSH_POLYNOMIAL_128>>(call, stream);
+  return call.G > 1 ? run<Kernel<T, 64, 64, warp_groups(64, true), true, 0>>(call, stream)
+                      : run<Kernel<T, 64, FLASHBRUSH_KEYS_64, warp_groups(64, false), false, FLASHBRUSH_POLYNOMIAL_64>>(call, stream);
 }
 
 }  // namespace
@@ -76,4 +83,4 @@ FLASHBRUSH_EXPORT int flashbrush_gpu_attention(const FbGpuAttention* call, void*
 FLASHBRUSH_EXPORT const char* flashbrush_gpu_error(int status) { return error_text(status); }
 
 // Rows of a block, a multiple of 64, which are a warp group's.
-FLASHBRUSH_EXPORT int flashbrush_gpu_block_rows(int dim) { return kGroupRows * (dim > 64 ? kGroups128 : kGroups64); }
+FLASHBRUSH_EXPORT int flashbrush_gpu_block_rows(int dim, int softmax_groups) { return kGroupRows * warp_groups(dim, softmax_groups > 1); }

@@ -91,17 +91,26 @@ FB_DEVICE void load_tiles(const Parameters& p, char* shared, const Plan* plans, 
       copy_rows<K, K::KEYS>(shared + K::v_offset + v.at * K::tile_bytes, &p.v[tile.visit->tensor], &bars->v_full[v.at], tile.row(), head, tile.visit->item_v);
       v.next();
     };
-    wait(&bars->q_empty, q.parity ^ 1);
-    const int item_q = p.call.source_q ? int(p.call.source_q[todo->b]) : p.shared_q ? 0 : todo->b;
-    copy_rows<K, K::ROWS>(shared, &p.q, &bars->q_full, todo->first, todo->h, item_q);
+    // The first tile of K comes before Q, whose memory the block before needs longer.
+    bool waiting = true;
+    auto load_q = [&] {
+      if (!waiting) return;
+      waiting = false;
+      const int item_q = p.call.source_q ? int(p.call.source_q[todo->b]) : p.shared_q ? 0 : todo->b;
+      wait(&bars->q_empty, q.parity ^ 1);
+      copy_rows<K, K::ROWS>(shared, &p.q, &bars->q_full, todo->first, todo->h, item_q);
+    };
     for (int g = 0; g < p.call.G; ++g) {
       const Visit *silent = todo->visits + todo->begin[g], *loud = todo->visits + todo->loud[g], *end = todo->visits + todo->begin[g + 1];
       Tiles tile(silent, loud);
-      if (tile.any()) do load_k(tile);
-        while (tile.next());
+      if (tile.any()) do {
+          load_k(tile);
+          load_q();
+        } while (tile.next());
       Tiles ahead(loud, end), behind(loud, end);
       if (!ahead.any()) continue;
       load_k(ahead);
+      load_q();
       while (ahead.next()) {
         load_k(ahead);
         load_v(behind);
@@ -109,6 +118,7 @@ FB_DEVICE void load_tiles(const Parameters& p, char* shared, const Plan* plans, 
       }
       load_v(behind);
     }
+    load_q();
     arrive(&bars->plan_empty[plan.at]);
   }
 }
@@ -180,7 +190,7 @@ FB_DEVICE void write_mass(const FbGpuAttention& call, const Plan* plan, const Vi
     for (int i = 0; i < 2; ++i) {
       const int row = kGroupRows * me.group + me.row() + 8 * i;
       const float* from = mass + c * 2 * K::ROWS + row;
-      if (mine && row < plan->rows && share[i] > 0.f) sum += from[0] * exp2_fast(from[K::ROWS] - m[i]) * share[i];
+      if (mine && row < plan->rows && share[i] != 0.f) sum += from[0] * exp2_fast(from[K::ROWS] - m[i]) * share[i];
     }
     sum += shuffle_xor(sum, 4);
     sum += shuffle_xor(sum, 8);
@@ -189,18 +199,41 @@ FB_DEVICE void write_mass(const FbGpuAttention& call, const Plan* plan, const Vi
   }
 }
 
-// The group's rows of the output, straight from registers: four threads write 16 bytes in a row. It is a hundredth of what a
-// block reads, and memory of its own to gather whole rows in would be taken from K and V.
+// x[j] of four neighbours q -> x[j] of neighbour j of each, so that every thread has four in a row.
+FB_DEVICE void transpose_quad(uint32_t (&x)[4], int q) {
+  const bool odd = q & 1, high = q & 2;
+#pragma unroll
+  for (int j = 0; j < 4; j += 2) {
+    const uint32_t other = uint32_t(shuffle_xor(int(odd ? x[j] : x[j + 1]), 1));
+    (odd ? x[j] : x[j + 1]) = other;
+  }
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    const uint32_t other = uint32_t(shuffle_xor(int(high ? x[j] : x[j + 2]), 2));
+    (high ? x[j] : x[j + 2]) = other;
+  }
+}
+
+// The group's rows of the output, straight from registers: four threads write 64 bytes in a row. Memory to gather whole rows
+// in would be taken from K and V, or from the next block's Q.
 template <typename K>
 FB_DEVICE void store_output(const FbGpuAttention& call, const Plan* plan, const float (&o)[K::D / 2], const Place& me) {
+  struct alignas(16) Chunk {
+    uint32_t words[4];
+  };
+  const int q = me.lane % 4;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int row = kGroupRows * me.group + me.row() + 8 * i;
-    char* out = (char*)call.out.data + 2 * (plan->b * call.out.stride_b + (plan->first + row) * call.out.stride_t + plan->h * call.out.stride_h + 2 * (me.lane % 4));
-    if (row < plan->rows)
+    char* out = (char*)call.out.data + 2 * (plan->b * call.out.stride_b + (plan->first + row) * call.out.stride_t + plan->h * call.out.stride_h);
 #pragma unroll
-      for (int j = 0; j < K::D / 8; ++j)
-        if (8 * j < call.D) *(uint32_t*)(out + 16 * j) = pack<typename K::Type>(o[4 * j + 2 * i], o[4 * j + 2 * i + 1]);
+    for (int j = 0; j < K::D / 8; j += 4) {
+      uint32_t x[4];
+#pragma unroll
+      for (int n = 0; n < 4; ++n) x[n] = pack<typename K::Type>(o[4 * (j + n) + 2 * i], o[4 * (j + n) + 2 * i + 1]);
+      transpose_quad(x, q);
+      if (row < plan->rows && 8 * (j + q) < call.D) *(Chunk*)(out + 16 * (j + q)) = Chunk{x[0], x[1], x[2], x[3]};
+    }
   }
 }
 
@@ -253,7 +286,7 @@ FB_DEVICE void compute(const Parameters& p, char* shared, const Plan* plans, Bar
         pin(s);
         release(&bars->k_empty[k.at]);
         k.next();
-        softmax_tile<KEYS, K::POLYNOMIAL>(s, sums, decay, tile.keys(), scale, *tile.visit, me.lane);
+        softmax_tile<KEYS, K::POLYNOMIAL>(s, sums, decay, scale, Tile(tile), me.lane);
         const Visit& visit = *tile.visit;
         tile.next();
         if (tile.opens()) close_segment<K>(sums, visit, mass, me);
@@ -264,8 +297,9 @@ FB_DEVICE void compute(const Parameters& p, char* shared, const Plan* plans, Bar
       if (!tile.any()) {
         if (last) release(&bars->q_empty);
       } else {
-        my_turn();
+        const Tile first(tile);
         wait(&bars->k_full[k.at], k.parity);
+        my_turn();
         begin_products();
         start_scores<K>(s, q_operand, advance(k_operand, k.at * K::tile_bytes));
         your_turn();
@@ -273,8 +307,8 @@ FB_DEVICE void compute(const Parameters& p, char* shared, const Plan* plans, Bar
         pin(s);
         release(&bars->k_empty[k.at]);
         k.next();
-        softmax_tile<KEYS, K::POLYNOMIAL>(s, sums, decay, tile.keys(), scale, *tile.visit, me.lane);
-        pack_probabilities<typename K::Type, KEYS>(s, prob);
+        softmax_tile<KEYS, K::POLYNOMIAL>(s, sums, decay, scale, first, me.lane);
+        pack_probabilities<typename K::Type, KEYS>(s, sums.thinning(first.shift), prob);
         for (;;) {
           const Visit& before = *tile.visit;
           const int keys = tile.keys();
@@ -286,12 +320,13 @@ FB_DEVICE void compute(const Parameters& p, char* shared, const Plan* plans, Bar
             break;
           }
           if (tile.opens()) close_segment<K>(sums, before, mass, me);
-          my_turn();
+          const Tile next(tile);
           wait(&bars->k_full[k.at], k.parity);
-          begin_products();
-          start_scores<K>(s, q_operand, advance(k_operand, k.at * K::tile_bytes));
           wait(&bars->v_full[v.at], v.parity);
           if (keys < KEYS) clear_values<K>(shared + K::v_offset + v.at * K::tile_bytes, keys, me);
+          my_turn();
+          begin_products();
+          start_scores<K>(s, q_operand, advance(k_operand, k.at * K::tile_bytes));
           begin_products();
           start_output<K>(o, prob, advance(v_operand, v.at * K::tile_bytes));
           your_turn();
@@ -299,7 +334,7 @@ FB_DEVICE void compute(const Parameters& p, char* shared, const Plan* plans, Bar
           pin(s);
           release(&bars->k_empty[k.at]);
           k.next();
-          const bool raised = softmax_tile<KEYS, K::POLYNOMIAL>(s, sums, decay, tile.keys(), scale, *tile.visit, me.lane);
+          const bool raised = softmax_tile<KEYS, K::POLYNOMIAL>(s, sums, decay, scale, next, me.lane);
           await_products<0>();
           pin(o);
           release(&bars->v_empty[v.at]);
@@ -307,7 +342,7 @@ FB_DEVICE void compute(const Parameters& p, char* shared, const Plan* plans, Bar
           if (raised)
 #pragma unroll
             for (int i = 0; i < D / 2; ++i) o[i] *= decay[i / 2 % 2];
-          pack_probabilities<typename K::Type, KEYS>(s, prob);
+          pack_probabilities<typename K::Type, KEYS>(s, sums.thinning(next.shift), prob);
         }
         begin_products();
         start_output<K>(o, prob, advance(v_operand, v.at * K::tile_bytes));
@@ -333,7 +368,7 @@ FB_DEVICE void compute(const Parameters& p, char* shared, const Plan* plans, Bar
         factor[i] = gate;
       }
       if (mass) write_mass<K>(call, todo, silent, end, mass, mass_by_warp, sums.m, share, me);
-      const float unshift = exp2f(sums.shift);
+      const float unshift = sums.shift == -kInf ? 1.f : exp2f(sums.shift);
 #pragma unroll
       for (int i = 0; i < D / 2; ++i) o[i] *= share[i / 2 % 2] * unshift;
       if (contrast) {

@@ -156,6 +156,7 @@ FB_DEVICE void pin(uint32_t (&x)[COUNT]) {
 #define FB_TEN(t) "%" #t "0,%" #t "1,%" #t "2,%" #t "3,%" #t "4,%" #t "5,%" #t "6,%" #t "7,%" #t "8,%" #t "9"
 #define FB_FIRST_TEN "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9"
 #define FB_REGISTERS_32 FB_FIRST_TEN "," FB_TEN(1) "," FB_TEN(2) ",%30,%31"
+#define FB_REGISTERS_40 FB_FIRST_TEN "," FB_TEN(1) "," FB_TEN(2) "," FB_TEN(3)
 #define FB_REGISTERS_64 FB_FIRST_TEN "," FB_TEN(1) "," FB_TEN(2) "," FB_TEN(3) "," FB_TEN(4) "," FB_TEN(5) ",%60,%61,%62,%63"
 #define FB_REGISTERS_80 \
   FB_FIRST_TEN "," FB_TEN(1) "," FB_TEN(2) "," FB_TEN(3) "," FB_TEN(4) "," FB_TEN(5) "," FB_TEN(6) "," FB_TEN(7)
@@ -164,7 +165,8 @@ FB_DEVICE void pin(uint32_t (&x)[COUNT]) {
 #define FB_EIGHT(c, i) \
   "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), "+f"(c[i + 4]), "+f"(c[i + 5]), "+f"(c[i + 6]), "+f"(c[i + 7])
 #define FB_OPERANDS_32(c) FB_EIGHT(c, 0), FB_EIGHT(c, 8), FB_EIGHT(c, 16), FB_EIGHT(c, 24)
-#define FB_OPERANDS_64(c) FB_OPERANDS_32(c), FB_EIGHT(c, 32), FB_EIGHT(c, 40), FB_EIGHT(c, 48), FB_EIGHT(c, 56)
+#define FB_OPERANDS_40(c) FB_OPERANDS_32(c), FB_EIGHT(c, 32)
+#define FB_OPERANDS_64(c) FB_OPERANDS_40(c), FB_EIGHT(c, 40), FB_EIGHT(c, 48), FB_EIGHT(c, 56)
 #define FB_OPERANDS_80(c) FB_OPERANDS_64(c), FB_EIGHT(c, 64), FB_EIGHT(c, 72)
 #define FB_OPERANDS_88(c) FB_OPERANDS_80(c), FB_EIGHT(c, 80)
 #define FB_OPERANDS_96(c) FB_OPERANDS_88(c), FB_EIGHT(c, 88)
@@ -193,6 +195,7 @@ FB_DEVICE void multiply(float (&c)[N / 2], const uint32_t (&a)[4], uint64_t b, b
   }
 #define FB_MULTIPLY_BOTH(...) FB_MULTIPLY(bfloat16, "bf16", __VA_ARGS__) FB_MULTIPLY(float16, "f16", __VA_ARGS__)
 FB_MULTIPLY_BOTH(64, 32, 32, 33, 34, 32, 33, 34, 35, 36, 37)
+FB_MULTIPLY_BOTH(80, 40, 40, 41, 42, 40, 41, 42, 43, 44, 45)
 FB_MULTIPLY_BOTH(128, 64, 64, 65, 66, 64, 65, 66, 67, 68, 69)
 FB_MULTIPLY_BOTH(160, 80, 80, 81, 82, 80, 81, 82, 83, 84, 85)
 FB_MULTIPLY_BOTH(176, 88, 88, 89, 90, 88, 89, 90, 91, 92, 93)

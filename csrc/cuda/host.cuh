@@ -13,8 +13,10 @@ inline EncodeTiled find_encode() {
   void* found = nullptr;
   cudaDriverEntryPointQueryResult result;
   if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result) != cudaSuccess ||
-      result != cudaDriverEntryPointSuccess)
+      result != cudaDriverEntryPointSuccess) {
+    (void)cudaGetLastError();
     return nullptr;
+  }
   return EncodeTiled(found);
 }
 
@@ -35,9 +37,15 @@ inline bool make_map(TensorMap* map, bool half, const void* base, int64_t rows, 
 // kernel(parameters) on `blocks` blocks; 0 or CUDA's error.
 template <typename Parameters>
 int launch(void (*kernel)(Parameters), const Parameters& parameters, int blocks, int threads, int shared_bytes, Stream stream) {
-  if (cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes)) return int(error);
-  kernel<<<blocks, threads, size_t(shared_bytes), stream>>>(parameters);
-  return int(cudaGetLastError());
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (error == cudaSuccess) {
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(unsigned(blocks)), config.blockDim = dim3(unsigned(threads));
+    config.dynamicSmemBytes = size_t(shared_bytes), config.stream = stream;
+    error = cudaLaunchKernelEx(&config, kernel, parameters);
+  }
+  if (error != cudaSuccess) (void)cudaGetLastError();  // else the next call would report it once more
+  return int(error);
 }
 
 inline const char* error_text(int status) { return status > 0 ? cudaGetErrorString(cudaError_t(status)) : nullptr; }

@@ -119,9 +119,11 @@ FB_DEVICE void make_plan(const Parameters& p, int index, int block_rows, int lan
   }
   if (lane == 0) {
     plan->begin[call.G] = place;
-    plan->b = b, plan->h = h, plan->r = r, plan->first = first, plan->rows = rows;
+    // A block beyond the item's last row has no rows, and no segment either.
+    plan->b = b, plan->h = h, plan->r = rows > 0 ? r : 0, plan->first = first, plan->rows = rows;
     const float* scale = row_of(call.scales, b, h);
     plan->scale = (scale ? *scale : call.scale) * kLog2e;
+    if (plan->scale == 0.f) plan->scale = 1.17549435e-38f;  // to which a masked logit of -inf is still -inf
   }
 }
 

@@ -31,31 +31,40 @@ FB_DEVICE float exp2_multiplied(float x) {
 struct RowSums {
   float m[2], l[2];  // maximum in log2 units; sum of 2^(s - m) without weights, this thread's share of it
   float segment[2];  // of the running segment, with its weight
-  float shift;       // the output so far is 2^-shift too small
+  float shift;       // the output so far is 2^-shift too small; -inf: there is none
 
   FB_INLINE void clear() {
 #pragma unroll
     for (int i = 0; i < 2; ++i) m[i] = -kInf, l[i] = segment[i] = 0.f;
-    shift = 0.f;
+    shift = -kInf;
   }
+  // What P of a segment is multiplied by, once it is summed: not 1 where another segment's weight is 2^60 times as large.
+  FB_INLINE float thinning(float shift_of_segment) const { return exp2_fast(shift_of_segment - shift); }
+};
+
+// What a tile is to the rows.
+struct Tile {
+  int keys;
+  float add, shift;
+  template <typename Place>
+  FB_INLINE explicit Tile(const Place& at) : keys(at.keys()), add(at.visit->add), shift(at.visit->shift) {}
 };
 
 // A tile's logits -> its probabilities in place; the sums gain theirs. Where the output has to be rescaled the result is
 // true, alike in a warp, and decay becomes its factors. Of 16 logits POLYNOMIAL go through exp2_multiplied.
 template <int KEYS, int POLYNOMIAL>
-FB_DEVICE bool softmax_tile(float (&s)[KEYS / 2], RowSums& sums, float (&decay)[2], int keys, float scale, const Visit& visit, int lane) {
+FB_DEVICE bool softmax_tile(float (&s)[KEYS / 2], RowSums& sums, float (&decay)[2], float scale, const Tile& tile, int lane) {
   if (scale < 0.f) {
     scale = -scale;
 #pragma unroll
     for (int n = 0; n < KEYS / 2; ++n) s[n] = -s[n];
   }
-  if (keys < KEYS) {
-    const int last = keys - 2 * (lane % 4);
+  if (tile.keys < KEYS) {
+    const int last = tile.keys - 2 * (lane % 4);
 #pragma unroll
     for (int n = 0; n < KEYS / 2; ++n)
       if (8 * (n / 4) + n % 2 >= last) s[n] = -kInf;
   }
-  const float add = visit.add;
   // Two chains a row for a maximum and a sum, which one warp alone would wait for link by link.
   float top[2] = {-kInf, -kInf}, other[2] = {-kInf, -kInf};
 #pragma unroll
@@ -63,17 +72,17 @@ FB_DEVICE bool softmax_tile(float (&s)[KEYS / 2], RowSums& sums, float (&decay)[
     top[n / 2 % 2] = maximum(top[n / 2 % 2], s[n]);
     other[n / 2 % 2] = maximum(other[n / 2 % 2], s[n + 1]);
   }
-  bool raised = visit.shift != sums.shift;
+  bool raised = tile.shift > sums.shift;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     top[i] = maximum(top[i], other[i]);
     top[i] = maximum(top[i], shuffle_xor(top[i], 1));
-    top[i] = maximum(top[i], shuffle_xor(top[i], 2)) * scale + add;
+    top[i] = maximum(top[i], shuffle_xor(top[i], 2)) * scale + tile.add;
     raised |= top[i] > sums.m[i] + kSlack;
   }
   raised = any_of_warp(raised);
   if (raised) {
-    const float shifted = sums.shift - visit.shift;
+    const float shift = maximum(sums.shift, tile.shift);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const float m = maximum(sums.m[i], top[i]);
@@ -81,21 +90,15 @@ FB_DEVICE bool softmax_tile(float (&s)[KEYS / 2], RowSums& sums, float (&decay)[
       sums.m[i] = m;
       sums.l[i] *= factor;
       sums.segment[i] *= factor;
-      decay[i] = factor * exp2_fast(shifted);
+      decay[i] = factor * exp2_fast(sums.shift - shift);
     }
-    sums.shift = visit.shift;
+    sums.shift = shift;
   }
-  const float offset[2] = {add - pivot(sums.m[0]), add - pivot(sums.m[1])};
+  const float offset[2] = {tile.add - pivot(sums.m[0]), tile.add - pivot(sums.m[1])};
 #pragma unroll
   for (int n = 0; n < KEYS / 2; ++n) {
     const float t = s[n] * scale + offset[n / 2 % 2];
     s[n] = POLYNOMIAL > 0 && n % 16 < POLYNOMIAL ? exp2_multiplied(t) : exp2_fast(t);
-  }
-  if (keys < KEYS) {  // once more, as -inf * scale is NaN for a scale of 0
-    const int last = keys - 2 * (lane % 4);
-#pragma unroll
-    for (int n = 0; n < KEYS / 2; ++n)
-      if (8 * (n / 4) + n % 2 >= last) s[n] = 0.f;
   }
   float odd[2] = {0.f, 0.f};
 #pragma unroll
@@ -110,7 +113,11 @@ FB_DEVICE bool softmax_tile(float (&s)[KEYS / 2], RowSums& sums, float (&decay)[
 
 // A tile's probabilities as the left operand of its product with V, 16 keys each.
 template <typename T, int KEYS>
-FB_DEVICE void pack_probabilities(const float (&s)[KEYS / 2], uint32_t (&p)[KEYS / 16][4]) {
+FB_DEVICE void pack_probabilities(float (&s)[KEYS / 2], float thinning, uint32_t (&p)[KEYS / 16][4]) {
+  if (thinning != 1.f) {
+#pragma unroll
+    for (int n = 0; n < KEYS / 2; ++n) s[n] *= thinning;
+  }
 #pragma unroll
   for (int k = 0; k < KEYS / 16; ++k)
 #pragma unroll

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from diffusers import FluxTransformer2DModel
-from torch import Tensor
+from torch import Tensor, nn
 
 TEXT, ROWS, COLUMNS = 7, 6, 4  # text tokens; grid of image tokens: a vertical diptych of two panels of 3 x 4
 
@@ -60,6 +62,12 @@ def tiny_call(model: FluxTransformer2DModel, *, batch: int = 1, text: int = TEXT
 @torch.no_grad()
 def forward(model: FluxTransformer2DModel, call: dict[str, Tensor], **more) -> Tensor:
     return model(**call, **more, return_dict=False)[0]
+
+
+def in_double(model: nn.Module, call: dict) -> tuple[nn.Module, dict]:
+    """A copy of the model and its call in float64."""
+    wide = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in call.items()}
+    return copy.deepcopy(model).double(), wide
 
 
 def relative(a: Tensor, b: Tensor) -> float:

@@ -14,7 +14,7 @@ from flashbrush.integrations import AttentionMaps, InContextBrush
 from flashbrush.integrations.diffusers import apply, compose
 
 from ..diffusers.tiny_images import SIDE, sd3_call, tiny_sd3, tiny_unet, unet_call
-from ..tiny import COLUMNS, ROWS, TEXT, forward, relative, tiny_call, tiny_flux
+from ..tiny import COLUMNS, ROWS, TEXT, forward, in_double, relative, tiny_call, tiny_flux
 
 TOLERANCE = 1e-5
 
@@ -23,28 +23,36 @@ def test_words_in_a_unet() -> None:
     model = tiny_unet()
     call = unet_call(model)
     maps = AttentionMaps(text={"cat": [1, 2], "dog": [4]}, layers=["cross"])
-    expected: list[Tensor] = []
 
-    def eager(attn: Any, args: Any, kwargs: Any) -> None:
-        q, k = attn.to_q(args[0]), attn.to_k(kwargs["encoder_hidden_states"])
-        q, k = (t.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for t in (q, k))
-        prob = torch.softmax(q @ k.mT / math.sqrt(q.shape[-1]), -1)
-        expected.append(torch.stack([prob[..., [1, 2]].sum(-1), prob[..., 4]], 2))
+    def eager(model: Any, call: dict) -> tuple[Tensor, list[Tensor]]:
+        found: list[Tensor] = []
 
-    hooks = [
-        module.register_forward_pre_hook(eager, with_kwargs=True)
-        for name, module in model.named_modules()
-        if name.endswith("attn2")
-    ]
-    with torch.no_grad():
-        stock = model(**call, return_dict=False)[0]
-    for hook in hooks:
-        hook.remove()
+        def record(attn: Any, args: Any, kwargs: Any) -> None:
+            q, k = attn.to_q(args[0]), attn.to_k(kwargs["encoder_hidden_states"])
+            q, k = (t.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for t in (q, k))
+            prob = torch.softmax(q @ k.mT / math.sqrt(q.shape[-1]), -1)
+            found.append(torch.stack([prob[..., [1, 2]].sum(-1), prob[..., 4]], 2))
+
+        hooks = [
+            module.register_forward_pre_hook(record, with_kwargs=True)
+            for name, module in model.named_modules()
+            if name.endswith("attn2")
+        ]
+        with torch.no_grad():
+            out = model(**call, return_dict=False)[0]
+        for hook in hooks:
+            hook.remove()
+        return out, found
+
+    stock, rounded = eager(model, call)
+    _, expected = eager(*in_double(model, call))
     with apply(model, maps), torch.no_grad():
         assert relative(model(**call, return_dict=False)[0], stock) <= TOLERANCE
     assert len(maps.maps) == len(expected)
-    for mine, theirs in zip(maps.maps, expected, strict=True):
-        assert relative(mine.values, theirs) <= TOLERANCE
+    for mine, theirs, exact in zip(maps.maps, rounded, expected, strict=True):
+        # Deep in the model its own rounding in float32 comes near the tolerance.
+        allowed = max(TOLERANCE, 2 * relative(theirs.double(), exact))
+        assert relative(mine.values.double(), exact) <= allowed <= 3 * TOLERANCE
     means = [t.mean(1).unflatten(-1, m.grid) for t, m in zip(expected, maps.maps, strict=True)]
     resized = [F.interpolate(t, (SIDE, SIDE), mode="bilinear") for t in means]
     assert relative(torch.stack(list(maps.mean().values()), 1), torch.stack(resized).mean(0)) <= TOLERANCE

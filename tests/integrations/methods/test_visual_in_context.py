@@ -20,7 +20,7 @@ from flashbrush.integrations.diffusers import Layer, Step, apply
 
 from ..diffusers.tiny_images import SDXL, tiny_sd3, tiny_unet, unet_call
 from ..tiny import forward as flux_forward
-from ..tiny import relative, tiny_call, tiny_flux
+from ..tiny import in_double, relative, tiny_call, tiny_flux
 from .eager_unet import EagerReader, changed, reading, run, run_eager, sample, worst_layer
 
 TOLERANCE = 1e-5  # float32, relative to the largest output
@@ -106,9 +106,11 @@ def test_batches_of_any_layout(batch: str) -> None:
     model = tiny_unet()
     call = unet_call(model, batch=items)
     expected, _ = run_eager(model, call, [eager(r) for r in roles], up)
+    exact, _ = run_eager(*in_double(model, call), [eager(r) for r in roles], up)
     with apply(model, VisualInContext(items=roles)):
         out, _ = run(model, call)
-    assert relative(out, expected) <= TOLERANCE
+    # Of some batches a whole model in float32 makes more of its own rounding than the tolerance.
+    assert relative(out.double(), exact) <= max(TOLERANCE, 2 * relative(expected.double(), exact)) <= 3 * TOLERANCE
     plain, _ = run(model, call)
     predictions = [r.prediction for r in roles]
     others = [n for n in range(items) if n not in predictions]

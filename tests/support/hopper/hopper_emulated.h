@@ -284,7 +284,7 @@ FB_DEVICE void pin(uint32_t (&)[COUNT]) {}
 namespace emulation {
 template <typename T, int N>
 void multiply(float* c, const uint32_t* registers, uint64_t a, uint64_t b, bool add) {
-  static_assert(N == 64 || N == 128 || N == 160 || N == 176 || N == 192);
+  static_assert(N == 64 || N == 80 || N == 128 || N == 160 || N == 176 || N == 192);
   Product p;
   p.half = T::half;
   p.add = add;
