@@ -121,8 +121,14 @@ def _setup(options: argparse.Namespace) -> Setup:
 
 
 def _build() -> None:
-    """Raises ValueError: nvcc is not there, or fails."""
-    builder = runpy.run_path(str(ROOT / "setup.py"))
+    """Raises ValueError: nvcc is not there, or fails, or setup.py does not load."""
+    from .gpu_variants import load_builder
+    from .peers import Missing
+
+    try:
+        builder = load_builder()
+    except Missing as reason:
+        raise ValueError(f"build: {reason}") from reason
     before = os.getcwd()
     os.chdir(ROOT)  # its paths are relative
     try:

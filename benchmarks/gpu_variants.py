@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from .forward import Row
 from .gpu_forward import Entry, measure
 from .gpu_machine import Setup
 from .gpu_shapes import GPU_SHAPES
-from .peers import Call, Case, Peer
+from .peers import Call, Case, Missing, Peer
 
 ROOT = Path(__file__).resolve().parents[1]
 # By head dim: what csrc/cuda/attention.cu takes in place of its own numbers.
@@ -47,7 +48,10 @@ def measure_variants(setup: Setup, shape: str) -> Row:
         return {"missing": {"variants": "not built: --build was not given"}}
     variants = VARIANTS[GPU_SHAPES[shape].dim]
     with tempfile.TemporaryDirectory() as folder:
-        built = build(variants, Path(folder))
+        try:
+            built = build(variants, Path(folder))
+        except Missing as reason:
+            return {"missing": {"variants": str(reason)}}
         missing = {name: path for name, path in built.items() if isinstance(path, str)}
         entries: list[Entry] = [("cudnn", gpu_peers.VENDORS["cudnn"], "plain")]
         for name, path in built.items():
@@ -59,9 +63,21 @@ def measure_variants(setup: Setup, shape: str) -> Row:
     return {**row, "missing": {**found, **missing}}
 
 
+def load_builder() -> dict[str, Any]:
+    """What setup.py defines.
+
+    Raises:
+        Missing: it needs a newer setuptools.
+    """
+    try:
+        return runpy.run_path(str(ROOT / "setup.py"))
+    except ImportError as error:
+        raise Missing(f"setup.py does not load, a newer setuptools may be needed: {error}") from error
+
+
 def build(variants: Mapping[str, Mapping[str, int]], folder: Path) -> dict[str, Path | str]:
     """The library of each variant, or why there is none."""
-    builder = runpy.run_path(str(ROOT / "setup.py"))
+    builder = load_builder()
 
     def compile_one(index: int, numbers: Mapping[str, int]) -> Path | str:
         library = folder / f"variant{index}.so"
