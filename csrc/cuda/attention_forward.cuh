@@ -242,7 +242,7 @@ FB_DEVICE void compute(const Parameters& p, char* shared, const Plan* plans, Bar
   constexpr int KEYS = K::KEYS, D = K::D;
   const FbGpuAttention& call = p.call;
   float* mass = call.partial_mass ? (float*)(shared + K::mass_offset) : nullptr;
-  float* mass_by_warp = mass + call.C * 2 * K::ROWS;
+  float* mass_by_warp = mass ? mass + call.C * 2 * K::ROWS : nullptr;
   Ring<kPlans> plan;
   Ring<kStages> k, v;
   Ring<1> q;
