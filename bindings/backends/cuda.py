@@ -206,9 +206,9 @@ def _library() -> ctypes.CDLL:
 
 def _is_mapped(t: Tensor) -> bool:
     """Whether a tensor map can describe t (items, tokens, heads, dim); a broadcast of items is one item."""
-    strides = [stride for i, (size, stride) in enumerate(zip(t.shape, t.stride(), strict=True)) if size > 1 and i < 3]
-    fine = all(stride % 8 == 0 and (stride > 0 or (i == 0 and t.shape[0] > 1)) for i, stride in enumerate(strides))
-    return t.numel() == 0 or (fine and t.data_ptr() % 16 == 0)
+    first = int(t.stride(0) == 0)
+    strides = [t.stride(i) for i in range(first, 3) if t.shape[i] > 1]
+    return t.numel() == 0 or (t.data_ptr() % 16 == 0 and all(s > 0 and s % 8 == 0 for s in strides))
 
 
 def _describe(t: Tensor) -> _Tensor:

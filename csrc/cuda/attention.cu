@@ -65,7 +65,7 @@ int choose(const FbGpuAttention& call, Stream stream) {
     return call.G > 1 ? run<Kernel<T, 128, 64, warp_groups(128, true), true, 0>>(call, stream)
                       : run<Kernel<T, 128, FLASHBRUSH_KEYS_128, warp_groups(128, false), false, FLASHBRUSH_POLYNOMIAL_128>>(call, stream);
   return call.G > 1 ? run<Kernel<T, 64, 64, warp_groups(64, true), true, 0>>(call, stream)
-                      : run<Kernel<T, 64, FLASHBRUSH_KEYS_64, warp_groups(64, false), false, FLASHBRUSH_POLYNOMIAL_64>>(call, stream);
+                    : run<Kernel<T, 64, FLASHBRUSH_KEYS_64, warp_groups(64, false), false, FLASHBRUSH_POLYNOMIAL_64>>(call, stream);
 }
 
 }  // namespace

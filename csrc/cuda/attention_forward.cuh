@@ -15,7 +15,8 @@ constexpr int kGroup = 4;  // to 6: a group's own
 constexpr int kGroupThreads = 128, kGroupWarps = 4;
 constexpr int kStages = 2, kPlans = 2;
 
-// D: of the tiles; a smaller head dim is filled up with zeros. GROUPS: warp groups that compute. KEYS: of a tile. POLYNOMIAL: see softmax_tile.
+// D: of the tiles; a smaller head dim is filled up with zeros. GROUPS: warp groups that compute. KEYS: of a tile.
+// POLYNOMIAL: see softmax_tile.
 template <typename T, int D_, int KEYS_, int GROUPS_, bool GROUPED_, int POLYNOMIAL_>
 struct Kernel {
   using Type = T;
@@ -96,7 +97,7 @@ FB_DEVICE void load_tiles(const Parameters& p, char* shared, const Plan* plans, 
     auto load_q = [&] {
       if (!waiting) return;
       waiting = false;
-      const int item_q = p.call.source_q ? int(p.call.source_q[todo->b]) : p.shared_q ? 0 : todo->b;
+      const int item_q = item_of(p.call.source_q, p.shared_q, todo->b);
       wait(&bars->q_empty, q.parity ^ 1);
       copy_rows<K, K::ROWS>(shared, &p.q, &bars->q_full, todo->first, todo->h, item_q);
     };
@@ -125,6 +126,10 @@ FB_DEVICE void load_tiles(const Parameters& p, char* shared, const Plan* plans, 
 
 // ----------------------------------------------------------------------------------------------------------- computing
 
+struct alignas(16) Chunk {
+  uint32_t words[4];
+};
+
 // A warp group that computes; its threads know their place in it.
 struct Place {
   int group, thread, warp, lane;
@@ -151,9 +156,6 @@ FB_DEVICE void start_output(float (&o)[K::D / 2], const uint32_t (&p)[K::KEYS / 
 // Values from `keys` on belong to others, and 0 * NaN is NaN. All groups write these zeros; each waits for its own.
 template <typename K>
 FB_DEVICE void clear_values(char* tile, int keys, const Place& me) {
-  struct alignas(16) Chunk {
-    uint32_t words[4];
-  };
   const int chunks = (K::KEYS - keys) * 8;
   for (int block = 0; block < K::D / 64; ++block)
     for (int n = me.thread; n < chunks; n += kGroupThreads) *(Chunk*)(tile + (block * K::KEYS + keys) * 128 + n * 16) = Chunk{};
@@ -179,7 +181,7 @@ FB_DEVICE void close_segment(RowSums& sums, const Visit& visit, float* mass, con
 
 // Mass of the visits of a group: p summed over a warp's rows.
 template <typename K>
-FB_DEVICE void write_mass(const FbGpuAttention& call, const Plan* plan, const Visit* begin, const Visit* end, const float* mass, float* by_warp,
+FB_DEVICE void write_mass(const Plan* plan, const Visit* begin, const Visit* end, const float* mass, float* by_warp,
                           const float (&m)[2], const float (&share)[2], const Place& me) {
   sync_warp();
   for (const Visit* visit = begin; visit < end; visit += 4) {
@@ -218,9 +220,6 @@ FB_DEVICE void transpose_quad(uint32_t (&x)[4], int q) {
 // in would be taken from K and V, or from the next block's Q.
 template <typename K>
 FB_DEVICE void store_output(const FbGpuAttention& call, const Plan* plan, const float (&o)[K::D / 2], const Place& me) {
-  struct alignas(16) Chunk {
-    uint32_t words[4];
-  };
   const int q = me.lane % 4;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -367,7 +366,7 @@ FB_DEVICE void compute(const Parameters& p, char* shared, const Plan* plans, Bar
         if (call.gates.data && exists) gate *= call.gates.data[todo->b * call.gates.stride_b + (todo->first + row) * call.gates.stride_h + g];
         factor[i] = gate;
       }
-      if (mass) write_mass<K>(call, todo, silent, end, mass, mass_by_warp, sums.m, share, me);
+      if (mass) write_mass<K>(todo, silent, end, mass, mass_by_warp, sums.m, share, me);
       const float unshift = sums.shift == -kInf ? 1.f : exp2f(sums.shift);
 #pragma unroll
       for (int i = 0; i < D / 2; ++i) o[i] *= share[i / 2 % 2] * unshift;

@@ -51,6 +51,9 @@ FB_DEVICE const float* row_of(const FbGpuTable& table, int b, int h) {
   return table.data ? table.data + b * table.stride_b + h * table.stride_h : nullptr;
 }
 
+// The item that output item b reads; a tensor that all share may be a broadcast, whose map has one item whatever is asked.
+FB_DEVICE int item_of(const int64_t* source, bool shared, int b) { return shared ? 0 : source ? int(source[b]) : b; }
+
 // weight = 2^(fold + shift), with shift 0 but for weights outside 2^-30 .. 2^30.
 FB_DEVICE void fold_weight(float weight, float& fold, float& shift) {
   const float power = maximum(log2_fast(weight), -126.f);
@@ -90,8 +93,8 @@ FB_DEVICE void make_plan(const Parameters& p, int index, int block_rows, int lan
     visit.start = call.L > 1 ? 0 : key_starts[c];
     visit.count = key_starts[c + 1] - key_starts[c];
     if (call.valid) visit.count = least(visit.count, call.valid[b * call.C + c]);
-    visit.item_k = call.source_k ? int(call.source_k[visit.tensor * call.B + b]) : p.shared_k >> visit.tensor & 1 ? 0 : b;
-    visit.item_v = call.source_v ? int(call.source_v[visit.tensor * call.B + b]) : p.shared_v >> visit.tensor & 1 ? 0 : b;
+    visit.item_k = item_of(call.source_k ? call.source_k + visit.tensor * call.B : nullptr, p.shared_k >> visit.tensor & 1, b);
+    visit.item_v = item_of(call.source_v ? call.source_v + visit.tensor * call.B : nullptr, p.shared_v >> visit.tensor & 1, b);
     const float* bias = row_of(call.bias, b, h);
     const float* weights = row_of(call.weight, b, h);
     const float offset = bias ? bias[r * call.C + c] * kLog2e : 0.f;

@@ -46,8 +46,8 @@ struct RowSums {
 struct Tile {
   int keys;
   float add, shift;
-  template <typename Place>
-  FB_INLINE explicit Tile(const Place& at) : keys(at.keys()), add(at.visit->add), shift(at.visit->shift) {}
+  template <int KEYS>
+  FB_INLINE explicit Tile(const Cursor<KEYS>& at) : keys(at.keys()), add(at.visit->add), shift(at.visit->shift) {}
 };
 
 // A tile's logits -> its probabilities in place; the sums gain theirs. Where the output has to be rescaled the result is

@@ -5,10 +5,8 @@ This says nothing of AMX hardware, nor of speed.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import hypothesis
 import pytest
@@ -17,19 +15,11 @@ from hypothesis import given, settings
 
 import flashbrush as fb
 from flashbrush.bindings.backends import cpu
+from support.builder import ROOT, load_setup
 from support.gradients import check_gradients
 from support.problems import Call, calls, check, draws
 
-ROOT = Path(__file__).parents[2]
 EMULATION = Path(__file__).parents[1] / "support" / "amx_emulation.h"
-
-
-def setup_module_of_the_clone() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("flashbrush_setup", ROOT / "setup.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +30,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     folder = tmp_path_factory.mktemp("amx")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        build = setup_module_of_the_clone()
+        build = load_setup()
         patch.setattr(build, "ISAS", {"amx": build.ISAS["amx"]})
         report: dict = {"isas": [], "isa_flags": {}, "left_out": {}}
         flags = [*build.FLAGS, "-include", str(EMULATION), "-DFLASHBRUSH_AMX_EMULATED"]

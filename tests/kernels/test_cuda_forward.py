@@ -130,6 +130,12 @@ def test_many_tiles_and_blocks_go_round_the_rings(seed: Callable[[int], None]) -
     run(Call(*tensors((1, 600, 2, 64), (1, 1500, 2, 64), (1, 1500, 2, 64)), None, {"scale": 0.5}))
 
 
+def test_a_broadcast_that_is_read_by_index() -> None:
+    q, k, v = tensors((1, 70, 2, 64), (1, 90, 2, 64), (3, 90, 2, 64))
+    source = {"q": torch.tensor([2, 0]), "k": torch.tensor([1, 2]), "v": torch.tensor([2, 1])}
+    run(Call(q.expand(3, -1, -1, -1), k.expand(3, -1, -1, -1), v, None, {"source": source}))
+
+
 def test_a_falling_scale_and_a_scale_of_zero() -> None:
     q, k, v = tensors(*[(2, 150, 2, 64)] * 3)
     run(Call(q, k, v, None, {"scale": torch.tensor([[0.3, -0.2], [0.0, -0.1]])}))

@@ -26,13 +26,6 @@ def photo() -> Image.Image:
     return Image.fromarray(data.coffee()).resize((64, 48))
 
 
-@pytest.fixture(scope="module")
-def mask() -> Image.Image:
-    picture = Image.new("L", (64, 48), 0)
-    picture.paste(255, (17, 9, 39, 30))
-    return picture
-
-
 OPTIONS = {"source_prompt": "a photo of a cup", "steps": 4, "skip": 1, "progress": False, "width": 64, "height": 48}
 
 

@@ -25,13 +25,6 @@ def photo() -> Image.Image:
     return Image.fromarray(data.chelsea()).resize((64, 48))
 
 
-@pytest.fixture(scope="module")
-def mask() -> Image.Image:
-    picture = Image.new("L", (64, 48), 0)
-    picture.paste(255, (17, 9, 39, 30))
-    return picture
-
-
 OPTIONS = {"steps": 4, "seed": 0, "progress": False, "width": 64, "height": 48}
 TOKENS = [8 * row + column for row in (1, 2, 3) for column in (2, 3, 4)]  # 8 x 8 pixels each
 
