@@ -170,7 +170,7 @@ def details(row: Row, gemm: float | None) -> Iterator[str]:
 def summary(results: Results) -> Iterator[str]:
     """The last words: few enough for a terminal's page."""
     header = f"{'batch, heads, tokens, dim':26s}{'vendor':>14s}{'ms':>9s}{'plain':>9s}{'brush':>9s}"
-    yield "\n" + header + "".join(f"{name:>16s}" for name in KEY_RATIOS)
+    yield "\n" + header + "".join(f"{name:>19s}" for name in KEY_RATIOS)
     for row in results.ordered:
         r: Any = row
         if r["section"] not in ("forward", "backward", "compiled") or not r.get("seconds"):
@@ -182,7 +182,7 @@ def summary(results: Results) -> Iterator[str]:
         label = r["shape"]["size"] + (" fwd+bwd" if r["section"] == "backward" else "")
         cells = [f"{fastest or '-':>14s}", *(_ms(seconds.get(n)) for n in (fastest, "plain", "brush"))]
         ratios = [r["ratios"].get(name) for name in KEY_RATIOS]
-        yield f"{label:26s}" + "".join(cells) + "".join(f"{c['median']:16.3f}" if c else f"{'-':>16s}" for c in ratios)
+        yield f"{label:26s}" + "".join(cells) + "".join(f"{c['median']:19.3f}" if c else f"{'-':>19s}" for c in ratios)
     for row in results.ordered:
         r = row
         if r["section"] in ("layer", "features", "around") and r.get("ratios"):
