@@ -128,6 +128,7 @@ class Handle:
         self._records: list[Record] = []
         self._geometry: Geometry | None = None
         self._step, self._counting, self._planned_step = Step(0), True, 0
+        self._passes, self._has_planned = 0, False  # forward passes under a method; whether there was a plan in any
 
     @staticmethod
     def of(model: nn.Module) -> Handle | None:
@@ -225,11 +226,22 @@ class Handle:
     def remove(self) -> None:
         """Put back the processors that were in place before, the same objects. A second call does nothing.
 
-        A processor that somebody else has put there in the meantime stays.
+        A processor that somebody else has put there in the meantime stays. A method that never had a plan, as when its
+        window of layers, steps or resolutions misses all of them, is named in a warning.
         """
+        self._remove(stacklevel=3)
+
+    def _remove(self, stacklevel: int) -> None:
         if not self._hooks:
             return
         self._collect()
+        # A method that attaches hooks may do all its work there.
+        if self.method is not None and self._passes and not self._has_planned and not self._attached:
+            warnings.warn(
+                f"flashbrush: {type(self.method).__name__} controlled nothing in {self._passes} forward passes of "
+                f"{type(self._model).__name__}: its knobs, or apply()'s layers and steps, select no layer and step of them",
+                stacklevel=stacklevel,
+            )
         self._detach()
         for hook in self._hooks:
             hook.remove()
@@ -247,7 +259,7 @@ class Handle:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.remove()
+        self._remove(stacklevel=3)
 
     def __repr__(self) -> str:
         state = f"{len(self._layers)} of {len(self._places)} layers" if self._hooks else "removed"
@@ -300,6 +312,7 @@ class Handle:
         if torch.compiler.is_compiling():
             return
         self._collect()
+        self._passes += self.method is not None
         if self._counting:
             self._step = Step(self._step.index + 1)
 
@@ -321,6 +334,7 @@ class Handle:
         for i, (place, processor) in enumerate(zip(self._places, self._processors, strict=True)):
             plan = self._ask(i, place, geometry) if self.controls_step and i in self._layers else None
             processor.plan, processor.planned = plan, True
+            self._has_planned |= plan is not None
             processor.defer = defer or (self.method is None and i not in self._layers)
 
     def _ask(self, index: int, place: Place, geometry: Geometry) -> Plan | None:

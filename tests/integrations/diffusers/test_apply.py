@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -97,6 +99,23 @@ def test_step_selection_and_reset() -> None:
         handle.reset()
         assert handle.stats == [] and handle.step == Step(0)
         assert relative(forward(model, call), stock) <= TOLERANCE
+
+
+@pytest.mark.parametrize(("steps", "passes", "idle"), [(5, 2, True), (1, 2, False), (5, 0, False)])
+@pytest.mark.parametrize("managed", [False, True])
+def test_control_that_never_came_to_pass_is_told(steps: int, passes: int, idle: bool, managed: bool) -> None:
+    model = tiny_flux()
+    call = tiny_call(model)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        handle = apply(model, InContextBrush(), steps=steps)
+        with handle if managed else nullcontext():
+            for _ in range(passes):
+                forward(model, call)
+        handle.remove()
+    told = [w for w in told if "controlled nothing" in str(w.message)]
+    assert len(told) == idle
+    assert not idle or ("InContextBrush" in str(told[0].message) and told[0].filename == __file__)
 
 
 def test_a_step_whose_call_has_other_shapes_is_planned_with_the_call() -> None:
