@@ -38,17 +38,19 @@ def forward(problem: Problem) -> Result:
     allowed = torch.ones(B, 1, M, p.keys, dtype=torch.bool, device=q.device)
     if p.valid is not None:
         allowed = allowed & (rank < p.valid.gather(1, c))[:, None, None, :]
-    s = torch.einsum("bhmd,bhnd->bhmn", q, k) * p.item_scale().to(dtype)
+    added = []
     if p.bias is not None:
-        bias = expand_pairs(p.bias, a, c, H).to(dtype)
-        s, allowed = s + bias, allowed & (bias != -math.inf)
-    if p.mask is not None:
-        mask = p.mask.expand(B, H, M, p.keys)
-        if mask.dtype == torch.bool:
-            allowed = allowed & mask
-        else:
-            s, allowed = s + mask.to(dtype), allowed & (mask != -math.inf)
+        added.append(expand_pairs(p.bias, a, c, H).to(dtype))
+    if p.mask is not None and p.mask.dtype == torch.bool:
+        allowed = allowed & p.mask
+    elif p.mask is not None:
+        added.append(p.mask.to(dtype))
+    for bias in added:
+        allowed = allowed & (bias != -math.inf)
     allowed = allowed.expand(B, H, M, p.keys)
+    s = logits(q, k, allowed) * p.item_scale().to(dtype)
+    for bias in added:
+        s = s + bias
     weight = 1.0 if p.weight is None else expand_pairs(p.weight, a, c, H).to(dtype)
     group_of_key = torch.tensor(p.groups, device=q.device)[c]  # (B, N)
 
@@ -76,6 +78,15 @@ def forward(problem: Problem) -> Result:
     return Result(out.transpose(1, 2).to(p.q.dtype), lse.detach(), mass, gain)
 
 
+def logits(q: Tensor, k: Tensor, allowed: Tensor) -> Tensor:
+    """<q_i, k_j> where a removed pair's key is not read, in the gradient of q either: its NaN or Inf stays out."""
+    finite = torch.isfinite(k).all(-1)
+    s = torch.einsum("bhmd,bhnd->bhmn", q, torch.where(finite[..., None], k, 0))
+    for b, h, n in (~finite).nonzero().tolist():
+        s[b, h, :, n] = (q[b, h] * torch.where(allowed[b, h, :, n, None], k[b, h, n], 0)).sum(-1)
+    return s
+
+
 def masked_softmax(s: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
     """(probabilities, lse) over the allowed keys; a row without one gives 0 and -inf. NaN in an allowed logit spreads."""
     s = torch.where(allowed, s, -math.inf)
@@ -85,12 +96,12 @@ def masked_softmax(s: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sum_values(prob: Tensor, allowed: Tensor, v: Tensor) -> Tensor:
-    """sum_j prob_ij v_j where a removed pair's value is not read: its NaN or Inf stays out."""
+    """sum_j prob_ij v_j where a removed pair's value is not read, in the gradient of prob either."""
     finite = torch.isfinite(v)
     out = prob @ torch.where(finite, v, 0)
     for b, h, n in (~finite).any(-1).nonzero().tolist():
         lost = torch.where(finite[b, h, n], 0, v[b, h, n])
-        out[b, h] += torch.where(allowed[b, h, :, n, None], prob[b, h, :, n, None] * lost, 0)
+        out[b, h] += prob[b, h, :, n, None] * torch.where(allowed[b, h, :, n, None], lost, 0)
     return out
 
 

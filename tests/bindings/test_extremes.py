@@ -120,3 +120,26 @@ def test_removed_keys_are_not_read(backend: str, dtype: torch.dtype) -> None:
         t[:, 10:15] = math.nan  # rows of a do not see y, rows of b do
     out = fb.attention(q, k, v, control, backend=backend)
     assert torch.equal(out[:, :20], clean[0][:, :20]) and bool(torch.isnan(out[:, 20:]).all())
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_removed_keys_are_not_in_a_gradient(backend: str, dtype: torch.dtype) -> None:
+    given, upstream = draw(dtype), torch.randn(1, ROWS, HEADS, DIM).to(dtype)
+    rows, keys = fb.Segments(a=20, b=17), fb.Segments(x=10, y=5, z=100, end=35)
+    control = fb.Control(rows, keys, bias={("a", "y"): -math.inf}, valid={"end": torch.tensor([3])})
+
+    def gradients() -> tuple[Tensor, ...]:
+        leaves = [t.detach().requires_grad_() for t in given]
+        out = fb.attention(*leaves, control, backend=backend)
+        return torch.autograd.grad(out, leaves, upstream)
+
+    clean = gradients()
+    for t in given[1:]:
+        t[:, 118:] = math.nan
+    poisoned = gradients()
+    for before, after in zip(clean, poisoned, strict=True):
+        assert torch.equal(before, after)
+    for t in given[1:]:
+        t[:, 10:15] = math.nan  # rows of a do not see y, rows of b do
+    dq = gradients()[0]
+    assert torch.equal(dq[:, :20], clean[0][:, :20]) and bool(torch.isnan(dq[:, 20:]).all())
