@@ -12,7 +12,6 @@ import textwrap
 import time
 from collections.abc import Sequence
 from enum import Enum
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,7 +25,7 @@ from .cli_insertion import eval_insert, sweep
 from .cli_inspect import inspect
 from .cli_model import Backend, Device, Dtype, Offload, Out, Precision, Seed, Steps, load, or_tiny, quiet
 from .cli_vicl import vicl
-from .output import check_pictures, write_pictures
+from .output import check_folder, check_packages, check_pictures, print_table, write_pictures
 
 if TYPE_CHECKING:
     from .pipelines import InContextBrushOutput
@@ -122,8 +121,8 @@ def insert(
     from .pipelines import images as im
 
     check_pictures({"output": output, "report": report})
-    if report is not None and find_spec("matplotlib") is None:
-        raise ImportError("report: needs matplotlib, which is not installed")
+    if report is not None:
+        check_packages("--report", "matplotlib")
     method = InContextBrush(alpha_prompt, alpha_subject, gain_span, gain_norm=gain_norm.value)
     # Before a model is loaded, which takes minutes.
     photo = im.open_image(image, "image")
@@ -173,8 +172,7 @@ def demo(
     from .pipelines import InContextBrushPipeline
     from .report import insertion_grid
 
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"output: expected a folder, got a file: {output}")
+    check_folder("output", output)
     if output.exists() and any(output.iterdir()) and not (output / "photos" / LIST).is_file():
         raise ValueError(f"output: expected a new folder, or that of another demo: {output} holds other files")
     asked = items()
@@ -210,37 +208,29 @@ def info() -> None:
     """What is usable here, and why the rest is not: backends, versions, devices."""
     from importlib.metadata import PackageNotFoundError, version
 
-    from rich.console import Console
-    from rich.table import Table
-
     from ..bindings import backends
     from ..bindings.backends import cpu
 
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    table = Table("backend", "usable", "why not", title="Backends", title_justify="left")
-    for name, reasons in backends().items():
-        table.add_row(name, "no" if reasons else "yes", "\n".join(reasons))
-    console.print(table)
-    table = Table("package", "version", "for", title="Versions", title_justify="left")
-    table.add_row("Python", platform.python_version(), "")
+    usable = [(name, "no" if reasons else "yes", "\n".join(reasons)) for name, reasons in backends().items()]
+    print_table(("backend", "usable", "why not"), usable, "Backends")
+    versions = [("Python", platform.python_version(), "")]
     for name, use in PACKAGES.items():
         try:
-            table.add_row(name, version(name), use)
+            versions.append((name, version(name), use))
         except PackageNotFoundError:
-            table.add_row(name, "not installed", use)
-    console.print(table)
-    table = Table("device", "what", title="Devices", title_justify="left")
+            versions.append((name, "not installed", use))
+    print_table(("package", "version", "for"), versions, "Versions")
     unproven = " (not yet run on hardware: only with FLASHBRUSH_CPU_ISA={0})"
     names = [isa + unproven.format(isa) * (isa in cpu.BY_NAME_ONLY) for isa in cpu.isas()]
     sets = f"; built and usable: {', '.join(names)}" if names else ""
-    table.add_row("cpu", f"{torch.get_num_threads()} threads; {torch.backends.cpu.get_cpu_capability()}{sets}")
+    devices = [("cpu", f"{torch.get_num_threads()} threads; {torch.backends.cpu.get_cpu_capability()}{sets}")]
     for i in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(i)
-        table.add_row(f"cuda:{i}", f"{torch.cuda.get_device_name(i)}, compute capability {major}.{minor}")
+        devices.append((f"cuda:{i}", f"{torch.cuda.get_device_name(i)}, compute capability {major}.{minor}"))
     if not torch.cuda.device_count():
         built = torch.version.cuda or torch.version.hip
-        table.add_row("cuda", "none: " + ("torch sees no GPU" if built else "torch was built without CUDA"))
-    console.print(table)
+        devices.append(("cuda", "none: " + ("torch sees no GPU" if built else "torch was built without CUDA")))
+    print_table(("device", "what"), devices, "Devices")
 
 
 @app.command(

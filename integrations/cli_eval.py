@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,7 +25,7 @@ from .cli_vicl import (
     check_cache,
     options,
 )
-from .output import check_pictures, write_pictures
+from .output import check_folder, check_packages, check_pictures, print_table, write_pictures
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -77,9 +75,7 @@ def vicl(
     the names of the rows from which a row is predicted; rows without any are only prompts. mIoU judges segmentation,
     detection and semantic; MSE and PCK keypoints; MSE edges; FID and LPIPS colourisation.
     """
-    for package in ("torchmetrics", "rich"):
-        if find_spec(package) is None:
-            raise ImportError(f"eval needs {package}, which is not installed")
+    check_packages("eval", "torchmetrics")
     from .evaluation.judges import LatentStatistics
     from .evaluation.vicl_items import read_pairs
     from .evaluation.vicl_judges import TaskJudge
@@ -88,8 +84,7 @@ def vicl(
 
     check_task(task)
     check_pictures({"output": output}, (".csv",))
-    if pictures is not None and pictures.exists() and not pictures.is_dir():
-        raise ValueError(f"pictures: expected a folder, got a file: {pictures}")
+    check_folder("pictures", pictures)
     check_cache(cache)
     knobs = options(steps, skip, gamma, temperature, contrast, clip, adain, seed, width, height, use_cache)
     pairs = {pair.name: pair for pair in read_pairs(folder)}
@@ -139,16 +134,13 @@ def _bar(queries: Sequence[Pair]) -> Any:
 
 
 def _show(row: dict[str, Any], title: str) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     from .evaluation.vicl_judges import HIGHER_IS_BETTER, MEASURES
 
-    table = Table("measure", "value", "better", "what", title=title, title_justify="left")
-    for name, value in row.items():
-        if name != "name":
-            table.add_row(name, f"{value:.4f}", "higher" if name in HIGHER_IS_BETTER else "lower", MEASURES[name])
-    Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(table)
+    rows = [
+        (name, f"{value:.4f}", "higher" if name in HIGHER_IS_BETTER else "lower", MEASURES[name])
+        for name, value in row.items() if name != "name"
+    ]  # fmt: skip
+    print_table(("measure", "value", "better", "what"), rows, title)
 
 
 def _write(

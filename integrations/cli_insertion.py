@@ -13,7 +13,7 @@ import typer
 
 from ..benchmarks import machine
 from .cli_model import Backend, Device, Dtype, Offload, Precision, Seed, Steps, load
-from .output import write_pictures
+from .output import check_folder, check_packages, print_table, write_pictures
 
 if TYPE_CHECKING:
     from .evaluation.insertion import Options, Outcome
@@ -62,7 +62,8 @@ def eval_insert(
     from .evaluation.summary import estimate, write_csv
     from .report import outcome_grid
 
-    _check_folder(output)
+    check_folder("output", output)
+    check_packages("eval insert", "matplotlib", "torchmetrics")
     setting = Setting(alpha_prompt, alpha_subject, gain_span, hole_only, blend)
     if folder is not None:
         sorts = {"": read_items(folder)}
@@ -127,7 +128,8 @@ def sweep(
     from .evaluation.summary import write_csv
     from .evaluation.sweep import AXES, MORE, parse_axis, plot, settings, table
 
-    _check_folder(output)
+    check_folder("output", output)
+    check_packages("sweep", "matplotlib")
     named = settings(dict(map(parse_axis, axis)), {}) if axis else settings(AXES, MORE)
     if folder is not None:
         sorts = {"": read_items(folder)}
@@ -206,18 +208,5 @@ def _write_conditions(
     (output / "conditions.json").write_text(text + "\n")
 
 
-def _check_folder(output: Path) -> None:
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"output: expected a folder, got a file: {output}")
-
-
 def _print(rows: Sequence[Mapping[str, str]], title: str) -> None:
-    import sys
-
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*rows[0], title=title, title_justify="left")
-    for row in rows:
-        table.add_row(*row.values())
-    Console(width=None if sys.stdout.isatty() else 140, highlight=False).print(table)
+    print_table(list(rows[0]), (list(row.values()) for row in rows), title, width=140)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .cli_model import Backend, Device, Dtype, Offload, Precision, Seed, Steps, load, or_tiny
-from .output import write_pictures
+from .output import check_folder, check_packages, write_pictures
 
 if TYPE_CHECKING:
     from .methods import AttentionMaps
@@ -52,10 +51,8 @@ def inspect(
     from .pipelines import images as im
     from .report import maps_report
 
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"output: expected a folder, got a file: {output}")
-    if find_spec("matplotlib") is None:
-        raise ImportError("inspect: needs matplotlib, which is not installed")
+    check_folder("output", output)
+    check_packages("inspect", "matplotlib")
     method = InContextBrush(alpha_prompt, alpha_subject, gain_span)
     photo = im.open_image(image, "image")
     hole = im.open_mask(mask, photo.size)

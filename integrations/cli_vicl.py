@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .cli_model import Backend, Device, Dtype, Offload, Out, Precision, Seed, load
-from .output import check_pictures, write_pictures
+from .output import check_folder, check_packages, check_pictures, write_pictures
 
 if TYPE_CHECKING:
     from .pipelines import VisualICLOutput, VisualICLPipeline
@@ -114,7 +113,5 @@ def pair(text: str) -> tuple[str, str]:
 
 def check_cache(cache: Path | None) -> None:
     """ValueError where the folder cannot be one; ImportError where inversions cannot be written."""
-    if cache is not None and cache.exists() and not cache.is_dir():
-        raise ValueError(f"cache: expected a folder, got a file: {cache}")
-    if find_spec("safetensors") is None:
-        raise ImportError("vicl needs safetensors, which is not installed")
+    check_folder("cache", cache)
+    check_packages("vicl", "safetensors")

@@ -1,11 +1,13 @@
-"""Pictures on disk: their names are checked before the work, and they appear when all of them are complete."""
+"""What commands leave: names and packages are checked before the work; pictures appear when all are complete; tables."""
 
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from importlib.util import find_spec
 from pathlib import Path
 
 SUFFIXES = (".avif", ".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -37,6 +39,30 @@ def check_pictures(paths: Mapping[str, Path | None], suffixes: Sequence[str] = S
         if other := taken.get(path.resolve()):
             raise ValueError(f"{name}: expected another file than {other}, got {path} for both")
         taken[path.resolve()] = name
+
+
+def check_folder(name: str, path: Path | None) -> None:
+    """ValueError where `path` is there and no folder; `name` is how the error calls it."""
+    if path is not None and path.exists() and not path.is_dir():
+        raise ValueError(f"{name}: expected a folder, got a file: {path}")
+
+
+def check_packages(user: str, *packages: str) -> None:
+    """ImportError for the first of `packages` that is not installed; `user` is what needs it."""
+    for package in packages:
+        if find_spec(package) is None:
+            raise ImportError(f"{user} needs {package}, which is not installed")
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str, width: int = 120) -> None:
+    """A table on the screen, or `width` characters wide in a file or pipe."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*columns, title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else width, highlight=False).print(table)
 
 
 def write_pictures(pictures: Mapping[Path, Callable[[Path], object]]) -> None:

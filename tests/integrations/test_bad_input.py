@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from flashbrush.integrations import InContextBrushPipeline, cli
+from flashbrush.integrations import InContextBrushPipeline, cli, output
 
 from .command import flashbrush, options
 
@@ -212,10 +212,14 @@ def test_a_full_device_is_said_in_words(capsys, photos, checkpoint, tmp_path, mo
     refused(capsys, tmp_path, options(photos, checkpoint, folder), "memory is full: try --offload")
 
 
-def test_a_report_needs_matplotlib_before_the_work(capsys, photos, checkpoint, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(cli, "find_spec", lambda name: None)
-    given = options(photos, checkpoint, tmp_path, report=tmp_path / "report.png")
-    refused(capsys, tmp_path, given, "report: needs matplotlib")
+@pytest.mark.parametrize("command", ("insert", "inspect", "eval insert", "sweep"))
+def test_a_figure_needs_matplotlib_before_the_work(command: str, capsys, photos, checkpoint, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(output, "find_spec", lambda name: None)
+    given = command.split()
+    if command in ("insert", "inspect"):
+        given += options(photos, checkpoint, tmp_path)[1:]
+    given += {"insert": ["--report", tmp_path / "report.png"], "inspect": []}.get(command, ["-o", tmp_path / "tables"])
+    refused(capsys, tmp_path, given, "needs matplotlib")
 
 
 def test_an_error_of_ours_is_not_hidden(photos, checkpoint, tmp_path, monkeypatch) -> None:
