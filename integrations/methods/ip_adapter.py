@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from ...bindings import Control, Segments
 from ..diffusers.host import find_host
 from ..diffusers.layer import Layer, Step
 from ..diffusers.plan import Plan
+from .image_branch import ImageBranch
 from .image_prompt import ImagePrompt
 
 Scale = float | Mapping[str | int, float]
@@ -26,16 +28,18 @@ class IPAdapter:
 
         o_i = softmax(q_i K_text^T) V_text + sum_a scale_a mask_a(i) softmax(q_i K_a^T) V_a
 
-    A mask is resized bicubically to the layer's grid, beyond 0 and 1 too, as in diffusers. Several images of an adapter
-    without masks share a softmax. A knob may be set at any time, `prompts` with other images too: their keys and values
-    are made once. ValueError names a wrong one.
+    In a UNet's cross-attention as it stands; in FLUX's double blocks the sum is added to the image after the block, with
+    the queries as they are before RoPE. A mask is resized bicubically to the layer's grid, beyond 0 and 1 too, as in
+    diffusers. Several images of an adapter without masks share a softmax. A knob may be set at any time, `prompts` with
+    other images too: their keys and values are made once. ValueError names a wrong one.
 
     Args:
         prompts: the adapters with their images.
         scale: one for all, or one for each adapter: a number, or, as InstantStyle sets layers apart, {"down", "mid",
             "up", Layer.index or the beginning of the name of a layer in the model: number}, of which the last that fits
             counts, and 0 where none does. diffusers' default is 1. A scale for each image is a factor of its mask.
-        masks: for each adapter None, or (1 or batch, images, rows, columns) as IPAdapterMaskProcessor.preprocess makes them.
+        masks: for each adapter None, or (1 or batch, images, rows, columns) as IPAdapterMaskProcessor.preprocess makes
+            them. FLUX's grid is Handle.grid.
     """
 
     prompts: Sequence[ImagePrompt]
@@ -46,6 +50,7 @@ class IPAdapter:
         self._names: list[str] = []  # of the model's layers
         self._kept: dict[tuple[int, int], tuple[Tensor, ...]] = {}  # k and v of each adapter in each layer
         self._plans: dict[Layer, Plan | None] = {}
+        self._branches: list[ImageBranch] = []  # of FLUX's double blocks
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "prompts":
@@ -64,15 +69,17 @@ class IPAdapter:
             self.__dict__.update(_plans={}, **({"_kept": {}} if name == "prompts" else {}))
 
     def attach(self, model: nn.Module) -> list:
-        """Learns the names of the model's layers; there is nothing to remove."""
-        names = {id(module): name for name, module in model.named_modules()}
-        self._names, self._kept, self._plans = [names[id(place.attn)] for place in find_host(model).places(model)], {}, {}
-        return []
+        """Learns the names of the model's layers; hooks on the double blocks of FLUX."""
+        names, places = {id(module): name for name, module in model.named_modules()}, find_host(model).places(model)
+        self._names, self._kept, self._plans = [names[id(place.attn)] for place in places], {}, {}
+        doubles = model.transformer_blocks if places[0].kind == "double" else ()
+        self._branches = [ImageBranch(block) for block in doubles]  # type: ignore[union-attr]
+        return [hook for branch in self._branches for hook in branch.hooks()]
 
     def plan(self, layer: Layer, step: Step) -> Plan | None:
-        if layer.kind not in ("self", "cross") or layer.place is None:
-            raise ValueError(f"IPAdapter: it is made for the cross-attention of a UNet; layer {layer.index} is {layer.kind!r}")
-        if layer.kind == "self":
+        if layer.kind in ("joint", "added"):
+            raise ValueError(f"IPAdapter: it is made for cross-attention and FLUX; layer {layer.index} is {layer.kind!r}")
+        if layer.kind in ("self", "single"):
             return None
         if layer not in self._plans:
             self._plans[layer] = self._plan(layer)
@@ -90,14 +97,22 @@ class IPAdapter:
             if mask is None:
                 extra[f"ip_{a}"], gates[f"ip_{a}"] = (k.flatten(1, 2), v.flatten(1, 2)), scale
                 continue
+            if layer.grid is None:
+                raise ValueError("masks: the image's grid is not known; set Handle.grid")
             small = F.interpolate(mask.float(), layer.grid, mode="bicubic").flatten(2)  # (1 or batch, images, rows)
             for i in range(mask.shape[1]):
                 extra[f"ip_{a}_{i}"], gates[f"ip_{a}_{i}"] = (k[:, i], v[:, i]), scale * small[:, i].to(k.device)
         if not extra:
             return None
-        keys = Segments({"text": layer.text_len} | {name: k.shape[1] for name, (k, _) in extra.items()})
-        groups = {name: [name] for name in keys}
-        return Plan(Control(Segments(image=layer.image_len), keys, groups=groups, gates=gates), extra=extra)
+        own = {} if layer.kind == "double" else {"text": layer.text_len}
+        keys = Segments(own | {name: k.shape[1] for name, (k, _) in extra.items()})
+        control = Control(Segments(image=layer.image_len), keys, groups={name: [name] for name in keys}, gates=gates)
+        if layer.kind != "double":
+            return Plan(control, extra=extra)
+        pairs = list(extra.values())
+        device = pairs[0][0].device
+        ask = self._branches[layer.index].ask
+        return Plan(hidden=partial(ask, control.to(device), [k for k, _ in pairs], [v for _, v in pairs]))
 
     def _scale(self, a: int, layer: Layer) -> float:
         scale, name = self.scale[a], self._names[layer.index]  # type: ignore[index]
@@ -108,13 +123,8 @@ class IPAdapter:
         return float(fits[-1]) if fits else 0.0
 
     def _keys(self, a: int, layer: Layer, prompt: ImagePrompt) -> tuple[Tensor, ...]:
-        """k and v (batch or 1, images, tokens, heads, head_dim)"""
         if (a, layer.index) not in self._kept:
-            name, tokens = self._names[layer.index], prompt.tokens
-            if name not in prompt.weights:
-                raise ValueError(f"prompts: adapter {a} has no weights for the layer {name}")
-            kv = (F.linear(tokens.to(w), w).unflatten(-1, (layer.heads, -1)) for w in prompt.weights[name])  # type: ignore[union-attr]
-            self._kept[a, layer.index] = tuple(kv)
+            self._kept[a, layer.index] = prompt.project(self._names[layer.index], layer.heads)
         return self._kept[a, layer.index]
 
 
