@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .backends import triton_adain
+from .derivatives import has_tangent
 
 EPS = 1e-5  # added to the variance, before the root
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -39,7 +40,7 @@ def adain(x: Tensor, style: Tensor, mask: Tensor | None = None, style_mask: Tens
     _check(x, style)
     mask = _check_mask("mask", mask, "x", x)
     style_mask = _check_mask("style_mask", style_mask, "style", style)
-    if torch.is_grad_enabled() and (x.requires_grad or style.requires_grad):
+    if has_tangent(x, style) or (torch.is_grad_enabled() and (x.requires_grad or style.requires_grad)):
         return composed(x, style, mask, style_mask)
     return _adain(x, style, mask, style_mask)
 

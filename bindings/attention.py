@@ -8,10 +8,12 @@ from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import ops
 from .backends import reference
 from .control import Control
+from .derivatives import refuse_tangents
 from .plan import check_name
 from .problem import GainRule, Problem, default_scale
 
@@ -77,11 +79,14 @@ def attention(
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came; nothing has been computed.
+        NotImplementedError: forward-mode derivatives. A gradient of a gradient is a RuntimeError when it is asked for,
+        but for backend="reference".
     """
     problem = _lower(q, k, v, control, scale, source, mask, out)
     check_name(backend)
     arguments = _arguments(problem, control)
     tensors = (problem.q, *problem.k, *problem.v)
+    refuse_tangents(*tensors)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         if out is not None:
             raise ValueError("out: not with tensors that require grad")
@@ -110,6 +115,7 @@ class _Attention(torch.autograd.Function):
         return out, lse, mass, gain
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout, *_):  # type: ignore[override]
         out, lse, gain, q, *kv = ctx.saved_tensors
         k, v = kv[: ctx.n_keys], kv[ctx.n_keys :]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .backends import triton_blend
+from .derivatives import has_tangent
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -41,7 +42,8 @@ def blend_latents(
     _check_mask(mask, generated)
     sigma = _check_sigma(sigma, generated)
     tensors = (generated, source, noise, mask, sigma)
-    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
+    learns = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
+    if learns or has_tangent(*tensors):
         return composed(generated, source, noise, mask, sigma)
     if not isinstance(sigma, Tensor):
         return _blend(generated, source, noise, mask, None, float(sigma))

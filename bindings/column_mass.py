@@ -12,6 +12,7 @@ from .backends import cpu_column_mass, triton_column_mass
 from .backends.composed_backward import blocks, compute_dtype
 from .backends.reference import gather
 from .control import Control, _indices
+from .derivatives import refuse_tangents
 from .problem import Problem
 
 
@@ -44,6 +45,7 @@ def column_mass(
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
     p = lower_with_lse(q, k, lse, control, scale, source)
+    refuse_tangents(p.q, *p.k, lse)
     if rows == "*":
         counted = tuple(range(len(p.row_lengths)))
     elif control is None:

@@ -7,12 +7,14 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .attention import Keys, Source
 from .backends.composed_backward import blocks, compute_dtype, only, softmax_backward, to_keys, to_query
 from .backends.reference import gather
 from .column_mass import lower_with_lse
 from .control import Control
+from .derivatives import refuse_tangents
 from .problem import Problem
 
 
@@ -44,6 +46,7 @@ def key_probabilities(
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
     p = lower_with_lse(q, k, lse, control, scale, source)
+    refuse_tangents(p.q, *p.k, lse)
     wanted = _positions(keys, p.keys, q.device)
     return _KeyProbabilities.apply(p, lse, wanted, p.q, *p.k)  # type: ignore[return-value]
 
@@ -61,6 +64,7 @@ class _KeyProbabilities(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout: Tensor):  # type: ignore[override]
         lse, wanted, *tensors = ctx.saved_tensors
         p = replace(ctx.p, q=tensors[0], k=tuple(tensors[1:]))

@@ -8,8 +8,10 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .backends import cpu_norm_rope, triton_norm_rope
+from .derivatives import has_tangent
 
 Stream = tuple[Tensor, Tensor | None, Tensor | None]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -66,6 +68,8 @@ def qk_norm_rope(
     xs, weights, offsets = (list(column) for column in zip(*checked, strict=True))
     half = rope == "half"
     needs_grad = [t is not None and t.requires_grad for t in (*xs, *weights, *offsets, cos, sin)]
+    if has_tangent(*xs, *weights, *offsets, cos, sin):
+        return composed(xs, weights, offsets, cos, sin, eps, half, permutation)
     if not torch.is_grad_enabled() or not any(needs_grad):
         return _forward(xs, weights, offsets, cos, sin, eps, half, permutation)
     # Positions that learn take torch's own gradient.
@@ -152,6 +156,7 @@ class _NormRope(torch.autograd.Function):
         return _forward(xs, weights, offsets, cos, sin, eps, half, permutation)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout):  # type: ignore[override]
         n, (*tensors, cos, sin, permutation) = ctx.n, ctx.saved_tensors
         xs, weights, offsets = (tensors[i * n : i * n + n] for i in range(3))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .backends import triton_query_blur
+from .derivatives import refuse_tangents
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -44,6 +45,7 @@ def query_blur(q: Tensor, grid: tuple[int, int], sigma: float, *, tokens: slice 
         return q
     if sigma == math.inf:
         return _mean(q, first, first + height * width)
+    refuse_tangents(q)
     if torch.is_grad_enabled() and q.requires_grad:
         return _QueryBlur.apply(q, height, width, sigma, first, False)
     return _blur(q, height, width, sigma, first, False)

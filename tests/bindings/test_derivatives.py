@@ -1,0 +1,89 @@
+"""Derivatives that an operator does not have are refused; those that torch's operators have are right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+import flashbrush as fb
+
+ROWS, HEADS, DIM = 6, 2, 8
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float32)
+
+
+def attend(backend: str) -> Callable[[Tensor], Tensor]:
+    k, v = draw(1, ROWS, HEADS, DIM), draw(1, ROWS, HEADS, DIM)
+    return lambda q: fb.attention(q, k, v, backend=backend)
+
+
+def see(q: Tensor) -> Tensor:
+    lse = torch.zeros(1, HEADS, ROWS, 1)
+    return fb.key_probabilities(q, q.detach(), lse, [0, 2])
+
+
+def mass(q: Tensor) -> Tensor:
+    return fb.column_mass(q, q.detach(), torch.zeros(1, HEADS, ROWS, 1))
+
+
+REFUSED = {
+    "reference": lambda: attend("reference"),
+    "composed": lambda: attend("composed"),
+    "cpu": lambda: attend("cpu"),
+    "key_probabilities": lambda: see,
+    "column_mass": lambda: mass,
+    "query_blur": lambda: lambda q: fb.query_blur(q, (2, 3), 1.0),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_forward_mode_is_refused(name: str) -> None:
+    f, q, tangent = REFUSED[name](), draw(1, ROWS, HEADS, DIM), draw(1, ROWS, HEADS, DIM)
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(f, (q,), (tangent,))
+    with forward_ad.dual_level():
+        f(q)  # another tensor's derivative is wanted
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            f(forward_ad.make_dual(q, tangent))
+
+
+def norm_rope(x: Tensor) -> Tensor:
+    turn = torch.arange(ROWS * DIM).reshape(ROWS, DIM) / 10
+    return fb.qk_norm_rope([(x, torch.linspace(0.5, 2, DIM), None)], turn.cos(), turn.sin(), eps=1e-6)
+
+
+FORWARD = {
+    "qk_norm_rope": norm_rope,
+    "adain": lambda x: fb.adain(x, x.detach().flip(1) * 2 + 1),
+    "blend_latents": lambda x: fb.blend_latents(x, x.detach() * 2, x.detach() - 1, torch.full_like(x.detach(), 0.3), 0.4),
+}
+
+
+@pytest.mark.parametrize("name", FORWARD)
+def test_forward_mode_agrees_with_reverse_mode(name: str) -> None:
+    x, tangent = draw(1, ROWS, HEADS, DIM), draw(1, ROWS, HEADS, DIM)
+    _, forward = torch.func.jvp(FORWARD[name], (x,), (tangent,))
+    x.requires_grad_()
+    out, given = FORWARD[name](x), draw(1, ROWS, HEADS, DIM)
+    (gradient,) = torch.autograd.grad(out, x, given)
+    torch.testing.assert_close((forward * given).sum(), (gradient * tangent).sum(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("f", [attend("cpu"), attend("composed"), norm_rope, see], ids=["cpu", "composed", "norm", "see"])
+def test_a_gradient_of_a_gradient_is_refused(f: Callable[[Tensor], Tensor]) -> None:
+    x = draw(1, ROWS, HEADS, DIM).requires_grad_()
+    (gradient,) = torch.autograd.grad(f(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()
+
+
+def test_reference_has_a_gradient_of_a_gradient() -> None:
+    q = draw(1, 3, 1, 4).double().requires_grad_()
+    k, v = draw(1, 3, 1, 4).double(), draw(1, 3, 1, 4).double()
+    assert torch.autograd.gradgradcheck(lambda q: fb.attention(q, k, v, backend="reference"), (q,))
