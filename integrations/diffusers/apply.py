@@ -47,7 +47,11 @@ def apply(
     ``model.set_attention_backend`` or ``attention_backend``, or, with a dense attention_mask, as diffusers does it.
 
     One step is one forward call, counted from 0, unless ``handle.set_step`` says otherwise: call it from the pipeline's
-    callback where a step takes several forward calls, or where the method needs the sigma.
+    callback where a step takes several forward calls, or where the method needs the sigma. A second image under the
+    same control needs ``handle.reset()`` before it, or a method with a window of steps takes it for later steps.
+
+    A backward pass with gradient checkpointing runs layers again with the plans of the latest forward pass: take it
+    before the next one, before a knob changes, and before remove(). One model under control serves one thread.
 
     Args:
         model: FluxTransformer2DModel (FLUX.1 dev, Fill, Kontext), UNet2DConditionModel (SD 1.5, SD 2, SDXL, DeepFloyd
@@ -79,6 +83,10 @@ def apply(
         got = f"the class {method.__name__}" if isinstance(method, type) else type(method).__name__
         raise TypeError(f"method: expected an object with plan(layer, step) or None, got {got}")
     places = host.places(inner)
+    for place in places:
+        # What somebody has put back after remove(), as unfuse_qkv_projections() does.
+        if getattr(place.attn.processor, "original", None) is not None:
+            place.attn.set_processor(place.attn.processor.original)
     _check_processors(inner, places, host)
     handle = Handle(
         model,
@@ -169,18 +177,23 @@ class Handle:
     def set_step(self, index: int, count: int | None = None, sigma: float | None = None) -> None:
         """Say which step the coming forward calls belong to; counting stops until reset().
 
+            def callback(pipe, index, timestep, tensors):  # callback_on_step_end: step `index` is over
+                handle.set_step(index + 1, pipe.num_timesteps)
+                return tensors
+
         Args:
-            index: from 0. count: steps of the run. sigma: noise level at which the model is evaluated next.
+            index: from 0; count itself where the run is over. count: steps of the run. sigma: noise level at which the
+            model is evaluated next.
 
         Raises:
-            ValueError: a negative index, or one that is not below count.
+            ValueError: a negative index, or one beyond count.
         """
         if isinstance(index, bool) or not isinstance(index, int) or index < 0:
             raise ValueError(f"index: expected a step of 0 or more, got {index!r}")
-        if count is not None and index >= count:
-            raise ValueError(f"index: expected a step below count={count}, got {index}")
+        if count is not None and index > count:
+            raise ValueError(f"index: expected a step of 0 to count={count}, got {index}")
         self._step, self._counting = Step(index, count, sigma), False
-        if self._geometry is None or not self._hooks:
+        if index == count or self._geometry is None or not self._hooks:
             return
         try:
             self._plan_all(self._geometry)
@@ -222,6 +235,8 @@ class Handle:
         device = next(self._model.parameters()).device if device is None else torch.device(device)
         grids = () if latents is None else host.grids(self._model, *latents)
         self._plan_all(Geometry(text_len, image_len or 0, batch, device, grids))
+        for processor in self._processors:
+            processor.prepared, processor.running = batch, True
 
     def remove(self) -> None:
         """Put back the processors that were in place before, the same objects. A second call does nothing.
@@ -249,11 +264,9 @@ class Handle:
         if self._calls is not None and self._model._compiled_call_impl is self._calls[0]:
             self._model._compiled_call_impl = self._calls[1]
         for place, original, mine in zip(self._places, self._originals, self._processors, strict=True):
-            if not isinstance(place.attn.processor, self._host.processor_class):
-                continue
-            if hasattr(original, "_attention_backend"):
-                original._attention_backend = mine._attention_backend
-            place.attn.set_processor(original)
+            mine.retire(original)
+            if isinstance(place.attn.processor, self._host.processor_class):
+                place.attn.set_processor(original)
 
     def __enter__(self) -> Handle:
         return self
@@ -307,11 +320,15 @@ class Handle:
             return
         self._check_in_place()
         self._plan_all(self._host.geometry(self._model, args, kwargs))
+        for processor in self._processors:
+            processor.prepared, processor.running = None, True
 
     def _after(self, module: nn.Module, args: tuple, output: object) -> None:
         if torch.compiler.is_compiling():
             return
         self._collect()
+        for processor in self._processors:
+            processor.running = False
         self._passes += self.method is not None
         if self._counting:
             self._step = Step(self._step.index + 1)
@@ -395,7 +412,9 @@ def _check_processors(model: nn.Module, places: list[Place], host: Host) -> None
     for i, place in enumerate(places):
         processor = place.attn.processor
         if isinstance(processor, host.processor_class):
-            raise RuntimeError("model: it is under flashbrush's control already; handle.remove() comes first")
+            raise RuntimeError(
+                "model: it is under flashbrush's control already; handle.remove() comes first (Handle.of(model) is the handle)"
+            )
         # A subclass may do anything; only the stock classes themselves are known to be replaceable.
         if type(processor) not in host.stock:
             raise TypeError(

@@ -191,8 +191,10 @@ def moved_extra(extra: Extra | None, device: torch.device) -> Extra | None:
 
 
 def made_extra(extra: Extra | None, key: Tensor, value: Tensor) -> Mapping[str, Pair]:
-    """The extra keys, those that are made of the layer's k and v (batch, keys, heads, head_dim) made."""
-    return {n: pair(key, value) if callable(pair) else pair for n, pair in (extra or {}).items()}
+    """The extra keys in the layer's dtype, those that are made of its k and v (batch, keys, heads, head_dim) made."""
+    pairs = {n: pair(key, value) if callable(pair) else pair for n, pair in (extra or {}).items()}
+    # Those that a method keeps may be of another dtype than autocast, or a model moved since, has the layer's in.
+    return {n: (k.to(key.dtype), v.to(value.dtype)) for n, (k, v) in pairs.items()}
 
 
 def check_callables(argument: str, holder: object, names: Sequence[str]) -> None:

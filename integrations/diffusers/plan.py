@@ -31,10 +31,11 @@ class Seen:
     Attributes:
         q: (batch, rows, heads, head_dim); k, v: (batch, keys, heads, head_dim): normalised, with offsets and RoPE, before
             Plan.query, Plan.value and Plan.order.
+        again: whether a backward pass with gradient checkpointing runs the layer once more.
     """
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor | None = None) -> None:
-        self.q, self.k, self.v = q, k, v
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor | None = None, again: bool = False) -> None:
+        self.q, self.k, self.v, self.again = q, k, v, again
         if lse is not None:
             self.lse = lse
 

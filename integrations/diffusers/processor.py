@@ -40,6 +40,9 @@ class ControlledProcessor:
         self.collect = collect
         self.planned = True  # False: a method is in charge and has not been asked yet
         self.defer = False  # plain calls go to diffusers' dispatcher, unchanged
+        self.prepared: int | None = None  # the batch that Handle.prepare() has planned for
+        self.running = True  # False: the forward pass is over, and what runs a layer again is a backward pass
+        self.original: Any = None  # of a processor whose control is removed, the one that it stood for
         # (the items of the batch, None: all; their Stats) of each controlled call
         self.stats: tuple[tuple[tuple[int, ...] | None, Stats], ...] = ()
 
@@ -47,6 +50,12 @@ class ControlledProcessor:
         """Take over what the processor in place decides; TypeError where this one is no drop-in for it after all."""
         if (backend := getattr(original, "_attention_backend", None)) is not None:
             self._attention_backend = backend
+
+    def retire(self, original: Any) -> None:
+        """From now on plain attention, as diffusers does it, should somebody put this processor back."""
+        if hasattr(original, "_attention_backend"):
+            original._attention_backend = self._attention_backend
+        self.plan, self.planned, self.defer, self.collect, self.original = None, True, True, False, original
 
     def hidden(self, x: Tensor) -> Tensor:
         """The image's hidden states, (batch, tokens, channels), as the plan wants them projected.
@@ -83,7 +92,12 @@ class ControlledProcessor:
         if not self.planned:
             raise RuntimeError(
                 "flashbrush: the method has not been asked for a plan, because the model's forward pre-hook did not run "
-                "outside of the compiled region; call handle.prepare(text_len=, image_len=, batch=) before the model"
+                "outside of the compiled region; call handle.prepare() with the sizes of the call before the model, and "
+                "handle.set_step() before each step"
+            )
+        if self.prepared is not None and self.prepared != query.shape[0]:
+            raise RuntimeError(
+                f"flashbrush: handle.prepare() was told of a batch of {self.prepared}, but {query.shape[0]} came; call it again"
             )
         value = torch.cat(values, 1) if len(values) > 1 else values[0]
         if query.dtype != value.dtype:
@@ -106,10 +120,10 @@ class ControlledProcessor:
             return self._planned(plan, query, key, value, mask, cross)
         if not plan.is_plain:
             out = self._planned(plan, query, key, value, None, cross)
-            plan.see(Seen(query, key, value))
+            plan.see(Seen(query, key, value, again=not self.running))
             return out
         out, stats = attention(query, key, value, backend=self.backend, return_stats=True)
-        plan.see(Seen(query, key, value, stats.lse))
+        plan.see(Seen(query, key, value, stats.lse, again=not self.running))
         return out
 
     def _planned(
@@ -153,7 +167,7 @@ class ControlledProcessor:
         **options: Any,
     ) -> Tensor:
         options |= {"source": source, "scale": scale, "backend": self.backend}
-        if not self.collect or control is None:
+        if not (self.collect and self.running) or control is None:
             return attention(query, key, value, control, **options)
         out, stats = attention(query, key, value, control, return_stats=True, **options)
         self.stats = (*self.stats, (items, stats))

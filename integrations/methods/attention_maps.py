@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -47,7 +48,7 @@ class AttentionMaps:
 
     text: Mapping[str, Sequence[int]] = field(default_factory=dict)
     image: Mapping[str, Sequence[int]] = field(default_factory=dict)
-    layers: Sequence[str | int] | None = None
+    layers: str | int | Sequence[str | int] | None = None
     steps: Window = (0, None)
     every: int = 1
     heads: bool = True
@@ -64,6 +65,8 @@ class AttentionMaps:
                 raise ValueError(f"{name}[{wrong[0]!r}]: expected positions >= 0, at least one, got {value[wrong[0]]}")
             if both := set(value) & set(self.__dict__.get({"text": "image", "image": "text"}[name], ())):
                 raise ValueError(f"{name}: expected other names than the other field's, got {sorted(both)}")
+        if name == "layers" and isinstance(value, (str, int)):
+            value = (value,)
         object.__setattr__(self, name, value)
 
     @property
@@ -73,13 +76,13 @@ class AttentionMaps:
 
     def plan(self, layer: Layer, step: Step) -> Plan | None:
         wanted = self._positions(layer)
-        chosen = self.layers is None or {layer.index, layer.kind, layer.place} & set(self.layers)
+        chosen = self.layers is None or {layer.index, layer.kind, layer.place} & set(self.layers)  # type: ignore[arg-type]
         now = within(self.steps, step.index) and (step.index - self.steps[0]) % self.every == 0
         if not wanted or not chosen or not now:
             return None
         if layer.grid is None:
             raise ValueError("grid: the image's grid is not known; set handle.grid = (rows, columns)")
-        return Plan(see=lambda seen: self._keep(seen, layer, step, wanted))
+        return Plan(see=partial(self._keep, layer, step, wanted))
 
     def _positions(self, layer: Layer) -> dict[str, tuple[int, ...]]:
         """Of the keys of each name that the layer has."""
@@ -92,9 +95,13 @@ class AttentionMaps:
                 )
         return dict(text) | {name: tuple(layer.text_len + n for n in positions) for name, positions in image.items()}
 
-    def _keep(self, seen: Seen, layer: Layer, step: Step, wanted: dict[str, tuple[int, ...]]) -> None:
+    @torch.compiler.disable()  # a list that grows would be compiled anew in every call
+    @torch.no_grad()
+    def _keep(self, layer: Layer, step: Step, wanted: dict[str, tuple[int, ...]], seen: Seen) -> None:
+        if seen.again:
+            return
         assert layer.grid is not None
-        columns = seen.probabilities([n for positions in wanted.values() for n in positions]).detach()
+        columns = seen.probabilities([n for positions in wanted.values() for n in positions])
         split = columns[:, :, -layer.image_len :].split([len(positions) for positions in wanted.values()], -1)
         summed = dict(zip(wanted, (part.sum(-1) for part in split), strict=True))
         nothing = torch.full_like(next(iter(summed.values())), torch.nan)

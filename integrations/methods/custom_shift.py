@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -84,7 +84,7 @@ class CustomShift:
         if layer.kind == "self":
             return None
         if self._reading:
-            return Plan(see=lambda seen: self._see(layer, seen))
+            return Plan(see=partial(self._see, layer))
         if layer.index not in self._kept:
             return None
         if self.items is None and layer.batch % 3:

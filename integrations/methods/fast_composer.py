@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ class FastComposer:
         if self.tokens.shape != self.masks.shape[:2] or self.tokens.shape[0] != layer.batch:
             raise ValueError(f"tokens: expected ({layer.batch}, subjects) as the masks have, got {tuple(self.tokens.shape)} "
                              f"and {tuple(self.masks.shape)}")  # fmt: skip
-        return Plan(see=lambda seen: self._see(layer, seen))
+        return Plan(see=partial(self._see, layer))
 
     def _see(self, layer: Layer, seen: Seen) -> None:
         keys, column = self.tokens.clamp(min=0).unique(return_inverse=True)

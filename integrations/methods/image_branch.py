@@ -20,14 +20,21 @@ class ImageBranch:
         self.block = block
         self._asked: tuple[Control, Sequence[Tensor], Sequence[Tensor]] | None = None
         self._query: Tensor | None = None
+        self._listened: nn.Module | None = None
+        self._listening: Any = None
+        self._hooks = [block.register_forward_pre_hook(self._begin), block.register_forward_hook(self._add)]
+        self._listen()
 
-    def hooks(self) -> list[Any]:
-        projection = self.block.attn.to_qkv if self.block.attn.fused_projections else self.block.attn.to_q
-        return [
-            self.block.register_forward_pre_hook(self._begin),
-            projection.register_forward_hook(self._project),
-            self.block.register_forward_hook(self._add),
-        ]
+    def remove(self) -> None:
+        for hook in (*self._hooks, self._listening):
+            hook.remove()
+
+    def _listen(self) -> None:
+        attn = self.block.attn
+        if self._listening is not None:
+            self._listening.remove()
+        projection = self._listened = attn.to_qkv if attn.fused_projections else attn.to_q
+        self._listening = projection.register_forward_hook(self._project)
 
     def ask(self, control: Control, keys: Sequence[Tensor], values: Sequence[Tensor], hidden: Tensor) -> Tensor:
         """As Plan.hidden, whose call says that this layer is controlled in this step; leaves the hidden states alone."""
@@ -36,6 +43,10 @@ class ImageBranch:
 
     def _begin(self, module: nn.Module, inputs: tuple) -> None:
         self._asked = self._query = None  # a call that failed may have left them
+        attn = self.block.attn
+        # A LoRA and fused projections put another module in the place of this one.
+        if self._listened is not (attn.to_qkv if attn.fused_projections else attn.to_q):
+            self._listen()
 
     def _project(self, module: nn.Module, inputs: tuple, output: Tensor) -> None:
         if self._asked is not None:
@@ -46,8 +57,8 @@ class ImageBranch:
             return None
         (control, keys, values), query, attn = self._asked, self._query, self.block.attn
         self._asked = self._query = None
-        if query is None:
-            raise RuntimeError("flashbrush: the block's projections were fused or exchanged after apply(); do that before")
+        assert query is not None
         query = attn.norm_q(query[..., : attn.inner_dim].unflatten(-1, (-1, attn.head_dim)))
         text, image = output
+        keys, values = ([t.to(query.dtype) for t in tensors] for tensors in (keys, values))
         return text, image + attention(query, keys, values, control, backend=attn.processor.backend).flatten(2)

@@ -63,14 +63,16 @@ class ImagePrompt:
             other = sorted(wanted ^ set(state["ip_adapter"]))
             raise ValueError(f"state: expected to_k_ip and to_v_ip of {len(numbered)} layers; missing or unknown: {other[0]}")
         like = next(model.parameters())
-        found = {key: t.detach().to(like) for key, t in state["ip_adapter"].items()}
+        # An offloaded model's parameters may be nowhere.
+        place = {"dtype": like.dtype, "device": None if like.is_meta else like.device}
+        found = {key: t.detach().to(**place) for key, t in state["ip_adapter"].items()}
         weights, biases = (
             {name: (found[f"{i}.to_k_ip.{part}"], found[f"{i}.to_v_ip.{part}"]) for i, name in numbered.items()}
             if part in parts else {}
             for part in ("weight", "bias")
         )  # fmt: skip
         convert: Any = model._convert_ip_adapter_image_proj_to_diffusers
-        return ImagePrompt(weights, convert(state["image_proj"], low_cpu_mem_usage=False).to(like), biases=biases)
+        return ImagePrompt(weights, convert(state["image_proj"], low_cpu_mem_usage=False).to(**place), biases=biases)
 
     def showing(self, embeds: Tensor | None = None, *, tokens: Tensor | None = None) -> ImagePrompt:
         """This adapter with images: their encoder's output (batch or 1, images, ...), or their tokens.

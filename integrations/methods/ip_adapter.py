@@ -72,9 +72,12 @@ class IPAdapter:
         """Learns the names of the model's layers; hooks on the double blocks of FLUX."""
         names, places = {id(module): name for name, module in model.named_modules()}, find_host(model).places(model)
         self._names, self._kept, self._plans = [names[id(place.attn)] for place in places], {}, {}
+        for key in (key for scale in self.scale if isinstance(scale, Mapping) for key in scale):  # type: ignore[union-attr]
+            if not any(_fits(key, i, place.place, self._names[i]) for i, place in enumerate(places)):
+                raise ValueError(f"scale: expected a place, an index or the beginning of a layer's name, got {key!r}")
         doubles = model.transformer_blocks if places[0].kind == "double" else ()
         self._branches = [ImageBranch(block) for block in doubles]  # type: ignore[union-attr]
-        return [hook for branch in self._branches for hook in branch.hooks()]
+        return list(self._branches)
 
     def plan(self, layer: Layer, step: Step) -> Plan | None:
         if layer.kind in ("joint", "added"):
@@ -118,14 +121,17 @@ class IPAdapter:
         scale, name = self.scale[a], self._names[layer.index]  # type: ignore[index]
         if not isinstance(scale, Mapping):
             return float(scale)
-        fits = [n for key, n in scale.items()
-                if key in (layer.place, layer.index) or (isinstance(key, str) and f"{name}.".startswith(f"{key}."))]  # fmt: skip
+        fits = [n for key, n in scale.items() if _fits(key, layer.index, layer.place, name)]
         return float(fits[-1]) if fits else 0.0
 
     def _keys(self, a: int, layer: Layer, prompt: ImagePrompt) -> tuple[Tensor, ...]:
         if (a, layer.index) not in self._kept:
             self._kept[a, layer.index] = prompt.project(self._names[layer.index], layer.heads)
         return self._kept[a, layer.index]
+
+
+def _fits(key: str | int, index: int, place: str | None, name: str) -> bool:
+    return key in (place, index) or (isinstance(key, str) and f"{name}.".startswith(f"{key}."))
 
 
 def _scales(value: Any, count: int) -> tuple[Scale, ...]:

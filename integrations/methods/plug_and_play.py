@@ -76,11 +76,15 @@ class _Features:
     model: nn.Module
     place: tuple[int, int]
 
-    def __call__(self, module: nn.Module, inputs: tuple, output: Tensor) -> Tensor | None:
+    @torch.compiler.disable()  # what it reads differs from step to step, and would be compiled anew for each
+    def _wanted(self) -> bool:
         handle = Handle.of(self.model)
         if handle is None or not handle.controls_step or self.method.feature != self.place:
-            return None
-        if not borrowed.within(self.method.feature_steps, handle.step.index):
+            return False
+        return borrowed.within(self.method.feature_steps, handle.step.index)
+
+    def __call__(self, module: nn.Module, inputs: tuple, output: Tensor) -> Tensor | None:
+        if not self._wanted():
             return None
         read = list(range(output.shape[0]))
         for roles in edit_roles.pairs(self.method.items, output.shape[0]):

@@ -48,6 +48,10 @@ class PromptEdit:
                     raise ValueError(f"{name}: expected {{text token: number from 0 to {most}}}, got {token!r}: {value!r}")
 
 
+    def __reduce__(self) -> tuple:
+        return PromptEdit, (self.alignment, dict(self.weights), dict(self.shares))
+
+
 @dataclass(eq=False)
 class PromptToPrompt:
     """The edits' cross-attention maps, token by token, and their self-attention maps are made of the source's.

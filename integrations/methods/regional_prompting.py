@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -84,6 +84,9 @@ class RegionalPrompting:
         self.__dict__["_plans"] = {}
 
     def plan(self, layer: Layer, step: Step) -> Plan | None:
+        idle = {"bias": ("shared",), "groups": ("outside", "closed")}[self.form]
+        if unused := [f.name for f in fields(self) if f.name in idle and getattr(self, f.name) != f.default]:
+            raise ValueError(f"{unused[0]}: it has no part in the form {self.form!r}, got {getattr(self, unused[0])!r}")
         if not borrowed.within(self.steps, step.index) or layer.kind == "self":
             return None
         if layer.kind == "added" or (self.form == "groups" and layer.kind != "cross"):

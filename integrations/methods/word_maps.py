@@ -70,6 +70,8 @@ class WordMaps:
 
     def see(self, seen: Seen) -> None:
         """Add the maps of one layer of the call, as Plan.see."""
+        if seen.again:
+            return
         tokens = sorted({n for tokens in self.words.values() for n in tokens})
         with torch.no_grad():
             means = seen.probabilities(tokens).mean(1)  # (batch, rows, tokens)

@@ -258,7 +258,7 @@ class InContextBrushPipeline:
                     max_sequence_length=min(max_sequence_length, self.pipe.tokenizer_2.model_max_length),
                     callback_on_step_end=loop,
                 ).images
-                gains, mass, kinds = _statistics(handle)
+                gains, mass, kinds = _statistics(handle, steps)
         finally:
             self.pipe._progress_bar_config = bar
         results = [im.lower_panel(canvas) for canvas in canvases]
@@ -402,15 +402,21 @@ class _Steps:
         return {"latents": latents}
 
 
-def _statistics(handle: Handle) -> tuple[Tensor, Tensor, list[str]]:
-    """(gains (steps, layers, batch, heads) of the last row segment, the target's; mass; kinds of the layers)."""
+def _statistics(handle: Handle, steps: int) -> tuple[Tensor, Tensor, list[str]]:
+    """(gains (steps, layers, batch, heads) of the last row segment, the target's; mass; kinds of the layers).
+
+    NaN where a layer was not run in a step, as with diffusers' caches of attention.
+    """
     records = handle.stats
-    steps, layers = sorted({r.step for r in records}), sorted({(r.layer, r.kind) for r in records})
+    layers = sorted({(r.layer, r.kind) for r in records})
     by_place = {(r.step, r.layer): r.stats for r in records}
-    gains, mass = (
-        torch.stack([torch.stack([getattr(by_place[step, layer], name).float().cpu() for layer, _ in layers]) for step in steps])
-        for name in ("gain", "mass")
-    )
+
+    def gathered(name: str) -> Tensor:
+        nothing = torch.full_like(getattr(records[0].stats, name), torch.nan, dtype=torch.float32, device="cpu")
+        found = {place: getattr(stats, name).float().cpu() for place, stats in by_place.items()}
+        return torch.stack([torch.stack([found.get((step, i), nothing) for i, _ in layers]) for step in range(steps)])
+
+    gains, mass = gathered("gain"), gathered("mass")
     return gains[..., -1], mass, [kind for _, kind in layers]
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..diffusers import apply
+from ..diffusers.host import find_host
 from ..methods import (
     InfEdit,
     LocalBlend,
@@ -128,7 +129,7 @@ class PromptEditingPipeline(StableDiffusionParts):
         base, reported = noise_seed(seed, generator)
         photo = im.flatten(im.open_image(image))
         size = self.size(photo.size, width=width, height=height)
-        ready = self._method(kind, method, prompt, source_prompt, words, source_words)
+        ready = self._method(kind, method, prompt, source_prompt, words, source_words, size)
 
         clean = self._encode(im.resize_photo(photo, size))
         texts = [self._embed(text) for text in (negative_prompt, source_prompt, prompt)]
@@ -141,8 +142,9 @@ class PromptEditingPipeline(StableDiffusionParts):
         return PromptEditingOutput(made, again, latents, size, ready, reported)
 
     def _method(
-        self, kind: str, method: str | PromptMethod, prompt: str, source: str, words: Sequence[str], source_words: Sequence[str]
-    ) -> PromptMethod:
+        self, kind: str, method: str | PromptMethod, prompt: str, source: str, words: Sequence[str],
+        source_words: Sequence[str], size: tuple[int, int],
+    ) -> PromptMethod:  # fmt: skip
         tokenizer = self.pipe.tokenizer
         length = tokenizer.model_max_length
         pairs = ((source, source_words), (prompt, words))
@@ -164,12 +166,19 @@ class PromptEditingPipeline(StableDiffusionParts):
             ready.edit = edited(ready.edit)
         if words and isinstance(ready, MasaCtrl) and ready.masks is None:
             # Of [source, edit] twice, the conditional half comes last.
-            ready.masks = WordMaps({-2: tokens[0], -1: tokens[1]})
+            ready.masks = WordMaps({-2: tokens[0], -1: tokens[1]}, self._resolution(size))
         if words and isinstance(ready, PromptToPrompt) and ready.blend is None:
-            ready.blend = LocalBlend(tokens)
+            ready.blend = LocalBlend(tokens, resolution=self._resolution(size))
         if words and isinstance(ready, InfEdit) and ready.blend is None:
-            ready.blend = MutualBlend(tokens[1], tokens[1])
+            ready.blend = MutualBlend(tokens[1], tokens[1], resolution=self._resolution(size))
         return ready
+
+    def _resolution(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The grid of the layers whose maps of words count: a quarter of the latents', as 16 is at 512 pixels."""
+        unet, scale = self.pipe.unet, self.pipe.vae_scale_factor
+        host = find_host(unet)
+        level = max(place.level for place in host.places(unet) if place.kind == "cross" and place.level <= 2)
+        return host.grids(unet, size[1] // scale, size[0] // scale)[level]
 
     def _scheduler(self) -> Any:
         from diffusers import DDIMScheduler

@@ -14,10 +14,12 @@ from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, Fl
 from torch import nn
 
 import flashbrush as fb
-from flashbrush.integrations import InContextBrush
-from flashbrush.integrations.diffusers import Handle, Layer, Plan, Step, apply
+from flashbrush.integrations import AttentionMaps, InContextBrush, SmoothedEnergy
+from flashbrush.integrations.diffusers import Handle, Layer, Plan, Step, apply, compose
 
+from ..methods.eager_hosts import run as run_unet
 from ..tiny import COLUMNS, ROWS, TEXT, forward, relative, tiny_call, tiny_flux
+from .tiny_images import tiny_unet, unet_call
 
 TOLERANCE = 1e-5
 LAYERS = ["double", "double", "single", "single"]
@@ -302,6 +304,89 @@ def test_refuses(prepare, arguments: dict, error: type[Exception], match: str) -
 def test_refuses_other_models(model) -> None:
     with pytest.raises(TypeError, match="model: expected"):
         apply(model)
+
+
+def test_a_backward_pass_with_checkpointing_leaves_no_statistics() -> None:
+    model = tiny_flux().train()
+    call = tiny_call(model)
+    model.enable_gradient_checkpointing()
+    call["hidden_states"].requires_grad_()
+    maps = AttentionMaps({"word": [1]}, layers="double")
+    with apply(model, compose(InContextBrush(), maps), stats=True) as handle:
+        handle.grid = ROWS, COLUMNS
+        for passes in (1, 2):
+            model(**call, return_dict=False)[0].square().sum().backward()
+            assert [r.step for r in handle.stats] == [step for step in range(passes) for _ in LAYERS]
+            assert len(maps.maps) == 2 * passes
+
+
+@pytest.mark.parametrize("way", ["unfuse", "set"])
+def test_processors_put_back_after_removal_are_plain(way: str) -> None:
+    model, unet = tiny_flux(), tiny_unet()
+    if way == "unfuse":
+        model, call, run = unet, unet_call(unet), run_unet
+    else:
+        call, run = tiny_call(model, batch=2), forward
+    stock = run(model, call)
+    handle = apply(model, SmoothedEnergy(guided=False))
+    handle.grid = ROWS, COLUMNS
+    assert relative(run(model, call), stock) > 1e-3
+    if way == "unfuse":
+        model.fuse_qkv_projections()
+        handle.remove()
+        model.unfuse_qkv_projections()
+    else:
+        saved = model.attn_processors
+        handle.remove()
+        model.set_attn_processor(saved)
+    assert relative(run(model, call), stock) <= TOLERANCE
+    with apply(model, SmoothedEnergy(guided=False)) as handle:
+        handle.grid = ROWS, COLUMNS
+        assert relative(run(model, call), stock) > 1e-3
+    assert not any("Controlled" in type(p).__name__ for p in model.attn_processors.values())
+
+
+def test_a_step_for_the_end_of_the_run() -> None:
+    model = tiny_flux()
+    call = tiny_call(model)
+    with apply(model, InContextBrush()) as handle:
+        for i in range(3):
+            forward(model, call)
+            handle.set_step(i + 1, 3)
+        assert handle.step == Step(3, 3)
+        with pytest.raises(ValueError, match="0 to count=3, got 4"):
+            handle.set_step(4, 3)
+
+
+def test_another_batch_than_prepared_is_told(compilations: Counting) -> None:
+    model = tiny_flux()
+    handle = apply(model, InContextBrush())
+    compiled = torch.compile(model, backend=compilations)
+    handle.prepare(text_len=TEXT, image_len=ROWS * COLUMNS, batch=2)
+    out = forward(compiled, tiny_call(model, batch=2))
+    with pytest.raises(RuntimeError, match="batch of 2, but 4 came"):
+        forward(compiled, tiny_call(model, batch=4))
+    handle.prepare(text_len=TEXT, image_len=ROWS * COLUMNS, batch=4)
+    assert forward(compiled, tiny_call(model, batch=4)).shape[0] == 2 * out.shape[0]
+    handle.remove()
+
+
+def test_extra_keys_are_of_the_layers_dtype() -> None:
+    model = tiny_flux().bfloat16()
+    call = {k: v.bfloat16() if not k.endswith("ids") else v for k, v in tiny_call(model).items()}
+    keys = torch.randn(1, 3, 4, 32)
+    outs = []
+    for dtype in (torch.float32, torch.bfloat16):
+
+        class Extra:
+            def plan(self, layer: Layer, step: Step, dtype: torch.dtype = dtype) -> Plan:
+                rows = fb.Segments(tokens=layer.rows)
+                control = fb.Control(rows, fb.Segments(tokens=layer.rows, more=3))
+                return Plan(control, extra={"more": (keys.to(dtype), keys.to(dtype))})
+
+        with apply(model, Extra()):
+            outs.append(forward(model, call))
+    assert torch.equal(*outs)
 
 
 def test_processors_replaced_under_control_raise() -> None:

@@ -67,12 +67,56 @@ def test_with_fused_projections() -> None:
         assert relative(forward(case.model, case.call), case.diffusers(lambda _: [1.0])) <= TOLERANCE
 
 
-def test_projections_fused_too_late_are_told() -> None:
+def test_with_a_lora_that_comes_and_goes() -> None:
+    peft = pytest.importorskip("peft")
     case = Case()
     with apply(case.model, IPAdapter(case.prompts)):
-        case.model.fuse_qkv_projections()
-        with pytest.raises(RuntimeError, match="fused or exchanged after apply"):
-            forward(case.model, case.call)
+        before = forward(case.model, case.call)
+        torch.manual_seed(0)
+        case.model.add_adapter(peft.LoraConfig(r=4, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False))
+        adapted = forward(case.model, case.call)
+        case.model.delete_adapters(["default"])
+        after = forward(case.model, case.call)
+    torch.manual_seed(0)
+    case.twin.add_adapter(
+        peft.LoraConfig(
+            r=4, target_modules=r"(single_)?transformer_blocks\.\d+\.attn\.to_[qkv]", init_lora_weights=False
+        )
+    )
+    assert relative(adapted, case.diffusers(lambda _: [1.0])) <= TOLERANCE < 1e-2 < relative(adapted, before)
+    assert relative(after, before) <= TOLERANCE
+
+
+def test_with_projections_fused_under_control() -> None:
+    case = Case()
+    with apply(case.model, IPAdapter(case.prompts)):
+        case.model.transformer_blocks[0].attn.fuse_projections()
+        assert relative(forward(case.model, case.call), case.diffusers(lambda _: [1.0])) <= TOLERANCE
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in case.model.modules())
+
+
+def test_prompts_of_another_dtype() -> None:
+    case = Case()
+    expected = case.diffusers(lambda _: [1.0])
+    model = case.model.to(torch.bfloat16)
+    call = {k: v.to(torch.bfloat16) if k not in ("img_ids", "txt_ids") else v for k, v in case.call.items()}
+    with apply(model, IPAdapter(case.prompts)):
+        assert relative(forward(model, call).float(), expected) <= 0.1
+
+
+def test_weights_of_a_model_that_is_nowhere() -> None:
+    case = Case()
+    nowhere = tiny_flux().to("meta")
+    prompt = ImagePrompt.load(nowhere, case.states[0]).showing(case.embeds[0])
+    with apply(case.model, IPAdapter([prompt])):
+        assert relative(forward(case.model, case.call), case.diffusers(lambda _: [1.0])) <= TOLERANCE
+
+
+def test_a_scale_of_no_layer_is_told() -> None:
+    case = Case()
+    with pytest.raises(ValueError, match=r"^scale: .*transformer_block\.1"):
+        apply(case.model, IPAdapter(case.prompts, {"transformer_block.1": 1.0}))
+    assert Handle.of(case.model) is None
 
 
 @pytest.mark.parametrize("how", ["scale", "layers"])

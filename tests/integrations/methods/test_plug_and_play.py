@@ -10,6 +10,7 @@ from copy import deepcopy
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from flashbrush.integrations import EditRoles, PlugAndPlay
@@ -249,3 +250,27 @@ def test_what_does_not_fit() -> None:
     for count in ("edits", "halves"):
         with pytest.raises(ValueError, match=f"^{count}: "):
             EditRoles.stacked(**{count: 0})
+
+
+def test_steps_do_not_compile_anew() -> None:
+    unet, compiled, first = tiny_unet(), [], 0
+
+    def count(graph: torch.fx.GraphModule, _: list) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    call = unet_call(unet, batch=4)
+    try:
+        outs = []
+        for model in (unet, torch.compile(unet, backend=count)):
+            with apply(model, PlugAndPlay((0, None), (0, 6), feature=(0, 0), feature_steps=(0, 8))) as handle:
+                for i in range(10):
+                    handle.set_step(i, 10)
+                    outs.append(model(**call).sample)
+                    if i == 0:
+                        first = len(compiled)
+        assert len(compiled) <= 3 * first
+        assert all(relative(a, b) <= TOLERANCE for a, b in zip(outs[:10], outs[10:], strict=True))
+    finally:
+        torch._dynamo.reset()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import pickle
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -354,3 +356,9 @@ def test_what_does_not_fit() -> None:
             run(model, call)
     with apply(flux, PromptToPrompt(PromptEdit())), pytest.raises(ValueError, match="'double'"):
         flux_forward(flux, tiny_call(flux, batch=4))
+
+
+def test_an_edit_can_be_copied_and_pickled() -> None:
+    edit = PromptEdit(weights={2: 3.0}, shares={1: 0.5})
+    for twin in (copy.deepcopy(edit), pickle.loads(pickle.dumps(edit)), copy.deepcopy(PromptToPrompt([edit])).edits[0]):
+        assert dict(twin.weights) == {2: 3.0} and dict(twin.shares) == {1: 0.5} and twin.alignment is None

@@ -181,6 +181,15 @@ def test_the_knobs_of_one_form() -> None:
         assert relative(*outs) > 1e-4
 
 
+@pytest.mark.parametrize(
+    "knobs", [{"shared": 0.5}, {"form": "groups", "outside": 0.5}, {"form": "groups", "closed": True}], ids=lambda k: [*k][-1]
+)
+def test_a_knob_of_the_other_form_is_refused(knobs: dict) -> None:
+    model, call, _ = unet()
+    with apply(model, RegionalPrompting(two(), SPANS, **knobs)), pytest.raises(ValueError, match=f"^{[*knobs][-1]}: it has no"):
+        run(model, call)
+
+
 def test_neutral_settings() -> None:
     model, call, _ = unet()
     plain = run(model, call)

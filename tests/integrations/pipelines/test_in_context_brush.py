@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxFillPipeline
+from diffusers import FluxFillPipeline, PyramidAttentionBroadcastConfig
 from PIL import Image
 
 from flashbrush.integrations import InContextBrush, InContextBrushPipeline
@@ -66,6 +66,22 @@ def test_statistics(pipe, photos) -> None:
     torch.testing.assert_close(low, torch.ones_like(low))
     torch.testing.assert_close(high, torch.full_like(high, 1.2), atol=1e-3, rtol=0)
     assert Handle.of(pipe.pipe.transformer) is None
+
+
+def test_statistics_beside_a_cache_of_attention(pipe, photos) -> None:
+    """Layers that a step takes from the cache have made none there."""
+    config = PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2, spatial_attention_timestep_skip_range=(0, 1000),
+        current_timestep_callback=lambda: 500, spatial_attention_block_identifiers=("single_transformer_blocks",),
+    )  # fmt: skip
+    pipe.pipe.transformer.enable_cache(config)
+    try:
+        gains = run(pipe, photos).head_gains
+    finally:
+        pipe.pipe.transformer.disable_cache()
+    assert gains.shape == (STEPS, 8, 1, 6)
+    cached = gains.isnan().all(3)[:, :, 0]
+    assert not cached[:, :3].any() and not cached[0].any() and bool(cached[1, 3:].any())
 
 
 def test_neutral_knobs_are_fluxfill_with_blending(pipe, photos) -> None:

@@ -12,11 +12,14 @@ from torch import Tensor
 
 from flashbrush.integrations import (
     InfEdit,
+    LocalBlend,
     MasaCtrl,
+    MutualBlend,
     PlugAndPlay,
     PromptEdit,
     PromptToPrompt,
     VisualInContext,
+    WordMaps,
 )
 from flashbrush.integrations.pipelines import PromptEditingPipeline
 from flashbrush.integrations.pipelines.prompt_editing import METHODS
@@ -84,8 +87,6 @@ def test_infedit_without_a_change_is_the_photo(pipe: PromptEditingPipeline, phot
 
 @pytest.mark.parametrize("kind", ["masactrl", "prompt-to-prompt", "infedit"])
 def test_words_confine_the_edit(kind: str, pipe: PromptEditingPipeline, photo: Image.Image) -> None:
-    from flashbrush.integrations import LocalBlend, MutualBlend, WordMaps
-
     plain = edit(pipe, photo, KNOBS[kind]())
     method = KNOBS[kind]()
     if kind == "masactrl":
@@ -104,9 +105,12 @@ def test_words_confine_the_edit(kind: str, pipe: PromptEditingPipeline, photo: I
 
 
 def test_words_of_the_prompts_are_found(pipe: PromptEditingPipeline, photo: Image.Image) -> None:
-    """The pipeline makes masks of words; the tiny model has none of 16 x 16, which is said."""
-    with pytest.raises(ValueError, match="no cross-attention layer of resolution 16"):
-        edit(pipe, photo, "prompt-to-prompt", words=["d"], source_words=["b"])
+    """The pipeline makes masks of words, of layers that a photo of this size has."""
+    masa_ctrl = MasaCtrl(layers=(0, None), steps=(0, None))
+    for given, size in ((masa_ctrl, {}), ("prompt-to-prompt", {"width": 72, "height": 48}), ("infedit", {"width": 72})):
+        method = edit(pipe, photo, given, words=["d"], source_words=["b"], **size).method
+        maps = method.masks if isinstance(method, MasaCtrl) else method.blend.maps  # type: ignore[union-attr]
+        assert isinstance(maps, WordMaps) and maps.seen > 0
     with pytest.raises(ValueError, match="'q' is not in the prompt"):
         edit(pipe, photo, "masactrl", words=["q"], source_words=["b"])
 
