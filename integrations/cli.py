@@ -10,8 +10,10 @@ import statistics
 import sys
 import textwrap
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -64,7 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = typer.main.get_command(app)
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
-        code = command.main(given, "flashbrush", standalone_mode=False)
+        with warnings.catch_warnings():
+            warnings.showwarning = partial(_show_warning, warnings.showwarning)
+            code = command.main(given, "flashbrush", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
     except Exception as error:
@@ -75,6 +79,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"flashbrush: {line}", file=sys.stderr)
         sys.exit(2)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _show_warning(usual: Callable[..., None], message: Warning | str, *place: Any) -> None:
+    """Ours in one line, without the place in the code."""
+    if str(message).startswith("flashbrush: "):
+        print(message, file=sys.stderr)
+    else:
+        usual(message, *place)
 
 
 def _explain(error: Exception) -> str | None:
@@ -120,7 +132,8 @@ def insert(
     from .methods import InContextBrush
     from .pipelines import images as im
 
-    check_pictures({"output": output, "report": report})
+    read = {"subject": subject, "image": image, "mask": mask, "subject_mask": subject_mask}
+    check_pictures({"output": output, "report": report}, read=read)
     if report is not None:
         check_packages("--report", "matplotlib")
     method = InContextBrush(alpha_prompt, alpha_subject, gain_span, gain_norm=gain_norm.value)

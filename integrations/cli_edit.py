@@ -59,7 +59,7 @@ def edit(
     from .pipelines import images as im
     from .pipelines.prompt_editing import METHODS
 
-    check_pictures({"output": output, "reconstruction": reconstruction})
+    check_pictures({"output": output, "reconstruction": reconstruction}, read={"image": image, "mask": mask})
     # Before a model is loaded, which takes minutes.
     if method not in (*METHODS, *ON_FLUX):
         raise ValueError(f"method: expected one of {', '.join((*METHODS, *ON_FLUX))}, got {method!r}")
@@ -82,6 +82,8 @@ def edit(
         options = {"steps": steps, "guidance_scale": guidance, "width": width, "height": height}
         chosen = {name: value for name, value in options.items() if value is not None}
         if method == "kv-edit":
+            if steps is not None:
+                chosen["skip"] = steps // 7  # as 4 of the default's 28
             pipe = load("KVEditPipeline", model, dtype, device, offload, backend)
             edited = pipe(photo, hole, prompt, source_prompt=source_prompt, **chosen)
             print(f"{len(edited.tokens)} of {edited.latents.shape[1]} image tokens were computed in a step of the edit")

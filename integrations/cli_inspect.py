@@ -91,8 +91,8 @@ def _regions(given: list[str]) -> dict[str, Path]:
     regions: dict[str, Path] = {}
     for one in given:
         name, equals, path = one.partition("=")
-        if not (name and equals and path) or name in regions:
-            raise ValueError(f"region: expected NAME=FILE, each name once, got {one!r}")
+        if not (name and equals and path) or name in (*regions, "subject", "hole"):
+            raise ValueError(f"region: expected NAME=FILE, each name once and none subject or hole, got {one!r}")
         regions[name] = Path(path)
     return regions
 

@@ -65,13 +65,15 @@ def load(kind: str, model: str, dtype: Dtype, device: str | None, offload: bool,
     quiet()
     try:
         pipe = getattr(pipelines, kind).from_pretrained(model, dtype=getattr(torch, dtype.value), backend=backend, **options)
+        if offload:
+            pipe.pipe.enable_model_cpu_offload(device=device)
+        else:
+            pipe.to(device)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # a checkpoint can be wrong in as many ways as it has readers
         said = str(error) or type(error).__name__
         raise ValueError(said if said.startswith("model:") else f"model: {model} cannot be loaded: {said}") from error
-    if offload:
-        pipe.pipe.enable_model_cpu_offload(device=device)
-    else:
-        pipe.to(device)
     return pipe
 
 

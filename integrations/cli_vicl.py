@@ -61,7 +61,8 @@ def vicl(
     from .pipelines.visual_icl import NEEDS_PALETTE, open_prompts
 
     check_task(task)
-    check_pictures({"output": output, "painted": painted})
+    files = {f"file {i} of prompt {n}": path for n, text in enumerate(prompt, 1) for i, path in enumerate(pair(text), 1)}
+    check_pictures({"output": output, "painted": painted}, read={"query": query, **files})
     check_cache(cache)
     knobs = options(steps, skip, gamma, temperature, contrast, clip, adain, seed, width, height, use_cache)
     # Before a model is loaded, which takes minutes.

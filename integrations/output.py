@@ -13,17 +13,20 @@ from pathlib import Path
 SUFFIXES = (".avif", ".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
-def check_pictures(paths: Mapping[str, Path | None], suffixes: Sequence[str] = SUFFIXES) -> None:
+def check_pictures(
+    paths: Mapping[str, Path | None], suffixes: Sequence[str] = SUFFIXES, *, read: Mapping[str, str | Path | None] | None = None
+) -> None:
     """Whether pictures, or files of other `suffixes`, can be written.
 
     Args:
         paths: how errors call each, and where it goes; None: nowhere.
+        read: the same for the files that the command reads.
 
     Raises:
-        ValueError: a folder, a folder that does not exist or cannot be written to, a name with another ending, or one file
-            twice.
+        ValueError: a folder, a folder that does not exist or cannot be written to, a name with another ending, one file
+            twice, or a file that is read.
     """
-    taken: dict[Path, str] = {}
+    taken = {Path(path).resolve(): name for name, path in (read or {}).items() if path is not None}
     for name, path in paths.items():
         if path is None:
             continue

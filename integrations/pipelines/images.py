@@ -135,7 +135,7 @@ def panel_size(
             none, the photo's own size, made smaller where it has more than `max_pixels`.
 
     Raises:
-        ValueError: a width or height that is not positive, or not a multiple.
+        ValueError: a width or height that is not positive, or not a multiple; more than 64 megapixels.
     """
     for name, value in (("width", width), ("height", height)):
         if value is not None and (value <= 0 or value % multiple):
@@ -145,7 +145,11 @@ def panel_size(
         scale = width / w if width is not None else (height or h) / h
     else:
         scale = min(1.0, math.sqrt(max_pixels / (w * h)))
-    return width or _multiple(w * scale, multiple), height or _multiple(h * scale, multiple)
+    found = width or _multiple(w * scale, multiple), height or _multiple(h * scale, multiple)
+    if found[0] * found[1] > MAX_PIXELS:
+        name, value = ("width", width) if width is not None else ("height", height)
+        raise ValueError(f"{name}: expected at most {MAX_PIXELS // 10**6} megapixels, got {value}: {found[0]}x{found[1]}")
+    return found
 
 
 def resize_photo(photo: Image.Image, size: tuple[int, int]) -> Image.Image:

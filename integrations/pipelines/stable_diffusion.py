@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from typing import Any, TypeVar
 
 import torch
@@ -100,7 +101,12 @@ class StableDiffusionParts:
         return im.panel_size(size, width=width, height=height, multiple=multiple, max_pixels=cells * multiple**2)
 
     def _embed(self, text: str) -> Tensor:
-        """(1, tokens, channels)"""
+        """(1, tokens, channels); a warning tells of a text that the encoder sees only the beginning of."""
+        tokenizer = self.pipe.tokenizer
+        if (count := len(tokenizer(text).input_ids)) > tokenizer.model_max_length:
+            warnings.warn(
+                f"flashbrush: of {count} tokens the text encoder sees {tokenizer.model_max_length}: {text[:60]!r}", stacklevel=3
+            )
         return self.pipe.encode_prompt(text, self.pipe._execution_device, 1, False)[0]
 
     def _encode(self, photo: Image.Image) -> Tensor:

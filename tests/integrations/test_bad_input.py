@@ -95,6 +95,8 @@ BAD = {
     "no such subject": (lambda b: {"subject": b.folder / "none.png"}, "subject: no such file"),
     "text for a subject": (lambda b: {"subject": b.text()}, "subject: .*not an image"),
     "an invisible subject": (lambda b: {"subject": b.transparent(), "subject_mask": None}, "subject: its transparency: nothing"),
+    "the photo for an output": (lambda b: {"output": b.photos["image"]}, "output: expected another file than image"),
+    "a width beyond reason": (lambda b: {"width": 1_600_000_000}, "width: expected at most 64 megapixels"),
     "no such mask": (lambda b: {"mask": b.folder / "none.png"}, "mask: no such file"),
     "text for a mask": (lambda b: {"mask": b.text()}, "mask: .*not an image"),
     "a mask of another size": (lambda b: {"mask": b.photos["subject_mask"]}, "mask: expected .*64x48 pixels, got 40x30"),

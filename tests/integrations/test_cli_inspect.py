@@ -93,10 +93,11 @@ def test_tokens_of_a_region(pipe, tmp_path: Path) -> None:
     [
         (["--word", "blue"], "'blue' is not in the prompt"),
         (["--region", "corner"], "region: expected NAME=FILE"),
+        (["--region", "hole=corner.png"], "none subject or hole"),
         (["--region", "corner=nowhere.png"], "nowhere.png"),
         (["--word", "red", "--region", "red={mask}"], "expected other names"),
     ],
-    ids=["a word", "a region", "a file", "names"],
+    ids=["a word", "a region", "a name of ours", "a file", "names"],
 )
 def test_wrong_input(
     more: list[str], said: str, photos: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]

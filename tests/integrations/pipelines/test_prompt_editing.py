@@ -154,3 +154,15 @@ def test_the_command(sd_checkpoint: Path, photo: Image.Image, tmp_path: Path, ca
     assert code == 2 and "together with --source-word" in err and not (tmp_path / "none.png").exists()
     code, _, err = flashbrush(capsys, *["magic" if a == "prompt-to-prompt" else a for a in call], "-o", tmp_path / "none.png")
     assert code == 2 and "expected one of masactrl" in err
+
+
+def test_a_prompt_that_is_cut_is_told_in_one_line(
+    sd_checkpoint: Path, photo: Image.Image, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photo.save(tmp_path / "cat.png")
+    code, _, err = flashbrush(
+        capsys, "edit", "--method", "masactrl", "--image", tmp_path / "cat.png", "--prompt", "a b c d " * 40, "--steps", 5,
+        "--model", sd_checkpoint, "--dtype", "float32", "-o", tmp_path / "out.png",
+    )  # fmt: skip
+    told = [line for line in err.splitlines() if "the text encoder sees" in line]
+    assert code == 0 and len(told) == 1 and told[0].startswith("flashbrush: of 1") and ".py" not in told[0], err
