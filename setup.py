@@ -48,7 +48,7 @@ PACKAGES = [
     "flashbrush.kernels",
 ]
 ROOT_MODULES = {"__init__", "__main__"}
-DATA = {"flashbrush.benchmarks": ["results/*.json"], "flashbrush.checkpoints": ["*/**"]}
+DATA = {"flashbrush": ["py.typed"], "flashbrush.benchmarks": ["results/*.json"], "flashbrush.checkpoints": ["*/**"]}
 
 SOURCES = Path("csrc/cpu")
 CUDA_SOURCES = Path("csrc/cuda")

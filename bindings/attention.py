@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import ops
 from .backends import reference
-from .control import Control
-from .derivatives import refuse_tangents
+from .control import Control, fits_float32
+from .derivatives import first_order, refuse_tangents
 from .plan import check_name
 from .problem import GainRule, Problem, default_scale
 
@@ -99,9 +97,14 @@ def attention(
         output, *stats = _Attention.apply(arguments[3:], backend, len(problem.k), *tensors)
     elif out is not None:
         output, stats = out, ops.attention_out(*arguments, return_stats, backend, out)
+        if not torch.compiler.is_compiling() and not out.is_inference():
+            torch.autograd.graph.increment_version(out)  # a backend writes to its address
     else:
         output, *stats = ops.attention(*arguments, return_stats, backend)
     return (output, Stats(*stats)) if return_stats else output
+
+
+SCALES, MASK = 7, 20  # among _arguments() without q, k and v
 
 
 class _Attention(torch.autograd.Function):
@@ -109,17 +112,23 @@ class _Attention(torch.autograd.Function):
     def forward(ctx, rest, backend, n_keys, *tensors):  # type: ignore[override]
         q, k, v = tensors[0], list(tensors[1 : 1 + n_keys]), list(tensors[1 + n_keys :])
         out, lse, mass, gain = ops.attention(q, k, v, *rest, True, backend)
-        ctx.save_for_backward(out, lse, gain, *tensors)
-        ctx.rest, ctx.n_keys, ctx.backend = rest, n_keys, backend
+        # The caller's own, which may be changed before the backward pass; tables are a control's.
+        ctx.aliased = [i for i in (SCALES, MASK) if rest[i] is not None]
+        ctx.save_for_backward(out, lse, gain, *tensors, *(rest[i] for i in ctx.aliased))
+        ctx.rest = [None if i in ctx.aliased else x for i, x in enumerate(rest)]
+        ctx.n_keys, ctx.backend = n_keys, backend
         ctx.mark_non_differentiable(lse, mass, gain)
         return out, lse, mass, gain
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, dout, *_):  # type: ignore[override]
         out, lse, gain, q, *kv = ctx.saved_tensors
-        k, v = kv[: ctx.n_keys], kv[ctx.n_keys :]
-        dq, dk, dv = ops.attention_backward(dout, out, lse, gain, q, k, v, *ctx.rest, ctx.backend)
+        k, v, aliased = kv[: ctx.n_keys], kv[ctx.n_keys : 2 * ctx.n_keys], kv[2 * ctx.n_keys :]
+        rest = list(ctx.rest)
+        for i, t in zip(ctx.aliased, aliased, strict=True):
+            rest[i] = t
+        dq, dk, dv = ops.attention_backward(dout, out, lse, gain, q, k, v, *rest, ctx.backend)
         return None, None, None, dq, *dk, *dv
 
 
@@ -156,7 +165,7 @@ def _lower(
     elif scale is not None:
         if not isinstance(scale, (int, float, torch.SymInt, torch.SymFloat)) or isinstance(scale, bool):
             raise TypeError(f"scale: expected a number or a float tensor, got {type(scale).__name__}")
-        if not math.isfinite(scale):
+        if not fits_float32(scale):
             raise ValueError(f"scale: expected a finite number, got {scale}")
         fields["scale"] = float(scale)
     if control is None:

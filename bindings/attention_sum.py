@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .attention import Keys, Source, _check_out, _lower, attention
-from .control import Control
+from .control import Control, fits_float32
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ def _check_gate(argument: str, gate: float | Tensor, shape: tuple[int, ...], dev
     if not isinstance(gate, Tensor):
         if not isinstance(gate, (int, float)) or isinstance(gate, bool):
             raise TypeError(f"{argument}: expected a number or a float tensor (batch, rows), got {type(gate).__name__}")
-        if not math.isfinite(gate):
+        if not fits_float32(gate):
             raise ValueError(f"{argument}: expected a finite number, got {gate}")
         return
     if not gate.is_floating_point():

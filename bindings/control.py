@@ -45,7 +45,7 @@ class HeadGain:
         if self.norm not in NORMS:
             raise ValueError(f"HeadGain.norm: expected one of {', '.join(NORMS)}, got {self.norm!r}")
         for name in ("span", "floor"):
-            if not _is_number(value := getattr(self, name)) or not math.isfinite(value):
+            if not _is_number(value := getattr(self, name)) or not fits_float32(value):
                 raise ValueError(f"HeadGain.{name}: expected a finite number, got {value!r}")
 
 
@@ -64,12 +64,12 @@ class Contrast:
     clip: tuple[float, float] | None = (0.0, 1.0)
 
     def __post_init__(self) -> None:
-        if not _is_number(self.beta) or not math.isfinite(self.beta):
+        if not _is_number(self.beta) or not fits_float32(self.beta):
             raise ValueError(f"Contrast.beta: expected a finite number, got {self.beta!r}")
         if self.clip is None:
             return
         bounds = tuple(self.clip) if isinstance(self.clip, (tuple, list)) else ()
-        if len(bounds) != 2 or not all(_is_number(x) and math.isfinite(x) for x in bounds) or bounds[0] > bounds[1]:
+        if len(bounds) != 2 or not all(_is_number(x) and fits_float32(x) for x in bounds) or bounds[0] > bounds[1]:
             raise ValueError(f"Contrast.clip: expected None or finite bounds (lo, hi) with lo <= hi, got {self.clip!r}")
 
 
@@ -141,14 +141,14 @@ class Control:
             self.head_gain_rows = _indices("head_gain.rows", head_gain.rows, rows)
             self.head_gain_keys = _indices("head_gain.keys", head_gain.keys, keys)
             self.head_gain_apply = _indices("head_gain.apply_to", head_gain.apply_to, rows)
-            self.head_gain_values = torch.tensor([head_gain.span, head_gain.floor], dtype=torch.float32)
+            self.head_gain_values = torch.tensor([head_gain.span, head_gain.floor], dtype=torch.float32, device="cpu")
         self.gates = self._gate_table(gates or {})
         self.contrast = _lower_contrast(contrast, self.group_names)
         # (groups, 3) float64: beta, lo, hi; it stays on the CPU, where its numbers can be read without a sync.
         self.contrast_values: Tensor | None = None
         if any(c is not None for c in self.contrast):
             numbers = [(0.0, 0.0, 0.0) if c is None else (c.beta, *(c.clip or (0.0, 0.0))) for c in self.contrast]
-            self.contrast_values = torch.tensor(numbers, dtype=torch.float64)
+            self.contrast_values = torch.tensor(numbers, dtype=torch.float64, device="cpu")
         self.valid = self._valid_table(valid or {})
         # The batch sizes and head counts that the tables name (1 broadcasts and is left out), found once for all calls.
         tables = [t for t in (self.bias, self.weight, self.gain) if t is not None]
@@ -282,6 +282,20 @@ def _is_minus_inf(value: Value) -> bool:
     return not isinstance(value, Tensor) and value == -math.inf
 
 
+# The bounds stand in the functions, where a compiler takes them for constants; those of a module it takes for inputs.
+def fits_float32(x: float) -> bool:
+    """Whether the number is finite, and stays so in float32."""
+    return -3.4028234663852886e38 <= x <= 3.4028234663852886e38
+
+
+def _limits(kind: Literal["bias", "weight", "gain"]) -> tuple[float, float]:
+    """Of finite entries. Beside a bias on all of a row's keys lse keeps what is left of float32's digits, and from lse come
+    the gradient and the statistics of columns: what is to be removed has a bias of -inf."""
+    if kind == "bias":
+        return -1e4, 1e4
+    return 0.0 if kind == "weight" else -3.4028234663852886e38, 3.4028234663852886e38
+
+
 def _check_tensor(argument: str, value: Tensor) -> None:
     if not value.is_floating_point():
         raise TypeError(f"{argument}: expected a float tensor, got {value.dtype}")
@@ -290,26 +304,33 @@ def _check_tensor(argument: str, value: Tensor) -> None:
 
 
 def _check_value(argument: str, value: Value, kind: Literal["bias", "weight", "gain"]) -> Value:
-    """bias: finite or -inf; weight: finite, >= 0; gain: finite"""
+    """Within _limits(), or a bias of -inf."""
     if isinstance(value, Tensor):
         _check_tensor(argument, value)
         if value.dim() not in (1, 2):
             raise ValueError(f"{argument}: expected a number or shape (heads,) or (batch, heads), got {tuple(value.shape)}")
         if not _readable(value):
             return value
-        bad = torch.isnan(value) | (value == math.inf)
-        low = bool((value < 0).any()) if kind == "weight" else bool(kind == "gain" and (value == -math.inf).any())
-        if low or bool(bad.any()):
+        as_used = value.detach().to(torch.float32)
+        low, high = _limits(kind)
+        good = (as_used >= low) & (as_used <= high)
+        if kind == "bias":
+            good |= as_used == -math.inf
+        if not bool(good.all()):
             raise ValueError(f"{argument}: expected {_RANGE[kind]}, got values outside")
         return value
     if not _is_number(value) and not isinstance(value, (torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{argument}: expected a number or a tensor, got {type(value).__name__}")
-    if math.isnan(value) or value == math.inf or (kind == "weight" and value < 0) or (kind != "bias" and value == -math.inf):
+    low, high = _limits(kind)
+    if not low <= value <= high and not (kind == "bias" and value == -math.inf):
         raise ValueError(f"{argument}: expected {_RANGE[kind]}, got {value}")
     return value
 
 
-_RANGE = {"bias": "a finite number or -inf", "weight": "a finite number >= 0", "gain": "a finite number"}
+_RANGE = {
+    "bias": "a finite number or -inf, which removes, at most 1e4 in size", "weight": "a finite number >= 0",
+    "gain": "a finite number",
+}  # fmt: skip
 
 
 def _as_batch_heads(value: Value) -> Value:

@@ -1,7 +1,12 @@
-"""Forward-mode derivatives: an operator of ours has no rule for them, and would count as a constant."""
+"""Derivatives that an operator of ours has no rule for, in which it would count as a constant: they are refused."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -20,3 +25,33 @@ def refuse_tangents(*tensors: object) -> None:
         raise NotImplementedError(
             "flashbrush: no forward-mode derivatives (torch.func.jvp, forward_ad); take reverse mode or finite differences"
         )
+
+
+def first_order(backward: Callable[..., tuple]) -> Callable[..., tuple]:
+    """For an autograd.Function's backward: its results may not be differentiated; RuntimeError where they are.
+
+    torch's once_differentiable leaves them without an edge to the inputs, so that torch.autograd.grad drops them unsaid.
+    """
+
+    @functools.wraps(backward)
+    def guarded(ctx: Any, *given: Tensor) -> tuple:
+        with torch.no_grad():
+            grads = backward(ctx, *given)
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return grads
+        present = [g for g in grads if g is not None]
+        through = [t for t in (*given, *ctx.saved_tensors) if t is not None and t.is_floating_point()]
+        marked = iter(_FirstOrder.apply(len(present), *present, *through))  # type: ignore[arg-type]
+        return tuple(None if g is None else next(marked) for g in grads)
+
+    return guarded
+
+
+class _FirstOrder(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(t.view_as(t) for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple:
+        raise RuntimeError("flashbrush: no gradient of a gradient; attention() has one on backend='reference'")

@@ -7,14 +7,13 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .attention import Keys, Source
 from .backends.composed_backward import blocks, compute_dtype, only, softmax_backward, to_keys, to_query
 from .backends.reference import gather
 from .column_mass import lower_with_lse
 from .control import Control
-from .derivatives import refuse_tangents
+from .derivatives import first_order, refuse_tangents
 from .problem import Problem
 
 
@@ -55,7 +54,7 @@ class _KeyProbabilities(torch.autograd.Function):
     @staticmethod
     def forward(ctx, p: Problem, lse: Tensor, wanted: Tensor, *tensors: Tensor) -> Tensor:  # type: ignore[override]
         ctx.p = p
-        ctx.save_for_backward(lse, wanted, *tensors)
+        ctx.save_for_backward(lse, wanted, p.scales, *tensors)
         q, k, _ = gather(p, compute_dtype(p))
         out = q.new_zeros(p.batch, p.heads, p.rows, wanted.shape[0])
         if out.numel():
@@ -64,10 +63,10 @@ class _KeyProbabilities(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, dout: Tensor):  # type: ignore[override]
-        lse, wanted, *tensors = ctx.saved_tensors
-        p = replace(ctx.p, q=tensors[0], k=tuple(tensors[1:]))
+        lse, wanted, scales, *tensors = ctx.saved_tensors
+        p = replace(ctx.p, q=tensors[0], k=tuple(tensors[1:]), scales=scales)
         q, k, _ = gather(p, compute_dtype(p))
         dq, dk = torch.zeros_like(q), torch.zeros_like(k)
         if dout.numel():
@@ -85,9 +84,14 @@ def _positions(keys: Sequence[int] | Tensor, total: int, device: torch.device) -
             raise TypeError(f"keys: expected an int32 or int64 tensor (n,), got {keys.dtype} {tuple(keys.shape)}")
     elif not isinstance(keys, (list, tuple, range)) or any(isinstance(i, bool) or not isinstance(i, int) for i in keys):
         raise TypeError(f"keys: expected a list of ints or an int tensor (n,), got {keys!r}")
-    positions = torch.as_tensor(list(keys) if isinstance(keys, range) else keys, dtype=torch.int64)
-    if positions.device.type == "cpu" and positions.numel():
-        low, high = int(positions.min()), int(positions.max())
-        if low < 0 or high >= total:
-            raise ValueError(f"keys: expected positions in 0..{total - 1}, got {low}..{high}")
+    ends: tuple[int, int] | None = None
+    if not isinstance(keys, Tensor):
+        ends = (min(keys), max(keys)) if keys else None
+        positions = torch.tensor(list(keys), dtype=torch.int64, device="cpu")
+    else:
+        positions = keys.long()
+        if positions.device.type == "cpu" and positions.numel() and not torch.compiler.is_compiling():
+            ends = int(positions.min()), int(positions.max())
+    if ends is not None and not 0 <= ends[0] <= ends[1] < total:
+        raise ValueError(f"keys: expected positions in 0..{total - 1}, got {ends[0]}..{ends[1]}")
     return positions.to(device)

@@ -8,10 +8,9 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .backends import cpu_norm_rope, triton_norm_rope
-from .derivatives import has_tangent
+from .derivatives import first_order, has_tangent
 
 Stream = tuple[Tensor, Tensor | None, Tensor | None]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -156,7 +155,7 @@ class _NormRope(torch.autograd.Function):
         return _forward(xs, weights, offsets, cos, sin, eps, half, permutation)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, dout):  # type: ignore[override]
         n, (*tensors, cos, sin, permutation) = ctx.n, ctx.saved_tensors
         xs, weights, offsets = (tensors[i * n : i * n + n] for i in range(3))

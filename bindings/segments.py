@@ -50,7 +50,9 @@ class Segments:
             return
         items = torch.stack(
             [
-                length.to(torch.int32) if isinstance(length, Tensor) else torch.full((batch,), length, dtype=torch.int32)
+                length.to(torch.int32)
+                if isinstance(length, Tensor)
+                else torch.full((batch,), length, dtype=torch.int32, device="cpu")
                 for length in merged.values()
             ],
             dim=1,

@@ -87,15 +87,19 @@ def _uniform(p: Problem, exist: list[int] | None) -> tuple[Tensor, Tensor, Tenso
 
     acc = torch.zeros(B, H, M, D, dtype=dtype, device=device)
     lse = torch.full((B, H, M, G), -math.inf, dtype=dtype, device=device)
-    segment_lse: list[tuple[Tensor, int, int]] = []
+    mass = torch.zeros(B, H, R, C, dtype=dtype, device=device)
     gate = None if p.gates is None else p.gates.to(dtype)[:, None]  # (1|B, 1, 1|M, G)
     for g in range(G):
-        group_acc = torch.zeros_like(acc)
-        group_lse = torch.full((B, H, M), -math.inf, dtype=dtype, device=device)
-        group_sum, count = torch.zeros_like(acc) if p.contrast[g] else None, torch.zeros(B, H, M, 1, device=device)
+        group_acc, segment_lse = torch.zeros_like(acc), []
+        # Relative to the largest lse so far: beside an lse of 1e9 the logarithm of a sum is lost.
+        top = torch.full((B, H, M), -math.inf, dtype=dtype, device=device)
+        total = torch.zeros(B, H, M, dtype=dtype, device=device)
+        count = torch.zeros(B, H, M, 1, dtype=dtype, device=device)
+        group_sum = torch.zeros_like(acc) if p.contrast[g] else None
+        shift = _mask_shift(p, g, dtype)  # (1|B, 1|H, 1|M)
         for c in (c for c in range(C) if p.groups[c] == g):
             n = p.key_lengths[c] if exist is None else exist[c]
-            keys, values, mask = _segment(p, c, n)
+            keys, values, mask = _segment(p, c, n, shift)
             bias = None if p.bias is None else p.bias[..., c].to(dtype)[:, :, row_of]  # (1|B, 1|H, M)
             weight = None if p.weight is None else p.weight[..., c].to(dtype)[:, :, row_of, None]
             this = torch.full((B, H, M), -math.inf, dtype=dtype, device=device)
@@ -104,43 +108,60 @@ def _uniform(p: Problem, exist: list[int] | None) -> tuple[Tensor, Tensor, Tenso
                 part, part_lse = sdpa.attention_with_lse(
                     q[:, :, rows], keys, values, scale, mask if mask is None or mask.shape[2] == 1 else mask[:, :, rows]
                 )
-                part_lse = part_lse.to(dtype) + (0 if bias is None else bias[:, :, rows])
+                part_lse = part_lse.to(dtype)
+                if bias is not None:
+                    part_lse = torch.where(bias[:, :, rows] == -math.inf, -math.inf, part_lse + bias[:, :, rows])
                 this[:, :, rows] = part_lse
-                merged = torch.logaddexp(group_lse[:, :, rows], part_lse)
-                old, new = (_ratio(x, merged)[..., None] for x in (group_lse[:, :, rows], part_lse))
+                higher = torch.maximum(top[:, :, rows], part_lse)
+                old, new = (_ratio(x, higher)[..., None] for x in (top[:, :, rows], part_lse))
+                top[:, :, rows], total[:, :, rows] = higher, total[:, :, rows] * old[..., 0] + new[..., 0]
                 seen = new != 0
                 if weight is not None:
                     w = weight[:, :, rows]
                     new, seen = new * w, seen & (w != 0)
                 group_acc[:, :, rows] = group_acc[:, :, rows] * old + torch.where(seen, new * part.to(dtype), 0)
-                group_lse[:, :, rows] = merged
                 if group_sum is not None:
                     allowed = 1 if bias is None else (bias[:, :, rows, None] != -math.inf)
-                    total = allowed if weight is None else allowed * weight[:, :, rows]
+                    counted = allowed if weight is None else allowed * weight[:, :, rows]
                     sums = values.to(dtype).sum(2, keepdim=True).repeat_interleave(H // p.kv_heads, 1)
-                    group_sum[:, :, rows] += torch.where(torch.as_tensor(total != 0, device=device), total * sums, 0)
+                    group_sum[:, :, rows] += torch.where(torch.as_tensor(counted != 0, device=device), counted * sums, 0)
                     count[:, :, rows] += n * allowed
-            segment_lse.append((this, c, g))
+            segment_lse.append((this, c))
+        empty = total == 0
+        total = torch.where(empty, 1, total)
+        group_acc /= total[..., None]
         if (contrast := p.contrast[g]) is not None:
             assert group_sum is not None
             group_acc = contrast.beta * group_acc + (1 - contrast.beta) / count.clamp(min=1) * group_sum
         acc += group_acc if gate is None else group_acc * gate[..., g, None]
-        lse[..., g] = group_lse
-
-    mass = torch.zeros(B, H, R, C, dtype=dtype, device=device)
-    if p.need_mass:
-        for this, c, g in segment_lse:
-            share = _ratio(this, lse[..., g])
+        lse[..., g] = torch.where(empty, -math.inf, top + torch.log(total)) + (0 if shift is None else shift)
+        for this, c in segment_lse if p.need_mass else ():
+            share = _ratio(this, top) / total
             for r in range(R):
                 mass[:, :, r, c] = share[:, :, starts[r] : starts[r + 1]].sum(-1)
+
     gain = total_gain(p, mass)
     if p.gain is not None or p.head_gain is not None:
         acc *= gain.to(dtype)[:, :, row_of, None]
     return acc.transpose(1, 2).to(p.q.dtype), lse, mass, gain
 
 
-def _segment(p: Problem, c: int, n: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """First n keys and values of segment c, (B, Hkv, n, D), and the additive mask of its columns."""
+def _mask_shift(p: Problem, g: int, dtype: torch.dtype) -> Tensor | None:
+    """Each row's largest number of an additive mask in a group, (1|B, 1|H, 1|M): rows of -1e9 are then rows of 0."""
+    if p.mask is None or p.mask.dtype == torch.bool:
+        return None
+    mask = p.mask.reshape((1,) * (4 - p.mask.dim()) + p.mask.shape).to(dtype)
+    if mask.shape[3] > 1:
+        parts = zip(mask.split(p.key_lengths, 3), p.groups, strict=True)
+        mask = torch.cat([part for part, group in parts if group == g], 3)
+    if mask.shape[3] == 0:
+        return None
+    top = mask.amax(3)
+    return torch.where(top.isfinite(), top, 0)
+
+
+def _segment(p: Problem, c: int, n: int, shift: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """First n keys and values of segment c, (B, Hkv, n, D), and the additive mask of its columns, less the shift."""
     i, start = p.key_place(c)
 
     def take(t: Tensor, source: Tensor | None) -> Tensor:
@@ -155,7 +176,7 @@ def _segment(p: Problem, c: int, n: int) -> tuple[Tensor, Tensor, Tensor | None]
         mask = mask if mask.shape[3] == 1 else mask[..., first : first + n]
         if mask.dtype == torch.bool:
             mask = torch.where(mask, 0.0, -math.inf)
-        mask = mask.to(p.q.dtype)
+        mask = (mask if shift is None else mask.to(shift.dtype) - shift[..., None]).to(p.q.dtype)
     if p.valid is not None:
         alive = torch.arange(n, device=p.q.device) < p.valid[:, c, None]  # (B, n)
         keys, values = (torch.where(alive[:, None, :, None], t, 0) for t in (keys, values))

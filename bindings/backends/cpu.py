@@ -117,9 +117,9 @@ def forward(problem: Problem) -> Result:
     p = problem
     R, C = len(p.row_lengths), len(p.key_lengths)
     out = torch.empty(p.batch, p.rows, p.heads, p.dim, dtype=p.q.dtype) if p.out is None else p.out
-    lse = torch.empty(p.batch, p.heads, p.rows, p.n_groups) if p.need_stats else None
-    mass = torch.empty(p.batch, p.heads, R, C) if p.need_mass else None
-    gains = torch.empty(p.batch, p.heads, R) if p.need_mass else None
+    lse = torch.empty(p.batch, p.heads, p.rows, p.n_groups, dtype=torch.float32) if p.need_stats else None
+    mass = torch.empty(p.batch, p.heads, R, C, dtype=torch.float32) if p.need_mass else None
+    gains = torch.empty(p.batch, p.heads, R, dtype=torch.float32) if p.need_mass else None
     keep: list = []
     call = describe_call(p, out, lse, keep)
     call.mass, call.gains = (None if t is None else t.data_ptr() for t in (mass, gains))
@@ -143,7 +143,7 @@ def backward(
     lse, gain = lse.contiguous(), gain.to(torch.float32).contiguous()
     keep: list = [dout, out, lse, gain]
     dq = torch.empty(p.batch, p.rows, p.heads, p.dim, dtype=p.q.dtype)
-    dk, dv = ([torch.zeros(p.batch, *t.shape[1:]) for t in tensors] for tensors in (p.k, p.v))
+    dk, dv = ([torch.zeros(p.batch, *t.shape[1:], dtype=torch.float32) for t in tensors] for tensors in (p.k, p.v))
     call = _Backward(
         call=describe_call(p, out, lse, keep), dout=describe(dout, False), dq=describe(dq, False),
         dk=describe_list(dk, False), dv=describe_list(dv, False), gains=gain.data_ptr(),
@@ -160,7 +160,7 @@ def backward(
 def _collect(grad: Tensor, t: Tensor, source: Tensor | None) -> Tensor:
     """The gradient of every output item (B, ...), summed onto the items of t that they read."""
     if source is not None:
-        grad = torch.zeros(t.shape).index_add_(0, source, grad.float())
+        grad = torch.zeros(t.shape, dtype=torch.float32).index_add_(0, source, grad.float())
     elif t.shape[0] != grad.shape[0]:
         grad = grad.sum(0, keepdim=True)
     return grad.to(t.dtype)

@@ -21,7 +21,7 @@ def usable(p: Problem) -> bool:
 
 def column_mass(p: Problem, lse: Tensor, counted: tuple[int, ...]) -> Tensor:
     """lse (B, H, M, G); counted: the row segments that count -> (B, H, keys) float32"""
-    mass = torch.zeros(p.batch, p.heads, p.keys)
+    mass = torch.zeros(p.batch, p.heads, p.keys, dtype=torch.float32)
     keep: list = []
     call = _ColumnMass(
         call=cpu.describe_call(p, p.q, lse.to(torch.float32).contiguous(), keep),

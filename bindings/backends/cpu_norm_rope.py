@@ -71,7 +71,7 @@ def backward(
     """dout as the output -> dx, and dweight (empty where a stream has no weight)"""
     keep: list = []
     dxs = [torch.empty(x.shape, dtype=x.dtype) for x in xs]
-    sums = torch.zeros(len(xs), PARTS, xs[0].shape[3])
+    sums = torch.zeros(len(xs), PARTS, xs[0].shape[3], dtype=torch.float32)
     if dout.numel():
         dout = dout if dout.stride(3) == 1 else dout.contiguous()
         plain = [None] * len(xs)

@@ -117,10 +117,10 @@ def backward(
 def _forward(p: Problem) -> Result:
     device, B, H, C, G = p.q.device, p.batch, p.heads, len(p.key_lengths), p.n_groups
     out = torch.empty(B, p.rows, H, p.dim, dtype=p.q.dtype, device=device) if p.out is None else p.out
-    lse = torch.empty(B, H, p.rows, G, device=device) if p.need_stats else None
+    lse = torch.empty(B, H, p.rows, G, dtype=torch.float32, device=device) if p.need_stats else None
     block = _library().flashbrush_gpu_block_rows(p.dim, G)
     row_blocks, parts = launch.blocks(p.row_lengths, p.row_items, block), block // PART
-    partial = torch.empty(B, H, row_blocks * parts, C, device=device) if p.need_mass else None
+    partial = torch.empty(B, H, row_blocks * parts, C, dtype=torch.float32, device=device) if p.need_mass else None
     row_starts = launch.starts(p.row_lengths, p.row_items, device)
     key_starts = launch.starts(p.key_lengths, p.key_items, device)
     kinds = [0.0 if c is None else 1.0 for c in p.contrast]

@@ -127,8 +127,8 @@ inline void row_pair(Work& x, int64_t row, int r, int64_t g, const Constants& c)
     for (int j = 0; j < N; ++j) {
       const vf add = LANES ? load(c.lane_add + j * W) : splat(c.add);
       const vf p = exp2<5>(fma(load(s + j * W), splat(c.scale * kLog2e), add - lse));
-      const vf a = factor * (LANES ? load(c.lane_weight + j * W) : splat(c.weight));
-      const vf scaled = load(dp + j * W) * a;
+      const vf weight = LANES ? load(c.lane_weight + j * W) : splat(c.weight), a = factor * weight;
+      const vf scaled = keep_from(weight, splat(1.4e-45f), load(dp + j * W)) * a;  // at weight 0 no NaN of a value counts
       if (DELTA) {
         total = total + p * scaled;
       } else {

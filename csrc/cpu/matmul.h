@@ -73,7 +73,7 @@ inline void multiply(int64_t steps, const uint32_t* a, int64_t lda, const uint32
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i)
 #pragma GCC unroll 8
-    for (int j = 0; j < N; ++j) acc[i][j] = ADD ? load(c + i * ldc + j * W) : splat(0.f);
+    for (int j = 0; j < N; ++j) acc[i][j] = splat(0.f);
   for (int64_t s = 0; s < steps; ++s) {
     vf column[N];
 #pragma GCC unroll 8
@@ -86,7 +86,8 @@ inline void multiply(int64_t steps, const uint32_t* a, int64_t lda, const uint32
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i)
 #pragma GCC unroll 8
-    for (int j = 0; j < N; ++j) store(c + i * ldc + j * W, acc[i][j]);
+    // One addition a tile: a running sum over thousands of keys would gather their roundings.
+    for (int j = 0; j < N; ++j) store(c + i * ldc + j * W, ADD ? load(c + i * ldc + j * W) + acc[i][j] : acc[i][j]);
 }
 
 // The strips that `vectors` columns of B are cut into: as even as can be, none wider than NV.

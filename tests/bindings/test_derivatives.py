@@ -79,8 +79,37 @@ def test_forward_mode_agrees_with_reverse_mode(name: str) -> None:
 def test_a_gradient_of_a_gradient_is_refused(f: Callable[[Tensor], Tensor]) -> None:
     x = draw(1, ROWS, HEADS, DIM).requires_grad_()
     (gradient,) = torch.autograd.grad(f(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.square().sum().backward()
+    for again in (
+        lambda: gradient.square().sum().backward(retain_graph=True),
+        lambda: torch.autograd.grad(gradient.square().sum(), x, retain_graph=True),
+        lambda: torch.autograd.grad(f(x).sum() + gradient.square().sum(), x, retain_graph=True),
+    ):
+        with pytest.raises(RuntimeError, match="no gradient of a gradient"):
+            again()
+
+
+@pytest.mark.parametrize("what", ["scale", "mask", "probabilities"])
+def test_what_the_caller_changes_before_the_backward_pass_is_told(what: str) -> None:
+    q, (k, v) = draw(1, ROWS, HEADS, DIM).requires_grad_(), (draw(1, ROWS, HEADS, DIM), draw(1, ROWS, HEADS, DIM))
+    scale, mask = torch.full((1,), 0.3), draw(ROWS, ROWS)
+    if what == "probabilities":
+        out = fb.key_probabilities(q, k, torch.zeros(1, HEADS, ROWS, 1), [1], scale=scale)
+    else:
+        out = fb.attention(q, k, v, **({"scale": scale} if what == "scale" else {"mask": mask}))
+    (mask if what == "mask" else scale).mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "composed", "reference"])
+def test_a_buffer_that_is_written_again_is_told(backend: str) -> None:
+    q, k, v = (draw(1, ROWS, HEADS, DIM) for _ in range(3))
+    buffer, weight = torch.zeros_like(q), torch.ones_like(q, requires_grad=True)
+    fb.attention(q, k, v, out=buffer, backend=backend)
+    loss = (weight * buffer).sum()
+    fb.attention(2 * q, k, v, out=buffer, backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def test_reference_has_a_gradient_of_a_gradient() -> None:

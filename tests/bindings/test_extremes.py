@@ -143,3 +143,68 @@ def test_removed_keys_are_not_in_a_gradient(backend: str, dtype: torch.dtype) ->
         t[:, 10:15] = math.nan  # rows of a do not see y, rows of b do
     dq = gradients()[0]
     assert torch.equal(dq[:, :20], clean[0][:, :20]) and bool(torch.isnan(dq[:, 20:]).all())
+
+
+@pytest.mark.parametrize("tensor", [False, True])
+def test_values_of_weight_0_or_of_a_tensor_of_inf_are_not_read(backend: str, tensor: bool) -> None:
+    q, k, v = (t.requires_grad_() for t in draw(torch.float32))
+    rows, keys = fb.Segments(r=ROWS), fb.Segments(a=100, b=50)
+    nothing = torch.full((HEADS,), -math.inf)
+    control = fb.Control(rows, keys, bias={("r", "b"): nothing}) if tensor else fb.Control(rows, keys, weight={("r", "b"): 0.0})
+    with torch.no_grad():
+        v[:, 100:] = math.nan
+        if tensor:
+            k[:, 100:] = math.nan
+    out, stats = fb.attention(q, k, v, control, backend=backend, return_stats=True)
+    assert bool(out.isfinite().all()) and bool(stats.lse.isfinite().all()) and bool(stats.mass.isfinite().all())
+    grads = torch.autograd.grad(out.sum(), (q, k, v))
+    assert all(bool(g.isfinite().all()) for g in grads)
+
+
+@pytest.mark.parametrize("backend_name", ["composed", "reference"])
+def test_rows_of_a_mask_of_minus_a_thousand_million(backend_name: str) -> None:
+    """What fills padded rows: their keys are all alike, whatever their segments."""
+    q, k, v = draw(torch.float32)
+    mask = torch.zeros(ROWS, KEYS)
+    mask[:5] = -1e9
+    control = fb.Control(fb.Segments(r=ROWS), fb.Segments(a=100, b=30, c=20))
+    out, stats = fb.attention(q, k, v, control, mask=mask, backend=backend_name, return_stats=True)
+    torch.testing.assert_close(stats.mass.sum(-1), torch.full((1, HEADS, 1), float(ROWS)), rtol=1e-5, atol=0)
+    torch.testing.assert_close(out[:, 5:], fb.attention(q, k, v, backend="reference")[:, 5:], rtol=1e-4, atol=1e-5)
+    if backend_name == "composed":  # the mask's share is taken out before float32 loses what is added to it
+        torch.testing.assert_close(out[:, :5], fb.attention(q, k, v, backend="reference")[:, :5], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("n", (1024, 5120))
+def test_float32_stays_exact_over_long_rows(backend: str, n: int) -> None:
+    """Values of one sign: what a sum over all keys rounds adds up."""
+    q, k, v = torch.randn(1, 33, 1, 64), torch.randn(1, n, 1, 64), torch.rand(1, n, 1, 64)
+    truth = sdpa(q, k, v)
+    eager = torch.softmax(torch.einsum("bmhd,bnhd->bhmn", q, k) * 0.125, -1) @ v.transpose(1, 2)
+    error, allowed = ((x.double() - truth).abs().mean() for x in (fb.attention(q, k, v, backend=backend), eager.transpose(1, 2)))
+    assert float(error) <= 2 * float(allowed)
+
+
+@pytest.mark.parametrize("default", (torch.bfloat16, torch.float16, torch.float64), ids=str)
+def test_the_default_dtype_does_not_matter(backend: str, default: torch.dtype) -> None:
+    q, k, v = draw(torch.float32)
+    control = fb.Control(
+        fb.Segments(r=ROWS), fb.Segments(a=100, b=50), weight={("r", "a"): 1.5}, head_gain=fb.HeadGain("r", "a"),
+    )  # fmt: skip
+
+    def everything() -> list[Tensor]:
+        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+        out, stats = fb.attention(*leaves, control, backend=backend, return_stats=True)
+        grads = torch.autograd.grad(out.square().sum(), leaves)
+        x, norm = q.detach().requires_grad_(), torch.ones(DIM, dtype=torch.float32, requires_grad=True)
+        normed = fb.qk_norm_rope([(x, norm, None)], None, None, eps=1e-6)
+        seen = fb.column_mass(q, k, stats.lse, control), fb.key_probabilities(q, k, stats.lse, [3], control)
+        return [out, *stats, *grads, *torch.autograd.grad(normed.square().sum(), (x, norm)), *seen]
+
+    expected, before = everything(), torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        got = everything()
+    finally:
+        torch.set_default_dtype(before)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
