@@ -79,8 +79,8 @@ class Control:
     Args:
         rows, keys: Segments of the query rows and of the keys; keys=None: the same as rows.
         bias: {(row segment, key segment): value} added to the logits before the softmax (natural units); -inf removes
-            the pair, whose keys are then never read. A value is a number or a float tensor (heads,) or (batch, heads);
-            "*" matches every segment; entries apply in order, later ones overwrite.
+            the pair, whose keys are then never read; other values are within 1e4. A value is a number or a float tensor
+            (heads,) or (batch, heads); "*" matches every segment; entries apply in order, later ones overwrite.
         weight: same keys and values, finite and >= 0; multiplies probabilities after the softmax, not renormalised.
         gain: {row segment: value}; multiplies the output's rows.
         head_gain: a gain derived from the attention mass; multiplies with `gain`.

@@ -148,7 +148,7 @@ def _uniform(p: Problem, exist: list[int] | None) -> tuple[Tensor, Tensor, Tenso
 
 def _mask_shift(p: Problem, g: int, dtype: torch.dtype) -> Tensor | None:
     """Each row's largest number of an additive mask in a group, (1|B, 1|H, 1|M): rows of -1e9 are then rows of 0."""
-    if p.mask is None or p.mask.dtype == torch.bool:
+    if p.mask is None or p.mask.dtype == torch.bool or g not in p.groups:
         return None
     mask = p.mask.reshape((1,) * (4 - p.mask.dim()) + p.mask.shape).to(dtype)
     if mask.shape[3] > 1:
