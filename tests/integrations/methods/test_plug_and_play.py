@@ -263,14 +263,16 @@ def test_steps_do_not_compile_anew() -> None:
     call = unet_call(unet, batch=4)
     try:
         outs = []
-        for model in (unet, torch.compile(unet, backend=count)):
-            with apply(model, PlugAndPlay((0, None), (0, 6), feature=(0, 0), feature_steps=(0, 8))) as handle:
+        for compiles in (False, True):
+            if compiles:
+                unet.up_blocks[0].resnets[0].compile(backend=count)  # the block with the features: a whole model takes long
+            with apply(unet, PlugAndPlay((0, None), (0, 6), feature=(0, 0), feature_steps=(0, 8))) as handle:
                 for i in range(10):
                     handle.set_step(i, 10)
-                    outs.append(model(**call).sample)
+                    outs.append(unet(**call).sample)
                     if i == 0:
                         first = len(compiled)
-        assert len(compiled) <= 3 * first
+        assert 0 < len(compiled) <= 3 * first
         assert all(relative(a, b) <= TOLERANCE for a, b in zip(outs[:10], outs[10:], strict=True))
     finally:
         torch._dynamo.reset()
