@@ -254,6 +254,7 @@ def test_what_does_not_fit() -> None:
 
 def test_steps_do_not_compile_anew() -> None:
     unet, compiled, first = tiny_unet(), [], 0
+    resnet: Any = unet.get_submodule("up_blocks.0.resnets.0")
 
     def count(graph: torch.fx.GraphModule, _: list) -> Any:
         compiled.append(graph)
@@ -265,7 +266,7 @@ def test_steps_do_not_compile_anew() -> None:
         outs = []
         for compiles in (False, True):
             if compiles:
-                unet.up_blocks[0].resnets[0].compile(backend=count)  # the block with the features: a whole model takes long
+                resnet.compile(backend=count)  # the block with the features: a whole model takes long
             with apply(unet, PlugAndPlay((0, None), (0, 6), feature=(0, 0), feature_steps=(0, 8))) as handle:
                 for i in range(10):
                     handle.set_step(i, 10)
