@@ -244,9 +244,9 @@ class Handle:
         A processor that somebody else has put there in the meantime stays. A method that never had a plan, as when its
         window of layers, steps or resolutions misses all of them, is named in a warning.
         """
-        self._remove(stacklevel=3)
+        self._remove()
 
-    def _remove(self, stacklevel: int) -> None:
+    def _remove(self) -> None:
         if not self._hooks:
             return
         self._collect()
@@ -255,7 +255,7 @@ class Handle:
             warnings.warn(
                 f"flashbrush: {type(self.method).__name__} controlled nothing in {self._passes} forward passes of "
                 f"{type(self._model).__name__}: its knobs, or apply()'s layers and steps, select no layer and step of them",
-                stacklevel=stacklevel,
+                stacklevel=3,  # the caller of remove(), or the end of the with
             )
         self._detach()
         for hook in self._hooks:
@@ -272,7 +272,7 @@ class Handle:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._remove(stacklevel=3)
+        self._remove()
 
     def __repr__(self) -> str:
         state = f"{len(self._layers)} of {len(self._places)} layers" if self._hooks else "removed"

@@ -66,8 +66,8 @@ class Plan:
         control: tables whose rows, and whose keys other than those in `extra`, cover the layer's in order.
         source: as in attention(): {"q": index, "k": index, "v": index}, int tensors (batch,).
         extra: {key segment of the control: (k, v)}: keys that no token of the layer provides (registers, cached
-            references), each (1 or batch, length, heads, head_dim) in the model's dtype, used as they are: without
-            norm or RoPE. They are read in place. In place of the pair a callable that makes it of the layer's k and v
+            references), each (1 or batch, length, heads, head_dim), used as they are: without norm or RoPE. In the
+            layer's dtype they are read in place, else cast. In place of the pair a callable that makes it of the layer's k and v
             (batch, keys, heads, head_dim), after RoPE and `value`, before `order`, as for a copy at another position.
         q_offset, k_offset: added after the norm and before RoPE; broadcastable to (batch, rows, heads, head_dim) and
             (batch, keys, heads, head_dim).
