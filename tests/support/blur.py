@@ -15,7 +15,8 @@ def kernel(side: int, sigma: float) -> Tensor:
     count += count % 2 == 0
     if count > side:
         count = side if side % 2 else side - 1
-    values = torch.tensor([math.exp(-((i - count // 2) ** 2) / (2 * sigma**2)) for i in range(count)]).double()
+    steps = [math.exp(-((i - count // 2) ** 2) / (2 * sigma**2)) for i in range(count)]
+    values = torch.tensor(steps, dtype=torch.float64)
     return values / values.sum()
 
 
