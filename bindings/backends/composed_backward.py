@@ -45,8 +45,8 @@ def blocks(p: Problem, q: Tensor, k: Tensor, lse: Tensor, keys: Tensor | None = 
     c, rank = labels(p.key_lengths, p.key_items, B, p.keys, q.device)
     mask = None if p.mask is None else p.mask.expand(B, H, M, p.keys)
     if keys is not None:
+        assert mask is None  # a row's own lse below needs all of its keys
         c, rank, k = c[:, keys], rank[:, keys], k[:, :, keys]
-        mask = mask if mask is None else mask[..., keys]
     exists = None if p.valid is None else (rank < p.valid.gather(1, c))[:, None]  # (B, 1, N)
     groups = torch.tensor(p.groups, device=q.device)[c][:, None, None]  # (B, 1, 1, N)
     scale = p.item_scale().to(dtype)
@@ -65,11 +65,16 @@ def blocks(p: Problem, q: Tensor, k: Tensor, lse: Tensor, keys: Tensor | None = 
                 seen = seen & mine[..., None]
             if bias is not None:
                 s = s + bias[:, :, None]
-            if mask is not None:
-                m = mask[:, :, rows]
-                s, seen = (s, seen & m) if m.dtype == torch.bool else (s + m.to(dtype), seen & (m != -math.inf))
-            group = groups.expand_as(s)
-            prob = torch.where(seen, torch.exp(s - lse[:, :, rows].to(dtype).gather(3, group)), 0)
+            group, normal = groups.expand_as(s), lse[:, :, rows].to(dtype)
+            if mask is not None and mask.dtype == torch.bool:
+                seen = seen & mask[:, :, rows]
+            elif mask is not None:
+                m = mask[:, :, rows].to(dtype)
+                seen = seen & (m != -math.inf)
+                # Beside a mask of -1e9 over a whole row, the lse that came has lost the logits: relative to the row's top.
+                s = s + (m - _largest(seen, group, m, p.n_groups).gather(3, group))
+                normal = _lse(seen, group, s, p.n_groups)
+            prob = torch.where(seen, torch.exp(s - normal.gather(3, group)), 0)
             yield Block(rows, label, group, seen, prob, None if weight is None else weight[:, :, None], mine, allowed, k_run)
 
 
@@ -105,6 +110,20 @@ def softmax_backward(p: Problem, b: Block, dprob: Tensor) -> Tensor:
     weighted = b.prob * torch.where(b.seen, dprob, 0)
     delta = torch.zeros_like(dprob[..., :1]).expand(-1, -1, -1, p.n_groups).scatter_add(3, b.group, weighted)
     return (weighted - b.prob * delta.gather(3, b.group)) * p.item_scale().to(dprob.dtype)
+
+
+def _largest(seen: Tensor, group: Tensor, values: Tensor, n_groups: int) -> Tensor:
+    """(B, H, rows, N) -> the largest seen value of each group (B, H, rows, groups), 0 where that is not finite"""
+    empty = torch.full_like(values[..., :1], -math.inf).expand(-1, -1, -1, n_groups)
+    top = empty.scatter_reduce(3, group, torch.where(seen, values, -math.inf), "amax")
+    return torch.where(top.isfinite(), top, 0)
+
+
+def _lse(seen: Tensor, group: Tensor, s: Tensor, n_groups: int) -> Tensor:
+    """(B, H, rows, N) -> the logarithm of each group's sum of exp(s), (B, H, rows, groups)"""
+    top = _largest(seen, group, s, n_groups)
+    terms = torch.where(seen, torch.exp(s - top.gather(3, group)), 0)
+    return top + torch.zeros_like(top).scatter_add(3, group, terms).log()
 
 
 def compute_dtype(p: Problem) -> torch.dtype:

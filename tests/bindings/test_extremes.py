@@ -173,6 +173,11 @@ def test_rows_of_a_mask_of_minus_a_thousand_million(backend_name: str) -> None:
     torch.testing.assert_close(out[:, 5:], fb.attention(q, k, v, backend="reference")[:, 5:], rtol=1e-4, atol=1e-5)
     if backend_name == "composed":  # the mask's share is taken out before float32 loses what is added to it
         torch.testing.assert_close(out[:, :5], fb.attention(q, k, v, backend="reference")[:, :5], rtol=1e-4, atol=1e-5)
+        dout, got, plain = torch.randn_like(out), [], []
+        for grads, call in ((got, {"control": control, "mask": mask, "backend": "composed"}), (plain, {"backend": "reference"})):
+            leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+            grads.extend(torch.autograd.grad(fb.attention(*leaves, **call), leaves, dout))
+        torch.testing.assert_close(got, plain, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("n", (1024, 5120))
