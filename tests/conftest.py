@@ -7,6 +7,8 @@ The tests of the kernels run in it where there is no GPU; all others see the mac
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,3 +31,24 @@ def seeded() -> None:
 def uninterpreted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.path.parent.name != "kernels":
         monkeypatch.setenv("TRITON_INTERPRET", "0")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def patched_once() -> Iterator[None]:
+    """Triton's interpreter patches triton.language at each call of a device function, a third of its time: once will do."""
+    if torch.cuda.is_available():
+        yield
+        return
+    from triton import language
+    from triton.runtime import interpreter
+
+    plain = interpreter._patch_lang
+
+    def patch(fn: Callable) -> object:
+        used = [value for value in fn.__globals__.values() if value in (language, language.core)]
+        fresh = any(language.core.is_builtin(module.load) for module in used)
+        return plain(fn) if fresh else SimpleNamespace(restore=lambda: None)
+
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(interpreter, "_patch_lang", patch)
+        yield
