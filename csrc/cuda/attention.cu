@@ -1,4 +1,5 @@
 // Checks, tensor maps and the choice of a kernel for the attention over segments on Hopper.
+#include <type_traits>
 #include "attention_forward.cuh"
 
 using namespace flashbrush;
@@ -14,7 +15,7 @@ bool map_tensor(TensorMap* map, const FbGpuTensor& t, const FbGpuAttention& call
 }
 
 template <typename K>
-int run(const FbGpuAttention& call, Stream stream) {
+int start(const FbGpuAttention& call, Stream stream) {
   Parameters p{};
   p.call = call;
   p.count = call.B * call.H * call.row_blocks;
@@ -33,7 +34,10 @@ int run(const FbGpuAttention& call, Stream stream) {
   return launch(attention_forward<K>, p, blocks, K::THREADS, K::shared_bytes(call), stream);
 }
 
-// Another number in place of these can be tried from the command line.
+// Another number in place of these can be tried from the command line. A trial wants the plain kernel of one head dim alone.
+#ifndef FLASHBRUSH_TRIAL_DIM
+#define FLASHBRUSH_TRIAL_DIM 0
+#endif
 #ifndef FLASHBRUSH_KEYS_128
 #define FLASHBRUSH_KEYS_128 128
 #endif
@@ -58,14 +62,22 @@ constexpr int warp_groups(int dim, bool grouped) { return dim <= 64 ? FLASHBRUSH
 
 // Two accumulators leave room for tiles of 64 keys. The segments of a diptych are multiples of 128 tokens, and a mass wants
 // the shared memory that a wider tile would take.
+template <typename T, int DIM, int KEYS, bool GROUPED, int POLYNOMIAL>
+int run(const FbGpuAttention& call, Stream stream) {
+  if constexpr (FLASHBRUSH_TRIAL_DIM && (FLASHBRUSH_TRIAL_DIM != DIM || GROUPED || !std::is_same_v<T, bfloat16>))
+    return kNotTaken;
+  else
+    return start<Kernel<T, DIM, KEYS, warp_groups(DIM, GROUPED), GROUPED, POLYNOMIAL>>(call, stream);
+}
+
 template <typename T>
 int choose(const FbGpuAttention& call, Stream stream) {
   if (call.D % 8 || call.D > 128) return kNotTaken;
   if (call.D > 64)
-    return call.G > 1 ? run<Kernel<T, 128, 64, warp_groups(128, true), true, 0>>(call, stream)
-                      : run<Kernel<T, 128, FLASHBRUSH_KEYS_128, warp_groups(128, false), false, FLASHBRUSH_POLYNOMIAL_128>>(call, stream);
-  return call.G > 1 ? run<Kernel<T, 64, 64, warp_groups(64, true), true, 0>>(call, stream)
-                    : run<Kernel<T, 64, FLASHBRUSH_KEYS_64, warp_groups(64, false), false, FLASHBRUSH_POLYNOMIAL_64>>(call, stream);
+    return call.G > 1 ? run<T, 128, 64, true, 0>(call, stream)
+                      : run<T, 128, FLASHBRUSH_KEYS_128, false, FLASHBRUSH_POLYNOMIAL_128>(call, stream);
+  return call.G > 1 ? run<T, 64, 64, true, 0>(call, stream)
+                    : run<T, 64, FLASHBRUSH_KEYS_64, false, FLASHBRUSH_POLYNOMIAL_64>(call, stream);
 }
 
 }  // namespace

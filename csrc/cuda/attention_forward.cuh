@@ -6,6 +6,11 @@
 #pragma once
 #include "softmax.cuh"
 
+// 0, for a trial: the assembler may end a product with V before the next tile's exponentials begin, and does.
+#ifndef FLASHBRUSH_OVERLAP
+#define FLASHBRUSH_OVERLAP 1
+#endif
+
 namespace flashbrush {
 
 // Named barriers, by id. 0 is sync_block's.
@@ -334,6 +339,7 @@ FB_DEVICE void compute(const Parameters& p, char* shared, const Plan* plans, Bar
           release(&bars->k_empty[k.at]);
           k.next();
           const bool raised = softmax_tile<KEYS, K::POLYNOMIAL>(s, sums, decay, scale, next, me.lane);
+          if (FLASHBRUSH_OVERLAP) finish(sums.segment[0] + sums.segment[1]);
           await_products<0>();
           pin(o);
           release(&bars->v_empty[v.at]);

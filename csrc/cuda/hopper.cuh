@@ -139,6 +139,18 @@ FB_DEVICE void commit_products() { asm volatile("wgmma.commit_group.sync.aligned
 // Until at most PENDING groups are running.
 template <int PENDING>
 FB_DEVICE void await_products() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory"); }
+// What makes x, which is >= 0 or NaN, ends before a wait that follows. The assembler moves a wait for products up past
+// all that does not touch their registers, but not past a branch that depends on x; this one always jumps.
+FB_DEVICE void finish(float x) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "setp.geu.f32 done, %0, 0f00000000;\n"
+      "@done bra finished;\n"
+      "nanosleep.u32 0;\n"
+      "finished:\n"
+      "}\n" ::"f"(x) : "memory");
+}
 // The compiler moves no access to these registers across this place.
 template <int COUNT>
 FB_DEVICE void pin(float (&x)[COUNT]) {

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import math
+import re
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -29,6 +31,7 @@ SOURCE = Path(__file__).parents[2] / "csrc" / "cuda" / "attention.cu"
 HARDWARE = torch.cuda.is_available() and not cuda.available()
 DEVICE = "cuda" if HARDWARE else "cpu"
 DTYPES = (torch.bfloat16, torch.float16)
+COMPILED = cuda.LIBRARY
 
 pytestmark = pytest.mark.skipif(bool(triton.available()), reason="; ".join(triton.available()))
 
@@ -247,3 +250,21 @@ def test_the_compiled_kernels() -> None:
     spills = {name: kernel["spills"] for name, kernel in report["kernels"].items()}
     assert max(spills.values()) <= 40, spills
     assert all(spill == 0 for name, spill in spills.items() if "Li128ELi128" in name or "Li128ELi64" in name), spills
+
+
+def test_the_exponentials_run_beside_the_products() -> None:
+    """In the machine code: what the assembler moves up to a wait for the product with V no emulation sees."""
+    import triton as package
+
+    tool = Path(package.__file__).with_name("backends") / "nvidia" / "bin" / "cuobjdump"
+    if not COMPILED.exists() or not tool.exists():
+        pytest.skip("the CUDA library was not built, or cuobjdump is not there")
+    text = subprocess.run([tool, "-sass", COMPILED], capture_output=True, text=True, check=True).stdout
+    kernels = re.split(r"Function : (\w+)", text)[1:]
+    for name, code in zip(kernels[::2], kernels[1::2], strict=True):
+        keys = int(re.search(r"Li\d+ELi(\d+)E", name)[1])  # type: ignore[index]
+        # One wait leaves the product with V running; the next ends it.
+        (after,) = code.split("WARPGROUP.DEPBAR.LE gsb0, 0x1 ;")[1:]
+        during = after.split("WARPGROUP.DEPBAR.LE gsb0, 0x0 ;")[0]
+        assert during.count("MUFU.EX2") >= keys // 2, name
+    assert len(kernels) == 2 * 8

@@ -276,6 +276,7 @@ FB_DEVICE void begin_products() { emulation::block()->group().begin(thread_index
 FB_DEVICE void commit_products() { emulation::block()->group().commit(thread_index() % emulation::kGroup); }
 template <int PENDING>
 FB_DEVICE void await_products() { emulation::block()->await_products(PENDING); }
+FB_DEVICE void finish(float) {}
 template <int COUNT>
 FB_DEVICE void pin(float (&)[COUNT]) {}
 template <int COUNT>
