@@ -31,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from . import gpu_plots, gpu_report, gpu_runner
     from .gpu_plan import tasks
 
+    started = time.time()
     arguments = list(sys.argv[1:] if argv is None else argv)
     options = _parse(arguments)
     try:
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.worker is not None:
         indices = [int(i) for i in options.tasks.split(",")]
         return gpu_runner.work(setup, plan, indices, options.deadline, options.worker)
-    deadline = time.time() + 60 * options.minutes
+    deadline = started + 60 * options.minutes
     conditions = {
         "device": str(setup.device), "backend": setup.backend, "dry_run": setup.dry, "minutes": options.minutes,
         "sections": list(options.sections), "jobs": options.jobs,
@@ -75,6 +76,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, with tiny shapes; its times mean nothing")
     parser.add_argument("--build", action="store_true", help="compile csrc/cuda first, for the cuda backend")
+    parser.add_argument("--no-cuda", action="store_true", help="leave the cuda backend out")
     parser.add_argument("--device", default="cuda", help="cuda, or cuda:1 ...")
     parser.add_argument("--backend", help="of ours: see flashbrush info (triton; in a dry run cpu, or composed)")
     parser.add_argument("--jobs", type=int, help="processes that check side by side (6; in a dry run 1)")
@@ -103,8 +105,10 @@ def _setup(options: argparse.Namespace) -> Setup:
     from .gpu_machine import Setup
 
     device = torch.device("cpu" if options.dry_run else options.device)
-    if options.build and options.worker is None:
-        _build()
+    built = options.build
+    if options.build and options.worker is None and (failed := _build()):
+        built = False
+        print(f"gpu.py: {failed}; the rest goes on", file=sys.stderr)
     known = backends()
     if not options.dry_run and (device.type != "cuda" or not torch.cuda.is_available()):
         raise ValueError(f"device: no GPU is visible to torch as {options.device!r}; --dry-run walks the plan on the CPU")
@@ -117,18 +121,18 @@ def _setup(options: argparse.Namespace) -> Setup:
     if device.type == "cuda":
         torch.cuda.set_device(device if device.index is not None else 0)
         device = torch.device("cuda", torch.cuda.current_device())
-    return Setup(device, backend, options.dry_run, _more(options.peers), options.build)
+    return Setup(device, backend, options.dry_run, _more(options.peers), built, not options.no_cuda)
 
 
-def _build() -> None:
-    """Raises ValueError: nvcc is not there, or fails, or setup.py does not load."""
+def _build() -> str | None:
+    """What is in the way: nvcc is not there, or fails, or setup.py does not load."""
     from .gpu_variants import load_builder
     from .peers import Missing
 
     try:
         builder = load_builder()
     except Missing as reason:
-        raise ValueError(f"build: {reason}") from reason
+        return f"build: {reason}"
     before = os.getcwd()
     os.chdir(ROOT)  # its paths are relative
     try:
@@ -136,9 +140,10 @@ def _build() -> None:
     finally:
         os.chdir(before)
     if report["error"]:
-        raise ValueError(f"build: {report['error']}\n{report['output']}")
+        return f"build: {report['error']}\n{report['output']}"
     for kernel, resources in report["kernels"].items():
         print(f"{kernel}: {resources['registers']} registers, {resources['spills']} bytes spilled")
+    return None
 
 
 def _more(file: Path | None) -> dict:

@@ -14,7 +14,7 @@ from ..bindings import adain, attention, blend_latents, column_mass, qk_norm_rop
 from . import timing
 from .forward import Row, rounded, seconds
 from .gpu_machine import Setup, judged
-from .gpu_timing import interleaved, replayed, sets
+from .gpu_timing import interleaved, replays, sets
 from .truth import WrongResult, compare
 
 EPS = 1e-6
@@ -153,18 +153,10 @@ def measure(setup: Setup, operator: Operator) -> Row:
             calls[name] = [lambda call=call, inputs=inputs: call(*inputs) for inputs in groups]
     samples = interleaved(calls, device, setup.seconds(0.5)) if calls else {}
     moved = sum(t.numel() * t.element_size() for t in (*first, eager))
-    replays: Row = {}
-    if device.type == "cuda":
-        for name, group in calls.items():
-            try:
-                replays[name] = timing.spread(replayed(group, device)).as_dict()
-            except RuntimeError as error:
-                torch.cuda.synchronize(device)
-                replays[name] = {"missing": str(error).splitlines()[0]}
     return {
         "section": "around", "operator": operator.name, "dtype": str(eager.dtype).removeprefix("torch."),
         "shape": {"inputs": [list(t.shape) for t in first]}, "bytes": moved, "bytes_leave_out": operator.work,
-        "seconds": seconds(samples), "replay_seconds": replays,
+        "seconds": seconds(samples), "replay_seconds": replays(calls, device),
         "gb_per_s": {n: round(moved / timing.spread(s).median / 1e9, 1) for n, s in samples.items()},
         "ratios": rounded({"ours/torch": timing.ratio(samples, "ours", "torch")} if len(samples) == 2 else {}),
         "errors": errors, "missing": missing, "failures": failures,

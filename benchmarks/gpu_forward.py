@@ -11,7 +11,7 @@ from . import gpu_peers, timing
 from .forward import Row, describe, rounded, seconds
 from .gpu_machine import Setup, judged
 from .gpu_shapes import CUDA, OWN, dry, vary
-from .gpu_timing import interleaved, replayed, sets
+from .gpu_timing import interleaved, replays, sets
 from .peers import Case, Peer, draw
 from .shapes import Shape
 from .truth import Truth
@@ -77,7 +77,7 @@ def measure(setup: Setup, shape: Shape, entries: Iterable[Entry], graphs: bool =
     return {
         **row,
         "seconds": seconds(samples),
-        "replay_seconds": _replays(calls, device) if graphs else {},
+        "replay_seconds": replays({n: c for n, c in calls.items() if _captured(n)}, device) if graphs else {},
         "tflops": rates(samples, work),
         "ratios": rounded(ratios(samples)),
         "errors": errors,
@@ -143,17 +143,6 @@ def _counterparts(label: str) -> list[str]:
     return [name for name in OWN if OWN[name] == variant]
 
 
-def _replays(calls: Mapping[str, list[Callable[[], Tensor]]], device: torch.device) -> Row:
-    """Median and quartiles of a call within a CUDA graph, or why it cannot be captured."""
-    found: Row = {}
-    if device.type != "cuda":
-        return found
-    for label, group in calls.items():
-        if label.startswith(("composed", "eager")):  # they copy tables from the host, which cannot be captured
-            continue
-        try:
-            found[label] = timing.spread(replayed(group, device)).as_dict()
-        except RuntimeError as error:
-            torch.cuda.synchronize(device)
-            found[label] = {"missing": str(error).splitlines()[0]}
-    return found
+def _captured(label: str) -> bool:
+    """Whether a graph is tried: the others copy tables from the host, which cannot be captured."""
+    return not label.startswith(("composed", "eager"))

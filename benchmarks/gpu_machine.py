@@ -21,6 +21,7 @@ QUERY = (
     "driver_version", "pstate", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.draw",
     "power.limit", "temperature.gpu",
 )  # fmt: skip
+NO_CUDA = "left out: --no-cuda was given, or a process did not survive the cuda backend"
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Setup:
     dry: bool = False
     more: dict[str, Peer] = field(default_factory=dict)  # contestants of the caller's own
     build: bool = False  # whether CUDA sources may be compiled
+    cuda: bool = True  # whether our cuda backend takes part
 
     def seconds(self, seconds: float) -> float:
         """How long a task may time; a dry run makes the fewest rounds."""

@@ -6,14 +6,14 @@ import functools
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .gpu_machine import Setup
+from .gpu_machine import NO_CUDA, Setup
 from .gpu_shapes import CUDA, OWN
 from .peers import COMPOSED, SDPA, Call, Case, Missing, Peer, ours
 from .peers import EAGER as CPU_EAGER
@@ -122,7 +122,12 @@ def mine(setup: Setup, name: str) -> Peer:
     backend, variant = "cuda" if name in CUDA else setup.backend, OWN[name]
     controlled = variant != "plain"
     title = f"flashbrush {backend}, {variant}"
-    return Peer(name, title, controlled, functools.partial(ours, backend, controlled))
+    left_out = name in CUDA and not setup.cuda
+    return Peer(name, title, controlled, _left_out if left_out else functools.partial(ours, backend, controlled))
+
+
+def _left_out(case: Case) -> NoReturn:
+    raise Missing(NO_CUDA)
 
 
 def composed_forms() -> dict[str, Peer]:

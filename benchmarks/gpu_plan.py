@@ -12,26 +12,28 @@ from .forward import Row
 from .gpu_machine import Setup
 from .gpu_shapes import GPU_SHAPES, LAYERS, LONG, MAIN, SMALL
 
+GROUPS = tuple(gpu_checks.FORWARD_GROUPS.items())
 SECTIONS = ("ceilings", "checks", "forward", "layer", "variants", "backward", "features", "around", "compiled")
 
 
 @dataclass(frozen=True)
 class Task:
-    """seconds: about what it takes on a GPU; it is not begun with less left, and ended after `limit` times as much."""
+    """One row.
+
+    seconds: about what it takes on a GPU; it is not begun with less left, and ended after `limit`. apart: it times
+    nothing, so that others may run beside it. cuda: the cuda backend takes part, beside others.
+    """
 
     section: str
     title: str
     run: Callable[[Setup], Row]
     seconds: float
+    apart: bool = False
+    cuda: bool = False
 
     @property
     def limit(self) -> float:
-        return max(90.0, 6 * self.seconds)
-
-    @property
-    def apart(self) -> bool:
-        """Whether it times nothing, so that others may run beside it."""
-        return self.section == "checks"
+        return max(90.0, 2 * self.seconds)
 
 
 def tasks(sections: Sequence[str] = SECTIONS) -> list[Task]:
@@ -47,25 +49,20 @@ def tasks(sections: Sequence[str] = SECTIONS) -> list[Task]:
 
 def _all() -> list[Task]:
     plan = [Task("ceilings", "copy and matrix product", gpu_machine.ceilings, 3)]
+    plan += [_check(name, functools.partial(gpu_checks.features, labels=labels), 30) for name, labels in GROUPS]
     plan += [
-        Task("checks", name, functools.partial(gpu_checks.features, labels=labels), 30)
-        for name, labels in gpu_checks.FORWARD_GROUPS.items()
-    ]
-    plan += [
-        Task("checks", "head dims and dtypes", gpu_checks.dims_and_dtypes, 40),
-        *(
-            Task("checks", f"{name}, cuda", _on_cuda(functools.partial(gpu_checks.features, labels=labels)), 15)
-            for name, labels in gpu_checks.FORWARD_GROUPS.items()
-        ),
-        Task("checks", "head dims and dtypes, cuda", _on_cuda(gpu_checks.dims_and_dtypes), 15),
-        Task("checks", "a thousand repeats, cuda", _on_cuda(gpu_checks.repeats), 15),
-        Task("checks", "a thousand repeats", gpu_checks.repeats, 15),
-        Task("checks", "gradients", gpu_checks.gradients, 60),
-        Task("checks", "around attention", gpu_around.checks, 20),
+        _check("head dims and dtypes", gpu_checks.dims_and_dtypes, 40),
+        *(_on_cuda(name, functools.partial(gpu_checks.features, labels=labels)) for name, labels in GROUPS),
+        _on_cuda("head dims and dtypes", gpu_checks.dims_and_dtypes),
+        _on_cuda("a thousand repeats", gpu_checks.repeats),
+        _check("a thousand repeats", gpu_checks.repeats, 15),
+        _check("gradients", gpu_checks.gradients, 60),
+        _check("around attention", gpu_around.checks, 20),
+        Task("variants", "compiled", gpu_variants.compile_all, 60, apart=True),
         _forward(MAIN),
         _layer(MAIN),
         *(_forward(name) for name in GPU_SHAPES if name not in (MAIN, *LONG)),
-        *(_variants(name) for name in (MAIN, "sd3-1024")),
+        *(_variant(shape, name) for shape in (MAIN, "sd3-1024") for name in gpu_variants.names(shape)),
         _backward(MAIN),
         _features(MAIN),
         *(_layer(name) for name in LAYERS if name != MAIN),
@@ -79,15 +76,20 @@ def _all() -> list[Task]:
     return [*plan, _entries("compiled", MAIN, gpu_forward.compiled_entries, 45)]
 
 
-def _on_cuda(run: Callable[[Setup], Row]) -> Callable[[Setup], Row]:
+def _check(title: str, run: Callable[[Setup], Row], seconds: float, cuda: bool = False) -> Task:
+    return Task("checks", title, run, seconds, apart=True, cuda=cuda)
+
+
+def _on_cuda(title: str, run: Callable[[Setup], Row]) -> Task:
     """What the cuda backend does not take is listed as missing, or all of it where it is not usable."""
 
     def on_cuda(setup: Setup) -> Row:
-        if reasons := backends()["cuda"]:
+        reasons = backends()["cuda"] if setup.cuda else [gpu_machine.NO_CUDA]
+        if reasons:
             return {"missing": {"cuda": "; ".join(reasons)}}
         return run(replace(setup, backend="cuda"))
 
-    return on_cuda
+    return _check(f"{title}, cuda", on_cuda, 15, cuda=True)
 
 
 def _entries(
@@ -96,7 +98,7 @@ def _entries(
     def run(setup: Setup) -> Row:
         return {**gpu_forward.measure(setup, GPU_SHAPES[shape], entries(setup), graphs), "section": section}
 
-    return Task(section, shape, run, seconds)
+    return Task(section, shape, run, seconds, cuda=section != "compiled")
 
 
 def _forward(shape: str) -> Task:
@@ -111,8 +113,9 @@ def _layer(shape: str) -> Task:
     return Task("layer", shape, functools.partial(gpu_layer.measure, shape=GPU_SHAPES[shape]), 8)
 
 
-def _variants(shape: str) -> Task:
-    return Task("variants", shape, functools.partial(gpu_variants.measure_variants, shape=shape), 45)
+def _variant(shape: str, name: str) -> Task:
+    """Not `cuda`: the kernel as it is built has no part in what another does to its process."""
+    return Task("variants", f"{shape}, {name}", functools.partial(gpu_variants.measure, shape=shape, name=name), 6)
 
 
 def _backward(shape: str) -> Task:

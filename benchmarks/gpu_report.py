@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
+import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from .forward import Row
 from .gpu_machine import slug
@@ -78,11 +80,30 @@ class Results:
             "schema": SCHEMA, "machine": self.machine, "conditions": self.conditions, "rows": self.ordered,
             "failures": self.collect("failures"), "missing": peers_missing(self.ordered), "skipped": self.skipped,
         }  # fmt: skip
-        self.paths["json"].write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
-        with self.paths["csv"].open("w", newline="") as file:
+        with _replaced(self.paths["json"]) as file:
+            file.write(json.dumps(_finite(results), indent=1, allow_nan=False) + "\n")
+        with _replaced(self.paths["csv"]) as file:
             table = csv.writer(file, lineterminator="\n")
             table.writerow(COLUMNS)
             table.writerows([record.get(c, "") for c in COLUMNS] for row in self.ordered for record in records(row))
+
+
+@contextlib.contextmanager
+def _replaced(path: Path) -> Iterator[TextIO]:
+    """A file to write, which takes the place of `path` once it is whole."""
+    beside = path.with_name(f".{path.name}")
+    with beside.open("w", newline="") as file:
+        yield file
+    beside.replace(path)
+
+
+def _finite(x: Any) -> Any:
+    """JSON has no NaN, nor Inf: their names stand for them."""
+    if isinstance(x, dict):
+        return {key: _finite(value) for key, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [_finite(value) for value in x]
+    return repr(x) if isinstance(x, float) and not math.isfinite(x) else x
 
 
 def title(machine: Row) -> str:
@@ -161,6 +182,9 @@ def details(row: Row, gemm: float | None) -> Iterator[str]:
         line += f"  {more['extra_mb']} MB" if "extra_mb" in more else ""
         line += f"  graph {more['replay_ms']} ms" if "replay_ms" in more else ""
         yield line
+    for name, report in r.get("built", {}).items():
+        kernels = "; ".join(f"{k['registers']} registers, {k['spills']} bytes spilled" for k in report["kernels"].values())
+        yield f"  {name}: {'; '.join([kernels, *report['warnings']])}"
     if r.get("ratios"):
         yield "  " + "; ".join(f"{n} {c['median']:.3f}" for n, c in r["ratios"].items())
     for name, why in r.get("failures", {}).items():

@@ -1,11 +1,14 @@
 """Runs the plan in processes of its own: one that crashes or hangs costs its own row, and no other.
 
-A kernel that reads out of bounds leaves its process without a device: the rest of the plan goes on in a new one. The
-checks, which time nothing, run in several processes at once, so that their kernels are compiled side by side.
+A kernel that reads out of bounds leaves its process without a device: the rest of the plan goes on in a new one. Where
+the cuda backend took part, it goes on without that, and a row that was being timed is made once more: what hangs or
+crashes beside others does not cost theirs. The checks, which time nothing, run in several processes at once, so that
+their kernels are compiled side by side.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -14,6 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,6 +27,8 @@ from .gpu_plan import Task
 
 LOST = 3  # exit code of a process whose device does not answer
 GRACE = 20.0  # seconds beyond the deadline for the task that is under way
+DYING = 20.0  # seconds that a process which was killed may take; one that hangs in its driver is left behind
+NO_CUDA = "--no-cuda"  # of the command
 Report = Callable[[int, Row], None]  # index of the task, its row
 
 
@@ -50,9 +56,11 @@ def work(setup: Setup, plan: Sequence[Task], indices: Sequence[int], deadline: f
                 traceback.print_exc()
                 first = str(error).strip().splitlines()
                 row = {"failures": {task.title: f"{type(error).__name__}: {first[0] if first else ''}"}}
-            say(index=index, row={**row, "took": round(time.time() - start, 2)})
             if not _alive(setup.device):
+                why: Any = row.get("failures", {})
+                say(index=index, lost="; ".join(why.values()) or "the device no longer answers")
                 return LOST
+            say(index=index, row={**row, "took": round(time.time() - start, 2)})
     return 0
 
 
@@ -71,7 +79,8 @@ class Worker:
     """A process that works through some tasks, and is started again behind the one that it dies of."""
 
     def __init__(self, command: Sequence[str], plan: Sequence[Task], indices: Sequence[int], folder: Path) -> None:
-        self.command, self.plan, self.left, self.folder = command, plan, list(indices), folder
+        self.command, self.plan, self.left, self.folder = list(command), plan, list(indices), folder
+        self.again: dict[int, str] = {}  # tasks to be made once more, and why
         self.starts = 0
         self._start()
 
@@ -79,6 +88,7 @@ class Worker:
         self.starts += 1
         self.current: int | None = None
         self.since, self.progressed = time.time(), False
+        self.lost: str | None = None
         self.file = self.folder / f"{self.left[0]}-{self.starts}.jsonl"
         self.file.touch()
         self.read, self.part = self.file.open(), ""
@@ -96,7 +106,7 @@ class Worker:
             self.close()
             return False
         if self.current is not None:
-            self._fail(self.current, f"the process ended with exit code {ended}", report)
+            self._lose(self.current, self.lost or f"the process ended with exit code {ended}", report)
         elif not self.progressed or ended == 0:
             for index in list(self.left):
                 self._fail(index, f"the process did not begin it and ended with exit code {ended}", report)
@@ -113,8 +123,9 @@ class Worker:
                 self._done(index, {"skipped": "the time was over"}, report)
         elif self.current is not None and now - self.since > self.plan[self.current].limit:
             self._kill()
-            self._fail(self.current, f"no result after {self.plan[self.current].limit:.0f} s", report)
-            self.progressed = True
+            self._drain(report, lambda _: None)
+            if self.current is not None:
+                self._lose(self.current, f"no result after {self.plan[self.current].limit:.0f} s", report)
 
     def _drain(self, report: Report, machine: Callable[[Row], None]) -> None:
         *lines, self.part = (self.part + self.read.read()).split("\n")  # the last one may still be being written
@@ -123,20 +134,37 @@ class Worker:
                 machine(event["machine"])
             elif "begun" in event:
                 self.current, self.since = event["index"], time.time()
+            elif "lost" in event:
+                self.lost = event["lost"]
             else:
                 self._done(event["index"], event["row"], report)
 
     def _done(self, index: int, row: Row, report: Report) -> None:
         self.left.remove(index)
         self.current, self.since, self.progressed = None, time.time(), True
+        if (why := self.again.pop(index, None)) is not None:
+            failures: Any = row.get("failures", {})
+            row = {**row, "failures": {**failures, "cuda": why}}
         report(index, row)
+
+    def _lose(self, index: int, why: str, report: Report) -> None:
+        """A task that its process did not survive."""
+        task, suspect = self.plan[index], NO_CUDA not in self.command
+        if task.cuda and suspect:
+            self.command.append(NO_CUDA)
+        if task.cuda and suspect and not task.apart:
+            self.again[index] = why
+            self.current, self.progressed = None, True
+        else:
+            self._fail(index, why, report)
 
     def _fail(self, index: int, why: str, report: Report) -> None:
         self._done(index, {"failures": {self.plan[index].title: why}}, report)
 
     def _kill(self) -> None:
         self.process.kill()
-        self.process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(DYING)
 
     def close(self) -> None:
         if self.process.poll() is None:
@@ -156,13 +184,16 @@ def supervise(
     with tempfile.TemporaryDirectory(prefix="flashbrush-gpu-") as folder:
         for phase in ([first], shares, [rest]):
             workers = [Worker(command, plan, indices, Path(folder)) for indices in phase if indices]
+            running = workers
             try:
-                while workers:
-                    workers = [w for w in workers if w.poll(deadline, report, machine)]
+                while running:
+                    running = [w for w in running if w.poll(deadline, report, machine)]
                     time.sleep(0.05)
             finally:
-                for worker in workers:
+                for worker in running:
                     worker.close()
+            if any(NO_CUDA in worker.command for worker in workers):
+                command = [*command, NO_CUDA]
 
 
 def python_command(script: Path, arguments: Sequence[str], deadline: float) -> list[str]:

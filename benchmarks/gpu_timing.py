@@ -13,8 +13,12 @@ from typing import Any
 
 import torch
 
+from . import timing
+
 Calls = Sequence[Callable[[], object]]  # one contestant's call for each set of inputs
 ROUNDS = (7, 60)
+SHORT = 2e-3  # seconds; of calls that take less on average, the host's part would show
+SPIN = 1_000_000  # clock cycles, about half a millisecond: more than the host needs for a call
 
 
 def interleaved(
@@ -30,6 +34,7 @@ def interleaved(
         for call in calls:
             call()
     once = sum(clock.once(calls[0]) for calls in contestants.values())
+    clock.spins = once < SHORT * len(contestants)
     rounds = max(ROUNDS[0], min(ROUNDS[1], int(seconds / max(once, 1e-6))))
     order, shuffle = list(contestants), random.Random(seed).shuffle
     for i in range(rounds):
@@ -40,11 +45,15 @@ def interleaved(
 
 
 class Clock:
-    """Device events around a call that follows a flush; the host runs ahead, so that launches hide behind the flush."""
+    """Device events around a call that follows a flush; the host runs ahead, so that launches hide behind the flush.
+
+    spins: behind a spin too, which takes longer than the host's part of a call.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.cuda = device.type == "cuda"
+        self.spins = False
         self._samples: dict[str, list] = {}
         if self.cuda:
             self.flush = torch.empty(max(2 * l2_bytes(device), 256 << 20), dtype=torch.int8, device=device)
@@ -73,18 +82,29 @@ class Clock:
             return time.perf_counter() - start
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self.flush.zero_()
+        if self.spins:
+            torch.cuda._sleep(SPIN)
         start.record()
         call()
         end.record()
         return start, end
 
 
-def replayed(calls: Calls, device: torch.device, length: int = 16, rounds: int = 15) -> list[float]:
-    """Seconds per call within replays of a CUDA graph of `length` calls, whose inputs rotate.
+def replays(contestants: Mapping[str, Calls], device: torch.device) -> dict[str, dict]:
+    """Median and quartiles of a call within a CUDA graph, or why it cannot be captured; empty without CUDA."""
+    found: dict[str, dict] = {}
+    for name, calls in contestants.items() if device.type == "cuda" else ():
+        try:
+            # A capture that fails leaves its own stream as the current one.
+            with torch.cuda.stream(torch.cuda.current_stream(device)):
+                found[name] = timing.spread(_replayed(calls, device)).as_dict()
+        except Exception as error:
+            found[name] = {"missing": str(error).splitlines()[0] if str(error) else type(error).__name__}
+    return found
 
-    Raises:
-        RuntimeError: a call cannot be captured.
-    """
+
+def _replayed(calls: Calls, device: torch.device, length: int = 16, rounds: int = 15) -> list[float]:
+    """Seconds per call within replays of a CUDA graph of `length` calls, whose inputs rotate."""
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import runpy
-import tempfile
+import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,54 +13,72 @@ from typing import Any
 from torch import Tensor
 
 from ..bindings.backends import cuda
-from . import gpu_peers
+from . import gpu_forward, gpu_peers
 from .forward import Row
-from .gpu_forward import Entry, measure
-from .gpu_machine import Setup
+from .gpu_forward import Entry
+from .gpu_machine import NO_CUDA, Setup
 from .gpu_shapes import GPU_SHAPES
 from .peers import Call, Case, Missing, Peer
 
 ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "build" / "variants"
+NOT_BUILT = "not built: --build was not given, or failed"
 # By head dim: what csrc/cuda/attention.cu takes in place of its own numbers.
 VARIANTS: dict[int, dict[str, dict[str, int]]] = {
     128: {
-        "as built": {},
         "three groups, 80 keys": {"GROUPS_128": 3, "KEYS_128": 80},
         "three groups, 64 keys": {"GROUPS_128": 3, "KEYS_128": 64},
         "160 keys": {"KEYS_128": 160},
         "176 keys": {"KEYS_128": 176},
         "4 of 16 by polynomial": {"POLYNOMIAL_128": 4},
+        "no overlap": {"OVERLAP": 0},
     },
     64: {
-        "as built": {},
         "two groups": {"GROUPS_64": 2},
         "two groups, 176 keys": {"GROUPS_64": 2, "KEYS_64": 176},
         "4 of 16 by polynomial": {"POLYNOMIAL_64": 4},
         "6 of 16 by polynomial": {"POLYNOMIAL_64": 6},
         "two groups, 4 of 16": {"GROUPS_64": 2, "POLYNOMIAL_64": 4},
+        "no overlap": {"OVERLAP": 0},
     },
 }
 
 
-def measure_variants(setup: Setup, shape: str) -> Row:
-    """Plain and with In-Context Brush, at one shape, beside cuDNN. A variant that does not compile is missing."""
+def names(shape: str) -> list[str]:
+    return list(VARIANTS[GPU_SHAPES[shape].dim])
+
+
+def compile_all(setup: Setup) -> Row:
+    """All libraries, side by side; one that does not compile is missing."""
     if not setup.build:
-        return {"missing": {"variants": "not built: --build was not given"}}
-    variants = VARIANTS[GPU_SHAPES[shape].dim]
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            built = build(variants, Path(folder))
-        except Missing as reason:
-            return {"missing": {"variants": str(reason)}}
-        missing = {name: path for name, path in built.items() if isinstance(path, str)}
-        entries: list[Entry] = [("cudnn", gpu_peers.VENDORS["cudnn"], "plain")]
-        for name, path in built.items():
-            if isinstance(path, Path):
-                entries += [(f"{form}, {name}", _peer(setup, path, form, name), form) for form in ("plain", "brush")]
-        row = measure(setup, GPU_SHAPES[shape], entries)
-    found = row["missing"]
-    assert isinstance(found, dict)
-    return {**row, "missing": {**found, **missing}}
+        return {"missing": {"variants": NOT_BUILT}}
+    try:
+        builder = load_builder()
+    except Missing as reason:
+        return {"missing": {"variants": str(reason)}}
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    FOLDER.mkdir(parents=True)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        jobs = {
+            (dim, name): pool.submit(_compile, builder, dim, numbers, _library(dim, name))
+            for dim, variants in VARIANTS.items()
+            for name, numbers in variants.items()
+        }
+    found = {f"{dim}, {name}": job.result() for (dim, name), job in jobs.items()}
+    row: Row = {"missing": {name: report["error"] for name, report in found.items() if report["error"]}}
+    return {**row, "built": {name: report for name, report in found.items() if not report["error"]}}
+
+
+def measure(setup: Setup, shape: str, name: str) -> Row:
+    """One variant, plain and with In-Context Brush, beside the kernel as it is built and cuDNN."""
+    library = _library(GPU_SHAPES[shape].dim, name)
+    if not setup.build or not setup.cuda or not library.exists():
+        return {"missing": {name: NOT_BUILT if not setup.build else NO_CUDA if not setup.cuda else "it was not compiled"}}
+    entries: list[Entry] = [("cudnn", gpu_peers.VENDORS["cudnn"], "plain")]
+    for form in ("plain", "brush"):
+        ours = gpu_peers.mine(setup, f"cuda_{form}")
+        entries += [(f"cuda_{form}", ours, form), (f"{form}, {name}", _peer(ours, library, form, name), form)]
+    return gpu_forward.measure(setup, GPU_SHAPES[shape], entries)
 
 
 def load_builder() -> dict[str, Any]:
@@ -75,28 +93,25 @@ def load_builder() -> dict[str, Any]:
         raise Missing(f"setup.py does not load, a newer setuptools may be needed: {error}") from error
 
 
-def build(variants: Mapping[str, Mapping[str, int]], folder: Path) -> dict[str, Path | str]:
-    """The library of each variant, or why there is none."""
-    builder = load_builder()
-
-    def compile_one(index: int, numbers: Mapping[str, int]) -> Path | str:
-        library = folder / f"variant{index}.so"
-        sources = [str(path) for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]
-        defined = [f"-DFLASHBRUSH_{name}={value}" for name, value in numbers.items()]
-        try:
-            builder["call"]([builder["find_cuda_compiler"](), *builder["CUDA_FLAGS"], *defined, *sources, "-o", str(library)])
-        except (builder["BuildError"], OSError) as error:
-            return " ".join(str(error).split())
-        return library
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        jobs = {name: pool.submit(compile_one, i, numbers) for i, (name, numbers) in enumerate(variants.items())}
-        return {name: job.result() for name, job in jobs.items()}
+def _library(dim: int, name: str) -> Path:
+    return FOLDER / f"{dim}-{list(VARIANTS[dim]).index(name)}.so"
 
 
-def _peer(setup: Setup, library: Path, form: str, name: str) -> Peer:
-    ours = gpu_peers.mine(setup, f"cuda_{form}")
+def _compile(builder: Mapping[str, Any], dim: int, numbers: Mapping[str, int], library: Path) -> dict[str, Any]:
+    """What the compiler says of it: setup.py's report."""
+    report: dict[str, Any] = {"error": None, "kernels": {}, "warnings": []}
+    sources = [str(path) for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]
+    defined = [f"-DFLASHBRUSH_{name}={value}" for name, value in {"TRIAL_DIM": dim, **numbers}.items()]
+    try:
+        compiler = builder["find_cuda_compiler"]()
+        output = builder["call"]([compiler, *builder["CUDA_FLAGS"], *defined, *sources, "-o", str(library)])
+        builder["read_resources"](output, report)
+    except (builder["BuildError"], OSError) as error:
+        report["error"] = " ".join(str(error).split())
+    return report
 
+
+def _peer(ours: Peer, library: Path, form: str, name: str) -> Peer:
     def prepare(case: Case) -> tuple[Call, bool]:
         with cuda.trial(library):
             call, heads_first = ours.prepare(case)

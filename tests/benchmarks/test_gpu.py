@@ -28,7 +28,9 @@ from flashbrush.benchmarks import (
     gpu_plan,
     gpu_report,
     gpu_runner,
+    gpu_shapes,
     gpu_timing,
+    gpu_variants,
     machine,
     peers,
 )
@@ -190,7 +192,9 @@ def test_a_crash_and_a_hang_cost_their_own_rows(tmp_path: Path, monkeypatch: pyt
     assert sorted(found) == list(range(len(plan)))
     rows = {plan[i].title: row for i, row in found.items()}
     died, hung = rows.pop("flux-768-diptych"), rows.pop("flux-1024")
-    assert died == {"failures": {"flux-768-diptych": "the process ended with exit code 9"}}
+    # The first to die is made once more without the cuda backend, which was not at fault.
+    why = "the process ended with exit code 9"
+    assert died == {"failures": {"flux-768-diptych": why, "cuda": why}}
     assert hung == {"failures": {"flux-1024": "no result after 2 s"}}
     for row in rows.values():
         assert row["missing"]["fatal"] == "RuntimeError: no luck" and not row["failures"]
@@ -199,6 +203,79 @@ def test_a_crash_and_a_hang_cost_their_own_rows(tmp_path: Path, monkeypatch: pyt
 
 class ShortTask(gpu_plan.Task):
     limit = 2.0  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("how", ["lost", "exit", "hang"])
+def test_what_does_not_survive_the_cuda_backend_goes_on_without(how: str) -> None:
+    """A check of it has failed then; a row that was being timed is made once more, and the next ones without it too."""
+    script = """
+import json, sys, time
+how, *rest = sys.argv[1:]
+with open(rest[rest.index("--worker") + 1], "a") as file:
+    for index in map(int, rest[rest.index("--tasks") + 1].split(",")):
+        print(json.dumps({"index": index, "begun": True}), file=file, flush=True)
+        if "--no-cuda" not in rest:
+            if how == "hang":
+                time.sleep(60)
+            if how == "lost":
+                print(json.dumps({"index": index, "lost": "an illegal address"}), file=file, flush=True)
+            sys.exit(3)
+        print(json.dumps({"index": index, "row": {"seconds": {}, "failures": {"x": "y"}}}), file=file, flush=True)
+"""
+    tasks = [ShortTask("checks", "check", lambda _: {}, 1, apart=True, cuda=True)]
+    tasks += [ShortTask("forward", str(i), lambda _: {}, 1, cuda=True) for i in range(2)]
+    why = {"lost": "an illegal address", "exit": "the process ended with exit code 3", "hang": "no result after 2 s"}[how]
+    command = [sys.executable, "-c", script, how]
+    for plan, expected in (
+        (tasks, [{"check": why}, {"x": "y"}, {"x": "y"}]),
+        (tasks[1:], [{"x": "y", "cuda": why}, {"x": "y"}]),
+    ):
+        found: dict[int, dict] = {}
+        gpu_runner.supervise(command, plan, time.time() + 60, 2, found.__setitem__, lambda machine: None)
+        assert [found[i]["failures"] for i in sorted(found)] == expected
+
+
+def test_a_lost_device_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_runner, "_alive", lambda _: False)
+    plan = [gpu_plan.Task("forward", "one", lambda _: {"failures": {"brush": "wrong"}}, 1)]
+    assert gpu_runner.work(SETUP, plan, [0], time.time() + 60, tmp_path / "lines") == gpu_runner.LOST
+    assert json.loads((tmp_path / "lines").read_text().splitlines()[-1]) == {"index": 0, "lost": "wrong"}
+
+
+def test_files_of_numbers_that_json_has_not(tmp_path: Path) -> None:
+    plan = [gpu_plan.Task("ceilings", "one", lambda _: {}, 1)]
+    results = gpu_report.Results(plan, {"dry_run": True}, tmp_path)
+    results.add(0, {"errors": {"plain": {"max_error": float("nan"), "all": (float("inf"), 1.0)}}})
+    (row,) = json.loads((tmp_path / "gpu-dry-run.json").read_text())["rows"]
+    assert row["errors"] == {"plain": {"max_error": "nan", "all": ["inf", 1.0]}}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["gpu-dry-run.csv", "gpu-dry-run.json"]
+
+
+def test_without_the_cuda_backend() -> None:
+    setup = replace(SETUP, cuda=False)
+    row = gpu_forward.measure(setup, GPU_SHAPES["flux-1024"], gpu_forward.main_entries(setup))
+    assert {name: row["missing"][name] for name in gpu_shapes.CUDA if name in row["missing"]} == dict.fromkeys(
+        ("cuda_plain", "cuda_shift", "cuda_brush"), gpu_machine.NO_CUDA
+    )
+    checks = [task.run(setup) for task in gpu_plan.tasks() if task.cuda and task.apart]
+    assert checks and all(check == {"missing": {"cuda": gpu_machine.NO_CUDA}} for check in checks)
+
+
+def test_variants_are_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of each head dim, of the plain kernel alone, where nvcc is."""
+    builder = gpu_variants.load_builder()
+    try:
+        builder["find_cuda_compiler"]()
+    except builder["BuildError"] as error:
+        pytest.skip(str(error))
+    monkeypatch.setattr(gpu_variants, "FOLDER", tmp_path / "variants")
+    chosen = {dim: dict(list(variants.items())[-1:]) for dim, variants in gpu_variants.VARIANTS.items()}
+    chosen[64]["none"] = {"KEYS_64": 7}
+    monkeypatch.setattr(gpu_variants, "VARIANTS", chosen)
+    row = gpu_variants.compile_all(replace(SETUP, build=True))
+    assert set(row["missing"]) == {"64, none"} and set(row["built"]) == {"128, no overlap", "64, no overlap"}
+    assert all(len(report["kernels"]) == 1 and report["warnings"] == [] for report in row["built"].values())
+    assert sorted(p.name for p in (tmp_path / "variants").iterdir()) == ["128-0.so", "64-0.so"]
 
 
 def test_a_process_that_does_not_start(tmp_path: Path) -> None:
