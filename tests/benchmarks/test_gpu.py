@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -253,7 +254,7 @@ def test_files_of_numbers_that_json_has_not(tmp_path: Path) -> None:
 
 def test_without_the_cuda_backend() -> None:
     setup = replace(SETUP, cuda=False)
-    row = gpu_forward.measure(setup, GPU_SHAPES["flux-1024"], gpu_forward.main_entries(setup))
+    row: Any = gpu_forward.measure(setup, GPU_SHAPES["flux-1024"], gpu_forward.main_entries(setup))
     assert {name: row["missing"][name] for name in gpu_shapes.CUDA if name in row["missing"]} == dict.fromkeys(
         ("cuda_plain", "cuda_shift", "cuda_brush"), gpu_machine.NO_CUDA
     )
