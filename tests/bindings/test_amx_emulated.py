@@ -33,7 +33,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         build = load_setup()
         patch.setattr(build, "ISAS", {"amx": build.ISAS["amx"]})
         report: dict = {"isas": [], "isa_flags": {}, "left_out": {}}
-        flags = [*build.FLAGS, "-include", str(EMULATION), "-DFLASHBRUSH_AMX_EMULATED"]
+        flags = [*build.FLAGS, "-O1", "-include", str(EMULATION), "-DFLASHBRUSH_AMX_EMULATED"]
         build.compile_and_link(folder, flags, report)
         if report["left_out"]:
             pytest.skip(f"the compiler knows no AMX: {report['left_out']['amx']}")

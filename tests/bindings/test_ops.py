@@ -14,7 +14,7 @@ from torch.autograd import gradcheck
 import flashbrush as fb
 from flashbrush.bindings import ops
 from flashbrush.bindings.attention import _arguments, _lower
-from support.problems import Call, calls, luck
+from support.problems import Call, calls, draws, luck
 from support.specs import arguments, draw
 
 # --- what torch demands ---------------------------------------------------------------------------------------------
@@ -299,13 +299,13 @@ def check_gradients(call: Call) -> None:
         assert error.max() <= 2 * allowed.max() + slack, name
 
 
-@settings(max_examples=120)
+@settings(max_examples=draws(120))
 @given(calls(contrast=False, dtypes=(torch.float32,), longest=50, mask=True))
 def test_gradients_of_drawn_calls(call: Call) -> None:
     check_gradients(call)
 
 
-@settings(max_examples=80)
+@settings(max_examples=draws(80))
 @given(calls(contrast=False, dtypes=(torch.bfloat16, torch.float16), longest=50))
 def test_gradients_of_drawn_calls_in_16_bits(call: Call) -> None:
     check_gradients(call)

@@ -10,7 +10,7 @@ import flashbrush as fb
 from flashbrush.bindings.backends import triton as backend
 from flashbrush.bindings.backends import triton_launch
 from flashbrush.kernels import attention_blocks, attention_tiles
-from support.problems import Call, calls, check
+from support.problems import Call, calls, check, draws
 
 pytestmark = pytest.mark.skipif(bool(backend.available()), reason="; ".join(backend.available()))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -26,7 +26,7 @@ def run(call: Call) -> None:
 
 
 # The interpreter takes a second or two for a call.
-@settings(max_examples=400 if DEVICE == "cuda" else 20)
+@settings(max_examples=400 if DEVICE == "cuda" else draws(45))
 @given(calls(longest=70, dims=(3, 16, 40, 64, 80, 128)))
 def test_drawn_calls(call: Call) -> None:
     run(call)

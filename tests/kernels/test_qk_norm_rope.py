@@ -17,6 +17,7 @@ import flashbrush as fb
 from flashbrush.bindings.backends import cpu_norm_rope, triton, triton_norm_rope
 from flashbrush.kernels import qk_norm_rope as kernels
 from support.compiled import compile_elsewhere
+from support.problems import draws
 
 pytestmark = pytest.mark.skipif(bool(triton.available()), reason="; ".join(triton.available()))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -185,7 +186,7 @@ def run(case: Case) -> None:
 
 
 # The interpreter takes some tenths of a second for a case.
-@settings(max_examples=1000 if DEVICE == "cuda" else 40)
+@settings(max_examples=1000 if DEVICE == "cuda" else draws(100))
 @given(cases())
 def test_drawn_cases(case: Case) -> None:
     run(case)

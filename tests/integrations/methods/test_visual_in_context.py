@@ -282,22 +282,21 @@ def test_keys_are_read_in_place_and_no_map_is_made(monkeypatch: pytest.MonkeyPat
 def test_peak_memory() -> None:
     """Three pairs at 4,096 tokens, whose map of one head is 192 MiB: the model needs no more than without a method."""
 
-    def peak(form: str) -> int:
-        command = [sys.executable, "-m", "integrations.methods.peak_memory", form]
-        # glibc is told to return at once what is freed.
-        limits = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
-        # Not from the root, whose `integrations` is the package's.
-        path = os.pathsep.join(p for p in sys.path if p and not Path(p, "integrations", "__init__.py").exists())
-        env = os.environ | limits | {"PYTHONPATH": path}
-        done = subprocess.run(command, cwd=Path(__file__).parents[2], env=env, text=True, capture_output=True)
-        assert done.returncode == 0, done.stderr
-        return int(done.stdout)
-
+    forms = ("plain", "clipped", "unclipped", "eager")
+    # glibc is told to return at once what is freed.
+    limits = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+    # Not from the root, whose `integrations` is the package's.
+    path = os.pathsep.join(p for p in sys.path if p and not Path(p, "integrations", "__init__.py").exists())
+    done = subprocess.run(
+        [sys.executable, "-m", "integrations.methods.peak_memory", *forms], cwd=Path(__file__).parents[2], text=True,
+        env=os.environ | limits | {"PYTHONPATH": path}, capture_output=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    plain, clipped, unclipped, eager = map(int, done.stdout.split())
     the_map = 4 * 4096 * 3 * 4096
-    plain = peak("plain")
-    assert peak("clipped") - plain <= 0.02 * the_map
-    assert peak("unclipped") - plain <= 0.02 * the_map
-    assert peak("eager") - plain > the_map  # the measure sees one
+    assert clipped - plain <= 0.02 * the_map
+    assert unclipped - plain <= 0.02 * the_map
+    assert eager - plain > the_map  # the measure sees one
 
 
 def test_plans_are_kept() -> None:
