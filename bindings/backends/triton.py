@@ -25,6 +25,7 @@ name = "triton"
 OLDEST = (3, 6)  # with tuples of pointers as kernel arguments
 MOST_TENSORS = 32
 MOST_MASS_SEGMENTS = 128
+MOST_STRIDE = 2**31 // 256  # elements from a token to the next: the rows of a tile are addressed in 32 bits
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -54,6 +55,9 @@ def why_not(problem: Problem) -> list[str]:
         reasons.append(f"{len(p.k)} key tensors are more than {MOST_TENSORS}")
     if p.need_mass and len(p.key_lengths) > MOST_MASS_SEGMENTS:
         reasons.append(f"the mass of {len(p.key_lengths)} key segments, more than {MOST_MASS_SEGMENTS}")
+    tensors = (p.q, *p.k, *p.v) if p.out is None else (p.q, *p.k, *p.v, p.out)
+    if (widest := max(t.stride(1) if t.shape[1] > 1 else 0 for t in tensors)) >= MOST_STRIDE:
+        reasons.append(f"tokens that lie {widest} elements apart, {MOST_STRIDE} or more")
     return reasons
 
 

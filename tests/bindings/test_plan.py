@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 import flashbrush as fb
 from flashbrush.bindings import plan
 from flashbrush.bindings.attention import _lower
-from flashbrush.bindings.backends import cpu
+from flashbrush.bindings.backends import cpu, triton
 
 needs_cpu = pytest.mark.skipif(bool(cpu.available()), reason="; ".join(cpu.available()))
 
@@ -48,6 +49,16 @@ def test_choice(call: dict, expected: str, reason: str | None) -> None:
     assert backend.name == expected
     words = " ".join(" ".join(reasons) for reasons in refused.values())
     assert (reason is None and not refused) or (reason is not None and reason in words)
+
+
+@pytest.mark.parametrize(("stride", "refused"), [(triton.MOST_STRIDE, True), (triton.MOST_STRIDE - 1, False)])
+def test_triton_addresses_the_rows_of_a_tile_in_32_bits(stride: int, refused: bool) -> None:
+    far = torch.empty_strided((1, 6, 2, 8), (8, stride, 8, 1), device="meta")
+    for name in ("q", "k", "v", "out"):
+        reasons = triton.why_not(replace(problem(), **{name: (far,) if name in "kv" else far}))
+        assert any("lie" in reason for reason in reasons) == refused
+    one = torch.empty_strided((1, 1, 2, 8), (8, stride, 8, 1), device="meta")
+    assert not any("lie" in reason for reason in triton.why_not(replace(problem(), k=(one,), v=(one,))))
 
 
 def test_every_named_backend_runs_or_fails_with_reasons() -> None:
