@@ -57,7 +57,8 @@ def attention(
     """Attention over segments of tokens, with everything a Control says; without one, plain softmax(QK^T)V.
 
     Args:
-        q: (batch, rows, heads, dim); float32, bfloat16, float16 (float64: reference and composed); dim up to 256.
+        q: (batch, rows, heads, dim); float32, bfloat16, float16 (float64: reference and composed); dim up to 256. Under
+            torch.autocast, q, k and v but float64 ones are cast to its dtype, as for torch's own attention.
         k, v: (batch, keys, kv_heads, dim), or lists with one such tensor per key segment, read in place; heads is a
             multiple of kv_heads, batch 1 broadcasts, a tensor may appear twice.
         control: tables over row and key segments; None: plain.
@@ -216,6 +217,10 @@ def _check_tensor(name: str, t: Tensor, like: Tensor | None) -> Tensor:
         raise ValueError(f"{name}: expected shape (batch, tokens, heads, dim), got {tuple(t.shape)}")
     if t.dtype not in DTYPES:
         raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {t.dtype}")
+    device = t.device.type
+    # "meta" among others has none, and is not asked.
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and t.dtype != torch.float64:
+        t = t.to(torch.get_autocast_dtype(device))
     if like is None:
         if not 1 <= t.shape[3] <= MAX_DIM:
             raise ValueError(f"{name}: expected a head dim of 1 to {MAX_DIM}, got {t.shape[3]}")

@@ -46,6 +46,7 @@ def attention_sum(branches: Sequence[Branch], out: Tensor | None = None) -> Tens
     if not isinstance(branches, (list, tuple)) or not branches:
         raise TypeError("branches: expected a non-empty list of Branch")
     shape: tuple[int, ...] = ()
+    first: Tensor | None = None  # q as autocast casts it
     for i, b in enumerate(branches):
         if not isinstance(b, Branch):
             raise TypeError(f"branches[{i}]: expected a Branch, got {type(b).__name__}")
@@ -53,17 +54,17 @@ def attention_sum(branches: Sequence[Branch], out: Tensor | None = None) -> Tens
             problem = _lower(b.q, b.k, b.v, b.control, b.scale, b.source, None, None)
         except (TypeError, ValueError) as error:
             raise type(error)(f"branches[{i}]: {error}") from None
-        mine = (problem.batch, *b.q.shape[1:])
-        shape = shape or mine
-        if mine != shape or b.q.dtype != branches[0].q.dtype or b.q.device != branches[0].q.device:
+        mine, q = (problem.batch, *b.q.shape[1:]), problem.q
+        shape, first = shape or mine, q if first is None else first
+        if mine != shape or q.dtype != first.dtype or q.device != first.device:
             raise ValueError(
-                f"branches[{i}]: expected an output {branches[0].q.dtype} {shape} on {branches[0].q.device} as of "
-                f"branches[0], got {b.q.dtype} {mine} on {b.q.device}"
+                f"branches[{i}]: expected an output {first.dtype} {shape} on {first.device} as of branches[0], "
+                f"got {q.dtype} {mine} on {q.device}"
             )
-        _check_gate(f"branches[{i}].gate", b.gate, shape[:2], b.q.device)
-    q = branches[0].q
+        _check_gate(f"branches[{i}].gate", b.gate, shape[:2], q.device)
+    assert first is not None
     if out is not None:
-        _check_out(out, q, shape)
+        _check_out(out, first, shape)
         tensors = [t for b in branches for x in (b.q, b.k, b.v) for t in ((x,) if isinstance(x, Tensor) else x)]
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             raise ValueError("out: not with tensors that require grad")
@@ -75,7 +76,7 @@ def attention_sum(branches: Sequence[Branch], out: Tensor | None = None) -> Tens
         part = part * gate
         total = part if total is None else total + part
     assert total is not None
-    return total.to(q.dtype) if out is None else out.copy_(total)
+    return total.to(first.dtype) if out is None else out.copy_(total)
 
 
 def _check_gate(argument: str, gate: float | Tensor, shape: tuple[int, ...], device: torch.device) -> None:

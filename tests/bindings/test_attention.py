@@ -367,3 +367,25 @@ def test_statistics_are_of_the_attention_before_weight_gate_and_gain() -> None:
     same(stats.lse, plain.lse)
     same(stats.mass, plain.mass)
     assert stats.gain.tolist() == [[[1.0, 2.0], [1.0, 2.0]]]
+
+
+@pytest.mark.parametrize("compiled", (False, True))
+def test_autocast_casts_as_torch_s_own_attention(compiled: bool) -> None:
+    q, v = (torch.randn(2, 6, 2, 8, requires_grad=True) for _ in range(2))
+    k = torch.randn(2, 6, 2, 8).bfloat16()
+    call = torch.compile(fb.attention, backend="aot_eager", fullgraph=True) if compiled else fb.attention
+    with pytest.raises(TypeError, match="k: expected q's dtype"):
+        fb.attention(q, k, v)
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            stock = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)))
+            out = call(q, k, v)
+            total = fb.attention_sum([fb.Branch(q, k, v)])
+        assert out.dtype == total.dtype == stock.dtype == dtype
+        expected = fb.attention(q.to(dtype), k.to(dtype), v.to(dtype))
+        assert torch.equal(out, expected) and torch.equal(total, expected)
+        got, wanted = (torch.autograd.grad(x.float().sum(), (q, v)) for x in (out, expected))
+        assert all(a.dtype == torch.float32 and torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fb.attention(*(t.detach().double() for t in (q, k, v))).dtype == torch.float64
+        assert fb.attention(*(t.detach().to("meta") for t in (q, q, v))).shape == q.shape
