@@ -54,7 +54,8 @@ def eval_insert(
 ) -> None:
     """How well subjects are inserted: identity, agreement with the prompt, PSNR, FID; as tables, CSV and a figure.
 
-    Made items are done three times: with their own subject as the reference, with none, and with another one's.
+    Made items are done with their own subject as the reference, with none, with another one's, and with a prompt that
+    contradicts it.
     """
     from .evaluation.insertion import Setting, evaluate
     from .evaluation.items import held_out, read_items

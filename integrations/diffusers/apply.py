@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...bindings import Stats, backends
-from .host import Geometry, Host, Place, find_host
+from .host import Geometry, Host, Place, find_host, hint
 from .layer import Layer, Step
 from .plan import Method, Plan
 
@@ -41,7 +41,8 @@ def apply(
         with apply(pipe.transformer, InContextBrush(alpha_subject=0.5)) as handle:
             pipe(...)
 
-    or ``handle = apply(...)`` and later ``handle.remove()``. Works under torch.compile in any order, with offloading,
+    or ``handle = apply(...)`` and later ``handle.remove()``. Works under torch.compile (a whole model that is compiled
+    after apply(), or whose wrapper is called though apply() got the model itself, needs handle.prepare()), with offloading,
     LoRA, fused projections and quantised linears; a deep copy of the model carries a copy of the control
     (``Handle.of(copy)``). A call without a plan is plain attention through flashbrush, or through the backend set by
     ``model.set_attention_backend`` or ``attention_backend``, or, with a dense attention_mask, as diffusers does it.
@@ -75,13 +76,10 @@ def apply(
         RuntimeError: the model is under control already.
     """
     if not isinstance(model, nn.Module):
-        hint = "; pass its transformer" if hasattr(model, "transformer") else ""
-        raise TypeError(f"model: expected a diffusers model, got {type(model).__name__}{hint}")
+        raise TypeError(f"model: expected a diffusers model, got {type(model).__name__}{hint(model)}")
     inner = getattr(model, "_orig_mod", model)
     host = find_host(inner)
-    if isinstance(method, type) or not (method is None or isinstance(method, Method)):
-        got = f"the class {method.__name__}" if isinstance(method, type) else type(method).__name__
-        raise TypeError(f"method: expected an object with plan(layer, step) or None, got {got}")
+    _check_method(method)
     places = host.places(inner)
     for place in places:
         # What somebody has put back after remove(), as unfuse_qkv_projections() does.
@@ -148,15 +146,25 @@ class Handle:
 
     @property
     def method(self) -> Method | None:
-        """What is asked for plans. It may be replaced, or its knobs changed, at any time; the next call sees it."""
+        """What is asked for plans. It may be replaced, or its knobs changed, at any time; the next call sees it. One that
+        is none, or refuses the model, raises as in apply(), and the one before stays.
+        """
         return self._method
 
     @method.setter
     def method(self, method: Method | None) -> None:
+        _check_method(method)
+        before = self._method
         self._detach()
         self._method = method
-        if self._hooks:
+        if not self._hooks:
+            return
+        try:
             self._attach()
+        except Exception:
+            self._method = before
+            self._attach()
+            raise
 
     @property
     def stats(self) -> list[Record]:
@@ -177,9 +185,13 @@ class Handle:
     def set_step(self, index: int, count: int | None = None, sigma: float | None = None) -> None:
         """Say which step the coming forward calls belong to; counting stops until reset().
 
+            handle.set_step(0, steps)  # before the pipeline, for a method that needs the count in its first step
             def callback(pipe, index, timestep, tensors):  # callback_on_step_end: step `index` is over
                 handle.set_step(index + 1, pipe.num_timesteps)
                 return tensors
+
+        The method is asked for the step's plans at once, in the shapes of the latest call, for a compiled model whose
+        hooks do not run; and again before the call where they do.
 
         Args:
             index: from 0; count itself where the run is over. count: steps of the run. sigma: noise level at which the
@@ -197,7 +209,7 @@ class Handle:
             return
         try:
             self._plan_all(self._geometry)
-        except ValueError:
+        except Exception:
             # The next call may have other shapes than the last. It asks again, or is refused where its hook cannot run.
             for processor in self._processors:
                 processor.planned = False
@@ -251,12 +263,7 @@ class Handle:
             return
         self._collect()
         # A method that attaches hooks may do all its work there.
-        if self.method is not None and self._passes and not self._has_planned and not self._attached:
-            warnings.warn(
-                f"flashbrush: {type(self.method).__name__} controlled nothing in {self._passes} forward passes of "
-                f"{type(self._model).__name__}: its knobs, or apply()'s layers and steps, select no layer and step of them",
-                stacklevel=3,  # the caller of remove(), or the end of the with
-            )
+        idle = self.method is not None and self._passes and not self._has_planned and not self._attached
         self._detach()
         for hook in self._hooks:
             hook.remove()
@@ -267,8 +274,16 @@ class Handle:
             mine.retire(original)
             if isinstance(place.attn.processor, self._host.processor_class):
                 place.attn.set_processor(original)
+        if idle:  # last: where warnings are errors, the model is as it was all the same
+            warnings.warn(
+                f"flashbrush: {type(self.method).__name__} controlled nothing in {self._passes} forward passes of "
+                f"{type(self._model).__name__}: its knobs, or apply()'s layers and steps, select no layer and step of them",
+                stacklevel=3,  # the caller of remove(), or the end of the with
+            )
 
     def __enter__(self) -> Handle:
+        if not self._hooks:
+            raise RuntimeError("Handle: it was removed, and controls nothing; apply() makes a new one")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -408,18 +423,26 @@ def _active_backend_is_set() -> bool:
     return registry is not None and registry.get_active_backend()[0] is not dispatch.AttentionBackendName.NATIVE
 
 
+def _check_method(method: object) -> None:
+    if isinstance(method, type) or not (method is None or isinstance(method, Method)):
+        got = f"the class {method.__name__}" if isinstance(method, type) else type(method).__name__
+        raise TypeError(f"method: expected an object with plan(layer, step) or None, got {got}")
+
+
 def _check_processors(model: nn.Module, places: list[Place], host: Host) -> None:
     for i, place in enumerate(places):
         processor = place.attn.processor
         if isinstance(processor, host.processor_class):
             raise RuntimeError(
-                "model: it is under flashbrush's control already; handle.remove() comes first (Handle.of(model) is the handle)"
+                "model: it is under flashbrush's control already; handle.remove() comes first, or handle.method = another, or "
+                "compose() of both (Handle.of(model) is the handle)"
             )
         # A subclass may do anything; only the stock classes themselves are known to be replaceable.
         if type(processor) not in host.stock:
             raise TypeError(
                 f"model: layer {i} ({place.kind}) has a {type(processor).__name__}, which apply() would replace; expected "
-                f"{' or '.join(cls.__name__ for cls in host.stock)} (unload IP-Adapters and other processors first)"
+                f"{' or '.join(cls.__name__ for cls in host.stock)} (first "
+                "unload IP-Adapters, and disable attention slicing, xFormers and other processors)"
             )
         if getattr(processor, "_parallel_config", None) is not None:
             raise NotImplementedError(_CONTEXT_PARALLEL)

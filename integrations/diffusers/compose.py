@@ -76,8 +76,16 @@ class Composition:
         return joined
 
     def attach(self, model: nn.Module) -> list[Any]:
-        attached = [getattr(method, "attach", None) for method in self.methods]
-        return [hook for attach in attached if attach is not None for hook in attach(model)]
+        hooks: list[Any] = []
+        try:
+            for method in self.methods:
+                if (attach := getattr(method, "attach", None)) is not None:
+                    hooks += attach(model)
+        except Exception:  # one refuses the model: the others leave it as it was
+            for hook in hooks:
+                hook.remove()
+            raise
+        return hooks
 
     def __repr__(self) -> str:
         return f"compose({', '.join(map(repr, self.methods))})"

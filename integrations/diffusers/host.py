@@ -76,5 +76,9 @@ def find_host(model: nn.Module) -> Host:
             host = getattr(import_module(module, __package__), name)()
             if isinstance(model, host.model_class):
                 return host
-    hint = "; pass its transformer" if hasattr(model, "transformer") else ""
-    raise TypeError(f"model: expected one of {', '.join(HOSTS)}, got {type(model).__name__}{hint}")
+    raise TypeError(f"model: expected one of {', '.join(HOSTS)}, got {type(model).__name__}{hint(model)}")
+
+
+def hint(model: object) -> str:
+    """Words for a pipeline that came in place of its model."""
+    return next((f"; pass its {name}" for name in ("transformer", "unet") if hasattr(model, name)), "")

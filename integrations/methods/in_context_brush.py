@@ -64,6 +64,7 @@ class InContextBrush:
         if name == "hole" and value is not None:
             if not isinstance(value, Tensor) or value.dtype != torch.bool or value.dim() not in (1, 2):
                 raise ValueError("hole: expected a bool tensor (image tokens,) or (batch, image tokens), or None")
+            value = value.clone()
         elif isinstance(value, (list, tuple, Tensor)):
             value = tuple(torch.as_tensor(value).reshape(-1).tolist())
         object.__setattr__(self, name, value)

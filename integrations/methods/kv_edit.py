@@ -53,12 +53,13 @@ class KVEdit:
     keep_device: torch.device | str | None = None
     keep_dtype: torch.dtype | None = None
     # {(time, layer): (k, v, the model's dtype)}, k and v (batch, image tokens, heads, head_dim), the background first
-    kept: dict[tuple[float, int], tuple[Tensor, Tensor, torch.dtype]] = field(default_factory=dict, repr=False)
+    kept: dict[tuple[float, int], tuple[Tensor, Tensor, torch.dtype]] = field(default_factory=dict, init=False, repr=False)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "mask":
             if not isinstance(value, Tensor) or value.dtype != torch.bool or value.dim() != 1 or not value.any():
                 raise ValueError("mask: expected a bool tensor (image tokens,) with at least one token that is edited")
+            value = value.clone()
             self._sort(value)
         if name == "times":
             value = tuple(value) if isinstance(value, (Sequence, Tensor)) else ()

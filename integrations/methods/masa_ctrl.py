@@ -68,6 +68,7 @@ class MasaCtrl:
             value = tuple(value) if isinstance(value, (tuple, list)) else ()
             if len(value) != 2 or not all(isinstance(m, Tensor) and m.dtype == torch.bool and m.dim() == 2 for m in value):
                 raise ValueError("masks: expected two bool tensors (rows, columns), WordMaps or None")
+            value = tuple(mask.clone() for mask in value)
         if name == "threshold":
             value = borrowed.check_share(name, value)
         if name == "union" and not isinstance(value, bool):

@@ -43,7 +43,7 @@ class OminiControl:
     independent_condition: bool = False
     cached: bool = False
     # {layer: (k, v)}, (batch, condition tokens, heads, head_dim)
-    kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False, compare=False)
+    kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "condition_tokens":

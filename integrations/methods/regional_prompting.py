@@ -68,6 +68,8 @@ class RegionalPrompting:
             raise ValueError("masks: expected a tensor (regions, rows, columns) within 0 and 1")
         if name == "masks" and len(value) != len(self.__dict__.get("spans", value)):
             raise ValueError(f"masks: expected {len(self.spans)} regions, as there are spans, got {len(value)}")
+        if name == "masks":
+            value = value.clone()
         if name == "spans":
             value = _spans(value, len(self.masks))
         if name == "form" and value not in ("bias", "groups"):

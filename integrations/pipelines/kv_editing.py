@@ -30,7 +30,7 @@ class KVEditOutput:
         latents: (1, image tokens, channels), packed; outside of the masked tokens they are the photo's.
         tokens: the image tokens that were edited.
         size: (width, height) in pixels at which the model saw the photo.
-        method: with the keys and values that the inversion left, for other edits of the same photo.
+        method: with the keys and values that the inversion left.
     """
 
     image: Image.Image

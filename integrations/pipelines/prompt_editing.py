@@ -24,6 +24,7 @@ from ..methods import (
     TokenAlignment,
     WordMaps,
 )
+from ..methods.borrowed import Window
 from ..methods.ddcm import ddcm_step
 from ..methods.token_alignment import word_tokens
 from . import ddim_inversion
@@ -100,8 +101,8 @@ class PromptEditingPipeline(StableDiffusionParts):
         Args:
             image: a file, a PIL image, or a uint8 array.
             prompt: what the edit shows. source_prompt: what the photo shows; MasaCtrl's code leaves it empty.
-            method: a name of METHODS, with the released code's knobs; or the method itself, whose items, alignment and
-                blend the pipeline sets where they are not set.
+            method: a name of METHODS, with the released code's knobs, its windows of steps scaled to `steps`; or the method
+                itself, whose items, alignment and blend the pipeline sets where they are not set.
             words, source_words: what the edit is about, in `prompt` and `source_prompt`: the edit stays where they are
                 looked at (LocalBlend, MutualBlend), or MasaCtrl's masks are made of them. Both or neither.
             negative_prompt: what guidance leads away from.
@@ -129,7 +130,8 @@ class PromptEditingPipeline(StableDiffusionParts):
         base, reported = noise_seed(seed, generator)
         photo = im.flatten(im.open_image(image))
         size = self.size(photo.size, width=width, height=height)
-        ready = self._method(kind, method, prompt, source_prompt, words, source_words, size)
+        chosen = _released(kind, steps) if isinstance(method, str) else replace(method)  # what is given stays as it is
+        ready = self._method(kind, chosen, prompt, source_prompt, words, source_words, size)
 
         clean = self._encode(im.resize_photo(photo, size))
         texts = [self._embed(text) for text in (negative_prompt, source_prompt, prompt)]
@@ -142,7 +144,7 @@ class PromptEditingPipeline(StableDiffusionParts):
         return PromptEditingOutput(made, again, latents, size, ready, reported)
 
     def _method(
-        self, kind: str, method: str | PromptMethod, prompt: str, source: str, words: Sequence[str],
+        self, kind: str, ready: PromptMethod, prompt: str, source: str, words: Sequence[str],
         source_words: Sequence[str], size: tuple[int, int],
     ) -> PromptMethod:  # fmt: skip
         tokenizer = self.pipe.tokenizer
@@ -158,8 +160,6 @@ class PromptEditingPipeline(StableDiffusionParts):
         def edited(edit: PromptEdit) -> PromptEdit:
             return edit if edit.alignment is not None else replace(edit, alignment=align(source, prompt, tokenizer, length))
 
-        # What is given stays as it is.
-        ready = _released(kind) if isinstance(method, str) else replace(method)
         if isinstance(ready, PromptToPrompt):
             ready.edits = [edited(one) for one in ready.edits]
         if isinstance(ready, InfEdit):
@@ -257,10 +257,19 @@ class PromptEditingPipeline(StableDiffusionParts):
             yield predict
 
 
-def _released(kind: str) -> PromptMethod:
-    """With the released code's knobs."""
+def _released(kind: str, steps: int) -> PromptMethod:
+    """With the released code's knobs: its windows of steps are the same shares of a run of another length."""
     made: dict[str, Callable[[], PromptMethod]] = {
         "masactrl": MasaCtrl, "plug-and-play": PlugAndPlay,
         "prompt-to-prompt": lambda: PromptToPrompt([PromptEdit()]), "infedit": lambda: InfEdit(PromptEdit()),
     }  # fmt: skip
-    return made[kind]()
+    method, share = made[kind](), steps / METHODS[kind][1]
+
+    def scaled(window: Window) -> Window:
+        return tuple(None if end is None else round(share * end) for end in window)  # type: ignore[return-value]
+
+    if isinstance(method, (MasaCtrl, PlugAndPlay)):
+        method.steps = scaled(method.steps)
+    if isinstance(method, PlugAndPlay):
+        method.feature_steps = scaled(method.feature_steps)
+    return method

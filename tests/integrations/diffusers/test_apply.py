@@ -14,7 +14,7 @@ from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, Fl
 from torch import nn
 
 import flashbrush as fb
-from flashbrush.integrations import AttentionMaps, InContextBrush, SmoothedEnergy
+from flashbrush.integrations import AttentionMaps, InContextBrush, PlugAndPlay, SmoothedEnergy
 from flashbrush.integrations.diffusers import Handle, Layer, Plan, Step, apply, compose
 
 from ..methods.eager_hosts import run as run_unet
@@ -404,3 +404,65 @@ def test_a_derived_gain_over_tensor_parallel_ranks_raises() -> None:
     model._parallel_config = SimpleNamespace(context_parallel_config=None, tensor_parallel_config=object())
     with apply(model, InContextBrush()), pytest.raises(NotImplementedError, match="derived head gain"):
         forward(model, tiny_call(model))
+
+
+def test_a_removed_handle_is_not_entered_again() -> None:
+    handle = apply(tiny_flux(), InContextBrush())
+    handle.remove()
+    with pytest.raises(RuntimeError, match="removed"), handle:
+        pass
+
+
+def test_what_is_restored_is_restored_though_warnings_are_errors() -> None:
+    model = tiny_flux()
+    before = [layer.attn.processor for layer in model.transformer_blocks]
+    handle = apply(model, InContextBrush(), steps=[7])
+    forward(model, tiny_call(model))
+    with warnings.catch_warnings(), pytest.raises(UserWarning, match="controlled nothing"):
+        warnings.simplefilter("error")
+        handle.remove()
+    assert Handle.of(model) is None and [layer.attn.processor for layer in model.transformer_blocks] == before
+
+
+def test_another_method_that_is_refused_leaves_the_one_before() -> None:
+    model = tiny_unet()
+    first = PlugAndPlay(layers=(0, None), feature=(1, 0))
+    with apply(model, first) as handle:
+        expected = run_unet(model, unet_call(model, batch=4))
+        for wrong, error in ((PlugAndPlay(feature=(9, 9)), ValueError), (InContextBrush, TypeError), (3, TypeError)):
+            with pytest.raises(error):
+                handle.method = wrong
+            handle.reset()
+            assert handle.method is first and torch.equal(run_unet(model, unet_call(model, batch=4)), expected)
+
+
+def test_one_of_several_methods_that_is_refused_takes_the_others_hooks_along() -> None:
+    model = tiny_unet()
+    hooks = lambda: sum(len(module._forward_hooks) for module in model.modules())  # noqa: E731
+    before = hooks()
+    with pytest.raises(ValueError, match="feature"):
+        apply(model, compose(PlugAndPlay(layers=(0, None), feature=(1, 0)), PlugAndPlay(feature=(9, 9))))
+    assert hooks() == before
+
+
+def test_a_pipeline_in_place_of_its_model_is_told() -> None:
+    with pytest.raises(TypeError, match="pass its unet"):
+        apply(SimpleNamespace(unet=tiny_unet()))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="pass its transformer"):
+        apply(SimpleNamespace(transformer=tiny_flux()))  # type: ignore[arg-type]
+
+
+def test_a_knob_is_not_the_caller_s_tensor() -> None:
+    """A change to the tensor in place reaches nobody, in place of some: a knob is assigned anew."""
+    model = tiny_flux()
+    hole = torch.zeros(ROWS * COLUMNS, dtype=torch.bool)
+    hole[-3:] = True
+    method = InContextBrush(hole=hole)
+    with apply(model, method) as handle:
+        first = forward(model, tiny_call(model))
+        hole[-5:] = True
+        assert method.hole is not None and int(method.hole.sum()) == 3
+        assert torch.equal(forward(model, tiny_call(model)), first)
+        method.hole = hole
+        handle.reset()
+        assert not torch.equal(forward(model, tiny_call(model)), first)

@@ -230,6 +230,14 @@ def test_another_mask_of_one_inversion() -> None:
             assert torch.equal(mine, theirs)
 
 
+def test_another_method_has_nothing_kept() -> None:
+    """What is kept lies in its own mask's order."""
+    model = tiny_flux()
+    ours(model, method := KVEdit(MASK, TIMES))
+    other = dataclasses.replace(method, mask=MASK.roll(5), phase="edit")
+    assert method.kept and not other.kept
+
+
 def test_several_edits_of_one_photo_in_a_batch() -> None:
     model = tiny_flux()
     call, method = tiny_call(model), KVEdit(MASK, TIMES)

@@ -22,7 +22,7 @@ from flashbrush.integrations import (
     WordMaps,
 )
 from flashbrush.integrations.pipelines import PromptEditingPipeline
-from flashbrush.integrations.pipelines.prompt_editing import METHODS
+from flashbrush.integrations.pipelines.prompt_editing import METHODS, _released
 
 from ..command import flashbrush
 
@@ -166,3 +166,12 @@ def test_a_prompt_that_is_cut_is_told_in_one_line(
     )  # fmt: skip
     told = [line for line in err.splitlines() if "the text encoder sees" in line]
     assert code == 0 and len(told) == 1 and told[0].startswith("flashbrush: of 1") and ".py" not in told[0], err
+
+
+@pytest.mark.parametrize("steps", (50, 20, 10))
+def test_released_windows_are_shares_of_the_run(steps: int) -> None:
+    masactrl, pnp = (_released(kind, steps) for kind in ("masactrl", "plug-and-play"))
+    assert isinstance(masactrl, MasaCtrl) and isinstance(pnp, PlugAndPlay)
+    assert masactrl.steps == {50: (4, None), 20: (2, None), 10: (1, None)}[steps]
+    assert pnp.steps == {50: (0, 26), 20: (0, 10), 10: (0, 5)}[steps]
+    assert pnp.feature_steps == {50: (0, 41), 20: (0, 16), 10: (0, 8)}[steps]
