@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...bindings import Stats, backends
-from .host import Geometry, Host, Place, find_host, hint
+from .host import Geometry, Host, Place, find_host
 from .layer import Layer, Step
 from .plan import Method, Plan
 
@@ -75,8 +75,6 @@ def apply(
             two text encodings, image prompts). A derived head gain across tensor-parallel ranks raises when planned.
         RuntimeError: the model is under control already.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a diffusers model, got {type(model).__name__}{hint(model)}")
     inner = getattr(model, "_orig_mod", model)
     host = find_host(inner)
     _check_method(method)
@@ -146,9 +144,7 @@ class Handle:
 
     @property
     def method(self) -> Method | None:
-        """What is asked for plans. It may be replaced, or its knobs changed, at any time; the next call sees it. One that
-        is none, or refuses the model, raises as in apply(), and the one before stays.
-        """
+        """What is asked for plans. It may be replaced at any time, or its knobs; one that is refused leaves the one before."""
         return self._method
 
     @method.setter

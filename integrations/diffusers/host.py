@@ -76,9 +76,5 @@ def find_host(model: nn.Module) -> Host:
             host = getattr(import_module(module, __package__), name)()
             if isinstance(model, host.model_class):
                 return host
-    raise TypeError(f"model: expected one of {', '.join(HOSTS)}, got {type(model).__name__}{hint(model)}")
-
-
-def hint(model: object) -> str:
-    """Words for a pipeline that came in place of its model."""
-    return next((f"; pass its {name}" for name in ("transformer", "unet") if hasattr(model, name)), "")
+    hint = next((f"; pass its {name}" for name in ("transformer", "unet") if hasattr(model, name)), "")  # a pipeline
+    raise TypeError(f"model: expected one of {', '.join(HOSTS)}, got {type(model).__name__}{hint}")
