@@ -105,9 +105,7 @@ def _setup(options: argparse.Namespace) -> Setup:
     from .gpu_machine import Setup
 
     device = torch.device("cpu" if options.dry_run else options.device)
-    built = options.build
     if options.build and options.worker is None and (failed := _build()):
-        built = False
         print(f"gpu.py: {failed}; the rest goes on", file=sys.stderr)
     known = backends()
     if not options.dry_run and (device.type != "cuda" or not torch.cuda.is_available()):
@@ -121,7 +119,7 @@ def _setup(options: argparse.Namespace) -> Setup:
     if device.type == "cuda":
         torch.cuda.set_device(device if device.index is not None else 0)
         device = torch.device("cuda", torch.cuda.current_device())
-    return Setup(device, backend, options.dry_run, _more(options.peers), built, not options.no_cuda)
+    return Setup(device, backend, options.dry_run, _more(options.peers), options.build, not options.no_cuda)
 
 
 def _build() -> str | None:

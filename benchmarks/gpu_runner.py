@@ -119,6 +119,7 @@ class Worker:
         now = time.time()
         if now > deadline + GRACE:
             self._kill()
+            self._drain(report, lambda _: None)
             for index in list(self.left):
                 self._done(index, {"skipped": "the time was over"}, report)
         elif self.current is not None and now - self.since > self.plan[self.current].limit:

@@ -60,8 +60,6 @@ int start(const FbGpuAttention& call, Stream stream) {
 // Warp groups by head dim; three have no registers for the two accumulators of several softmax groups at head dim 128.
 constexpr int warp_groups(int dim, bool grouped) { return dim <= 64 ? FLASHBRUSH_GROUPS_64 : grouped ? 2 : FLASHBRUSH_GROUPS_128; }
 
-// Two accumulators leave room for tiles of 64 keys. The segments of a diptych are multiples of 128 tokens, and a mass wants
-// the shared memory that a wider tile would take.
 template <typename T, int DIM, int KEYS, bool GROUPED, int POLYNOMIAL>
 int run(const FbGpuAttention& call, Stream stream) {
   if constexpr (FLASHBRUSH_TRIAL_DIM && (FLASHBRUSH_TRIAL_DIM != DIM || GROUPED || !std::is_same_v<T, bfloat16>))
@@ -70,6 +68,8 @@ int run(const FbGpuAttention& call, Stream stream) {
     return start<Kernel<T, DIM, KEYS, warp_groups(DIM, GROUPED), GROUPED, POLYNOMIAL>>(call, stream);
 }
 
+// Two accumulators leave room for tiles of 64 keys. The segments of a diptych are multiples of 128 tokens, and a mass wants
+// the shared memory that a wider tile would take.
 template <typename T>
 int choose(const FbGpuAttention& call, Stream stream) {
   if (call.D % 8 || call.D > 128) return kNotTaken;

@@ -88,7 +88,7 @@ class AppearanceTransferPipeline(SwapGuidancePipeline):
                 those of layers as fine and half as fine as the latents. The pipeline sets its items. Steps are counted
                 from the first that is run, as in the released code.
             steps: levels of noise of the whole run. skip: steps left out at the noisy end. The method's windows and
-                adain_from do not follow them: of the 68 that are run as a rule they take 57 and 48, of 14 none.
+                adain_from do not follow them: of the 68 that are run as a rule they take 57 and 48, of 10 none.
             gamma: of the swap guidance, which linear_fall makes scales of; or a callable (step, steps) -> scale, steps
                 counted as the method's. A step of scale 0 is plain.
             adain_from: the first step after which the output takes the appearance's statistics, counted as the method's;
