@@ -14,8 +14,16 @@ from .output import check_pictures, write_pictures
 if TYPE_CHECKING:
     from .pipelines import PromptEditingOutput
 
-# Those on FLUX, and what they use beside prompts, steps, guidance and size.
+# What the methods use beside prompts, steps, guidance and size.
 ON_FLUX = {"kv-edit": {"mask"}, "personalize-anything": {"mask", "move"}}
+ON_STABLE_DIFFUSION = {
+    "masactrl": {"word", "source_word", "negative_prompt", "inversion_iterations", "reconstruction"},
+    "plug-and-play": {"negative_prompt", "inversion_iterations", "reconstruction"},
+    "prompt-to-prompt": {"word", "source_word", "negative_prompt", "inversion_iterations", "reconstruction"},
+    "infedit": {"word", "source_word", "negative_prompt", "reconstruction"},
+}
+USES = ON_STABLE_DIFFUSION | ON_FLUX
+TOKEN = 16  # pixels a side, of FLUX
 Words = Annotated[list[str] | None, typer.Option(help="What the edit is about, in --prompt: it stays there. Repeat it.")]
 
 
@@ -57,33 +65,31 @@ def edit(
 ) -> None:
     """Change a photo by a changed prompt, without training: four methods on Stable Diffusion, two on FLUX."""
     from .pipelines import images as im
-    from .pipelines.prompt_editing import METHODS
 
     check_pictures({"output": output, "reconstruction": reconstruction}, read={"image": image, "mask": mask})
     # Before a model is loaded, which takes minutes.
-    if method not in (*METHODS, *ON_FLUX):
-        raise ValueError(f"method: expected one of {', '.join((*METHODS, *ON_FLUX))}, got {method!r}")
+    if method not in USES:
+        raise ValueError(f"method: expected one of {', '.join(USES)}, got {method!r}")
     given = {
         "mask": mask, "move": move, "word": word, "source_word": source_word, "negative_prompt": negative_prompt or None,
         "inversion_iterations": inversion_iterations, "reconstruction": reconstruction,
     }  # fmt: skip
-    used = ON_FLUX.get(method, set(given) - {"mask", "move"})
-    if wrong := [name for name, value in given.items() if value and name not in used]:
+    if wrong := [name for name, value in given.items() if value and name not in USES[method]]:
         raise ValueError(f"{wrong[0]}: {method} has no use for it")
-    if "mask" in used and mask is None:
+    if "mask" in USES[method] and mask is None:
         raise ValueError(f"mask: {method} needs one")
     if bool(word) != bool(source_word):
         raise ValueError("word: expected it together with --source-word, or neither")
+    if move is not None and any(n % TOKEN for n in move):
+        raise ValueError(f"move: expected (pixels down, pixels to the right), multiples of {TOKEN}, got {move}")
     photo = im.open_image(image)
     if method in ON_FLUX:
-        im.panel_size((16, 16), width=width, height=height, multiple=8)
+        im.panel_size((TOKEN, TOKEN), width=width, height=height, multiple=TOKEN)
         assert mask is not None
         hole = im.open_mask(mask, photo.size)
         options = {"steps": steps, "guidance_scale": guidance, "width": width, "height": height}
         chosen = {name: value for name, value in options.items() if value is not None}
         if method == "kv-edit":
-            if steps is not None:
-                chosen["skip"] = steps // 7  # as 4 of the default's 28
             pipe = load("KVEditPipeline", model, dtype, device, offload, backend)
             edited = pipe(photo, hole, prompt, source_prompt=source_prompt, **chosen)
             print(f"{len(edited.tokens)} of {edited.latents.shape[1]} image tokens were computed in a step of the edit")

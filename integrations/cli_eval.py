@@ -53,7 +53,7 @@ def vicl(
     features: Annotated[str, typer.Option(help="Colourisation: latents, the model's own, or inception, for FID.")] = "latents",
     lpips: Annotated[str | None, typer.Option(help="Colourisation: alex, vgg or squeeze; needs torchvision.")] = None,
     steps: Levels = 70,
-    skip: Skip = 10,
+    skip: Skip = None,
     gamma: Gamma = 3.5,
     temperature: Temperature = 0.4,
     contrast: Contrast = 1.67,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 Model = Annotated[str, typer.Option(help="Stable Diffusion 1.x or 2.x: a Hugging Face name or a diffusers folder.")]
 Task = Annotated[str, typer.Option(help="segmentation, detection, semantic, keypoints, edges or colourisation.")]
 Levels = Annotated[int, typer.Option(min=1, help="Levels of noise of the whole run.")]
-Skip = Annotated[int, typer.Option(min=0, help="Steps left out at the noisy end.")]
+Skip = Annotated[int | None, typer.Option(min=0, help="Steps left out at the noisy end. Default: a seventh.")]
 Gamma = Annotated[float, typer.Option(help="Of the swap guidance; it falls to 0 over the run. 0: plain sampling.")]
 Temperature = Annotated[float, typer.Option(help="Of the swapped attention.")]
 Contrast = Annotated[float, typer.Option(help="Of the swapped attention's map about its mean; 1: none.")]
@@ -36,7 +36,7 @@ def vicl(
     output: Out,
     painted: Annotated[Path | None, typer.Option(help="Also write the picture as the model painted it.")] = None,
     steps: Levels = 70,
-    skip: Skip = 10,
+    skip: Skip = None,
     gamma: Gamma = 3.5,
     temperature: Temperature = 0.4,
     contrast: Contrast = 1.67,
@@ -84,7 +84,7 @@ def vicl(
 
 
 def options(
-    steps: int, skip: int, gamma: float, temperature: float, contrast: float, clip: bool, adain: bool, seed: int,
+    steps: int, skip: int | None, gamma: float, temperature: float, contrast: float, clip: bool, adain: bool, seed: int,
     width: int | None, height: int | None, use_cache: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """Arguments of VisualICLPipeline's call; ValueError names a wrong knob before a model is loaded."""
@@ -93,7 +93,8 @@ def options(
     from .pipelines.ddpm_inversion import check_skip
     from .pipelines.images import panel_size
 
-    check_skip(skip, steps)
+    if skip is not None:
+        check_skip(skip, steps)
     check_number("gamma", gamma)
     panel_size((8, 8), width=width, height=height, multiple=8)
     method = VisualInContext(temperature, contrast, (0.0, 1.0) if clip else None)

@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...bindings import Stats, backends
+from ...bindings import Stats
+from .attachment import Attachment
 from .host import Geometry, Host, Place, find_host
 from .layer import Layer, Step
 from .plan import Method, Plan
+from .selection import check_backend, select_fields, select_layers, select_steps
 
 
 class Record(NamedTuple):
@@ -73,7 +75,7 @@ def apply(
         ValueError: layers, steps, stats or backend that do not exist or are not usable here.
         NotImplementedError: context parallelism; a UNet with blocks or inputs whose layers are not known here (GLIGEN,
             two text encodings, image prompts). A derived head gain across tensor-parallel ranks raises when planned.
-        RuntimeError: the model is under control already.
+        RuntimeError: the model is under control already; a method with an attach() controls another model.
     """
     inner = getattr(model, "_orig_mod", model)
     host = find_host(inner)
@@ -88,10 +90,10 @@ def apply(
         model,
         host,
         method,
-        layers=_select_layers(layers, places),
-        steps=_select_steps(steps),
-        fields=_select_fields(stats),
-        backend=_check_backend(backend),
+        layers=select_layers(layers, places),
+        steps=select_steps(steps),
+        fields=select_fields(stats),
+        backend=check_backend(backend),
     )
     handle._install()
     return handle
@@ -127,7 +129,7 @@ class Handle:
         for place, original, mine in zip(self._places, self._originals, self._processors, strict=True):
             mine.replace(place.attn, original)
         self._hooks: list[Any] = []
-        self._attached: list[Any] = []  # what the method's own attach() has put in place
+        self._attached: Attachment | None = None
         self._calls: tuple[Any, Any] | None = None  # (ours around model.compile()'s, model.compile()'s)
         self._records: list[Record] = []
         self._geometry: Geometry | None = None
@@ -156,10 +158,9 @@ class Handle:
         if not self._hooks:
             return
         try:
-            self._attach()
+            self._attached = Attachment(method, self._model)
         except Exception:
-            self._method = before
-            self._attach()
+            self._method, self._attached = before, Attachment(before, self._model)
             raise
 
     @property
@@ -259,7 +260,8 @@ class Handle:
             return
         self._collect()
         # A method that attaches hooks may do all its work there.
-        idle = self.method is not None and self._passes and not self._has_planned and not self._attached
+        hooks = self._attached is not None and self._attached.hooks
+        idle = self.method is not None and self._passes and not self._has_planned and not hooks
         self._detach()
         for hook in self._hooks:
             hook.remove()
@@ -290,7 +292,7 @@ class Handle:
         return f"Handle({type(self._model).__name__}, method={self.method!r}, {state})"
 
     def _install(self) -> None:
-        self._attach()  # first: a method that refuses the model leaves it as it was
+        self._attached = Attachment(self._method, self._model)  # first: a method that refuses the model leaves it as it was
         for i, (place, mine) in enumerate(zip(self._places, self._processors, strict=True)):
             mine.planned = self.method is None
             mine.defer = self.method is None and i not in self._layers
@@ -317,14 +319,10 @@ class Handle:
                 stacklevel=3,
             )
 
-    def _attach(self) -> None:
-        attach = getattr(self._method, "attach", None)
-        self._attached = [] if attach is None else list(attach(self._model))
-
     def _detach(self) -> None:
-        for hook in self._attached:
-            hook.remove()
-        self._attached = []
+        if self._attached is not None:
+            self._attached.remove()
+        self._attached = None
 
     def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
@@ -444,56 +442,3 @@ def _check_processors(model: nn.Module, places: list[Place], host: Host) -> None
             raise NotImplementedError(_CONTEXT_PARALLEL)
     if getattr(getattr(model, "_parallel_config", None), "context_parallel_config", None) is not None:
         raise NotImplementedError(_CONTEXT_PARALLEL)
-
-
-def _select_layers(layers: str | int | Iterable[str | int] | None, places: list[Place]) -> frozenset[int]:
-    if layers is None:
-        return frozenset(range(len(places)))
-    if isinstance(layers, (str, int)):
-        layers = [layers]
-    kinds = list(dict.fromkeys(name for place in places for name in (place.kind, place.place) if name is not None))
-    chosen: set[int] = set()
-    for entry in layers:
-        if isinstance(entry, str):
-            if entry not in kinds:
-                raise ValueError(f"layers: expected one of {', '.join(kinds)} or an index, got {entry!r}")
-            chosen |= {i for i, place in enumerate(places) if entry in (place.kind, place.place)}
-        elif isinstance(entry, bool) or not isinstance(entry, int):
-            raise ValueError(f"layers: expected a kind or an index, got {entry!r}")
-        elif not 0 <= entry < len(places):
-            raise ValueError(f"layers: expected indices in 0..{len(places) - 1}, got {entry}")
-        else:
-            chosen.add(entry)
-    if not chosen:
-        raise ValueError("layers: expected at least one, got none")
-    return frozenset(chosen)
-
-
-def _select_steps(steps: int | Iterable[int] | None) -> Container[int] | None:
-    if steps is None:
-        return None
-    entries = [steps] if isinstance(steps, int) else list(steps)
-    for entry in entries:
-        if isinstance(entry, bool) or not isinstance(entry, int) or entry < 0:
-            raise ValueError(f"steps: expected step indices of 0 or more, got {entry!r}")
-    if not entries:
-        raise ValueError("steps: expected at least one, got none")
-    return frozenset(entries)
-
-
-def _select_fields(stats: bool | Sequence[str]) -> frozenset[str]:
-    if isinstance(stats, bool):
-        return frozenset(("mass", "gain") if stats else ())
-    fields = [stats] if isinstance(stats, str) else list(stats)
-    if unknown := [f for f in fields if f not in Stats._fields]:
-        raise ValueError(f"stats: expected True, False or some of {', '.join(Stats._fields)}, got {unknown[0]!r}")
-    return frozenset(fields)
-
-
-def _check_backend(backend: str) -> str:
-    usable = backends()
-    if backend != "auto" and backend not in usable:
-        raise ValueError(f"backend: expected 'auto' or one of {', '.join(usable)}, got {backend!r}")
-    if reasons := usable.get(backend):
-        raise ValueError(f"backend: {backend!r} is not usable here: {'; '.join(reasons)}")
-    return backend

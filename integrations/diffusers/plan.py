@@ -210,7 +210,8 @@ class Method(Protocol):
     Equal tables should come back as the same Control, which keeps them on the device. None: plain attention.
 
     A method that also changes something outside of the attention has a second function, `attach(model)`: apply() calls
-    it with the model, and removes the hooks that it returns, objects with remove(), together with the control.
+    it with the model, and removes the hooks that it returns, objects with remove(), together with the control. Such a
+    method controls one model at a time.
     """
 
     def plan(self, layer: Layer, step: Step) -> Plan | None: ...

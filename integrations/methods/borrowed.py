@@ -72,6 +72,12 @@ def within(window: Window, step: int) -> bool:
     return first <= step and (end is None or step < end)
 
 
+def scaled(window: Window, share: float) -> Window:
+    """The window of a run of `share` times as many steps."""
+    first, end = window
+    return round(share * first), None if end is None else round(share * end)
+
+
 def checked(name: str, value: Any, roles: type) -> Any:
     """The canonical form of the knob `name`, as it is where the name is not known here.
 

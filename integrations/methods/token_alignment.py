@@ -21,6 +21,7 @@ class TokenAlignment:
     Args:
         mapper: (source tokens, target tokens) float32; column j says which of the source's columns the j-th is made of.
         alphas: (target tokens,) float32: 1 where the token has a counterpart, 0 where it is new.
+        prompts: (source, target) for which it was made, where that is known.
 
     Raises:
         ValueError: other shapes or types.
@@ -28,6 +29,7 @@ class TokenAlignment:
 
     mapper: Tensor
     alphas: Tensor
+    prompts: tuple[str, str] | None = None
 
     def __post_init__(self) -> None:
         length = len(self.alphas)
@@ -61,7 +63,7 @@ class TokenAlignment:
             else:
                 for j in yours:
                     mapper[mine, j] = 1 / len(yours)
-        return TokenAlignment(_pad(mapper, sum(map(len, theirs))), torch.ones(length))
+        return TokenAlignment(_pad(mapper, sum(map(len, theirs))), torch.ones(length), (source, target))
 
     @staticmethod
     def refine(source: str, target: str, tokenizer: Any, length: int = 77) -> TokenAlignment:
@@ -77,7 +79,7 @@ class TokenAlignment:
         for i, j in align(ours, theirs):
             mapper[i, j] = alphas[j] = 1
         alphas[len(theirs) :] = 1
-        return TokenAlignment(_pad(mapper, len(theirs)), alphas)
+        return TokenAlignment(_pad(mapper, len(theirs)), alphas, (source, target))
 
 
 def word_tokens(prompt: str, words: str | Sequence[str], tokenizer: Any, length: int = 77) -> list[int]:

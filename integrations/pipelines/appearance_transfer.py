@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from ..methods import CrossImageAttention, TransferRoles
+from ..methods.borrowed import scaled
 from . import images as im
 from .checks import noise_seed
+from .ddpm_inversion import steps_left_out
 from .images import ImageLike
 from .swap_guidance import InversionOptions, Scale, SwapGuidancePipeline, guidance_scales
 
+STEPS = 100  # levels of noise in the released code
 APPEARANCE, STRUCTURE, OUTPUT = 0, 1, 3  # items of a UNet call; 2 is the output without the swap
 
 
@@ -65,10 +69,10 @@ class AppearanceTransferPipeline(SwapGuidancePipeline):
         *,
         text: str = "",
         method: CrossImageAttention | None = None,
-        steps: int = 100,
-        skip: int = 32,
+        steps: int = STEPS,
+        skip: int | None = None,
         gamma: float | Scale = 3.5,
-        adain_from: int | None = 20,
+        adain_from: int | Literal["auto"] | None = "auto",
         negative_text: str = "",
         inversion_guidance: float = 3.5,
         width: int | None = None,
@@ -85,14 +89,13 @@ class AppearanceTransferPipeline(SwapGuidancePipeline):
             appearance, structure: files, PIL images, or uint8 arrays; the appearance is resized to the structure's size.
             text: what cross-attention reads; the released code's is "A photo of a <what both show>".
             method: the knobs of the attention; None: the released code's, whose windows for 64 and 32 tokens a side are
-                those of layers as fine and half as fine as the latents. The pipeline sets its items. Steps are counted
-                from the first that is run, as in the released code.
-            steps: levels of noise of the whole run. skip: steps left out at the noisy end. The method's windows and
-                adain_from do not follow them: of the 68 that are run as a rule they take 57 and 48, of 10 none.
+                those of layers as fine and half as fine as the latents, the same shares of any number of steps. The
+                pipeline sets its items. Steps are counted from the first that is run, as in the released code.
+            steps: levels of noise of the whole run. skip: steps left out at the noisy end; None: 32 in 100.
             gamma: of the swap guidance, which linear_fall makes scales of; or a callable (step, steps) -> scale, steps
                 counted as the method's. A step of scale 0 is plain.
             adain_from: the first step after which the output takes the appearance's statistics, counted as the method's;
-                None: never.
+                "auto": the 20th in 100 levels; None: never.
             negative_text, inversion_guidance: classifier-free guidance of the inversion alone, against another text.
             width, height, seed, generator, use_cache, inversion_batch, progress: as in VisualICLPipeline.
 
@@ -100,10 +103,13 @@ class AppearanceTransferPipeline(SwapGuidancePipeline):
             TypeError, ValueError, FileNotFoundError: naming the argument, what was expected and what came.
             FloatingPointError: the latents are no longer finite.
         """
-        schedule = self._schedule(steps, skip)
+        schedule = self._schedule(steps)
+        skip = steps_left_out(skip, steps, (32, STEPS))
         scales = guidance_scales(gamma, linear_fall, range(steps - skip), steps - skip)
+        if adain_from == "auto":
+            adain_from = round(20 * steps / STEPS)
         if adain_from is not None and (isinstance(adain_from, bool) or not isinstance(adain_from, int) or adain_from < 0):
-            raise ValueError(f"adain_from: expected a step of 0 or more, or None, got {adain_from!r}")
+            raise ValueError(f"adain_from: expected a step of 0 or more, 'auto' or None, got {adain_from!r}")
         base, reported = noise_seed(seed, generator)
         options = InversionOptions(steps, skip, text, negative_text, inversion_guidance, base, inversion_batch, use_cache)
         if method is not None and not isinstance(method, CrossImageAttention):
@@ -113,8 +119,10 @@ class AppearanceTransferPipeline(SwapGuidancePipeline):
         size = self.size(shape.size, width=width, height=height)
         # The released code's windows name the layers of 512 x 512 pixels: photos of other sizes have none of 64 x 64.
         columns, rows = (side // self.pipe.vae_scale_factor for side in size)
-        own = CrossImageAttention()
-        own.windows = {(rows, columns): own.windows[64], ((rows + 1) // 2, (columns + 1) // 2): own.windows[32]}
+        own, share = CrossImageAttention(), steps / STEPS
+        fine, coarse = (scaled(own.windows[side], share) for side in (64, 32))
+        own.windows = {(rows, columns): fine, ((rows + 1) // 2, (columns + 1) // 2): coarse}
+        own.structure_until = round(share * own.structure_until)
         method = replace(method or own, items=(TransferRoles(OUTPUT, APPEARANCE, STRUCTURE),))
 
         known, reused = self._invert([im.resize_photo(photo, size) for photo in (look, shape)], schedule, options, progress)

@@ -279,6 +279,18 @@ def noise_predictor(unet: Any, prompt: Tensor, negative: Tensor | None = None, g
     return predict
 
 
+def steps_left_out(skip: int | None, steps: int, released: tuple[int, int]) -> int:
+    """skip; None: the share of `steps` that released = (skip, steps) have.
+
+    Raises:
+        ValueError: no step is left.
+    """
+    if skip is None:
+        return steps * released[0] // released[1]
+    check_skip(skip, steps)
+    return skip
+
+
 def check_skip(skip: int, steps: int) -> None:
     """ValueError unless at least one step is left."""
     if isinstance(skip, bool) or not isinstance(skip, int) or not 0 <= skip < steps:

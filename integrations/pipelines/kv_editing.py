@@ -16,7 +16,7 @@ from ..methods.kv_edit import paste, reblend
 from ..methods.token_masks import packed_mask, token_mask
 from . import images as im
 from .checks import check_number, check_steps, check_texts
-from .ddpm_inversion import check_skip
+from .ddpm_inversion import steps_left_out
 from .flux import FluxParts
 from .images import ImageLike
 
@@ -59,7 +59,7 @@ class KVEditPipeline(FluxParts):
         *,
         source_prompt: str = "",
         steps: int = 28,
-        skip: int = 4,
+        skip: int | None = None,
         guidance_scale: float = 5.5,
         inversion_guidance: float = 1.5,
         attn_scale: float = 1.0,
@@ -77,7 +77,8 @@ class KVEditPipeline(FluxParts):
         Args:
             image: a file, a PIL image, or a uint8 array. mask: of its size, white where to paint.
             prompt: what the result shows. source_prompt: what the photo shows.
-            steps: levels of noise. skip: of them left out at the noisy end; more of the photo is left in the region then.
+            steps: levels of noise. skip: of them left out at the noisy end, None: a seventh, as 4 of 28; with more left out,
+                more of the photo is left in the region.
             guidance_scale, inversion_guidance: FLUX.1-dev's embedded guidance, of the edit and of the inversion.
             attn_scale, masked_inversion, keep_device, keep_dtype: as in KVEdit.
             width, height: at which the model sees the photo, multiples of 16; None: near the photo's.
@@ -91,7 +92,7 @@ class KVEditPipeline(FluxParts):
         """
         check_texts(prompt=prompt, source_prompt=source_prompt)
         check_steps(steps)
-        check_skip(skip, steps)
+        skip = steps_left_out(skip, steps, (4, 28))
         check_number("guidance_scale", guidance_scale)
         check_number("inversion_guidance", inversion_guidance)
         pipe = self.pipe

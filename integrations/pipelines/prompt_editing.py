@@ -24,7 +24,7 @@ from ..methods import (
     TokenAlignment,
     WordMaps,
 )
-from ..methods.borrowed import Window
+from ..methods.borrowed import scaled
 from ..methods.ddcm import ddcm_step
 from ..methods.token_alignment import word_tokens
 from . import ddim_inversion
@@ -53,7 +53,7 @@ class PromptEditingOutput:
         reconstruction: the photo as the model's autoencoder gives it back, from which the edit started.
         latents: (1, channels, height, width) float32, the edit's.
         size: (width, height) in pixels at which the model saw the photo.
-        method: the one that was used, with its items and alignment.
+        method: the one that was used, with its items, alignment and words, which are of these prompts.
         seed: the one that makes the same picture again; None where a generator was given.
     """
 
@@ -107,7 +107,8 @@ class PromptEditingPipeline(StableDiffusionParts):
                 looked at (LocalBlend, MutualBlend), or MasaCtrl's masks are made of them. Both or neither.
             negative_prompt: what guidance leads away from.
             steps, guidance_scale: None: the method's, see METHODS.
-            inversion_iterations: calls of the model for each step of the inversion, see ddim_inversion.invert.
+            inversion_iterations: calls of the model for each step of the inversion, see ddim_inversion.invert; InfEdit has
+                none.
             width, height: of what the model sees, multiples of 8; None: near the photo's.
             seed, generator: of InfEdit's noise; the others draw none.
             progress: show a progress bar.
@@ -123,6 +124,8 @@ class PromptEditingPipeline(StableDiffusionParts):
         check_texts(prompt=prompt, source_prompt=source_prompt, negative_prompt=negative_prompt)
         if bool(words) != bool(source_words):
             raise ValueError("words: expected them together with source_words, or neither")
+        if kind == "infedit" and inversion_iterations != 1:
+            raise ValueError("inversion_iterations: InfEdit has no use for them")
         steps = METHODS[kind][1] if steps is None else steps
         guidance = METHODS[kind][2] if guidance_scale is None else guidance_scale
         check_number("guidance_scale", guidance)
@@ -158,7 +161,11 @@ class PromptEditingPipeline(StableDiffusionParts):
         align = TokenAlignment.replace if same else TokenAlignment.refine
 
         def edited(edit: PromptEdit) -> PromptEdit:
-            return edit if edit.alignment is not None else replace(edit, alignment=align(source, prompt, tokenizer, length))
+            if edit.alignment is None:
+                return replace(edit, alignment=align(source, prompt, tokenizer, length))
+            if edit.alignment.prompts not in (None, (source, prompt)):
+                raise ValueError(f"method: expected an alignment of {(source, prompt)}, got one of {edit.alignment.prompts}")
+            return edit
 
         if isinstance(ready, PromptToPrompt):
             ready.edits = [edited(one) for one in ready.edits]
@@ -264,12 +271,8 @@ def _released(kind: str, steps: int) -> PromptMethod:
         "prompt-to-prompt": lambda: PromptToPrompt([PromptEdit()]), "infedit": lambda: InfEdit(PromptEdit()),
     }  # fmt: skip
     method, share = made[kind](), steps / METHODS[kind][1]
-
-    def scaled(window: Window) -> Window:
-        return tuple(None if end is None else round(share * end) for end in window)  # type: ignore[return-value]
-
     if isinstance(method, (MasaCtrl, PlugAndPlay)):
-        method.steps = scaled(method.steps)
+        method.steps = scaled(method.steps, share)
     if isinstance(method, PlugAndPlay):
-        method.feature_steps = scaled(method.feature_steps)
+        method.feature_steps = scaled(method.feature_steps, share)
     return method

@@ -15,7 +15,7 @@ from torch import Tensor
 from ...bindings import adain
 from ..diffusers import Method, apply
 from .checks import check_number
-from .ddpm_inversion import DDPMSchedule, Inversion, check_skip, invert, noise_predictor
+from .ddpm_inversion import DDPMSchedule, Inversion, invert, noise_predictor
 from .inversion_cache import InversionCache, WeightsDigest
 from .stable_diffusion import StableDiffusionParts
 
@@ -84,13 +84,11 @@ class SwapGuidancePipeline(StableDiffusionParts):
         self.cache = InversionCache(cache)
         self._weights = WeightsDigest()
 
-    def _schedule(self, steps: int, skip: int) -> DDPMSchedule:
+    def _schedule(self, steps: int) -> DDPMSchedule:
         from diffusers import DDIMScheduler
 
         own: Any = DDIMScheduler.from_config(self.pipe.scheduler.config)
-        schedule = DDPMSchedule.from_scheduler(own, steps)
-        check_skip(skip, steps)
-        return schedule
+        return DDPMSchedule.from_scheduler(own, steps)
 
     def _invert(
         self, photos: Sequence[Image.Image], schedule: DDPMSchedule, options: InversionOptions, progress: bool

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..methods import InContextRoles, VisualInContext
 from . import images as im
 from .checks import noise_seed
+from .ddpm_inversion import steps_left_out
 from .images import ImageLike
 from .swap_guidance import InversionOptions, Scale, SwapGuidancePipeline, guidance_scales
 from .vicl_tasks import Palette, check_palette, check_task, palette_of, read_task
@@ -75,7 +76,7 @@ class VisualICLPipeline(SwapGuidancePipeline):
         task: str | None = None,
         method: VisualInContext | None = None,
         steps: int = 70,
-        skip: int = 10,
+        skip: int | None = None,
         gamma: float | Scale = 3.5,
         use_adain: bool = True,
         text: str = "",
@@ -99,8 +100,8 @@ class VisualICLPipeline(SwapGuidancePipeline):
             method: the knobs of the attention; None: VisualInContext(), the paper's. The pipeline sets its items. Steps
                 count from 0, with the skipped ones.
             steps: levels of noise of the whole run (paper: 70).
-            skip: steps left out at the noisy end, in which D would retrace C. The paper does not say; 10 are its
-                reproduction's warm-up.
+            skip: steps left out at the noisy end, in which D would retrace C; None: a seventh. The paper does not say; 10
+                of 70 are its reproduction's warm-up.
             gamma: of the swap guidance (paper: 3.5), which linear_decay makes scales of; or a callable (step, steps) ->
                 scale, steps counted as the method's. A step of scale 0 is plain, and takes no other images.
             use_adain: whether D takes the statistics of the B's, of all pairs together, after every step.
@@ -119,7 +120,8 @@ class VisualICLPipeline(SwapGuidancePipeline):
             TypeError, ValueError, FileNotFoundError: naming the argument, what was expected and what came.
             FloatingPointError: the latents are no longer finite.
         """
-        schedule = self._schedule(steps, skip)
+        schedule = self._schedule(steps)
+        skip = steps_left_out(skip, steps, (10, 70))
         if task is not None:
             check_task(task)
         scales = guidance_scales(gamma, linear_decay, range(skip, steps), steps)

@@ -11,7 +11,8 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
 import flashbrush as fb
-from flashbrush.integrations.diffusers import Layer, Part, Plan, Seen, apply
+from flashbrush.integrations import InContextBrush
+from flashbrush.integrations.diffusers import Layer, Part, Plan, Seen, apply, compose
 from flashbrush.integrations.diffusers import processor as processor_module
 from flashbrush.integrations.diffusers.processor import ControlledProcessor
 
@@ -348,3 +349,18 @@ def test_what_a_method_attaches_goes_with_it() -> None:
         handle.method = Attached()
         assert relative(forward(model, call), changed) <= 1e-5
     assert torch.equal(forward(model, call), stock)
+
+def test_what_knows_one_model_controls_one_at_a_time() -> None:
+    models, method = [tiny_flux(double=1, single=1) for _ in range(2)], Attached()
+    for both in (method, compose(method, InContextBrush())):
+        with apply(models[0], both):
+            for refused in (method, compose(InContextBrush(), method)):
+                with pytest.raises(RuntimeError, match="this Attached controls another model"):
+                    apply(models[1], refused)
+            with apply(models[1], Attached()) as handle, pytest.raises(RuntimeError, match="another model"):
+                handle.method = method
+        with apply(models[1], method):  # free again
+            pass
+    apply(tiny_flux(double=1, single=1), method)  # nobody has the model any more
+    with apply(models[0], method):
+        pass

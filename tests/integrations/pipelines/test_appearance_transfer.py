@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -129,13 +130,15 @@ def test_the_fall() -> None:
     assert linear_fall(3.5, 0, 1) == 3.5
 
 
-def test_the_released_windows_are_of_the_latents_own_resolutions(pipe) -> None:
-    """Layers of 6 x 8 tokens are mixed from step 11 on, as those of 64 x 64 are at 512 x 512 pixels."""
-    given = {"steps": 14, "skip": 2, "adain_from": None, "method": None}
-    swapped, plain = run(pipe, **given), run(pipe, **given, gamma=0.0)
-    assert float((swapped.latents - plain.latents).abs().max()) > 1e-3
-    early = run(pipe, **given | {"skip": 3})
-    torch.testing.assert_close(early.latents, run(pipe, **given | {"skip": 3}, gamma=0.0).latents, rtol=1e-4, atol=1e-4)
+def test_the_released_knobs_are_of_the_latents_own_resolutions_and_follow_the_steps(pipe) -> None:
+    """Of 100 levels the code skips 32, and mixes layers of 64 x 64 tokens in counts 10 to 90, of 32 x 32 in 10 to 70."""
+    released = run(pipe, steps=20, skip=None, adain_from="auto", method=None)
+    knobs = CrossImageAttention(windows={(6, 8): (2, 18), (3, 4): (2, 14)}, structure_until=8)
+    given = {"steps": 20, "skip": 6, "adain_from": 4, "method": knobs}
+    assert torch.equal(released.latents, run(pipe, **given).latents)
+    for change in ({"skip": 5}, {"adain_from": 5}, {"method": replace(knobs, structure_until=2)},
+                   {"method": replace(knobs, windows={(6, 8): (3, 18)})}):  # fmt: skip
+        assert float((run(pipe, **given | change).latents - released.latents).abs().max()) > 1e-3, change
 
 
 def test_sizes_and_a_second_run(pipe) -> None:
@@ -152,6 +155,7 @@ def test_sizes_and_a_second_run(pipe) -> None:
         ({"look": "none.png"}, FileNotFoundError, "appearance: no such file"),
         ({"shape": 3}, TypeError, "structure: .*int"),
         ({"adain_from": -1}, ValueError, "adain_from: .*-1"),
+        ({"adain_from": "late"}, ValueError, "adain_from: .*'auto' or None, got 'late'"),
         ({"method": "swap"}, TypeError, "method: expected a CrossImageAttention, got str"),
         ({"gamma": None}, TypeError, "gamma: .*None"),
         ({"skip": STEPS}, ValueError, "skip: .*got 9"),

@@ -9,7 +9,7 @@ import torch
 from diffusers import DDPMScheduler, EulerDiscreteScheduler
 from torch import Tensor
 
-from flashbrush.integrations.pipelines.ddpm_inversion import DDPMSchedule, invert, noise_predictor, sample
+from flashbrush.integrations.pipelines.ddpm_inversion import DDPMSchedule, invert, noise_predictor, sample, steps_left_out
 
 from ..tiny_sd import BETAS, TEXT_WIDTH, ddim, tiny_unet
 
@@ -130,6 +130,13 @@ def test_an_image_does_not_depend_on_the_others(unet, clean) -> None:
         assert torch.equal(both.latents[i], alone.latents[0]) and torch.equal(both.noise_maps[i], alone.noise_maps[0])
     other = invert(clean, predict, schedule, generators=generators(5, 4))
     assert not torch.equal(other.latents[0, 0], both.latents[0, 0]) and torch.equal(other.latents[1], both.latents[1])
+
+
+def test_the_share_of_steps_that_is_left_out() -> None:
+    assert [steps_left_out(None, steps, (32, 100)) for steps in (100, 50, 3, 1)] == [32, 16, 0, 0]
+    assert steps_left_out(2, 3, (32, 100)) == 2
+    with pytest.raises(ValueError, match="skip: .*0 to 2.*got 3"):
+        steps_left_out(3, 3, (32, 100))
 
 
 def test_skipping_and_batches_change_no_noise(unet, clean) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -100,10 +101,13 @@ def test_the_command(
             flux_checkpoint, "--mask", tmp_path / "mask.png", "--width", 64, "--height", 48, "--steps", 2,
             "--dtype", "float32"]  # fmt: skip
     pictures = []
-    for name, more in (("here.png", []), ("there.png", ["--move", 8, 16])):
+    for name, more in (("here.png", []), ("there.png", ["--move", 16, 16])):
         code, _, err = flashbrush(capsys, *call, *more, "-o", tmp_path / name)
         assert code == 0, err
         pictures.append(Image.open(tmp_path / name).tobytes())
     assert pictures[0] != pictures[1]
-    code, _, err = flashbrush(capsys, *call, "--word", "moon", "-o", tmp_path / "none.png")
-    assert code == 2 and "word: personalize-anything has no use for it" in err and not (tmp_path / "none.png").exists()
+    for wrong, said in ((["--word", "moon"], "word: personalize-anything has no use for it"),
+                        (["--move", 8, 16], r"move: .* multiples of 16, got \(8, 16\)"),
+                        (["--height", 40], "height: expected a positive multiple of 16 pixels, got 40")):  # fmt: skip
+        code, _, err = flashbrush(capsys, *call, "--model", "none", *wrong, "-o", tmp_path / "none.png")  # before it is loaded
+        assert code == 2 and re.search(said, err) and not (tmp_path / "none.png").exists(), err

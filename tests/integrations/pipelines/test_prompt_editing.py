@@ -134,12 +134,22 @@ def test_alignment_follows_the_prompts(pipe: PromptEditingPipeline, photo: Image
         ({"method": "masactrl", "guidance_scale": float("nan")}, "guidance_scale: expected a finite number"),
         ({"method": "masactrl", "steps": 0}, "steps: expected an integer from 1"),
         ({"method": "prompt-to-prompt", "prompt": "a b c d e f g h"}, "prompt: expected 1 to 8 tokens"),
+        ({"method": "infedit", "inversion_iterations": 2}, "inversion_iterations: InfEdit has no use"),
     ],
-    ids=["a name", "a method", "words", "one's words", "guidance", "steps", "length"],
+    ids=["a name", "a method", "words", "one's words", "guidance", "steps", "length", "iterations"],
 )
 def test_wrong_input(wrong: dict, said: str, pipe: PromptEditingPipeline, photo: Image.Image) -> None:
     with pytest.raises(ValueError, match=said):
         edit(pipe, photo, **wrong)
+
+
+@pytest.mark.parametrize("kind", ["prompt-to-prompt", "infedit"])
+def test_a_method_that_was_used_is_of_its_prompts(kind: str, pipe: PromptEditingPipeline, photo: Image.Image) -> None:
+    used = edit(pipe, photo, kind)
+    again = edit(pipe, photo, used.method)
+    assert torch.equal(again.latents, used.latents)
+    with pytest.raises(ValueError, match=r"method: expected an alignment of \('a b', 'd b'\), got one of"):
+        edit(pipe, photo, used.method, prompt="d b", source_prompt="a b")
 
 
 def test_the_command(sd_checkpoint: Path, photo: Image.Image, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -154,6 +164,10 @@ def test_the_command(sd_checkpoint: Path, photo: Image.Image, tmp_path: Path, ca
     assert code == 2 and "together with --source-word" in err and not (tmp_path / "none.png").exists()
     code, _, err = flashbrush(capsys, *["magic" if a == "prompt-to-prompt" else a for a in call], "-o", tmp_path / "none.png")
     assert code == 2 and "expected one of masactrl" in err
+    for kind, given in (("infedit", ["--inversion-iterations", 2]), ("plug-and-play", ["--word", "d", "--source-word", "b"])):
+        mine = [kind if a == "prompt-to-prompt" else "none" if a == sd_checkpoint else a for a in call]  # no model is loaded
+        code, _, err = flashbrush(capsys, *mine, *given, "-o", tmp_path / "none.png")
+        assert code == 2 and f"{given[0][2:].replace('-', '_')}: {kind} has no use for it" in err, err
 
 
 def test_a_prompt_that_is_cut_is_told_in_one_line(
