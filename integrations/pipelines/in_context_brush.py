@@ -258,13 +258,14 @@ class InContextBrushPipeline:
                     max_sequence_length=min(max_sequence_length, self.pipe.tokenizer_2.model_max_length),
                     callback_on_step_end=loop,
                 ).images
+                if loop.last is None:
+                    raise RuntimeError("the run was interrupted before its first step")
                 gains, mass, kinds = _statistics(handle, steps)
         finally:
             self.pipe._progress_bar_config = bar
         results = [im.lower_panel(canvas) for canvas in canvases]
         if paste_back:
             results = list(map(im.paste_back, results, photos, holes, boxes))
-        assert loop.last is not None
         seeds = [item["seed"] for item in items]
         made = InContextBrushOutput(results, diptychs, masks, boxes, loop.last, latents, known, gains, kinds, seeds)
         return made if maps is None else replace(made, mass=mass, segments=method.segments)

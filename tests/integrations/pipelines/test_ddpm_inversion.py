@@ -9,7 +9,13 @@ import torch
 from diffusers import DDPMScheduler, EulerDiscreteScheduler
 from torch import Tensor
 
-from flashbrush.integrations.pipelines.ddpm_inversion import DDPMSchedule, invert, noise_predictor, sample, steps_left_out
+from flashbrush.integrations.pipelines.ddpm_inversion import (
+    DDPMSchedule,
+    invert,
+    noise_predictor,
+    sample,
+    steps_left_out,
+)
 
 from ..tiny_sd import BETAS, TEXT_WIDTH, ddim, tiny_unet
 
@@ -135,7 +141,7 @@ def test_an_image_does_not_depend_on_the_others(unet, clean) -> None:
 def test_the_share_of_steps_that_is_left_out() -> None:
     assert [steps_left_out(None, steps, (32, 100)) for steps in (100, 50, 3, 1)] == [32, 16, 0, 0]
     assert steps_left_out(2, 3, (32, 100)) == 2
-    with pytest.raises(ValueError, match="skip: .*0 to 2.*got 3"):
+    with pytest.raises(ValueError, match=r"skip: .*0 to 2.*got 3"):
         steps_left_out(3, 3, (32, 100))
 
 
