@@ -12,6 +12,7 @@ from . import ops
 from .backends import reference
 from .control import Control, fits_float32
 from .derivatives import first_order, refuse_tangents
+from .direct import unwatched
 from .plan import check_name
 from .problem import GainRule, Problem, default_scale
 
@@ -83,7 +84,6 @@ def attention(
     """
     problem = _lower(q, k, v, control, scale, source, mask, out)
     check_name(backend)
-    arguments = _arguments(problem, control)
     tensors = (problem.q, *problem.k, *problem.v)
     refuse_tangents(*tensors)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
@@ -95,13 +95,20 @@ def attention(
             return (result.out, Stats(*stats)) if return_stats else result.out  # type: ignore[arg-type]
         if any(c is not None for c in problem.contrast):
             raise TypeError("contrast: has a gradient only on backend='reference'")
-        output, *stats = _Attention.apply(arguments[3:], backend, len(problem.k), *tensors)
+        output, *stats = _Attention.apply(_arguments(problem, control)[3:], backend, len(problem.k), *tensors)
+        return (output, Stats(*stats)) if return_stats else output
+    if unwatched(*tensors, scale if isinstance(scale, Tensor) else None, mask, out):
+        if return_stats or out is not None:
+            problem = problem.changed(need_stats=return_stats, out=out)
+        result = ops.solve(problem, backend)
+        output = result.out.contiguous() if out is None else out
+        stats = ops.stats(problem, result) if return_stats else ()
     elif out is not None:
-        output, stats = out, ops.attention_out(*arguments, return_stats, backend, out)
-        if not torch.compiler.is_compiling() and not out.is_inference():
-            torch.autograd.graph.increment_version(out)  # a backend writes to its address
+        output, stats = out, ops.attention_out(*_arguments(problem, control), return_stats, backend, out)
     else:
-        output, *stats = ops.attention(*arguments, return_stats, backend)
+        output, *stats = ops.attention(*_arguments(problem, control), return_stats, backend)
+    if out is not None and not torch.compiler.is_compiling() and not out.is_inference():
+        torch.autograd.graph.increment_version(out)  # a backend writes to its address
     return (output, Stats(*stats)) if return_stats else output
 
 
@@ -154,8 +161,9 @@ def _lower(
     mask: Tensor | None,
     out: Tensor | None,
 ) -> Problem:
-    q = _check_tensor("q", q, None)
-    keys, values = _check_list("k", k, q), _check_list("v", v, q)
+    cast = _autocast_dtype(q) if isinstance(q, Tensor) else None
+    q = _check_tensor("q", q, None, cast)
+    keys, values = _check_list("k", k, q, cast), _check_list("v", v, q, cast)
     _check_pairs(q, keys, values)
     if control is not None and not isinstance(control, Control):
         raise TypeError(f"control: expected a Control or None, got {type(control).__name__}")
@@ -210,40 +218,48 @@ def _lower_control(control: Control, device: torch.device) -> dict:
     }
 
 
-def _check_tensor(name: str, t: Tensor, like: Tensor | None) -> Tensor:
+def _check_tensor(name: str, t: Tensor, like: Tensor | None, cast: torch.dtype | None) -> Tensor:
     if not isinstance(t, Tensor):
         raise TypeError(f"{name}: expected a tensor (batch, tokens, heads, dim), got {type(t).__name__}")
     if t.dim() != 4:
         raise ValueError(f"{name}: expected shape (batch, tokens, heads, dim), got {tuple(t.shape)}")
     if t.dtype not in DTYPES:
         raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {t.dtype}")
-    device = t.device.type
-    # "meta" among others has none, and is not asked.
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and t.dtype != torch.float64:
-        t = t.to(torch.get_autocast_dtype(device))
+    if cast is not None and t.dtype != torch.float64:
+        t = t.to(cast)
+    shape = t.shape
     if like is None:
-        if not 1 <= t.shape[3] <= MAX_DIM:
-            raise ValueError(f"{name}: expected a head dim of 1 to {MAX_DIM}, got {t.shape[3]}")
-        if t.shape[2] < 1:
-            raise ValueError(f"{name}: expected at least one head, got {tuple(t.shape)}")
+        if not 1 <= shape[3] <= MAX_DIM:
+            raise ValueError(f"{name}: expected a head dim of 1 to {MAX_DIM}, got {shape[3]}")
+        if shape[2] < 1:
+            raise ValueError(f"{name}: expected at least one head, got {tuple(shape)}")
     else:
         if t.dtype != like.dtype:
             raise TypeError(f"{name}: expected q's dtype {like.dtype}, got {t.dtype}")
         if t.device != like.device:
             raise ValueError(f"{name}: expected q's device {like.device}, got {t.device}")
-        if t.shape[3] != like.shape[3]:
-            raise ValueError(f"{name}: expected q's head dim {like.shape[3]}, got {t.shape[3]}")
+        if shape[3] != like.shape[3]:
+            raise ValueError(f"{name}: expected q's head dim {like.shape[3]}, got {shape[3]}")
     # Every kernel reads rows of D neighbours; a strided last dimension is the one layout that is copied.
-    return t if t.stride(3) == 1 or t.shape[3] == 1 else t.contiguous()
+    return t if t.stride(3) == 1 or shape[3] == 1 else t.contiguous()
 
 
-def _check_list(name: str, tensors: Keys, q: Tensor) -> tuple[Tensor, ...]:
+def _autocast_dtype(t: Tensor) -> torch.dtype | None:
+    """What torch.autocast casts to on the tensor's device, where it is on."""
+    device = t.device.type
+    # "meta" among others has none, and is not asked.
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return None
+
+
+def _check_list(name: str, tensors: Keys, q: Tensor, cast: torch.dtype | None) -> tuple[Tensor, ...]:
     if isinstance(tensors, Tensor):
-        return (_check_tensor(name, tensors, q),)
+        return (_check_tensor(name, tensors, q, cast),)
     if not isinstance(tensors, (list, tuple)) or not tensors:
         got = type(tensors).__name__ if tensors or not isinstance(tensors, (list, tuple)) else "an empty list"
         raise TypeError(f"{name}: expected a tensor or a non-empty list of tensors, got {got}")
-    return tuple(_check_tensor(f"{name}[{i}]", t, q) for i, t in enumerate(tensors))
+    return tuple(_check_tensor(f"{name}[{i}]", t, q, cast) for i, t in enumerate(tensors))
 
 
 def _check_pairs(q: Tensor, k: tuple[Tensor, ...], v: tuple[Tensor, ...]) -> None:

@@ -71,6 +71,7 @@ class Contrast:
         bounds = tuple(self.clip) if isinstance(self.clip, (tuple, list)) else ()
         if len(bounds) != 2 or not all(_is_number(x) and fits_float32(x) for x in bounds) or bounds[0] > bounds[1]:
             raise ValueError(f"Contrast.clip: expected None or finite bounds (lo, hi) with lo <= hi, got {self.clip!r}")
+        object.__setattr__(self, "clip", bounds)
 
 
 class Control:

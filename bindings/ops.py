@@ -99,8 +99,10 @@ def solve(problem: Problem, backend: str) -> Result:
 
 def _empty(p: Problem) -> Result:
     out = p.q.new_zeros(p.batch, p.rows, p.heads, p.dim) if p.out is None else p.out.zero_()
-    stats = _stats_like(p.q, p.batch, p.rows, len(p.row_lengths), len(p.key_lengths), p.n_groups, p.need_stats)
-    lse, mass, gain = stats[0].fill_(-torch.inf), stats[1].zero_(), stats[2]
+    lse, mass, gain = _stats_like(
+        p.q, p.batch, p.rows, len(p.row_lengths), len(p.key_lengths), p.n_groups, p.need_stats
+    )
+    lse.fill_(-torch.inf), mass.zero_()
     if p.need_stats:
         gain.fill_(1.0)
         if p.gain is not None:
@@ -122,7 +124,8 @@ def _stats_like(q: Tensor, batch, rows, row_segments, key_segments, groups, need
     ]
 
 
-def _stats(problem: Problem, result: Result) -> tuple[Tensor, Tensor, Tensor]:
+def stats(problem: Problem, result: Result) -> tuple[Tensor, Tensor, Tensor]:
+    """lse, mass and gain, contiguous; empty ones where they are not needed."""
     if not problem.need_stats:
         return tuple(_stats_like(problem.q, 0, 0, 0, 0, 0, False))  # type: ignore[return-value]
     assert result.lse is not None and result.mass is not None and result.gain is not None
@@ -136,13 +139,13 @@ def _attention(*inputs):
     problem = _problem(*arguments, need_stats=need_stats)
     result = solve(problem, backend)
     # Every backend answers in the layout that the fake promises to a compiler.
-    return (result.out.contiguous(), *_stats(problem, result))
+    return (result.out.contiguous(), *stats(problem, result))
 
 
 def _attention_out(*inputs):
     *arguments, need_stats, backend, out = inputs
     problem = _problem(*arguments, need_stats=need_stats, out=out)
-    return _stats(problem, solve(problem, backend))
+    return stats(problem, solve(problem, backend))
 
 
 def _attention_backward(dout, out, lse, head_gains, *inputs):

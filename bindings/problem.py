@@ -31,9 +31,10 @@ class GainRule:
         return self.values[1]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Problem:
-    """B output items, H heads, M rows in R segments, N keys in C segments and G groups, head dim D.
+    """B output items, H heads, M rows in R segments, N keys in C segments and G groups, head dim D. Nobody changes one in
+    place; it is not frozen for the time that takes.
 
     Table entry [b, h] is read at [b or 0, h or 0] where its dimension is 1. Segment lengths differ from item to item
     where row_items or key_items is set. Key segment c lies in tensor 0 after its predecessors, or is tensor c of a

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .backends import cpu_norm_rope, triton_norm_rope
 from .derivatives import first_order, has_tangent
+from .direct import unwatched
 
 Stream = tuple[Tensor, Tensor | None, Tensor | None]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -70,7 +71,8 @@ def qk_norm_rope(
     if has_tangent(*xs, *weights, *offsets, cos, sin):
         return composed(xs, weights, offsets, cos, sin, eps, half, permutation)
     if not torch.is_grad_enabled() or not any(needs_grad):
-        return _forward(xs, weights, offsets, cos, sin, eps, half, permutation)
+        run = _run_forward if unwatched(*xs, *weights, *offsets, cos, sin, permutation) else _forward
+        return run(xs, weights, offsets, cos, sin, eps, half, permutation)
     # Positions that learn take torch's own gradient.
     if any(needs_grad[-2:]):
         return composed(xs, weights, offsets, cos, sin, eps, half, permutation)

@@ -11,13 +11,13 @@ import ctypes
 import functools
 import os
 from collections.abc import Sequence
-from ctypes import POINTER, Structure, addressof, byref, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import Structure, addressof, byref, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..control import NORMS
+from ..control import NORMS, Contrast
 from ..problem import Problem
 from . import Result
 from .library import open_library
@@ -49,13 +49,11 @@ class Attention(Structure):
         *((size, c_int64) for size in ("B", "M", "H", "Hkv", "D", "R", "C", "G", "L")),
         ("q", Tensor4),
         ("out", Tensor4),
-        ("k", POINTER(Tensor4)),
-        ("v", POINTER(Tensor4)),
-        *((array, c_void_p) for array in ("source_q", "source_k", "source_v", "row_lengths", "key_lengths", "valid")),
+        *((array, c_void_p) for array in ("k", "v", "source_q", "source_k", "source_v", "row_lengths", "key_lengths", "valid")),
         ("rows_by_item", c_int32),
         ("keys_by_item", c_int32),
-        ("groups", POINTER(c_int32)),
-        ("contrast", POINTER(c_float)),
+        ("groups", c_void_p),
+        ("contrast", c_void_p),
         *((table, _Table) for table in ("scale", "bias", "weight", "gain", "gates")),
         ("lse", c_void_p),
         ("mass", c_void_p),
@@ -73,8 +71,8 @@ class _Backward(Structure):
         ("call", Attention),
         ("dout", Tensor4),
         ("dq", Tensor4),
-        ("dk", POINTER(Tensor4)),
-        ("dv", POINTER(Tensor4)),
+        ("dk", c_void_p),
+        ("dv", c_void_p),
         ("gains", c_void_p),
     )
 
@@ -146,7 +144,7 @@ def backward(
     dk, dv = ([torch.zeros(p.batch, *t.shape[1:], dtype=torch.float32) for t in tensors] for tensors in (p.k, p.v))
     call = _Backward(
         call=describe_call(p, out, lse, keep), dout=describe(dout, False), dq=describe(dq, False),
-        dk=describe_list(dk, False), dv=describe_list(dv, False), gains=gain.data_ptr(),
+        dk=describe_list(dk, False, keep), dv=describe_list(dv, False, keep), gains=gain.data_ptr(),
     )  # fmt: skip
     run("backward", call)
 
@@ -168,46 +166,66 @@ def _collect(grad: Tensor, t: Tensor, source: Tensor | None) -> Tensor:
 
 def describe_call(p: Problem, out: Tensor, lse: Tensor | None, keep: list) -> Attention:
     """The C structure; `keep` takes what it points to, and must live as long."""
-    R, C = len(p.row_lengths), len(p.key_lengths)
+    structure, held = _structure(
+        p.q.dtype, p.batch, *p.q.shape[1:], p.kv_heads, len(p.k), p.row_lengths, p.key_lengths, p.groups, p.contrast, p.scale
+    )
+    keep.append(held)
+    call = Attention.from_buffer_copy(structure)
+    call.q, call.out = describe(p.q, p.source_q is None), describe(out, True)
+    call.k, call.v = describe_list(p.k, p.source_k is None, keep), describe_list(p.v, p.source_v is None, keep)
+    call.threads = torch.get_num_threads()
+    if lse is not None:
+        call.lse = lse.data_ptr()
 
-    def table(t: Tensor | None) -> _Table:
-        """(1|B, 1|H, ...) float32, contiguous but for the first two dimensions"""
-        if t is None:
-            return _Table(None, 0, 0)
-        keep.append((t if t.dtype is torch.float32 else t.to(torch.float32)).contiguous())
-        return _Table(keep[-1].data_ptr(), *(keep[-1].stride(i) if t.shape[i] > 1 else 0 for i in (0, 1)))
+    def array(t: Tensor, dtype: torch.dtype) -> Tensor:
+        keep.append((t if t.dtype is dtype else t.to(dtype)).contiguous())
+        return keep[-1]
 
-    def ints(values: Tensor | tuple[int, ...] | None, dtype: torch.dtype) -> int | None:
-        if values is None:
-            return None
-        if isinstance(values, tuple):
-            keep.append((c_int32 * len(values))(*values))
-            return addressof(keep[-1])
-        keep.append(values.to(dtype).contiguous())
-        return keep[-1].data_ptr()
+    for name, t in (("scale", p.scales), ("bias", p.bias), ("weight", p.weight), ("gain", p.gain), ("gates", p.gates)):
+        if t is not None:  # (1|B, 1|H, ...), contiguous but for the first two dimensions
+            t = array(t, torch.float32)
+            setattr(call, name, _Table(t.data_ptr(), *(t.stride(i) if t.shape[i] > 1 else 0 for i in (0, 1))))
+    for name, t in (("source_q", p.source_q), ("source_k", p.source_k), ("source_v", p.source_v)):
+        if t is not None:
+            setattr(call, name, array(t, torch.int64).data_ptr())
+    if p.row_items is not None:
+        call.row_lengths, call.rows_by_item = array(p.row_items, torch.int32).data_ptr(), True
+    if p.key_items is not None:
+        call.key_lengths, call.keys_by_item = array(p.key_items, torch.int32).data_ptr(), True
+    if p.valid is not None:
+        call.valid = array(p.valid.clamp(min=0), torch.int32).data_ptr()
+    return call
 
-    def number(value: float) -> _Table:
-        keep.append(c_float(value))
-        return _Table(addressof(keep[-1]), 0, 0)
 
-    contrast: list[float] = []
-    for c in p.contrast:
-        contrast += [0.0] * 4 if c is None else [1.0 + (c.clip is not None), c.beta, *(c.clip or (0.0, 0.0))]
-    return Attention(
-        abi=ABI, dtype=DTYPES[p.q.dtype], B=p.batch, M=p.rows, H=p.heads, Hkv=p.kv_heads, D=p.dim, R=R, C=C,
-        G=p.n_groups, L=len(p.k), q=describe(p.q, p.source_q is None), out=describe(out, True),
-        k=describe_list(p.k, p.source_k is None), v=describe_list(p.v, p.source_v is None),
-        source_q=ints(p.source_q, torch.int64), source_k=ints(p.source_k, torch.int64),
-        source_v=ints(p.source_v, torch.int64),
-        row_lengths=ints(p.row_lengths if p.row_items is None else p.row_items, torch.int32),
-        key_lengths=ints(p.key_lengths if p.key_items is None else p.key_items, torch.int32),
-        valid=ints(None if p.valid is None else p.valid.clamp(min=0), torch.int32),
-        rows_by_item=p.row_items is not None, keys_by_item=p.key_items is not None,
-        groups=(c_int32 * C)(*p.groups), contrast=(c_float * len(contrast))(*contrast),
-        scale=number(p.scale) if p.scales is None else table(p.scales), bias=table(p.bias),
-        weight=table(p.weight), gain=table(p.gain), gates=table(p.gates),
-        lse=None if lse is None else lse.data_ptr(), derived=-1, threads=torch.get_num_threads(),
+@functools.lru_cache(1024)
+def _structure(
+    dtype: torch.dtype,
+    batch: int,
+    rows: int,
+    heads: int,
+    dim: int,
+    kv_heads: int,
+    tensors: int,
+    row_lengths: tuple[int, ...],
+    key_lengths: tuple[int, ...],
+    groups: tuple[int, ...],
+    contrast: tuple[Contrast | None, ...],
+    scale: float,
+) -> tuple[Attention, tuple]:
+    """What calls of one shape have in common, to be copied, and what it points to. Filling it in anew takes as long as a
+    short call."""
+    numbers: list[float] = []
+    for c in contrast:
+        numbers += [0.0] * 4 if c is None else [1.0 + (c.clip is not None), c.beta, *(c.clip or (0.0, 0.0))]
+    ints = [(c_int32 * len(values))(*values) for values in (row_lengths, key_lengths, groups)]
+    held = (*ints, (c_float * len(numbers))(*numbers), c_float(scale))
+    row_array, key_array, group_array, contrast_array, number = map(addressof, held)
+    call = Attention(
+        abi=ABI, dtype=DTYPES[dtype], B=batch, M=rows, H=heads, Hkv=kv_heads, D=dim, R=len(row_lengths), C=len(key_lengths),
+        G=len(contrast), L=tensors, row_lengths=row_array, key_lengths=key_array, groups=group_array,
+        contrast=contrast_array, scale=_Table(number, 0, 0), derived=-1,
     )  # fmt: skip
+    return call, held
 
 
 @functools.lru_cache(1024)
@@ -220,8 +238,14 @@ def describe(t: Tensor, broadcast: bool) -> Tensor4:
     return Tensor4(t.data_ptr(), 0 if broadcast and t.shape[0] == 1 else batch, token, head)
 
 
-def describe_list(tensors: Sequence[Tensor], broadcast: bool):
-    return (Tensor4 * len(tensors))(*(describe(t, broadcast) for t in tensors))
+def describe_list(tensors: Sequence[Tensor], broadcast: bool, keep: list) -> int:
+    """The address of a Tensor4 for each; as in describe_call()."""
+    numbers: list[int] = []
+    for t in tensors:
+        batch, token, head, _ = t.stride()
+        numbers += (t.data_ptr(), 0 if broadcast and t.shape[0] == 1 else batch, token, head)
+    keep.append((c_int64 * len(numbers))(*numbers))
+    return addressof(keep[-1])
 
 
 def run(function: str, call: Structure) -> None:

@@ -33,7 +33,7 @@ class _NormRope(Structure):
 
 
 class _NormRopeBackward(Structure):
-    _fields_ = (("forward", _NormRope), ("dx", POINTER(cpu.Tensor4)), ("dweight", c_void_p), ("parts", c_int64))
+    _fields_ = (("forward", _NormRope), ("dx", c_void_p), ("dweight", c_void_p), ("parts", c_int64))
 
 
 def usable(x: Tensor) -> bool:
@@ -77,7 +77,7 @@ def backward(
         plain = [None] * len(xs)
         call = _NormRopeBackward(
             forward=_describe(dout, xs, weights, plain, cos, sin, eps, half, permutation, keep),
-            dx=cpu.describe_list(dxs, False), dweight=sums.data_ptr(), parts=PARTS,
+            dx=cpu.describe_list(dxs, False, keep), dweight=sums.data_ptr(), parts=PARTS,
         )  # fmt: skip
         cpu.run("norm_rope_backward", call)
     dweights = [torch.empty(0) if w is None else sums[i].sum(0).to(w.dtype) for i, w in enumerate(weights)]
