@@ -102,7 +102,8 @@ def _empty(p: Problem) -> Result:
     lse, mass, gain = _stats_like(
         p.q, p.batch, p.rows, len(p.row_lengths), len(p.key_lengths), p.n_groups, p.need_stats
     )
-    lse.fill_(-torch.inf), mass.zero_()
+    lse.fill_(-torch.inf)
+    mass.zero_()
     if p.need_stats:
         gain.fill_(1.0)
         if p.gain is not None:

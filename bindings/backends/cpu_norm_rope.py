@@ -96,21 +96,26 @@ def _describe(
     permutation: Tensor | None,
     keep: list,
 ) -> _NormRope:
+    def rows(t: Tensor) -> Tensor:
+        return t if t.stride(3) == 1 or t.shape[3] == 1 else t.contiguous()
+
     def pointer(t: Tensor | None, dtype: torch.dtype) -> int | None:
         if t is None:
             return None
-        keep.append(t.to(dtype).contiguous())
+        keep.append((t if t.dtype is dtype else t.to(dtype)).contiguous())
         return keep[-1].data_ptr()
 
     def describe(t: Tensor | None, like: Tensor) -> cpu.Tensor4:
         if t is None:
             return cpu.Tensor4(None, 0, 0, 0)
-        t = t.to(like.dtype).expand(like.shape)
-        keep.append(t if t.stride(3) == 1 or t.shape[3] == 1 else t.contiguous())
+        t = (t if t.dtype is like.dtype else t.to(like.dtype)).expand(like.shape)
+        keep.append(rows(t))
         return cpu.describe(keep[-1], False)
 
+    xs = [rows(x) for x in xs]
+    keep.extend(xs)
     streams = [
-        _Stream(describe(x, x), describe(offset, x), pointer(weight, torch.float32), x.shape[1], weight is not None)
+        _Stream(cpu.describe(x, False), describe(offset, x), pointer(weight, torch.float32), x.shape[1], weight is not None)
         for x, weight, offset in zip(xs, weights, offsets, strict=True)
     ]
     B, T, H, D = out.shape

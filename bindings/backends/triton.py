@@ -5,6 +5,7 @@ Verified in Triton's interpreter and compiled for GPUs that are not there; not y
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from typing import TYPE_CHECKING
 
@@ -30,15 +31,26 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def available() -> list[str]:
+    if reason := _unfit():
+        return [reason]
+    if not _has_gpu() and not interpreted():
+        return ["no GPU is visible to torch"]
+    return []
+
+
+@functools.cache
+def _unfit() -> str:
+    """Why the installed Triton will not do, or nothing."""
     if importlib.util.find_spec("triton") is None:
-        return ["triton is not installed"]
+        return "triton is not installed"
     import triton
 
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST:
-        return [f"triton {triton.__version__} is older than {OLDEST[0]}.{OLDEST[1]}"]
-    if not torch.cuda.is_available() and not interpreted():
-        return ["no GPU is visible to torch"]
-    return []
+        return f"triton {triton.__version__} is older than {OLDEST[0]}.{OLDEST[1]}"
+    return ""
+
+
+_has_gpu = functools.cache(torch.cuda.is_available)
 
 
 def why_not(problem: Problem) -> list[str]:

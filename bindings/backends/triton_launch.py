@@ -23,11 +23,17 @@ SHORT = 32  # keys: neighbouring segments below it share tiles, which would be p
 
 def interpreted() -> bool:
     """Whether Triton interprets kernels on the CPU (TRITON_INTERPRET=1 when it was imported)."""
+    return (runtime := _runtime()) is not None and bool(runtime.interpret)
+
+
+@functools.cache
+def _runtime() -> Any:
+    """Triton's switches; None: it is not installed."""
     if importlib.util.find_spec("triton") is None:
-        return False
+        return None
     from triton import knobs
 
-    return bool(knobs.runtime.interpret)
+    return knobs.runtime
 
 
 @functools.cache
@@ -85,28 +91,52 @@ class Pieces(NamedTuple):
 
 def make_traits(p: Problem, tile: Tile, pieces: Pieces, aligned: Sequence[Tensor], **more: Any) -> Traits:
     """aligned: all tensors that are addressed by strides."""
-    from ...kernels.attention_blocks import Traits, alignment
+    from ...kernels.attention_blocks import alignment
+
+    return _traits(
+        p.dim, p.q.dtype, tile.block_m, tile.block_n, len(p.k), p.heads // p.kv_heads, alignment(aligned), p.n_groups > 1,
+        bool(pieces.labels), torch.backends.cuda.matmul.fp32_precision == "tf32", interpreted(),
+        **{"RAGGED": p.row_items is not None, **more},
+    )  # fmt: skip
+
+
+@functools.lru_cache(1024)
+def _traits(
+    dim: int,
+    dtype: torch.dtype,
+    block_m: int,
+    block_n: int,
+    tensors: int,
+    heads_per_kv: int,
+    align: int,
+    grouped: bool,
+    lanes: bool,
+    tf32: bool,
+    interpreted: bool,
+    **more: Any,
+) -> Traits:
+    from ...kernels.attention_blocks import Traits
     from ...kernels.attention_tiles import split_dim
 
-    parts = split_dim(p.dim, p.q.element_size())
+    parts = split_dim(dim, dtype.itemsize)
     features = {
-        "DESCRIBED": False, "RAGGED": p.row_items is not None, "SILENT": False, "UNCLIPPED": False, "CLIPPED": False,
-        "SIGNED": False, "MASS": 0, "PERSISTENT": False, "SPECIALIZED": False, **more,
+        "DESCRIBED": False, "SILENT": False, "UNCLIPPED": False, "CLIPPED": False, "SIGNED": False, "MASS": 0,
+        "PERSISTENT": False, "SPECIALIZED": False, **more,
     }  # fmt: skip
     return Traits(
-        D=p.dim,
+        D=dim,
         PARTS=parts,
         FIRSTS=tuple(accumulate(parts, initial=0))[:-1],
         N_PARTS=len(parts),
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        TENSORS=len(p.k),
-        HEADS_PER_KV=p.heads // p.kv_heads,
-        ALIGN=alignment(aligned),
-        GROUPED=p.n_groups > 1,
-        LANES=bool(pieces.labels),
-        PRECISION="tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
-        EMULATE=interpreted() and p.q.dtype == torch.bfloat16,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        TENSORS=tensors,
+        HEADS_PER_KV=heads_per_kv,
+        ALIGN=align,
+        GROUPED=grouped,
+        LANES=lanes,
+        PRECISION="tf32" if tf32 else "ieee",
+        EMULATE=interpreted and dtype == torch.bfloat16,
         **features,
     )
 
@@ -134,8 +164,13 @@ def blocks(lengths: tuple[int, ...], items: Tensor | None, size: int) -> int:
 def starts(lengths: tuple[int, ...], items: Tensor | None, device: torch.device) -> Tensor:
     """(1|B, segments + 1) int32 starts, the end last."""
     if items is None:
-        return constant(tuple(accumulate(lengths, initial=0)), torch.int32, device)[None]
+        return _starts(lengths, device)
     return torch.nn.functional.pad(items.cumsum(1, dtype=torch.int32), (1, 0))
+
+
+@functools.lru_cache(maxsize=4096)
+def _starts(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    return constant(tuple(accumulate(lengths, initial=0)), torch.int32, device)[None]
 
 
 def piece_order(p: Problem, pieces: Pieces) -> Tensor | None:
