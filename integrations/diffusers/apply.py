@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 import warnings
@@ -372,9 +373,16 @@ class Handle:
             0 if place.kind == "self" else geometry.text_len,
             math.prod(geometry.grids[place.level]) if geometry.grids else geometry.image_len, geometry.batch, grid,
         )  # fmt: skip
-        plan = self.method.plan(layer, self._step)
+        with _on_cpu():
+            plan = self.method.plan(layer, self._step)
         if isinstance(plan, Plan) and (late := plan.late) is not None:
-            return Plan(late=lambda: self._fitted(late(), layer, geometry.device))
+
+            def fitted() -> Plan | None:
+                with _on_cpu():
+                    known = late()
+                return self._fitted(known, layer, geometry.device)
+
+            return Plan(late=fitted)
         return self._fitted(plan, layer, geometry.device)
 
     def _fitted(self, plan: Plan | None, layer: Layer, device: torch.device) -> Plan | None:
@@ -408,6 +416,11 @@ _CONTEXT_PARALLEL = (
 
 def _kept(t: Tensor, wanted: bool) -> Tensor:
     return t.detach().clone() if wanted else t.new_empty(0)
+
+
+def _on_cpu() -> contextlib.AbstractContextManager:
+    """Methods make their tables on the CPU, from where plans are moved, whatever torch.set_default_device says."""
+    return contextlib.nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
 
 
 def _active_backend_is_set() -> bool:

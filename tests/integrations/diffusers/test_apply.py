@@ -466,3 +466,17 @@ def test_a_knob_is_not_the_caller_s_tensor() -> None:
         method.hole = hole
         handle.reset()
         assert not torch.equal(forward(model, tiny_call(model)), first)
+
+
+def test_a_default_device_does_not_matter_to_a_method() -> None:
+    """Under torch.set_default_device tables would be made there, beside others on the CPU."""
+    model = tiny_flux()
+    method = InContextBrush(hole=torch.arange(ROWS * COLUMNS) % 3 == 0)
+    with apply(model, method) as handle:
+        handle.set_step(0, 4, 1.0)
+        expected = forward(model, tiny_call(model))
+    with apply(model, InContextBrush(hole=method.hole)) as handle:
+        handle.set_step(0, 4, 1.0)
+        with torch.device("meta"):
+            handle.prepare(text_len=TEXT, image_len=ROWS * COLUMNS)
+        assert torch.equal(forward(model, tiny_call(model)), expected)
