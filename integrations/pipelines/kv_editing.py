@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -21,6 +23,14 @@ from .flux import FluxParts
 from .images import ImageLike
 
 
+class KVInversion(NamedTuple):
+    """A photo on its way up, from which any number of edits come down."""
+
+    photo: Image.Image
+    levels: list[Tensor]  # its latents (1, image tokens, channels) at all times, rising
+    ids: Tensor  # of its tokens
+
+
 @dataclass
 class KVEditOutput:
     """What one call made.
@@ -30,14 +40,18 @@ class KVEditOutput:
         latents: (1, image tokens, channels), packed; outside of the masked tokens they are the photo's.
         tokens: the image tokens that were edited.
         size: (width, height) in pixels at which the model saw the photo.
-        method: with the keys and values that the inversion left.
+        mask: of the photo's size.
+        method: with the keys and values that the inversion left. All edits of one inversion share it.
+        inversion: what KVEditPipeline.again() comes down from.
     """
 
     image: Image.Image
     latents: Tensor
     tokens: Tensor
     size: tuple[int, int]
+    mask: Image.Image
     method: KVEdit
+    inversion: KVInversion
 
 
 class KVEditPipeline(FluxParts):
@@ -47,7 +61,8 @@ class KVEditPipeline(FluxParts):
         pipe("park.jpg", "bench.png", "a bench in a park", source_prompt="a park").image.save("out.png")
 
     The photo is inverted by Euler with all of its tokens; the edit's calls hold text and masked tokens alone, which makes
-    them as much cheaper as the mask is small. Defaults are the released code's.
+    them as much cheaper as the mask is small. again() makes more of them of one inversion. Defaults are
+    the released code's.
     """
 
     @torch.no_grad()
@@ -106,31 +121,59 @@ class KVEditPipeline(FluxParts):
             token_mask(cells), times, attn_scale=attn_scale, masked_inversion=masked_inversion, keep_device=keep_device,
             keep_dtype=keep_dtype,
         )  # fmt: skip
-        length = min(max_sequence_length, pipe.tokenizer_2.model_max_length)
-        texts = [self._embed(text, length) for text in (source_prompt, prompt)]
-        inside = packed_mask(cells, pipe.vae.config.latent_channels)
-        with (
-            apply(pipe.transformer, method, backend=self.backend) as handle,
-            self._bar("inverting, editing", 2 * len(times) - 2, progress) as bar,
-        ):
-            up = self._climb(handle, clean, ids, times, texts[0], inversion_guidance, bar)
-            tokens = method.tokens.to(clean.device)
-            method.phase = "edit"
-            handle.reset()
-            latents = up[-1][:, tokens]
-            for i, (time, lower) in enumerate(pairwise(times)):
-                handle.set_step(i, len(times) - 1, time)
-                latents = reblend(latents, up[len(times) - 1 - i], inside.to(clean.device), tokens)
-                velocity = self._velocity(latents, ids[tokens], time, texts[1], guidance_scale)
-                latents = latents + (lower - time) * velocity
-                bar.update()
-        final = paste(clean, latents, tokens)
-        if not bool(final.isfinite().all()):
-            raise FloatingPointError(f"the latents are no longer finite in {pipe.transformer.dtype}: try bfloat16 or float32")
-        made = self._decode(final, size)
-        whole = (0, 0, *photo.size)
-        made = im.paste_back(made, photo, hole, whole) if paste_back else im.resize_photo(made, photo.size)
-        return KVEditOutput(made, final, method.tokens, size, method)
+        source, target = (self._embed(text, self._length(max_sequence_length)) for text in (source_prompt, prompt))
+        with self._controlled(method, "inverting, editing", 2 * len(times) - 2, progress) as (handle, bar):
+            inversion = KVInversion(photo, self._climb(handle, clean, ids, times, source, inversion_guidance, bar), ids)
+            final = self._descend(handle, inversion, cells, target, guidance_scale, bar)
+        return self._made(inversion, method, final, hole, size, paste_back)
+
+    @torch.no_grad()
+    def again(
+        self,
+        done: KVEditOutput,
+        prompt: str,
+        *,
+        mask: ImageLike | None = None,
+        guidance_scale: float = 5.5,
+        attn_scale: float = 1.0,
+        paste_back: bool = True,
+        max_sequence_length: int = 512,
+        progress: bool = True,
+    ) -> KVEditOutput:
+        """Another edit of the photo of an earlier one, without another inversion.
+
+            done = pipe("park.jpg", "bench.png", "a bench in a park", source_prompt="a park")
+            pipe.again(done, "a fountain in a park").image.save("fountain.png")
+
+        Args:
+            done: what this pipeline has made. Its method takes the new mask and scale.
+            prompt: what the result shows. mask: another one, unless masked_inversion was chosen; None: the same.
+            The others: as in the call.
+
+        Raises:
+            TypeError, ValueError, FileNotFoundError: naming the argument, what was expected and what came.
+            FloatingPointError: the latents are no longer finite.
+        """
+        if not isinstance(done, KVEditOutput):
+            raise TypeError(f"done: expected a KVEditOutput, got {type(done).__name__}")
+        check_texts(prompt=prompt)
+        check_number("guidance_scale", guidance_scale)
+        inversion, method = done.inversion, done.method
+        hole = done.mask if mask is None else im.open_mask(mask, inversion.photo.size)
+        cells = self._cells(im.resize_mask(hole, done.size))
+        method.mask, method.attn_scale = token_mask(cells), attn_scale
+        text = self._embed(prompt, self._length(max_sequence_length))
+        with self._controlled(method, "editing", len(method.times) - 1, progress) as (handle, bar):
+            final = self._descend(handle, inversion, cells, text, guidance_scale, bar)
+        return self._made(inversion, method, final, hole, done.size, paste_back)
+
+    def _length(self, most: int) -> int:
+        return min(most, self.pipe.tokenizer_2.model_max_length)
+
+    @contextmanager
+    def _controlled(self, method: KVEdit, what: str, steps: int, progress: bool) -> Iterator[tuple[Handle, Any]]:
+        with apply(self.pipe.transformer, method, backend=self.backend) as handle, self._bar(what, steps, progress) as bar:
+            yield handle, bar
 
     def _climb(
         self, handle: Handle, clean: Tensor, ids: Tensor, times: list[float], text: tuple, guidance: float, bar: Any
@@ -142,3 +185,32 @@ class KVEditPipeline(FluxParts):
             up.append(up[-1] + (upper - time) * self._velocity(up[-1], ids, time, text, guidance))
             bar.update()
         return up
+
+    def _descend(
+        self, handle: Handle, inversion: KVInversion, cells: Tensor, text: tuple, guidance: float, bar: Any
+    ) -> Tensor:
+        """The latents of an edit; outside of the method's masked tokens they are the photo's."""
+        method: Any = handle.method
+        up, steps = inversion.levels, len(method.times) - 1
+        inside, tokens = (t.to(up[0].device) for t in (packed_mask(cells, self.pipe.vae.config.latent_channels), method.tokens))
+        method.phase = "edit"
+        handle.reset()
+        latents = up[-1][:, tokens]
+        for i, (time, lower) in enumerate(pairwise(method.times)):
+            handle.set_step(i, steps, time)
+            latents = reblend(latents, up[steps - i], inside, tokens)
+            latents = latents + (lower - time) * self._velocity(latents, inversion.ids[tokens], time, text, guidance)
+            bar.update()
+        return paste(up[0], latents, tokens)
+
+    def _made(
+        self, inversion: KVInversion, method: KVEdit, final: Tensor, hole: Image.Image, size: tuple[int, int], paste_back: bool
+    ) -> KVEditOutput:
+        if not bool(final.isfinite().all()):
+            raise FloatingPointError(
+                f"the latents are no longer finite in {self.pipe.transformer.dtype}: try bfloat16 or float32"
+            )
+        photo, made = inversion.photo, self._decode(final, size)
+        whole = (0, 0, *photo.size)
+        made = im.paste_back(made, photo, hole, whole) if paste_back else im.resize_photo(made, photo.size)
+        return KVEditOutput(made, final, method.tokens, size, hole, method, inversion)

@@ -56,6 +56,46 @@ def test_an_edit_computes_the_masked_tokens_alone(pipe: KVEditPipeline, photo: I
     assert seen == [48] * 3 + [9] * 3
 
 
+def test_again_is_an_edit_of_the_same_inversion(pipe: KVEditPipeline, photo: Image.Image, mask: Image.Image) -> None:
+    other = Image.fromarray(np.roll(np.asarray(mask), 16, 1))
+    expected = [
+        pipe(photo, mask, "a green star", **OPTIONS),
+        pipe(photo, other, "a red moon", **OPTIONS, attn_scale=3.0, guidance_scale=2.0),
+        pipe(photo, mask, "a red moon", **OPTIONS, paste_back=False),
+    ]
+    first = pipe(photo, mask, "a red moon", **OPTIONS)
+    seen: list[int] = []
+    hook = pipe.pipe.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["hidden_states"].shape[1]), with_kwargs=True
+    )
+    try:
+        made = [
+            pipe.again(first, "a green star", progress=False),
+            pipe.again(first, "a red moon", mask=other, attn_scale=3.0, guidance_scale=2.0, progress=False),
+            pipe.again(first, "a red moon", paste_back=False, progress=False),  # with the first one's mask
+        ]
+    finally:
+        hook.remove()
+    assert seen == [9] * 9
+    for one, again in zip(expected, made, strict=True):
+        assert torch.equal(one.latents, again.latents) and torch.equal(one.tokens, again.tokens)
+        assert one.image.tobytes() == again.image.tobytes()
+
+
+def test_again_refuses(pipe: KVEditPipeline, photo: Image.Image, mask: Image.Image) -> None:
+    done = pipe(photo, mask, "a red moon", **OPTIONS, masked_inversion=True)
+    other = Image.fromarray(np.roll(np.asarray(mask), 16, 1))
+    with pytest.raises(ValueError, match="mask: what is kept was inverted with another mask"):
+        pipe.again(done, "a star", mask=other, progress=False)
+    with pytest.raises(TypeError, match="done: expected a KVEditOutput, got Image"):
+        pipe.again(done.image, "a star")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="guidance_scale"):
+        pipe.again(done, "a star", guidance_scale=float("nan"))
+    done.method.kept.clear()
+    with pytest.raises(ValueError, match="phase: nothing is kept for time"):
+        pipe.again(done, "a star", progress=False)
+
+
 def test_the_same_prompt_brings_the_photo_back(pipe: KVEditPipeline, photo: Image.Image, mask: Image.Image) -> None:
     """To the error of Euler's steps, which more of them make smaller."""
     clean = pipe._encode(photo)[0].detach()
