@@ -30,24 +30,24 @@ def norm_rope(x: Tensor) -> Tensor:
 CALLS = {"attention": lambda x: fb.attention(x, x, x), "qk_norm_rope": norm_rope}
 
 
-class Seen(TorchDispatchMode):
+class Names:
+    """What a mode is shown."""
+
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def see(self, func, types, args=(), kwargs=None):
         self.names.append(str(func))
         return func(*args, **(kwargs or {}))
 
 
-class SeenFunctions(TorchFunctionMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
+class Seen(Names, TorchDispatchMode):
+    __torch_dispatch__ = Names.see
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
+
+class SeenFunctions(Names, TorchFunctionMode):
+    __torch_function__ = Names.see
 
 
 class Shown(Exception):
