@@ -129,12 +129,14 @@ def _forward(p: Problem) -> Result:
         flat = [x for c in p.contrast for x in ((0.0,) * 4 if c is None else (1.0, c.beta, 0.0, 0.0))]
         contrast = launch.constant(tuple(flat), torch.float32, device)
         sums = statistics.value_sums(p, statistics.plain_traits(p, out), key_starts)
+    ragged = p.row_items is not None or p.key_items is not None
+    order = None if ragged else _order(p.row_lengths, p.key_lengths, p.kinds, block, device)
     keep: list[Tensor] = []
 
     def pointer(t: Tensor | None, dtype: torch.dtype) -> int | None:
         if t is None:
             return None
-        keep.append(t.to(dtype).contiguous())
+        keep.append((t if t.dtype is dtype else t.to(dtype)).contiguous())
         return keep[-1].data_ptr()
 
     def table(t: Tensor | None) -> _Table:
@@ -152,7 +154,7 @@ def _forward(p: Problem) -> Result:
         source_v=pointer(p.source_v, torch.int64), row_starts=row_starts.data_ptr(), key_starts=key_starts.data_ptr(),
         valid=pointer(p.valid, torch.int32), rows_by_item=p.row_items is not None, keys_by_item=p.key_items is not None,
         groups=pointer(launch.constant(p.groups, torch.int32, device), torch.int32),
-        order=pointer(_order(p, block, device), torch.int32), scales=table(p.scales), bias=table(p.bias),
+        order=pointer(order, torch.int32), scales=table(p.scales), bias=table(p.bias),
         weight=table(p.weight), gain=table(None if p.head_gain is not None else p.gain), gates=table(p.gates),
         contrast=pointer(contrast, torch.float32), value_sums=pointer(sums, torch.float32),
         lse=pointer(lse, torch.float32), partial_mass=pointer(partial, torch.float32),
@@ -222,13 +224,15 @@ def _describe_all(tensors: tuple[Tensor, ...]):
     return (_Tensor * len(tensors))(*map(_describe, tensors))
 
 
-def _order(p: Problem, block: int, device: torch.device) -> Tensor | None:
-    """The blocks of rows that see the most keys first, so that the last ones to run are short."""
-    if p.row_items is not None or p.key_items is not None:
-        return None
-    C = range(len(p.key_lengths))
-    costs = [sum(p.key_lengths[c] for c in C if not p.removed(r, c)) for r in range(len(p.row_lengths))]
+@functools.lru_cache(1024)
+def _order(
+    row_lengths: tuple[int, ...], key_lengths: tuple[int, ...], kinds: tuple[int, ...], block: int, device: torch.device
+) -> Tensor | None:
+    """The blocks of rows that see the most keys first, so that the last ones to run are short; None: all see as many."""
+    C = len(key_lengths)
+    seen = [zip(key_lengths, kinds[r * C : (r + 1) * C], strict=True) for r in range(len(row_lengths))]
+    costs = [sum(length for length, kind in pairs if kind >= 0) for pairs in seen]
     if len(set(costs)) == 1:
         return None
-    blocks = [cost for cost, length in zip(costs, p.row_lengths, strict=True) for _ in range(-(-length // block))]
+    blocks = [cost for cost, length in zip(costs, row_lengths, strict=True) for _ in range(-(-length // block))]
     return launch.constant(tuple(sorted(range(len(blocks)), key=lambda i: -blocks[i])), torch.int32, device)
