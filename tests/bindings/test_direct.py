@@ -37,17 +37,19 @@ class Names:
         super().__init__()
         self.names: list[str] = []
 
-    def see(self, func, types, args=(), kwargs=None):
+    def see(self, func, args, kwargs):
         self.names.append(str(func))
         return func(*args, **(kwargs or {}))
 
 
 class Seen(Names, TorchDispatchMode):
-    __torch_dispatch__ = Names.see
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return self.see(func, args, kwargs)
 
 
 class SeenFunctions(Names, TorchFunctionMode):
-    __torch_function__ = Names.see
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return self.see(func, args, kwargs)
 
 
 class Shown(Exception):
