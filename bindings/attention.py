@@ -12,7 +12,7 @@ from . import ops
 from .backends import reference
 from .control import Control, fits_float32
 from .derivatives import first_order, refuse_tangents
-from .direct import unwatched
+from .direct import unwatched, written_out
 from .plan import check_name
 from .problem import GainRule, Problem, default_scale
 
@@ -240,6 +240,7 @@ def _check_tensor(name: str, t: Tensor, like: Tensor | None, cast: torch.dtype |
             raise ValueError(f"{name}: expected q's device {like.device}, got {t.device}")
         if shape[3] != like.shape[3]:
             raise ValueError(f"{name}: expected q's head dim {like.shape[3]}, got {shape[3]}")
+    t = written_out(t)
     # Every kernel reads rows of D neighbours; a strided last dimension is the one layout that is copied.
     return t if t.stride(3) == 1 or shape[3] == 1 else t.contiguous()
 
@@ -284,6 +285,8 @@ def _check_out(out: Tensor, q: Tensor, expected: tuple[int, ...]) -> None:
         raise ValueError(f"out: expected a contiguous last dimension, got strides {out.stride()}")
     if any(n > 1 and s == 0 for n, s in zip(out.shape, out.stride(), strict=True)):
         raise ValueError(f"out: expected elements that do not share memory, got strides {out.stride()}")
+    if written_out(out) is not out:
+        raise ValueError("out: expected a tensor with memory of its own")
     if out.requires_grad and torch.is_grad_enabled():
         raise ValueError("out: expected a tensor that does not require grad")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import profiler
 from torch.nn import Parameter
 
 _PLAIN = (Tensor, Parameter)
@@ -14,7 +15,16 @@ def unwatched(*tensors: Tensor | None) -> bool:
     operator, and the tensors are torch's own, with memory that says what they hold."""
     if torch.compiler.is_compiling() or _watched():
         return False
-    return not any(t is not None and (type(t) not in _PLAIN or t.is_meta or t.is_neg()) for t in tensors)
+    return not any(
+        t is not None
+        and (type(t) not in _PLAIN or t.is_meta or t.is_neg() or t._is_zerotensor() or torch._is_functional_tensor(t))
+        for t in tensors
+    )
+
+
+def written_out(t: Tensor) -> Tensor:
+    """The tensor, or a copy with memory of a gradient of zeros that torch has not written out."""
+    return t.clone() if not torch.compiler.is_compiling() and t._is_zerotensor() else t
 
 
 # Private, but what torch's own autograd.Function and modes ask. A torch without one of them dispatches every call.
@@ -40,4 +50,5 @@ else:
             or _are_functorch_transforms_active()
             or _get_tracing_state() is not None
             or _profiler_enabled()
+            or getattr(profiler, "_is_profiler_enabled", True)  # in whatever thread
         )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .backends import cpu_norm_rope, triton_norm_rope
 from .derivatives import first_order, has_tangent
-from .direct import unwatched
+from .direct import unwatched, written_out
 
 Stream = tuple[Tensor, Tensor | None, Tensor | None]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -264,7 +264,7 @@ def _check_streams(streams: Sequence[Stream]) -> list[Stream]:
                 raise ValueError(
                     f"streams[{i}]: expected an offset broadcastable to {tuple(x.shape)}, got {tuple(offset.shape)}"
                 )
-    return [tuple(s) for s in streams]  # type: ignore[misc]
+    return [tuple(t if t is None else written_out(t) for t in s) for s in streams]  # type: ignore[misc]
 
 
 def _check_table(name: str, table: Tensor, total: int, x: Tensor) -> None:

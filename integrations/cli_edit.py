@@ -65,6 +65,7 @@ def edit(
 ) -> None:
     """Change a photo by a changed prompt, without training: four methods on Stable Diffusion, two on FLUX."""
     from .pipelines import images as im
+    from .pipelines.checks import check_number
 
     check_pictures({"output": output, "reconstruction": reconstruction}, read={"image": image, "mask": mask})
     # Before a model is loaded, which takes minutes.
@@ -80,6 +81,8 @@ def edit(
         raise ValueError(f"mask: {method} needs one")
     if bool(word) != bool(source_word):
         raise ValueError("word: expected it together with --source-word, or neither")
+    if guidance is not None:
+        check_number("guidance", guidance)
     if move is not None and any(n % TOKEN for n in move):
         raise ValueError(f"move: expected (pixels down, pixels to the right), multiples of {TOKEN}, got {move}")
     photo = im.open_image(image)

@@ -175,6 +175,7 @@ def describe_call(p: Problem, out: Tensor, lse: Tensor | None, keep: list) -> At
     call.k, call.v = describe_list(p.k, p.source_k is None, keep), describe_list(p.v, p.source_v is None, keep)
     call.threads = torch.get_num_threads()
     if lse is not None:
+        keep.append(lse)
         call.lse = lse.data_ptr()
 
     def array(t: Tensor, dtype: torch.dtype) -> Tensor:

@@ -33,7 +33,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def available() -> list[str]:
     if reason := _unfit():
         return [reason]
-    if not _has_gpu() and not interpreted():
+    # The first is quicker, and says the same where it says yes.
+    if not (torch.cuda.is_initialized() or torch.cuda.is_available() or interpreted()):
         return ["no GPU is visible to torch"]
     return []
 
@@ -49,8 +50,6 @@ def _unfit() -> str:
         return f"triton {triton.__version__} is older than {OLDEST[0]}.{OLDEST[1]}"
     return ""
 
-
-_has_gpu = functools.cache(torch.cuda.is_available)
 
 
 def why_not(problem: Problem) -> list[str]:

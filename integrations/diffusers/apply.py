@@ -76,7 +76,8 @@ def apply(
         ValueError: layers, steps, stats or backend that do not exist or are not usable here.
         NotImplementedError: context parallelism; a UNet with blocks or inputs whose layers are not known here (GLIGEN,
             two text encodings, image prompts). A derived head gain across tensor-parallel ranks raises when planned.
-        RuntimeError: the model is under control already; a method with an attach() controls another model.
+        RuntimeError: the model is under control already. When the model is called: its method, which has an attach(), was
+            given to another model since.
     """
     inner = getattr(model, "_orig_mod", model)
     host = find_host(inner)
@@ -356,6 +357,8 @@ class Handle:
 
     def _plan_all(self, geometry: Geometry) -> None:
         self._collect()
+        if self._attached is not None:
+            self._attached.check()
         self._geometry, self._planned_step = geometry, self._step.index
         defer = _active_backend_is_set()
         for i, (place, processor) in enumerate(zip(self._places, self._processors, strict=True)):

@@ -2,66 +2,50 @@
 
 from __future__ import annotations
 
-import gc
 from typing import Any
-from weakref import WeakValueDictionary
 
 from torch import nn
 
 from .compose import Composition
 from .plan import Method
 
-# id(method with an attach()): the model it is attached to
-_models: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
+_OWNER = "_flashbrush_attachment"
 
 
 class Attachment:
-    """Methods attached to a model, until remove().
+    """A method attached to a model, until remove().
 
-    One that has an attach() may know the model by its layers' names or modules, and would take another's for them: it is
-    attached to one model at a time.
+    One that has an attach() may know the model by its layers' names or modules, and would take another's for them. So it
+    bears a mark of the attachment that came last. The mark is an object of the method's own, so that copies of both agree.
 
     Attributes:
-        hooks: what the methods' own attach() returned.
-
-    Raises:
-        RuntimeError: a method is attached to another model.
+        hooks: what the method's own attach() returned.
     """
 
     def __init__(self, method: Method | None, model: nn.Module) -> None:
-        self.methods, self.hooks, self._model = _attachable(method), [], model
-        for one in self.methods:
-            _check_free(one, model)
-        try:
-            for one in self.methods:
-                self.hooks += one.attach(model)
-        except Exception:  # one refuses the model: the others leave it as it was
-            self.remove()
-            raise
-        for one in self.methods:
-            _models[id(one)] = model
+        attach = getattr(method, "attach", None)
+        self._methods, self._mark = _attachable(method), object()
+        self.hooks: list[Any] = [] if attach is None else list(attach(model))
+        for one in self._methods:
+            object.__setattr__(one, _OWNER, self._mark)
+
+    def check(self) -> None:
+        """RuntimeError where a method has been attached to another model since."""
+        for one in self._methods:
+            if getattr(one, _OWNER, self._mark) is not self._mark:
+                name = type(one).__name__
+                raise RuntimeError(
+                    f"method: this {name} has been given to another model since, whose layers it knows now; make a {name} for "
+                    "each, or assign handle.method anew"
+                )
 
     def remove(self) -> None:
         for hook in self.hooks:
             hook.remove()
-        for one in self.methods:
-            if _models.get(id(one)) is self._model:
-                del _models[id(one)]
-        self.methods, self.hooks = [], []
+        self._methods, self.hooks = [], []
 
 
 def _attachable(method: Any) -> list[Any]:
     if isinstance(method, Composition):
         return [one for part in method.methods for one in _attachable(part)]
-    return [method] if hasattr(method, "attach") else []
-
-
-def _check_free(method: object, model: nn.Module) -> None:
-    if _models.get(id(method), model) is model:
-        return
-    gc.collect()  # a model that nobody has any more, but its own control
-    if _models.get(id(method), model) is not model:
-        name = type(method).__name__
-        raise RuntimeError(
-            f"method: this {name} controls another model, whose layers it knows; remove that handle, or make another {name}"
-        )
+    return [method] if getattr(method, "attach", None) is not None else []

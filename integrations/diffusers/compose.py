@@ -8,7 +8,7 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...bindings import Contrast, Control, HeadGain, Segments
 from .layer import Layer, Step
@@ -74,6 +74,18 @@ class Composition:
             self._kept.clear()
         self._kept[key] = tuple(plan for _, plan in plans), joined
         return joined
+
+    def attach(self, model: nn.Module) -> list[Any]:
+        hooks: list[Any] = []
+        try:
+            for method in self.methods:
+                if (attach := getattr(method, "attach", None)) is not None:
+                    hooks += attach(model)
+        except BaseException:  # one refuses the model, or somebody interrupts: the others leave it as it was
+            for hook in hooks:
+                hook.remove()
+            raise
+        return hooks
 
     def __repr__(self) -> str:
         return f"compose({', '.join(map(repr, self.methods))})"

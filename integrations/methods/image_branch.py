@@ -17,7 +17,7 @@ class ImageBranch:
     """
 
     def __init__(self, block: Any) -> None:
-        self.block = block
+        self.block: Any = block
         self._asked: tuple[Control, Sequence[Tensor], Sequence[Tensor]] | None = None
         self._query: Tensor | None = None
         self._listened: nn.Module | None = None
@@ -28,6 +28,7 @@ class ImageBranch:
     def remove(self) -> None:
         for hook in (*self._hooks, self._listening):
             hook.remove()
+        self.block, self._listened = None, None  # the method may outlive the model
 
     def _listen(self) -> None:
         attn = self.block.attn

@@ -104,7 +104,8 @@ class PromptEditingPipeline(StableDiffusionParts):
             method: a name of METHODS, with the released code's knobs, its windows of steps scaled to `steps`; or the method
                 itself, whose items, alignment and blend the pipeline sets where they are not set.
             words, source_words: what the edit is about, in `prompt` and `source_prompt`: the edit stays where they are
-                looked at (LocalBlend, MutualBlend), or MasaCtrl's masks are made of them. Both or neither.
+                looked at (LocalBlend, MutualBlend), or MasaCtrl's masks are made of them. Both or neither, and only with
+                a method that has no blend or masks of its own.
             negative_prompt: what guidance leads away from.
             steps, guidance_scale: None: the method's, see METHODS.
             inversion_iterations: calls of the model for each step of the inversion, see ddim_inversion.invert; InfEdit has
@@ -167,16 +168,18 @@ class PromptEditingPipeline(StableDiffusionParts):
                 raise ValueError(f"method: expected an alignment of {(source, prompt)}, got one of {edit.alignment.prompts}")
             return edit
 
+        if words and (getattr(ready, "masks", None) is not None or getattr(ready, "blend", None) is not None):
+            raise ValueError("words: the method has masks or a blend of its own")
         if isinstance(ready, PromptToPrompt):
             ready.edits = [edited(one) for one in ready.edits]
         if isinstance(ready, InfEdit):
             ready.edit = edited(ready.edit)
-        if words and isinstance(ready, MasaCtrl) and ready.masks is None:
+        if words and isinstance(ready, MasaCtrl):
             # Of [source, edit] twice, the conditional half comes last.
             ready.masks = WordMaps({-2: tokens[0], -1: tokens[1]}, self._resolution(size))
-        if words and isinstance(ready, PromptToPrompt) and ready.blend is None:
+        if words and isinstance(ready, PromptToPrompt):
             ready.blend = LocalBlend(tokens, resolution=self._resolution(size))
-        if words and isinstance(ready, InfEdit) and ready.blend is None:
+        if words and isinstance(ready, InfEdit):
             ready.blend = MutualBlend(tokens[1], tokens[1], resolution=self._resolution(size))
         return ready
 

@@ -119,3 +119,14 @@ def test_in_a_compiled_graph() -> None:
     torch.testing.assert_close(compiled(q, k, lse), fb.column_mass(q, k, lse))
     arguments = (q, [k], lse, [40], [70], [0], [0], 0.25, *(None,) * 7, [0])
     torch.library.opcheck(torch.ops.flashbrush.column_mass.default, arguments)
+
+
+@pytest.mark.parametrize("change", ["dtype", "strides"])
+def test_lse_of_any_layout(change: str) -> None:
+    """What is converted has to live until the kernel has read it; small tensors are soon overwritten."""
+    q = torch.randn(2, 300, 4, 32, generator=torch.Generator().manual_seed(0))
+    lse = fb.attention(q, q, q, return_stats=True)[1].lse
+    expected = fb.column_mass(q, q, lse)
+    other = lse.double() if change == "dtype" else torch.stack([lse, torch.full_like(lse, math.nan)], -1)[..., 0]
+    for _ in range(10):
+        assert torch.equal(fb.column_mass(q, q, other), expected)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from threading import Thread
 
 import pytest
 import torch
 from hypothesis import given, settings
 from torch import Tensor
+from torch._C._profiler import _ExperimentalConfig
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.profiler import profile
@@ -143,6 +145,35 @@ def test_nothing_is_dispatched(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(ops, name, None)
     x = small()
     assert torch.equal(fb.attention(x, x, x), fb.attention(x, x, x, out=torch.empty(x.shape)))
+
+
+def unwritten() -> Tensor:
+    """A gradient of zeros without memory, as torch.sgn gives it."""
+    x = small().requires_grad_()
+    torch.sgn(x).sum().backward()
+    assert x.grad is not None and x.grad._is_zerotensor()
+    return x.grad
+
+
+def test_zeros_without_memory_are_zeros() -> None:
+    x, zero = small(), torch.zeros(2, 12, 2, 8)
+    for arguments in ((unwritten(), x, x), (x, unwritten(), x), (x, x, unwritten())):
+        expected = fb.attention(*(zero if t is not x else x for t in arguments))
+        assert torch.equal(fb.attention(*arguments), expected)
+        with Seen():
+            assert torch.equal(fb.attention(*arguments), expected)
+    assert torch.equal(norm_rope(unwritten()), zero)
+    assert torch.equal(fb.qk_norm_rope([(x, None, unwritten())], None, None, eps=0.0), norm_rope(x))
+    with pytest.raises(ValueError, match="out: expected a tensor with memory"):
+        fb.attention(x, x, x, out=unwritten())
+
+
+def test_a_profile_of_all_threads_names_the_operator() -> None:
+    with profile(experimental_config=_ExperimentalConfig(profile_all_threads=True)) as seen:
+        worker = Thread(target=lambda: fb.attention(small(), small(), small()))
+        worker.start()
+        worker.join()
+    assert "flashbrush::attention" in {event.key for event in seen.key_averages()}
 
 
 def test_statistics_are_the_caller_s_own() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 import flashbrush as fb
 from flashbrush.integrations import InContextBrush
-from flashbrush.integrations.diffusers import Layer, Part, Plan, Seen, apply, compose
+from flashbrush.integrations.diffusers import Handle, Layer, Part, Plan, Seen, apply, compose
 from flashbrush.integrations.diffusers import processor as processor_module
 from flashbrush.integrations.diffusers.processor import ControlledProcessor
 
@@ -350,17 +351,38 @@ def test_what_a_method_attaches_goes_with_it() -> None:
         assert relative(forward(model, call), changed) <= 1e-5
     assert torch.equal(forward(model, call), stock)
 
-def test_what_knows_one_model_controls_one_at_a_time() -> None:
+
+def test_what_knows_one_model_controls_the_last_one() -> None:
     models, method = [tiny_flux(double=1, single=1) for _ in range(2)], Attached()
-    for both in (method, compose(method, InContextBrush())):
-        with apply(models[0], both):
-            for refused in (method, compose(InContextBrush(), method)):
-                with pytest.raises(RuntimeError, match="this Attached controls another model"):
-                    apply(models[1], refused)
-            with apply(models[1], Attached()) as handle, pytest.raises(RuntimeError, match="another model"):
-                handle.method = method
-        with apply(models[1], method):  # free again
-            pass
-    apply(tiny_flux(double=1, single=1), method)  # nobody has the model any more
-    with apply(models[0], method):
-        pass
+    call = tiny_call(models[0])
+    for given in (method, compose(InContextBrush(), method)):
+        first = apply(models[0], compose(method, InContextBrush()))
+        forward(models[0], call)
+        copied = copy.deepcopy(models[0])
+        second = apply(models[1], given)
+        for stale in (models[0], models[0]):
+            with pytest.raises(RuntimeError, match="this Attached has been given to another model since"):
+                forward(stale, call)
+        forward(models[1], call)
+        forward(copied, call)  # its method is a copy
+        second.remove()
+        with pytest.raises(RuntimeError, match="another model since"):
+            forward(models[0], call)
+        first.method = method
+        forward(models[0], call)
+        first.remove()
+        theirs = Handle.of(copied)
+        assert theirs is not None
+        with apply(tiny_flux(double=1, single=1), theirs.method), pytest.raises(RuntimeError, match="since"):
+            forward(copied, call)
+
+
+def test_an_interrupted_attach_leaves_no_hooks() -> None:
+    class Interrupted(Attached):
+        def attach(self, model: FluxTransformer2DModel) -> list:
+            raise KeyboardInterrupt
+
+    model = tiny_flux(double=1, single=1)
+    with pytest.raises(KeyboardInterrupt):
+        apply(model, compose(Attached(), Interrupted()))
+    assert Handle.of(model) is None and not model.proj_out._forward_pre_hooks

@@ -148,6 +148,10 @@ def test_a_method_that_was_used_is_of_its_prompts(kind: str, pipe: PromptEditing
     used = edit(pipe, photo, kind)
     again = edit(pipe, photo, used.method)
     assert torch.equal(again.latents, used.latents)
+    words = {"words": ["d"], "source_words": ["b"]}
+    with_words = edit(pipe, photo, kind, **words)
+    with pytest.raises(ValueError, match="words: the method has masks or a blend of its own"):
+        edit(pipe, photo, with_words.method, **words)
     with pytest.raises(ValueError, match=r"method: expected an alignment of \('a b', 'd b'\), got one of"):
         edit(pipe, photo, used.method, prompt="d b", source_prompt="a b")
 
@@ -164,6 +168,8 @@ def test_the_command(sd_checkpoint: Path, photo: Image.Image, tmp_path: Path, ca
     assert code == 2 and "together with --source-word" in err and not (tmp_path / "none.png").exists()
     code, _, err = flashbrush(capsys, *["magic" if a == "prompt-to-prompt" else a for a in call], "-o", tmp_path / "none.png")
     assert code == 2 and "expected one of masactrl" in err
+    code, _, err = flashbrush(capsys, *call, "--guidance", "nan", "-o", tmp_path / "none.png")
+    assert code == 2 and "guidance: expected a finite number" in err
     for kind, given in (("infedit", ["--inversion-iterations", 2]), ("plug-and-play", ["--word", "d", "--source-word", "b"])):
         mine = [kind if a == "prompt-to-prompt" else "none" if a == sd_checkpoint else a for a in call]  # no model is loaded
         code, _, err = flashbrush(capsys, *mine, *given, "-o", tmp_path / "none.png")
