@@ -286,7 +286,7 @@ def _check_out(out: Tensor, q: Tensor, expected: tuple[int, ...]) -> None:
     if any(n > 1 and s == 0 for n, s in zip(out.shape, out.stride(), strict=True)):
         raise ValueError(f"out: expected elements that do not share memory, got strides {out.stride()}")
     if written_out(out) is not out:
-        raise ValueError("out: expected a tensor with memory of its own")
+        raise ValueError("out: expected a tensor with memory, got zeros that torch has not written out")
     if out.requires_grad and torch.is_grad_enabled():
         raise ValueError("out: expected a tensor that does not require grad")
 

@@ -14,15 +14,9 @@ from .output import check_pictures, write_pictures
 if TYPE_CHECKING:
     from .pipelines import PromptEditingOutput
 
-# What the methods use beside prompts, steps, guidance and size.
+# Those on FLUX, and what they use beside prompts, steps, guidance and size; what the others have no use for.
 ON_FLUX = {"kv-edit": {"mask"}, "personalize-anything": {"mask", "move"}}
-ON_STABLE_DIFFUSION = {
-    "masactrl": {"word", "source_word", "negative_prompt", "inversion_iterations", "reconstruction"},
-    "plug-and-play": {"negative_prompt", "inversion_iterations", "reconstruction"},
-    "prompt-to-prompt": {"word", "source_word", "negative_prompt", "inversion_iterations", "reconstruction"},
-    "infedit": {"word", "source_word", "negative_prompt", "reconstruction"},
-}
-USES = ON_STABLE_DIFFUSION | ON_FLUX
+WITHOUT = {"plug-and-play": {"word", "source_word"}, "infedit": {"inversion_iterations"}}
 TOKEN = 16  # pixels a side, of FLUX
 Words = Annotated[list[str] | None, typer.Option(help="What the edit is about, in --prompt: it stays there. Repeat it.")]
 
@@ -66,18 +60,20 @@ def edit(
     """Change a photo by a changed prompt, without training: four methods on Stable Diffusion, two on FLUX."""
     from .pipelines import images as im
     from .pipelines.checks import check_number
+    from .pipelines.prompt_editing import METHODS
 
     check_pictures({"output": output, "reconstruction": reconstruction}, read={"image": image, "mask": mask})
     # Before a model is loaded, which takes minutes.
-    if method not in USES:
-        raise ValueError(f"method: expected one of {', '.join(USES)}, got {method!r}")
+    if method not in (*METHODS, *ON_FLUX):
+        raise ValueError(f"method: expected one of {', '.join((*METHODS, *ON_FLUX))}, got {method!r}")
     given = {
         "mask": mask, "move": move, "word": word, "source_word": source_word, "negative_prompt": negative_prompt or None,
         "inversion_iterations": inversion_iterations, "reconstruction": reconstruction,
     }  # fmt: skip
-    if wrong := [name for name, value in given.items() if value and name not in USES[method]]:
+    used = ON_FLUX.get(method, set(given) - {"mask", "move"} - WITHOUT.get(method, set()))
+    if wrong := [name for name, value in given.items() if value and name not in used]:
         raise ValueError(f"{wrong[0]}: {method} has no use for it")
-    if "mask" in USES[method] and mask is None:
+    if "mask" in used and mask is None:
         raise ValueError(f"mask: {method} needs one")
     if bool(word) != bool(source_word):
         raise ValueError("word: expected it together with --source-word, or neither")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 
@@ -15,6 +16,7 @@ class Tile(NamedTuple):
     specialized: bool = False  # warps that copy beside warps that multiply; 4 warps on sm_90, which ignores it for 8
 
 
+@functools.cache
 def split_dim(dim: int, itemsize: int) -> tuple[int, ...]:
     """A head dim as tiles of power-of-two widths, the last one padded.
 

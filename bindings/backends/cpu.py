@@ -139,7 +139,7 @@ def backward(
     p = problem
     dout = dout.to(p.q.dtype).contiguous()
     lse, gain = lse.contiguous(), gain.to(torch.float32).contiguous()
-    keep: list = [dout, out, lse, gain]
+    keep: list = [dout, out, gain]
     dq = torch.empty(p.batch, p.rows, p.heads, p.dim, dtype=p.q.dtype)
     dk, dv = ([torch.zeros(p.batch, *t.shape[1:], dtype=torch.float32) for t in tensors] for tensors in (p.k, p.v))
     call = _Backward(
@@ -235,18 +235,19 @@ def _flags(chosen: tuple[int, ...], count: int) -> bytes:
 
 
 def describe(t: Tensor, broadcast: bool) -> Tensor4:
-    batch, token, head, _ = t.stride()
-    return Tensor4(t.data_ptr(), 0 if broadcast and t.shape[0] == 1 else batch, token, head)
+    return Tensor4(*_fields(t, broadcast))
 
 
 def describe_list(tensors: Sequence[Tensor], broadcast: bool, keep: list) -> int:
     """The address of a Tensor4 for each; as in describe_call()."""
-    numbers: list[int] = []
-    for t in tensors:
-        batch, token, head, _ = t.stride()
-        numbers += (t.data_ptr(), 0 if broadcast and t.shape[0] == 1 else batch, token, head)
-    keep.append((c_int64 * len(numbers))(*numbers))
+    keep.append((c_int64 * (4 * len(tensors)))(*(x for t in tensors for x in _fields(t, broadcast))))
     return addressof(keep[-1])
+
+
+def _fields(t: Tensor, broadcast: bool) -> tuple[int, int, int, int]:
+    """A Tensor4's."""
+    batch, token, head, _ = t.stride()
+    return t.data_ptr(), 0 if broadcast and t.shape[0] == 1 else batch, token, head
 
 
 def run(function: str, call: Structure) -> None:

@@ -51,7 +51,6 @@ def _unfit() -> str:
     return ""
 
 
-
 def why_not(problem: Problem) -> list[str]:
     p, reasons = problem, []
     if p.q.device.type != "cuda" and not interpreted():

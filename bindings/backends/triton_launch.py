@@ -91,52 +91,28 @@ class Pieces(NamedTuple):
 
 def make_traits(p: Problem, tile: Tile, pieces: Pieces, aligned: Sequence[Tensor], **more: Any) -> Traits:
     """aligned: all tensors that are addressed by strides."""
-    from ...kernels.attention_blocks import alignment
-
-    return _traits(
-        p.dim, p.q.dtype, tile.block_m, tile.block_n, len(p.k), p.heads // p.kv_heads, alignment(aligned), p.n_groups > 1,
-        bool(pieces.labels), torch.backends.cuda.matmul.fp32_precision == "tf32", interpreted(),
-        **{"RAGGED": p.row_items is not None, **more},
-    )  # fmt: skip
-
-
-@functools.lru_cache(1024)
-def _traits(
-    dim: int,
-    dtype: torch.dtype,
-    block_m: int,
-    block_n: int,
-    tensors: int,
-    heads_per_kv: int,
-    align: int,
-    grouped: bool,
-    lanes: bool,
-    tf32: bool,
-    interpreted: bool,
-    **more: Any,
-) -> Traits:
-    from ...kernels.attention_blocks import Traits
+    from ...kernels.attention_blocks import Traits, alignment
     from ...kernels.attention_tiles import split_dim
 
-    parts = split_dim(dim, dtype.itemsize)
+    parts = split_dim(p.dim, p.q.element_size())
     features = {
-        "DESCRIBED": False, "SILENT": False, "UNCLIPPED": False, "CLIPPED": False, "SIGNED": False, "MASS": 0,
-        "PERSISTENT": False, "SPECIALIZED": False, **more,
+        "DESCRIBED": False, "RAGGED": p.row_items is not None, "SILENT": False, "UNCLIPPED": False, "CLIPPED": False,
+        "SIGNED": False, "MASS": 0, "PERSISTENT": False, "SPECIALIZED": False, **more,
     }  # fmt: skip
     return Traits(
-        D=dim,
+        D=p.dim,
         PARTS=parts,
         FIRSTS=tuple(accumulate(parts, initial=0))[:-1],
         N_PARTS=len(parts),
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        TENSORS=tensors,
-        HEADS_PER_KV=heads_per_kv,
-        ALIGN=align,
-        GROUPED=grouped,
-        LANES=lanes,
-        PRECISION="tf32" if tf32 else "ieee",
-        EMULATE=interpreted and dtype == torch.bfloat16,
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        TENSORS=len(p.k),
+        HEADS_PER_KV=p.heads // p.kv_heads,
+        ALIGN=alignment(aligned),
+        GROUPED=p.n_groups > 1,
+        LANES=bool(pieces.labels),
+        PRECISION="tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
+        EMULATE=interpreted() and p.q.dtype == torch.bfloat16,
         **features,
     )
 

@@ -83,7 +83,9 @@ class FluxParts:
         scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
         return [float(sigma) for sigma in scheduler.sigmas]
 
-    def _embed(self, text: str, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _embed(self, text: str, max_sequence_length: int) -> tuple[Tensor, Tensor, Tensor]:
+        """encode_prompt's, of as many tokens, or of the tokenizer's where those are fewer."""
+        length = min(max_sequence_length, self.pipe.tokenizer_2.model_max_length)
         return self.pipe.encode_prompt(text, None, device=self.pipe._execution_device, max_sequence_length=length)
 
     def _encode(self, photo: Image.Image) -> tuple[Tensor, Tensor]:

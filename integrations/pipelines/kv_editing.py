@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -121,8 +119,11 @@ class KVEditPipeline(FluxParts):
             token_mask(cells), times, attn_scale=attn_scale, masked_inversion=masked_inversion, keep_device=keep_device,
             keep_dtype=keep_dtype,
         )  # fmt: skip
-        source, target = (self._embed(text, self._length(max_sequence_length)) for text in (source_prompt, prompt))
-        with self._controlled(method, "inverting, editing", 2 * len(times) - 2, progress) as (handle, bar):
+        source, target = (self._embed(text, max_sequence_length) for text in (source_prompt, prompt))
+        with (
+            apply(pipe.transformer, method, backend=self.backend) as handle,
+            self._bar("inverting, editing", 2 * len(times) - 2, progress) as bar,
+        ):
             inversion = KVInversion(photo, self._climb(handle, clean, ids, times, source, inversion_guidance, bar), ids)
             final = self._descend(handle, inversion, cells, target, guidance_scale, bar)
         return self._made(inversion, method, final, hole, size, paste_back)
@@ -162,18 +163,13 @@ class KVEditPipeline(FluxParts):
         hole = done.mask if mask is None else im.open_mask(mask, inversion.photo.size)
         cells = self._cells(im.resize_mask(hole, done.size))
         method.mask, method.attn_scale = token_mask(cells), attn_scale
-        text = self._embed(prompt, self._length(max_sequence_length))
-        with self._controlled(method, "editing", len(method.times) - 1, progress) as (handle, bar):
+        text = self._embed(prompt, max_sequence_length)
+        with (
+            apply(self.pipe.transformer, method, backend=self.backend) as handle,
+            self._bar("editing", len(method.times) - 1, progress) as bar,
+        ):
             final = self._descend(handle, inversion, cells, text, guidance_scale, bar)
         return self._made(inversion, method, final, hole, done.size, paste_back)
-
-    def _length(self, most: int) -> int:
-        return min(most, self.pipe.tokenizer_2.model_max_length)
-
-    @contextmanager
-    def _controlled(self, method: KVEdit, what: str, steps: int, progress: bool) -> Iterator[tuple[Handle, Any]]:
-        with apply(self.pipe.transformer, method, backend=self.backend) as handle, self._bar(what, steps, progress) as bar:
-            yield handle, bar
 
     def _climb(
         self, handle: Handle, clean: Tensor, ids: Tensor, times: list[float], text: tuple, guidance: float, bar: Any

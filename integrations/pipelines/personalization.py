@@ -112,8 +112,7 @@ class PersonalizeAnythingPipeline(FluxParts):
         clean, ids = torch.cat([latents for latents, _ in encoded]), encoded[0][1]
         draw = torch.Generator().manual_seed(base)
         noise, latents = (torch.randn(shape, generator=draw).to(clean) for shape in (clean.shape, clean[:1].shape))
-        length = min(max_sequence_length, self.pipe.tokenizer_2.model_max_length)
-        texts = [self._embed(text, length) for text in (subject_prompt, prompt)]
+        texts = [self._embed(text, max_sequence_length) for text in (subject_prompt, prompt)]
         # A reconstruction for each photo, then the image.
         text = (*(torch.cat([a.expand(len(photos), *a.shape[1:]), b]) for a, b in zip(*(t[:2] for t in texts), strict=True)),
                 texts[0][2])  # fmt: skip

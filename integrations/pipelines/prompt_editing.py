@@ -126,7 +126,7 @@ class PromptEditingPipeline(StableDiffusionParts):
         if bool(words) != bool(source_words):
             raise ValueError("words: expected them together with source_words, or neither")
         if kind == "infedit" and inversion_iterations != 1:
-            raise ValueError("inversion_iterations: InfEdit has no use for them")
+            raise ValueError(f"inversion_iterations: expected 1, as InfEdit inverts nothing, got {inversion_iterations}")
         steps = METHODS[kind][1] if steps is None else steps
         guidance = METHODS[kind][2] if guidance_scale is None else guidance_scale
         check_number("guidance_scale", guidance)
@@ -169,7 +169,7 @@ class PromptEditingPipeline(StableDiffusionParts):
             return edit
 
         if words and (getattr(ready, "masks", None) is not None or getattr(ready, "blend", None) is not None):
-            raise ValueError("words: the method has masks or a blend of its own")
+            raise ValueError(f"words: expected none beside a method with masks or a blend of its own, got {list(words)}")
         if isinstance(ready, PromptToPrompt):
             ready.edits = [edited(one) for one in ready.edits]
         if isinstance(ready, InfEdit):

@@ -360,9 +360,9 @@ def test_what_knows_one_model_controls_the_last_one() -> None:
         forward(models[0], call)
         copied = copy.deepcopy(models[0])
         second = apply(models[1], given)
-        for stale in (models[0], models[0]):
+        for _ in range(2):
             with pytest.raises(RuntimeError, match="this Attached has been given to another model since"):
-                forward(stale, call)
+                forward(models[0], call)
         forward(models[1], call)
         forward(copied, call)  # its method is a copy
         second.remove()

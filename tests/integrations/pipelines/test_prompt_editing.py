@@ -134,7 +134,7 @@ def test_alignment_follows_the_prompts(pipe: PromptEditingPipeline, photo: Image
         ({"method": "masactrl", "guidance_scale": float("nan")}, "guidance_scale: expected a finite number"),
         ({"method": "masactrl", "steps": 0}, "steps: expected an integer from 1"),
         ({"method": "prompt-to-prompt", "prompt": "a b c d e f g h"}, "prompt: expected 1 to 8 tokens"),
-        ({"method": "infedit", "inversion_iterations": 2}, "inversion_iterations: InfEdit has no use"),
+        ({"method": "infedit", "inversion_iterations": 2}, "inversion_iterations: expected 1, as InfEdit inverts nothing, got 2"),
     ],
     ids=["a name", "a method", "words", "one's words", "guidance", "steps", "length", "iterations"],
 )
@@ -150,7 +150,7 @@ def test_a_method_that_was_used_is_of_its_prompts(kind: str, pipe: PromptEditing
     assert torch.equal(again.latents, used.latents)
     words = {"words": ["d"], "source_words": ["b"]}
     with_words = edit(pipe, photo, kind, **words)
-    with pytest.raises(ValueError, match="words: the method has masks or a blend of its own"):
+    with pytest.raises(ValueError, match="words: expected none beside a method with masks or a blend"):
         edit(pipe, photo, with_words.method, **words)
     with pytest.raises(ValueError, match=r"method: expected an alignment of \('a b', 'd b'\), got one of"):
         edit(pipe, photo, used.method, prompt="d b", source_prompt="a b")
