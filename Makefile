@@ -38,7 +38,7 @@ $(PY):
 
 # Without an NVIDIA driver the CPU's torch, from the configured indexes or PyTorch's own: the other one brings gigabytes
 # of CUDA libraries along. The constraint keeps what is installed after it from exchanging it.
-$(STAMP): setup.py pyproject.toml $(wildcard csrc/*/*) | $(PY)
+$(STAMP): setup.py pyproject.toml $(wildcard csrc/*/* csrc/*/*/*) | $(PY)
 	$(PIP) --upgrade pip "setuptools>=77"
 	$(PY) -c $(HAS_TORCH) 2>/dev/null \
 	|| { test "$$(uname)" = Linux && ! command -v nvidia-smi >/dev/null && { $(PIP) "$(TORCH)+cpu" 2>/dev/null \

@@ -1,8 +1,8 @@
 """Builds flashbrush: the packages, whose root is this folder, and the libraries from csrc/cpu and csrc/cuda.
 
 The libraries are plain C++ and CUDA C++ behind a C interface: no Python, no torch. Their parts are the files that are
-there: `csrc/cpu/*_isa.cpp` is compiled once per instruction set, with -DFLASHBRUSH_ISA=<name>; every other
-`csrc/cpu/*.cpp` once, for any machine. Together they become bindings/backends/libflashbrush_cpu.so. `csrc/cuda/*.cu`
+there: `csrc/cpu/isa/*.cpp` is compiled once per instruction set, with -DFLASHBRUSH_ISA=<name>; `csrc/cpu/schedule/*.cpp`
+once, for any machine. Together they become bindings/backends/libflashbrush_cpu.so. `csrc/cuda/*.cu`
 becomes libflashbrush_cuda.so beside it, for Hopper GPUs, where nvcc is present.
 
 An instruction set that the compiler cannot do is left out. Without a compiler, or where something else fails, the
@@ -36,16 +36,36 @@ from setuptools.command.build_py import build_py
 PACKAGES = [
     "flashbrush",
     "flashbrush.benchmarks",
-    "flashbrush.benchmarks.tiny_fill",
+    "flashbrush.benchmarks.cases",
+    "flashbrush.benchmarks.cpu",
+    "flashbrush.benchmarks.gpu",
+    "flashbrush.benchmarks.timing",
     "flashbrush.bindings",
     "flashbrush.bindings.backends",
+    "flashbrush.bindings.backends.composed",
+    "flashbrush.bindings.backends.cpu",
+    "flashbrush.bindings.backends.cuda",
+    "flashbrush.bindings.backends.triton",
+    "flashbrush.bindings.core",
+    "flashbrush.bindings.operators",
     "flashbrush.checkpoints",
     "flashbrush.integrations",
+    "flashbrush.integrations.cli",
     "flashbrush.integrations.diffusers",
+    "flashbrush.integrations.diffusers.hosts",
+    "flashbrush.integrations.diffusers.protocol",
     "flashbrush.integrations.evaluation",
+    "flashbrush.integrations.evaluation.insertion",
+    "flashbrush.integrations.evaluation.visual_icl",
     "flashbrush.integrations.methods",
+    "flashbrush.integrations.methods.shared",
     "flashbrush.integrations.pipelines",
+    "flashbrush.integrations.pipelines.inversion",
+    "flashbrush.integrations.tiny_fill",
+    "flashbrush.integrations.tiny_fill.data",
+    "flashbrush.integrations.tiny_fill.training",
     "flashbrush.kernels",
+    "flashbrush.kernels.attention",
 ]
 ROOT_MODULES = {"__init__", "__main__"}
 DATA = {"flashbrush": ["py.typed"], "flashbrush.benchmarks": ["results/*.json"], "flashbrush.checkpoints": ["*/**"]}
@@ -179,22 +199,21 @@ def compile_and_link(scratch: Path, flags: list[str], report: dict) -> None:
     compiler = find_compiler()
     report["compiler"] = call([*compiler, "--version"]).partition("\n")[0]
     report["flags"] = flags
-    sources = sorted(SOURCES.glob("*.cpp"))
-    if not sources:
-        raise BuildError(f"no sources in {SOURCES}")
-    per_isa = [source for source in sources if source.stem.endswith("_isa")]
+    once_sources, isa_sources = (sorted((SOURCES / folder).glob("*.cpp")) for folder in ("schedule", "isa"))
+    if not once_sources or not isa_sources:
+        raise BuildError(f"no sources in {SOURCES}/schedule and {SOURCES}/isa")
     on_x86 = platform.machine().lower() in ("x86_64", "amd64")
 
     def compile_one(source: Path, isa: str | None) -> str:
         target = scratch / f"{source.stem}.{isa or 'any'}.o"
         extra = [f"-DFLASHBRUSH_ISA={isa}", *ISAS[isa]] if isa else []
-        call([*compiler, *flags, *extra, "-c", str(source), "-o", str(target)])
+        call([*compiler, *flags, f"-I{SOURCES}", *extra, "-c", str(source), "-o", str(target)])
         return str(target)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        once = [pool.submit(compile_one, source, None) for source in sources if source not in per_isa]
+        once = [pool.submit(compile_one, source, None) for source in once_sources]
         by_isa = {
-            isa: [pool.submit(compile_one, source, isa) for source in per_isa]
+            isa: [pool.submit(compile_one, source, isa) for source in isa_sources]
             for isa in ISAS
             if isa == "portable" or on_x86
         }
@@ -244,7 +263,7 @@ class BuildLibrary(build_ext):
         return {out: str(BACKENDS / Path(out).name) for out in self.get_outputs()} if self.inplace else {}
 
     def get_source_files(self) -> list[str]:
-        paths = sorted((*SOURCES.iterdir(), *CUDA_SOURCES.iterdir()))
+        paths = sorted((*SOURCES.rglob("*"), *CUDA_SOURCES.rglob("*")))
         return [str(path) for path in paths if path.suffix in (".cpp", ".h", ".cu", ".cuh")]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flashbrush.benchmarks import machine
+from flashbrush.integrations.evaluation import machine
 
 
 def pytest_benchmark_update_machine_info(config, machine_info) -> None:

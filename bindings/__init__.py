@@ -3,15 +3,15 @@
 from .adain import adain
 from .attention import Stats, attention
 from .attention_sum import Branch, attention_sum
-from .blend import blend_latents
+from .backends.planner import backends
+from .blend_latents import blend_latents
 from .column_mass import column_mass
-from .control import Contrast, Control, HeadGain
+from .core.control import Contrast, Control, HeadGain
+from .core.segments import Segments
 from .key_probabilities import key_probabilities
 from .merge import merge
-from .plan import backends
 from .qk_norm_rope import qk_norm_rope
 from .query_blur import query_blur
-from .segments import Segments
 
 __all__ = [
     "Branch",

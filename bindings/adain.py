@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from .backends import triton_adain
-from .derivatives import has_tangent
+from .backends.triton import adain as triton_adain
+from .core.autograd import has_tangent
 
 EPS = 1e-5  # added to the variance, before the root
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -8,13 +8,13 @@ from typing import Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from . import ops
 from .backends import reference
-from .control import Control, fits_float32
-from .derivatives import first_order, refuse_tangents
-from .direct import unwatched, written_out
-from .plan import check_name
-from .problem import GainRule, Problem, default_scale
+from .backends.planner import check_name
+from .core.autograd import first_order, refuse_tangents
+from .core.control import Control, fits_float32
+from .core.dispatcher_bypass import unwatched, written_out
+from .core.problem import GainRule, Problem, default_scale
+from .operators import attention as ops
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_DIM = 256

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .attention import Keys, Source, _check_out, _lower, attention
-from .control import Control, fits_float32
+from .core.control import Control, fits_float32
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from .attention import Keys, Source, _lower
-from .backends import cpu_column_mass, triton_column_mass
-from .backends.composed_backward import blocks, compute_dtype
+from .backends.composed.backward import blocks, compute_dtype
+from .backends.cpu import column_mass as cpu_column_mass
 from .backends.reference import gather
-from .control import Control, _indices
-from .derivatives import refuse_tangents
-from .problem import Problem
+from .backends.triton import column_mass as triton_column_mass
+from .core.autograd import refuse_tangents
+from .core.control import Control, _indices
+from .core.problem import Problem
 
 
 @torch.no_grad()

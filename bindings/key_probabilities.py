@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from .attention import Keys, Source
-from .backends.composed_backward import blocks, compute_dtype, only, softmax_backward, to_keys, to_query
+from .backends.composed.backward import blocks, compute_dtype, only, softmax_backward, to_keys, to_query
 from .backends.reference import gather
 from .column_mass import lower_with_lse
-from .control import Control
-from .derivatives import first_order, refuse_tangents
-from .problem import Problem
+from .core.autograd import first_order, refuse_tangents
+from .core.control import Control
+from .core.problem import Problem
 
 
 def key_probabilities(

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends import cpu_norm_rope, triton_norm_rope
-from .derivatives import first_order, has_tangent
-from .direct import unwatched, written_out
+from .backends.cpu import qk_norm_rope as cpu_norm_rope
+from .backends.triton import qk_norm_rope as triton_norm_rope
+from .core.autograd import first_order, has_tangent
+from .core.dispatcher_bypass import unwatched, written_out
 
 Stream = tuple[Tensor, Tensor | None, Tensor | None]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -8,8 +8,8 @@ import math
 import torch
 from torch import Tensor
 
-from .backends import triton_query_blur
-from .derivatives import refuse_tangents
+from .backends.triton import query_blur as triton_query_blur
+from .core.autograd import refuse_tangents
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

@@ -29,7 +29,7 @@ def seeded() -> None:
 
 @pytest.fixture(autouse=True)
 def uninterpreted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.path.parent.name != "kernels":
+    if not {"kernels", "csrc"} & set(request.path.parts):
         monkeypatch.setenv("TRITON_INTERPRET", "0")
 
 

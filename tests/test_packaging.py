@@ -133,13 +133,13 @@ def test_metadata(wheel: Path) -> None:
     with ZipFile(wheel) as archive:
         read = lambda name: archive.read(f"flashbrush-{fb.__version__}.dist-info/{name}").decode()  # noqa: E731
         metadata, entry_points, top_level = (read(n) for n in ("METADATA", "entry_points.txt", "top_level.txt"))
-        assert "def main(" in archive.read("flashbrush/integrations/cli.py").decode()
+        assert "def main(" in archive.read("flashbrush/__main__.py").decode()
     about = message_from_string(metadata)
     assert about["License-Expression"] == "Apache-2.0"
     assert {"diffusers", "cli", "triton", "all", "dev"} <= set(about.get_all("Provides-Extra", []))
     requirements = [line for line in about.get_all("Requires-Dist", []) if "extra ==" not in line]
     assert [line.partition(">")[0] for line in requirements] == ["torch"]
-    assert entry_points.split("\n")[:2] == ["[console_scripts]", "flashbrush = flashbrush.integrations.cli:main"]
+    assert entry_points.split("\n")[:2] == ["[console_scripts]", "flashbrush = flashbrush.__main__:main"]
     assert top_level.split() == ["flashbrush"]
 
 
@@ -192,8 +192,8 @@ def test_the_cuda_library_is_built_where_nvcc_is(works: bool, tmp_path: Path) ->
 WORKS = """
 import torch, flashbrush as fb
 from importlib.util import find_spec
-import flashbrush.benchmarks.shapes, flashbrush.integrations.methods
-assert find_spec("flashbrush.kernels.attention_forward")
+import flashbrush.benchmarks.cases.shapes, flashbrush.integrations.methods
+assert find_spec("flashbrush.kernels.attention.forward")
 q, k, v = torch.randn(3, 1, 40, 2, 16)
 control = fb.Control(fb.Segments(a=12, b=28), weight={("a", "b"): 1.5})
 out = fb.attention(q, k, v, control, backend="BACKEND")
@@ -247,7 +247,7 @@ def test_every_module_was_imported_once():
     files = {name: Path(getattr(module, "__file__", None) or "") for name, module in sys.modules.items()}
     files = {name: file.resolve() for name, file in files.items() if file.is_absolute()}
     ours = {name: f for name, f in files.items() if ROOT in f.parents and "tests" not in f.relative_to(ROOT).parts}
-    assert "flashbrush.bindings.ops" in ours
+    assert "flashbrush.bindings.operators.attention" in ours
     assert not [name for name in ours if not name.startswith("flashbrush")]
 """
 

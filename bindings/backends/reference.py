@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..problem import GainRule, Problem
+from ..core.problem import GainRule, Problem
 from . import Result
 
 name = "reference"

@@ -2,9 +2,9 @@
 // a file that is compiled for one instruction set into another.
 #pragma once
 #include "attention.h"
-#include "backward.h"
-#include "column_mass.h"
-#include "norm_rope.h"
+#include "schedule/backward.h"
+#include "schedule/column_mass.h"
+#include "schedule/norm_rope.h"
 
 namespace flashbrush {
 

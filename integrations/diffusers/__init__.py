@@ -9,15 +9,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .apply import Handle, Record, apply
-from .compose import compose
-from .layer import Layer, Step
-from .part import Part
-from .plan import Method, Plan, Seen
+from .protocol.batch_call import Part
+from .protocol.compose import compose
+from .protocol.layer import Layer, Step
+from .protocol.plan import Method, Plan, Seen
 
 if TYPE_CHECKING:
-    from .flux import FluxControlledAttnProcessor
-    from .sd3 import SD3ControlledAttnProcessor
-    from .unet import UNetControlledAttnProcessor
+    from .hosts.flux import FluxControlledAttnProcessor
+    from .hosts.sd3 import SD3ControlledAttnProcessor
+    from .hosts.unet import UNetControlledAttnProcessor
 
 __all__ = [
     "FluxControlledAttnProcessor",
@@ -35,9 +35,9 @@ __all__ = [
     "compose",
 ]
 _HOMES = {
-    "FluxControlledAttnProcessor": ".flux",
-    "SD3ControlledAttnProcessor": ".sd3",
-    "UNetControlledAttnProcessor": ".unet",
+    "FluxControlledAttnProcessor": ".hosts.flux",
+    "SD3ControlledAttnProcessor": ".hosts.sd3",
+    "UNetControlledAttnProcessor": ".hosts.unet",
 }
 
 

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ...bindings import Stats
-from .attachment import Attachment
-from .host import Geometry, Host, Place, find_host
-from .layer import Layer, Step
-from .plan import Method, Plan
+from .hosts.host import Geometry, Host, Place
+from .hosts.registry import find_host
+from .model_hooks import Attachment
+from .protocol.layer import Layer, Step
+from .protocol.plan import Method, Plan
 from .selection import check_backend, select_fields, select_layers, select_steps
 
 

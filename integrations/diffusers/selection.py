@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Sequence
 
 from ...bindings import Stats, backends
-from .host import Place
+from .hosts.host import Place
 
 
 def select_layers(layers: str | int | Iterable[str | int] | None, places: list[Place]) -> frozenset[int]:

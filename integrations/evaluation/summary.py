@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .insertion import Outcome, Setting
+from .insertion.evaluate import Outcome, Setting
 
 
 class Estimate(NamedTuple):

@@ -3,29 +3,29 @@
 from .attention_maps import AttentionMap, AttentionMaps
 from .cross_image_attention import CrossImageAttention, TransferRoles
 from .custom_shift import CustomShift
-from .edit_roles import EditRoles
 from .fast_composer import FastComposer
 from .ic_custom import ICCustom
-from .ic_custom_parameters import ICCustomParameters
-from .image_prompt import ImagePrompt
 from .in_context_brush import InContextBrush
 from .infedit import InfEdit, MutualBlend, MutualRoles
 from .ip_adapter import IPAdapter
 from .kv_edit import KVEdit
-from .local_blend import LocalBlend
 from .masa_ctrl import MasaCtrl
 from .omini_control import OminiControl
-from .personal_subject import PersonalSubject
 from .personalize_anything import PersonalizeAnything
 from .perturbed_attention import PerturbedAttention
 from .plug_and_play import PlugAndPlay
 from .prompt_to_prompt import PromptEdit, PromptToPrompt
 from .regional_prompting import RegionalPrompting
 from .self_attention_guidance import SelfAttentionGuidance
+from .shared.edit_roles import EditRoles
+from .shared.ic_custom_parameters import ICCustomParameters
+from .shared.image_prompt import ImagePrompt
+from .shared.local_blend import LocalBlend
+from .shared.personal_subject import PersonalSubject
+from .shared.token_alignment import TokenAlignment
+from .shared.word_maps import WordMaps
 from .smoothed_energy import SmoothedEnergy
-from .token_alignment import TokenAlignment
 from .visual_in_context import InContextRoles, VisualInContext
-from .word_maps import WordMaps
 
 __all__ = [
     "AttentionMap",

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..diffusers.layer import Layer, Step
-from ..diffusers.plan import Plan, Seen
-from .borrowed import Window, check_window, is_count, within
+from ..diffusers.protocol.layer import Layer, Step
+from ..diffusers.protocol.plan import Plan, Seen
+from .shared.cross_batch import Window, check_window, is_count, within
 
 
 class AttentionMap(NamedTuple):

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ...bindings import Control, Segments
-from ..diffusers.layer import Layer, Step
-from ..diffusers.part import Part
-from ..diffusers.plan import Plan, Seen
-from . import borrowed
+from ..diffusers.protocol.batch_call import Part
+from ..diffusers.protocol.layer import Layer, Step
+from ..diffusers.protocol.plan import Plan, Seen
+from .shared import cross_batch as borrowed
 
 
 @dataclass(eq=False)

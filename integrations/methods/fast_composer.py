@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..diffusers.host import find_host
-from ..diffusers.layer import Layer, Step
-from ..diffusers.plan import Plan, Seen
+from ..diffusers.hosts.registry import find_host
+from ..diffusers.protocol.layer import Layer, Step
+from ..diffusers.protocol.plan import Plan, Seen
 
 
 @dataclass(eq=False)

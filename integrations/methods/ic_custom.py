@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ...bindings import Control, Segments
-from ..diffusers.layer import Layer, Step
-from ..diffusers.plan import Plan
-from .borrowed import check_resolution, is_count
-from .ic_custom_parameters import TASKS, ICCustomParameters
+from ..diffusers.protocol.layer import Layer, Step
+from ..diffusers.protocol.plan import Plan
+from .shared.cross_batch import check_resolution, is_count
+from .shared.ic_custom_parameters import TASKS, ICCustomParameters
 
 
 @dataclass(eq=False)

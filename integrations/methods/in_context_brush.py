@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ...bindings import Control, HeadGain, Segments
-from ..diffusers.layer import Layer, Step
-from ..diffusers.plan import Plan
+from ..diffusers.protocol.layer import Layer, Step
+from ..diffusers.protocol.plan import Plan
 
 CHOICES = {"gain_norm": ("minmax", "mean", "max", "softmax"), "gain_rows": ("target", "*")}
 LEAST = {"alpha_prompt": -1.0, "alpha_subject": -1.0, "gain_span": -math.inf, "gain_floor": -math.inf}

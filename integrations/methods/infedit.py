@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..diffusers.layer import Layer, Step
-from ..diffusers.part import Part
-from ..diffusers.plan import Plan
-from . import borrowed
-from .borrowed import Resolution
-from .edit_roles import EditRoles
-from .local_blend import LocalBlend
+from ..diffusers.protocol.batch_call import Part
+from ..diffusers.protocol.layer import Layer, Step
+from ..diffusers.protocol.plan import Plan
 from .prompt_to_prompt import PromptEdit, cross_plan
+from .shared import cross_batch as borrowed
+from .shared.cross_batch import Resolution
+from .shared.edit_roles import EditRoles
+from .shared.local_blend import LocalBlend
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...bindings import Control, Segments
-from ..diffusers.host import find_host
-from ..diffusers.layer import Layer, Step
-from ..diffusers.plan import Plan
-from .image_branch import ImageBranch
-from .image_prompt import ImagePrompt
+from ..diffusers.hosts.registry import find_host
+from ..diffusers.protocol.layer import Layer, Step
+from ..diffusers.protocol.plan import Plan
+from .shared.image_branch import ImageBranch
+from .shared.image_prompt import ImagePrompt
 
 Scale = float | Mapping[str | int, float]
 

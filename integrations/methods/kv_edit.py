@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ...bindings import Control, Segments
-from ..diffusers.layer import Layer, Step
-from ..diffusers.plan import Plan, Seen
+from ..diffusers.protocol.layer import Layer, Step
+from ..diffusers.protocol.plan import Plan, Seen
 
 PHASES = ("invert", "edit")
 

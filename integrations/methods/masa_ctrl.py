@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...bindings import Control, Segments
-from ..diffusers.layer import Layer, Step
-from ..diffusers.part import Part
-from ..diffusers.plan import Plan
-from . import borrowed, edit_roles
-from .borrowed import Window
-from .edit_roles import EditRoles
-from .word_maps import WordMaps
+from ..diffusers.protocol.batch_call import Part
+from ..diffusers.protocol.layer import Layer, Step
+from ..diffusers.protocol.plan import Plan
+from .shared import cross_batch as borrowed
+from .shared import edit_roles
+from .shared.cross_batch import Window
+from .shared.edit_roles import EditRoles
+from .shared.word_maps import WordMaps
 
 Grid = tuple[int, int]
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ...bindings import Control, Segments
-from ..diffusers.layer import Layer, Step
-from ..diffusers.plan import Plan, Seen
-from .borrowed import is_count
+from ..diffusers.protocol.layer import Layer, Step
+from ..diffusers.protocol.plan import Plan, Seen
+from .shared.cross_batch import is_count
 
 
 @dataclass

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ...bindings import Control, Segments, qk_norm_rope
-from ..diffusers.layer import Layer, Step
-from ..diffusers.part import Pair, Part
-from ..diffusers.plan import Plan
-from .borrowed import is_count
-from .personal_subject import PersonalSubject
+from ..diffusers.protocol.batch_call import Pair, Part
+from ..diffusers.protocol.layer import Layer, Step
+from ..diffusers.protocol.plan import Plan
+from .shared.cross_batch import is_count
+from .shared.personal_subject import PersonalSubject
 
 CONCATENATIONS = ("none", "target", "zero")
 

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ..diffusers.apply import Handle
-from ..diffusers.layer import Layer, Step
-from ..diffusers.plan import Plan
-from . import borrowed, edit_roles
-from .borrowed import Window
-from .edit_roles import EditRoles
+from ..diffusers.protocol.layer import Layer, Step
+from ..diffusers.protocol.plan import Plan
+from .shared import cross_batch as borrowed
+from .shared import edit_roles
+from .shared.cross_batch import Window
+from .shared.edit_roles import EditRoles
 
 
 @dataclass

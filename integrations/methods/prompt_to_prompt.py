@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..diffusers.layer import Layer, Step
-from ..diffusers.part import Part
-from ..diffusers.plan import Plan
-from . import borrowed, edit_roles
-from .edit_roles import EditRoles
-from .local_blend import LocalBlend
-from .token_alignment import TokenAlignment
+from ..diffusers.protocol.batch_call import Part
+from ..diffusers.protocol.layer import Layer, Step
+from ..diffusers.protocol.plan import Plan
+from .shared import cross_batch as borrowed
+from .shared import edit_roles
+from .shared.edit_roles import EditRoles
+from .shared.local_blend import LocalBlend
+from .shared.token_alignment import TokenAlignment
 
 # For each edit: whether the source's maps count now, for all words and for those of `shares`
 Gates = tuple[tuple[bool, tuple[bool, ...]], ...]

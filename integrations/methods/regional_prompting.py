@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...bindings import Control, Segments
-from ..diffusers.layer import Layer, Step
-from ..diffusers.part import Part
-from ..diffusers.plan import Plan
-from . import borrowed
-from .borrowed import Window
+from ..diffusers.protocol.batch_call import Part
+from ..diffusers.protocol.layer import Layer, Step
+from ..diffusers.protocol.plan import Plan
+from .shared import cross_batch as borrowed
+from .shared.cross_batch import Window
 
 Span = tuple[int, int]
 

@@ -8,10 +8,10 @@ from functools import lru_cache, partial
 from typing import Any
 
 from ...bindings import query_blur
-from ..diffusers.layer import Layer, Step
-from ..diffusers.part import Part
-from ..diffusers.plan import Plan
-from .perturbed import Perturbed
+from ..diffusers.protocol.batch_call import Part
+from ..diffusers.protocol.layer import Layer, Step
+from ..diffusers.protocol.plan import Plan
+from .shared.perturbed import Perturbed
 
 
 @dataclass

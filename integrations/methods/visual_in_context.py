@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..diffusers.layer import Layer, Step
-from ..diffusers.plan import Plan
-from . import borrowed
-from .borrowed import Clip, Reader, Resolution, Window
+from ..diffusers.protocol.layer import Layer, Step
+from ..diffusers.protocol.plan import Plan
+from .shared import cross_batch as borrowed
+from .shared.cross_batch import Clip, Reader, Resolution, Window
 
 
 @dataclass(frozen=True)

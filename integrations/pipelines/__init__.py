@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .appearance_transfer import AppearanceTransferOutput, AppearanceTransferPipeline
     from .in_context_brush import InContextBrushOutput, InContextBrushPipeline
-    from .kv_editing import KVEditOutput, KVEditPipeline
-    from .personalization import PersonalizeAnythingOutput, PersonalizeAnythingPipeline
+    from .kv_edit import KVEditOutput, KVEditPipeline
+    from .personalize_anything import PersonalizeAnythingOutput, PersonalizeAnythingPipeline
     from .prompt_editing import PromptEditingOutput, PromptEditingPipeline
     from .subject import SubjectFinder
     from .visual_icl import VisualICLOutput, VisualICLPipeline
@@ -34,10 +34,10 @@ _HOMES = {
     "AppearanceTransferPipeline": ".appearance_transfer",
     "InContextBrushOutput": ".in_context_brush",
     "InContextBrushPipeline": ".in_context_brush",
-    "KVEditOutput": ".kv_editing",
-    "KVEditPipeline": ".kv_editing",
-    "PersonalizeAnythingOutput": ".personalization",
-    "PersonalizeAnythingPipeline": ".personalization",
+    "KVEditOutput": ".kv_edit",
+    "KVEditPipeline": ".kv_edit",
+    "PersonalizeAnythingOutput": ".personalize_anything",
+    "PersonalizeAnythingPipeline": ".personalize_anything",
     "PromptEditingOutput": ".prompt_editing",
     "PromptEditingPipeline": ".prompt_editing",
     "SubjectFinder": ".subject",

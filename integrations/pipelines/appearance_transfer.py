@@ -10,12 +10,12 @@ from PIL import Image
 from torch import Tensor
 
 from ..methods import CrossImageAttention, TransferRoles
-from ..methods.borrowed import scaled
+from ..methods.shared.cross_batch import scaled
 from . import images as im
 from .checks import noise_seed
-from .ddpm_inversion import steps_left_out
+from .guidance import InversionOptions, Scale, SwapGuidancePipeline, guidance_scales
 from .images import ImageLike
-from .swap_guidance import InversionOptions, Scale, SwapGuidancePipeline, guidance_scales
+from .inversion.ddpm import steps_left_out
 
 STEPS = 100  # levels of noise in the released code
 APPEARANCE, STRUCTURE, OUTPUT = 0, 1, 3  # items of a UNet call; 2 is the output without the swap

@@ -15,7 +15,7 @@ from torch import Tensor
 from ...bindings import blend_latents
 from ..diffusers import Handle, apply, compose
 from ..methods import AttentionMaps, InContextBrush
-from ..methods.token_alignment import word_tokens
+from ..methods.shared.token_alignment import word_tokens
 from . import images as im
 from .images import ImageLike
 from .subject import DETECTOR, SEGMENTER, SubjectFinder

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..diffusers import apply
-from ..diffusers.host import find_host
+from ..diffusers.hosts.registry import find_host
 from ..methods import (
     InfEdit,
     LocalBlend,
@@ -24,14 +24,14 @@ from ..methods import (
     TokenAlignment,
     WordMaps,
 )
-from ..methods.borrowed import scaled
-from ..methods.ddcm import ddcm_step
-from ..methods.token_alignment import word_tokens
-from . import ddim_inversion
+from ..methods.shared.cross_batch import scaled
+from ..methods.shared.ddcm import ddcm_step
+from ..methods.shared.token_alignment import word_tokens
 from . import images as im
 from .checks import check_number, check_texts, noise_seed
-from .ddpm_inversion import DDPMSchedule, noise_predictor
 from .images import ImageLike
+from .inversion import ddim as ddim_inversion
+from .inversion.ddpm import DDPMSchedule, noise_predictor
 from .stable_diffusion import StableDiffusionParts
 
 PromptMethod = MasaCtrl | PlugAndPlay | PromptToPrompt | InfEdit

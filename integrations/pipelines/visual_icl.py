@@ -14,10 +14,10 @@ from torch import Tensor
 from ..methods import InContextRoles, VisualInContext
 from . import images as im
 from .checks import noise_seed
-from .ddpm_inversion import steps_left_out
+from .guidance import InversionOptions, Scale, SwapGuidancePipeline, guidance_scales
 from .images import ImageLike
-from .swap_guidance import InversionOptions, Scale, SwapGuidancePipeline, guidance_scales
-from .vicl_tasks import Palette, check_palette, check_task, palette_of, read_task
+from .inversion.ddpm import steps_left_out
+from .visual_icl_tasks import Palette, check_palette, check_task, palette_of, read_task
 
 NEEDS_PALETTE = ("semantic", "keypoints")
 

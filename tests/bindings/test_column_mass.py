@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 
 import flashbrush as fb
-from flashbrush.bindings.backends import composed_backward, cpu
+from flashbrush.bindings.backends.composed import backward as composed_backward
+from flashbrush.bindings.backends.cpu import attention as cpu
 from support.oracle import name_at, whole_map
 from support.problems import Call, calls, draws
 from support.specs import draw, without_values

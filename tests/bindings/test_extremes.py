@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import flashbrush as fb
-from flashbrush.bindings.backends import cpu
+from flashbrush.bindings.backends.cpu import attention as cpu
 from support.problems import Call, check
 
 BACKENDS = ["reference", "composed", *(f"cpu-{isa}" for isa in cpu.isas())]

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 import flashbrush as fb
-from flashbrush.bindings.backends import composed_backward
+from flashbrush.bindings.backends.composed import backward as composed_backward
 from support.oracle import whole_map
 from support.specs import draw, without_values
 

@@ -18,8 +18,8 @@ pytest.importorskip("sklearn")
 from diffusers import FluxFillPipeline
 
 from flashbrush.integrations import InContextBrush, InContextBrushPipeline
-from flashbrush.integrations.evaluation.items import Item, held_out
-from flashbrush.integrations.evaluation.judges import measure
+from flashbrush.integrations.evaluation.insertion.items import Item, held_out
+from flashbrush.integrations.evaluation.insertion.judges import measure
 
 NEUTRAL = InContextBrush(alpha_prompt=0, alpha_subject=0, gain_span=0)
 COUNT = 24

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from flashbrush.integrations.cli import main
+from flashbrush.__main__ import main
 
 STEPS = ["--steps", "2"]
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 import flashbrush as fb
 from flashbrush.bindings.adain import EPS, composed
-from flashbrush.bindings.backends import triton as backend
-from flashbrush.bindings.backends import triton_adain, triton_light
+from flashbrush.bindings.backends.triton import adain as triton_adain
+from flashbrush.bindings.backends.triton import attention as backend
+from flashbrush.bindings.backends.triton import eligibility as triton_light
 from flashbrush.kernels.adain import MOST_CHUNKS, adain_apply, adain_statistics, tile_of, walk_space
 from support.problems import draws
 

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import flashbrush as fb
-from flashbrush.bindings.backends import triton as backend
-from flashbrush.bindings.backends import triton_blend, triton_light
+from flashbrush.bindings.backends.triton import attention as backend
+from flashbrush.bindings.backends.triton import blend_latents as triton_blend
+from flashbrush.bindings.backends.triton import eligibility as triton_light
 from flashbrush.kernels.blend_latents import BLOCK, blend_latents
 from flashbrush.kernels.strides import collapse
 from support.problems import draws

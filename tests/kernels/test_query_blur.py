@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import flashbrush as fb
-from flashbrush.bindings.backends import triton as backend
-from flashbrush.bindings.backends import triton_light, triton_query_blur
+from flashbrush.bindings.backends.triton import attention as backend
+from flashbrush.bindings.backends.triton import eligibility as triton_light
+from flashbrush.bindings.backends.triton import query_blur as triton_query_blur
 from flashbrush.kernels.query_blur import BLOCK_J, blur_side
 from support.blur import blurred
 from support.problems import draws

@@ -10,7 +10,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from flashbrush.bindings.backends import triton_adain, triton_blend, triton_query_blur
+from flashbrush.bindings.backends.triton import (
+    adain as triton_adain,
+)
+from flashbrush.bindings.backends.triton import (
+    blend_latents as triton_blend,
+)
+from flashbrush.bindings.backends.triton import (
+    query_blur as triton_query_blur,
+)
 
 
 def _blend(dtype: torch.dtype, shape: tuple[int, ...], mask: Tensor, sigma: float | Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 import flashbrush as fb
 from flashbrush.bindings.attention import _lower
 from flashbrush.bindings.backends import reference
-from flashbrush.bindings.problem import Problem
+from flashbrush.bindings.core.problem import Problem
 
 
 def draws(count: int) -> int:

@@ -188,7 +188,7 @@ def test_offloading_hooks(sequential: bool) -> None:
 
 
 def test_a_set_attention_backend_keeps_plain_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    from flashbrush.integrations.diffusers import processor
+    from flashbrush.integrations.diffusers.hosts import processor
 
     model, taken = tiny_flux(), []
     call = tiny_call(model)
@@ -204,7 +204,7 @@ def test_a_set_attention_backend_keeps_plain_calls(monkeypatch: pytest.MonkeyPat
 
 
 def test_without_a_method_unselected_layers_stay_the_model_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    from flashbrush.integrations.diffusers import processor
+    from flashbrush.integrations.diffusers.hosts import processor
 
     model, ours = tiny_flux(), []
     monkeypatch.setattr(processor, "attention", lambda *a, **k: (ours.append(1), fb.attention(*a, **k))[1])

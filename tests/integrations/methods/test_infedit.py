@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flashbrush.integrations import InfEdit, MutualBlend, MutualRoles, PromptEdit, TokenAlignment
 from flashbrush.integrations.diffusers import Layer, Step, apply
-from flashbrush.integrations.methods.ddcm import ddcm_step
+from flashbrush.integrations.methods.shared.ddcm import ddcm_step
 
 from ..diffusers.tiny_images import tiny_unet, unet_call
 from ..tiny import forward as flux_forward

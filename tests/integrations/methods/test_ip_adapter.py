@@ -158,7 +158,7 @@ def test_knobs_may_be_set_and_keys_are_kept(monkeypatch: pytest.MonkeyPatch) -> 
         calls.append(len(k) if isinstance(k, list) else 1)
         return fb.attention(q, k, v, control, **options)
 
-    monkeypatch.setattr("flashbrush.integrations.diffusers.processor.attention", spy)
+    monkeypatch.setattr("flashbrush.integrations.diffusers.hosts.processor.attention", spy)
     method, plain = IPAdapter(case.prompts), run(case.model, case.call)
     with apply(case.model, method):
         outs = [run(case.model, case.call)]

@@ -9,7 +9,7 @@ from torch import Tensor
 from flashbrush.integrations import PersonalizeAnything, PersonalSubject
 from flashbrush.integrations.diffusers import Layer, Step, apply
 from flashbrush.integrations.methods.personalize_anything import noised
-from flashbrush.integrations.methods.token_masks import moved
+from flashbrush.integrations.methods.shared.token_masks import moved
 
 from ..diffusers.tiny_images import sd3_call, tiny_sd3
 from ..tiny import COLUMNS, ROWS, TEXT, forward, relative, tiny_call, tiny_flux

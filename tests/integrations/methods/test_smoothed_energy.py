@@ -14,7 +14,7 @@ from torch import Tensor
 import flashbrush as fb
 from flashbrush.integrations import SmoothedEnergy
 from flashbrush.integrations.diffusers import Layer, Step, apply
-from flashbrush.integrations.methods.perturbed import guide
+from flashbrush.integrations.methods.shared.perturbed import guide
 
 from ..diffusers.tiny_images import sd3_call, tiny_sd3, tiny_unet, unet_call
 from ..tiny import COLUMNS, ROWS, relative, tiny_call, tiny_flux
@@ -123,7 +123,7 @@ def test_an_infinite_blur_attends_with_one_row(monkeypatch: pytest.MonkeyPatch) 
         rows.append(q.shape[0] * q.shape[1])
         return fb.attention(q, k, v, control, **options)
 
-    monkeypatch.setattr("flashbrush.integrations.diffusers.processor.attention", spy)
+    monkeypatch.setattr("flashbrush.integrations.diffusers.hosts.processor.attention", spy)
     model, call = unet()
     for sigma, counts in ((math.inf, [2 * 16, 1]), (1.0, [2 * 16, 16])):
         with apply(model, SmoothedEnergy(sigma=sigma)) as handle:

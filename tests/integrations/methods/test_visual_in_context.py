@@ -256,7 +256,7 @@ def test_keys_are_read_in_place_and_no_map_is_made(monkeypatch: pytest.MonkeyPat
         calls.append((q, k, v, control, options))
         return fb.attention(q, k, v, control, **options)
 
-    monkeypatch.setattr("flashbrush.integrations.diffusers.processor.attention", spy)
+    monkeypatch.setattr("flashbrush.integrations.diffusers.hosts.processor.attention", spy)
     model = tiny_unet()
     call = unet_call(model, batch=9)
     projected: dict[str, Tensor] = {}

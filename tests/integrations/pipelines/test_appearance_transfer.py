@@ -17,12 +17,7 @@ from torch import Tensor
 
 from flashbrush.integrations import AppearanceTransferPipeline, CrossImageAttention, TransferRoles
 from flashbrush.integrations.pipelines.appearance_transfer import linear_fall
-from flashbrush.integrations.pipelines.ddpm_inversion import (
-    DDPMSchedule,
-    Inversion,
-    noise_predictor,
-    sample,
-)
+from flashbrush.integrations.pipelines.inversion.ddpm import DDPMSchedule, Inversion, noise_predictor, sample
 
 from ..tiny_sd import ddim
 

@@ -21,16 +21,16 @@ import flashbrush as fb
 from flashbrush.integrations.diffusers import Handle
 from flashbrush.integrations.methods import InContextRoles, VisualInContext
 from flashbrush.integrations.pipelines import VisualICLPipeline
-from flashbrush.integrations.pipelines.ddpm_inversion import (
+from flashbrush.integrations.pipelines.inversion.cache import InversionCache
+from flashbrush.integrations.pipelines.inversion.ddpm import (
     DDPMSchedule,
     Inversion,
     invert,
     noise_predictor,
     sample,
 )
-from flashbrush.integrations.pipelines.inversion_cache import InversionCache
-from flashbrush.integrations.pipelines.vicl_tasks import TASKS
 from flashbrush.integrations.pipelines.visual_icl import linear_decay
+from flashbrush.integrations.pipelines.visual_icl_tasks import TASKS
 
 from ..tiny_sd import ddim, tiny_unet
 

@@ -1,0 +1,1 @@
+"""The cpu backend: fused C++ kernels from csrc/cpu, called through their C interface."""

@@ -1,0 +1,31 @@
+"""column_mass on the CPU, through the shared library built from csrc/cpu: products in packed tiles, no map."""
+
+from __future__ import annotations
+
+from ctypes import Structure, c_char_p, c_int64, c_void_p
+
+import torch
+from torch import Tensor
+
+from ...core.problem import Problem
+from . import attention as cpu
+
+
+class _ColumnMass(Structure):
+    _fields_ = (("call", cpu.Attention), ("counted", c_char_p), ("mass", c_void_p), ("N", c_int64))
+
+
+def usable(p: Problem) -> bool:
+    return not cpu.available() and not cpu.why_not(p)
+
+
+def column_mass(p: Problem, lse: Tensor, counted: tuple[int, ...]) -> Tensor:
+    """lse (B, H, M, G); counted: the row segments that count -> (B, H, keys) float32"""
+    mass = torch.zeros(p.batch, p.heads, p.keys, dtype=torch.float32)
+    keep: list = []
+    call = _ColumnMass(
+        call=cpu.describe_call(p, p.q, lse.to(torch.float32).contiguous(), keep),
+        counted=bytes(r in counted for r in range(len(p.row_lengths))), mass=mass.data_ptr(), N=p.keys,
+    )  # fmt: skip
+    cpu.run("column_mass", call)
+    return mass

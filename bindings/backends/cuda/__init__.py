@@ -1,0 +1,1 @@
+"""The cuda backend: the Hopper kernel from csrc/cuda, called through its C interface."""

@@ -1,0 +1,1 @@
+"""The triton backend: the launchers of the Triton kernels in kernels/."""

@@ -1,0 +1,155 @@
+"""Fused attention in Triton: one kernel over segments, light ones for the derived head gain, and their gradient.
+
+Verified in Triton's interpreter and compiled for GPUs that are not there; not yet run on hardware.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ...core.problem import Problem
+from .. import Result
+from . import launch, statistics
+from .launch import interpreted
+
+if TYPE_CHECKING:
+    from ....kernels.attention.tiles import Tile
+
+name = "triton"
+
+OLDEST = (3, 6)  # with tuples of pointers as kernel arguments
+MOST_TENSORS = 32
+MOST_MASS_SEGMENTS = 128
+MOST_STRIDE = 2**31 // 256  # elements from a token to the next: the rows of a tile are addressed in 32 bits
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def available() -> list[str]:
+    if reason := _unfit():
+        return [reason]
+    # The first is quicker, and says the same where it says yes.
+    if not (torch.cuda.is_initialized() or torch.cuda.is_available() or interpreted()):
+        return ["no GPU is visible to torch"]
+    return []
+
+
+@functools.cache
+def _unfit() -> str:
+    """Why the installed Triton will not do, or nothing."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    import triton
+
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST:
+        return f"triton {triton.__version__} is older than {OLDEST[0]}.{OLDEST[1]}"
+    return ""
+
+
+def why_not(problem: Problem) -> list[str]:
+    p, reasons = problem, []
+    if p.q.device.type != "cuda" and not interpreted():
+        reasons.append(f"no Triton kernels for {p.q.device.type} tensors")
+    if p.q.device.type == "cuda" and interpreted():
+        reasons.append("Triton runs in its interpreter")
+    if p.q.dtype not in DTYPES:
+        reasons.append(f"{p.q.dtype} is not among float32, bfloat16 and float16")
+    if p.mask is not None:
+        reasons.append("a dense mask is not a table over segments")
+    if len(p.k) > MOST_TENSORS:
+        reasons.append(f"{len(p.k)} key tensors are more than {MOST_TENSORS}")
+    if p.need_mass and len(p.key_lengths) > MOST_MASS_SEGMENTS:
+        reasons.append(f"the mass of {len(p.key_lengths)} key segments, more than {MOST_MASS_SEGMENTS}")
+    tensors = (p.q, *p.k, *p.v) if p.out is None else (p.q, *p.k, *p.v, p.out)
+    if (widest := max(t.stride(1) if t.shape[1] > 1 else 0 for t in tensors)) >= MOST_STRIDE:
+        reasons.append(f"tokens that lie {widest} elements apart, {MOST_STRIDE} or more")
+    return reasons
+
+
+def forward(problem: Problem) -> Result:
+    with launch.on_device(problem.q):
+        return _forward(problem)
+
+
+def backward(
+    problem: Problem, dout: Tensor, out: Tensor, lse: Tensor, gain: Tensor
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """dout and out (B, M, H, D), lse (B, H, M, G), gain (B, H, R) -> dq, and dk and dv, one for each of k and v."""
+    from .backward import backward
+
+    with launch.on_device(problem.q):
+        return backward(problem, dout, out, lse, gain)
+
+
+def _forward(p: Problem) -> Result:
+    from ....kernels.attention.forward import attention_forward
+
+    device, B, H, G = p.q.device, p.batch, p.heads, p.n_groups
+    R, C = len(p.row_lengths), len(p.key_lengths)
+    out = torch.empty(B, p.rows, H, p.dim, dtype=p.q.dtype, device=device) if p.out is None else p.out
+    kinds = [0 if c is None else 1 + (c.clip is not None) for c in p.contrast]
+    pieces = launch.Pieces.of(p, per_segment=p.need_mass or any(kinds))
+    tile = _tile(p, pieces)
+    row_blocks = launch.blocks(p.row_lengths, p.row_items, tile.block_m)
+    row_starts = launch.starts(p.row_lengths, p.row_items, device) if R > 1 or p.need_mass else None
+    described = _describe(p, tile)
+    traits = launch.make_traits(
+        p, tile, pieces, [p.q, *p.k, *p.v, out],
+        DESCRIBED=described is not None,
+        SILENT=p.weight is not None or 2 in kinds,
+        UNCLIPPED=1 in kinds,
+        CLIPPED=2 in kinds,
+        SIGNED=p.scales is not None or p.scale < 0,
+        MASS=launch.power_of_two(C) if p.need_mass else 0,
+        PERSISTENT=tile.persistent,
+        SPECIALIZED=tile.specialized,
+    )  # fmt: skip
+    lse = torch.empty(B, H, p.rows, G, dtype=torch.float32, device=device) if p.need_stats else None
+    partial = torch.empty(B, H, row_blocks, C, dtype=torch.float32, device=device) if p.need_mass else None
+    keys = launch.piece_arguments(p, pieces)
+    sums = statistics.value_sums(p, traits, keys["key_starts"]) if 1 in kinds else None
+    attention_forward(
+        p.q, p.k, p.v, out, traits,
+        warps=tile.warps, stages=tile.stages, row_blocks=row_blocks, row_segments=R, key_segments=C,
+        programs=launch.multiprocessors(device) if tile.persistent else None,
+        scale=p.scale, scales=launch.table(p.scales), bias=launch.table(p.bias), weight=launch.table(p.weight),
+        gain=None if p.head_gain is not None else launch.table(p.gain), gates=launch.table(p.gates),
+        row_starts=row_starts, valid=p.valid, source_q=p.source_q, source_k=p.source_k, source_v=p.source_v,
+        contrast=_contrast(p, kinds, device) if any(kinds) else None, value_sums=sums,
+        order=launch.piece_order(p, pieces), descriptors=described, lse=lse, partial=partial, **keys,
+    )  # fmt: skip
+    mass = gain = None
+    if partial is not None:
+        assert row_starts is not None
+        mass, gain = statistics.mass_and_gain(p, out, partial, row_starts, traits, tile.block_m)
+    return Result(out, lse, mass, gain)
+
+
+def _tile(p: Problem, pieces: launch.Pieces) -> Tile:
+    from . import measured_tiles as tiles
+
+    mass = launch.power_of_two(len(p.key_lengths)) if p.need_mass else 0
+    return tiles.forward_tile(p.q.device, p.dim, p.q.element_size(), p.n_groups > 1, mass, bool(pieces.labels))
+
+
+def _describe(p: Problem, tile: Tile):
+    """Descriptors of the keys and the values, where the tile asks for them and the layout allows them."""
+    from ....kernels.attention.blocks import describe
+
+    key, value = p.k[0], p.v[0]
+    if not tile.descriptors or len(p.k) > 1 or p.dim & (p.dim - 1) or p.dim < 16:
+        return None
+    k = describe(key, p.source_k is None and key.shape[0] == 1)
+    v = describe(value, p.source_v is None and value.shape[0] == 1)
+    return None if k is None or v is None else (k, v)
+
+
+def _contrast(p: Problem, kinds: list[int], device: torch.device) -> Tensor:
+    flat: list[float] = []
+    for c, kind in zip(p.contrast, kinds, strict=True):
+        flat += [float(kind), *((1.0, 0.0, 0.0) if c is None else (c.beta, *(c.clip or (0.0, 0.0))))]
+    return launch.constant(tuple(flat), torch.float32, device)

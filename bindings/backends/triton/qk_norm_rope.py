@@ -1,0 +1,100 @@
+"""qk_norm_rope through Triton: one read and one write of each element, forward; its gradient in two launches.
+
+Verified in Triton's interpreter and compiled for sm_80 and sm_90; not yet run on hardware.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import attention as triton
+from . import eligibility as triton_light
+from . import launch as triton_launch
+
+MOST_STREAMS = 16  # each has its own address arithmetic in the kernels
+MOST_DIM = 256
+
+
+def usable(xs: Sequence[Tensor]) -> bool:
+    """Whether the kernels take such streams where they are; the interpreter is for the kernels' own tests."""
+    return triton_light.usable(xs[0]) and xs[0].shape[3] <= MOST_DIM and len(xs) <= MOST_STREAMS
+
+
+def forward(
+    xs: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
+    offsets: Sequence[Tensor | None],
+    cos: Tensor | None,
+    sin: Tensor | None,
+    eps: float,
+    half: bool,
+    permutation: Tensor | None,
+) -> Tensor:
+    """As qk_norm_rope, whose arguments these are; what lies between is kept in float32 and rounded once."""
+    from ....kernels.qk_norm_rope import qk_norm_rope
+
+    out = xs[0].new_empty(xs[0].shape[0], sum(x.shape[1] for x in xs), *xs[0].shape[2:])
+    if out.numel():
+        shifts = [None if t is None else _floating(t, x).expand(x.shape) for t, x in zip(offsets, xs, strict=True)]
+        norms = [None if w is None else _floating(w, x) for w, x in zip(weights, xs, strict=True)]
+        with triton_launch.on_device(out):
+            qk_norm_rope(
+                _rows(xs), norms, shifts, cos, sin, _by_item(permutation, out), out, eps, half, triton.interpreted()
+            )
+    return out
+
+
+def backward(
+    dout: Tensor,
+    xs: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
+    offsets: Sequence[Tensor | None],
+    cos: Tensor | None,
+    sin: Tensor | None,
+    eps: float,
+    half: bool,
+    permutation: Tensor | None,
+    need_dweight: bool = True,
+) -> tuple[list[Tensor], list[Tensor | None], list[Tensor | None]]:
+    """dout as the output -> dx, dweight and doffset of each stream; None for a weight or an offset that is not there.
+
+    offsets: those whose gradient is wanted. need_dweight: False leaves every dweight None.
+    """
+    from ....kernels.qk_norm_rope import qk_norm_rope_backward
+
+    norms = [None if w is None else _floating(w, x) for w, x in zip(weights, xs, strict=True)]
+    make = torch.empty if dout.numel() else torch.zeros
+    dxs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in xs]
+    dweights = [None if w is None or not need_dweight else make(w.shape, dtype=w.dtype, device=w.device) for w in norms]
+    shifts = [None if t is None else _empty_shift(t, x) for t, x in zip(offsets, xs, strict=True)]
+    if dout.numel():
+        with triton_launch.on_device(dout):
+            qk_norm_rope_backward(
+                _rows([dout])[0], _rows(xs), norms, cos, sin, _by_item(permutation, dout), dxs, dweights, shifts, eps,
+                half, triton.interpreted(),
+            )  # fmt: skip
+    doffsets = [
+        None if t is None or d is None else d.sum_to_size(t.shape).to(t.dtype) for t, d in zip(offsets, shifts, strict=True)
+    ]
+    return dxs, dweights, doffsets
+
+
+def _rows(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [t if t.stride(3) == 1 else t.contiguous() for t in tensors]
+
+
+def _floating(t: Tensor, x: Tensor) -> Tensor:
+    return t if t.dtype in (*triton.DTYPES, torch.float64) else t.to(x.dtype)
+
+
+def _empty_shift(offset: Tensor, x: Tensor) -> Tensor:
+    """For the gradient of an offset as if it had x's shape: in float32 where it is still to be summed."""
+    dtype = offset.dtype if offset.shape == x.shape else torch.float32
+    return torch.empty(x.shape, dtype=dtype, device=x.device)
+
+
+def _by_item(permutation: Tensor | None, out: Tensor) -> Tensor | None:
+    return None if permutation is None else permutation.expand(out.shape[:2])

@@ -1,0 +1,1 @@
+"""What every public function and backend shares: segments, controls, the lowered problem, the registered operators."""

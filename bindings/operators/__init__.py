@@ -1,0 +1,1 @@
+"""The registered operators, torch.ops.flashbrush.*: schemas, implementations, fakes."""

@@ -1,0 +1,100 @@
+"""What commands with a model share: their options, and loading it so that whatever is wrong costs one line."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+class Dtype(str, Enum):
+    """Of a model's weights."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+Out = Annotated[Path, typer.Option("--output", "-o", help="Picture to write.")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: 50; of the tiny model, 6.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of the noise.")]
+Precision = Annotated[Dtype, typer.Option(help="Of the model.")]
+Device = Annotated[str | None, typer.Option(help="Default: cuda where there is one, else cpu.")]
+Offload = Annotated[bool, typer.Option(help="Move each part of the model to the device only while it works.")]
+Backend = Annotated[str, typer.Option(help="Of the attention; see flashbrush info.")]
+
+
+def load(kind: str, model: str, dtype: Dtype, device: str | None, offload: bool, backend: str, **options: Any) -> Any:
+    """A pipeline on its device.
+
+    Args:
+        kind: its class, in .pipelines. model: a Hugging Face name or a diffusers folder. device: None: cuda where there
+            is one. options: passed on to from_pretrained.
+
+    Raises:
+        ValueError: a backend, a device or a model that cannot be used here.
+    """
+    import torch
+
+    from ...bindings import backends
+    from .. import pipelines
+
+    if backend != "auto" and backend not in (known := backends()):
+        raise ValueError(f"backend: expected auto or one of {', '.join(known)}, got {backend!r}")
+    if backend != "auto" and (reasons := backends()[backend]):
+        raise ValueError(f"backend: {backend!r} is not usable here: {'; '.join(reasons)}")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].split(". ")[0]
+        raise ValueError(f"device: {device!r} is not usable here: {reason}") from error
+    if offload and torch.device(device).type == "cpu":
+        raise ValueError("offload: expected another device than the cpu, which is where an idle model is kept")
+    if os.sep in model and not Path(model).exists() and (Path(model).is_absolute() or model.startswith(".")):
+        raise ValueError(f"model: no such folder: {model}")
+    if Path(model).is_file():
+        raise ValueError(f"model: expected a diffusers folder or a Hugging Face name, got a file: {model}")
+    quiet()
+    try:
+        pipe = getattr(pipelines, kind).from_pretrained(model, dtype=getattr(torch, dtype.value), backend=backend, **options)
+        if offload:
+            pipe.pipe.enable_model_cpu_offload(device=device)
+        else:
+            pipe.to(device)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a checkpoint can be wrong in as many ways as it has readers
+        said = str(error) or type(error).__name__
+        raise ValueError(said if said.startswith("model:") else f"model: {model} cannot be loaded: {said}") from error
+    return pipe
+
+
+def or_tiny(model: str | None, hole: Image.Image, given: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The model of an insertion, and the arguments among `given` that are not None; without one the tiny one, and its own."""
+    from ... import tiny_fill as tiny_folder
+    from ..tiny_fill import options as tiny_fill
+
+    shape = {name: value for name, value in given.items() if value is not None}
+    if model is not None:
+        return model, shape
+    folder = str(tiny_folder())
+    print(f"no --model is given: taking the tiny one that comes with flashbrush, {folder}, for trying things out")
+    return folder, tiny_fill.options(hole) | shape
+
+
+def quiet() -> None:
+    """Loading says nothing but its progress."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()

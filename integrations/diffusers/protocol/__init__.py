@@ -1,0 +1,1 @@
+"""The method protocol: what the author of a method reads."""

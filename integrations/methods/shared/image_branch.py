@@ -1,0 +1,65 @@
+"""The branch of an IP-Adapter in FLUX: the image's queries attend to image prompts beside a block, and it is added after it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ....bindings import Control, attention
+
+
+class ImageBranch:
+    """Of one double block. Its queries are the image's after the norm and without RoPE; no output projection follows.
+
+    The block's own projection of q is listened to, so that q is projected once.
+    """
+
+    def __init__(self, block: Any) -> None:
+        self.block: Any = block
+        self._asked: tuple[Control, Sequence[Tensor], Sequence[Tensor]] | None = None
+        self._query: Tensor | None = None
+        self._listened: nn.Module | None = None
+        self._listening: Any = None
+        self._hooks = [block.register_forward_pre_hook(self._begin), block.register_forward_hook(self._add)]
+        self._listen()
+
+    def remove(self) -> None:
+        for hook in (*self._hooks, self._listening):
+            hook.remove()
+        self.block, self._listened = None, None  # the method may outlive the model
+
+    def _listen(self) -> None:
+        attn = self.block.attn
+        if self._listening is not None:
+            self._listening.remove()
+        projection = self._listened = attn.to_qkv if attn.fused_projections else attn.to_q
+        self._listening = projection.register_forward_hook(self._project)
+
+    def ask(self, control: Control, keys: Sequence[Tensor], values: Sequence[Tensor], hidden: Tensor) -> Tensor:
+        """As Plan.hidden, whose call says that this layer is controlled in this step; leaves the hidden states alone."""
+        self._asked = control, keys, values
+        return hidden
+
+    def _begin(self, module: nn.Module, inputs: tuple) -> None:
+        self._asked = self._query = None  # a call that failed may have left them
+        attn = self.block.attn
+        # A LoRA and fused projections put another module in the place of this one.
+        if self._listened is not (attn.to_qkv if attn.fused_projections else attn.to_q):
+            self._listen()
+
+    def _project(self, module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        if self._asked is not None:
+            self._query = output
+
+    def _add(self, module: nn.Module, inputs: tuple, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor] | None:
+        if self._asked is None:
+            return None
+        (control, keys, values), query, attn = self._asked, self._query, self.block.attn
+        self._asked = self._query = None
+        assert query is not None
+        query = attn.norm_q(query[..., : attn.inner_dim].unflatten(-1, (-1, attn.head_dim)))
+        text, image = output
+        keys, values = ([t.to(query.dtype) for t in tensors] for tensors in (keys, values))
+        return text, image + attention(query, keys, values, control, backend=attn.processor.backend).flatten(2)

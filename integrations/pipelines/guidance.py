@@ -1,0 +1,208 @@
+"""Stable Diffusion with swapped self-attention: what the pipelines of the cross-image methods share."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ...bindings import adain
+from ..diffusers import Method, apply
+from .checks import check_number
+from .inversion.cache import InversionCache, WeightsDigest
+from .inversion.ddpm import DDPMSchedule, Inversion, invert, noise_predictor
+from .stable_diffusion import StableDiffusionParts
+
+Scale = Callable[[int, int], float]  # (step, steps) -> scale of the swap guidance
+
+
+@dataclass(frozen=True)
+class InversionOptions:
+    """How images are inverted.
+
+    Attributes:
+        steps: levels of noise of the whole run. skip: steps left out at the noisy end.
+        text: what cross-attention reads, in the sampling too.
+        negative_text, guidance: classifier-free guidance of the inversion alone, against another text.
+        seed: of the noise, from 0 to 2**63 - 1.
+        batch: levels of an image in one UNet call.
+        use_cache: keep inverted images on disk, and take them from there.
+    """
+
+    steps: int
+    skip: int
+    text: str
+    negative_text: str
+    guidance: float
+    seed: int
+    batch: int = 8
+    use_cache: bool = True
+
+    def __post_init__(self) -> None:
+        for name, text in (("text", self.text), ("negative_text", self.negative_text)):
+            if not isinstance(text, str):
+                raise TypeError(f"{name}: expected a string, got {type(text).__name__}")
+        check_number("inversion_guidance", self.guidance)
+        if isinstance(self.batch, bool) or not isinstance(self.batch, int) or self.batch < 1:
+            raise ValueError(f"inversion_batch: expected an integer of at least 1, got {self.batch!r}")
+
+    @property
+    def guided(self) -> bool:
+        """Whether the second text has a part in it."""
+        return self.guidance != 1 and self.text != self.negative_text
+
+
+class SwapGuidancePipeline(StableDiffusionParts):
+    """A StableDiffusionPipeline's parts under swap guidance; the base of VisualICLPipeline and AppearanceTransferPipeline.
+
+    Images are inverted (ddpm_inversion.py). An output starts from the noisy latents of one of them and re-adds its noise
+    maps, while in the UNet's self-attention it reads others, as a method says. Every step is one UNet call for the known
+    images and the output, twice: with the swap and without, of which follows
+
+        eps = eps_plain + scale(step) (eps_swap - eps_plain)
+
+    after which the output's latents take the mean and the deviation of images, channel by channel (adain).
+
+    Args:
+        pipe, backend: as in StableDiffusionParts.
+        cache: folder of inverted images, shared by any number of runs and models; None: default_folder().
+
+    Raises:
+        TypeError, ValueError: as in StableDiffusionParts.
+    """
+
+    _options = ("cache",)
+
+    def __init__(self, pipe: Any, *, cache: str | os.PathLike[str] | None = None, backend: str = "auto") -> None:
+        super().__init__(pipe, backend=backend)
+        self.cache = InversionCache(cache)
+        self._weights = WeightsDigest()
+
+    def _schedule(self, steps: int) -> DDPMSchedule:
+        from diffusers import DDIMScheduler
+
+        own: Any = DDIMScheduler.from_config(self.pipe.scheduler.config)
+        return DDPMSchedule.from_scheduler(own, steps)
+
+    def _invert(
+        self, photos: Sequence[Image.Image], schedule: DDPMSchedule, options: InversionOptions, progress: bool
+    ) -> tuple[Inversion, int]:
+        """The images' inversions, and how many of them were kept.
+
+        Each is inverted by itself, so that a kept one is the same bits whatever it was inverted with.
+        """
+        pipe, count = self.pipe, schedule.steps - options.skip
+        against = self._embed(options.negative_text) if options.guided else None
+        guidance = options.guidance if options.guided else 1.0
+        predict = noise_predictor(pipe.unet, self._embed(options.text), against, guidance)
+        settings: dict[str, Any] = {
+            "text": options.text, "negative": options.negative_text if options.guided else None, "guidance": guidance,
+            "skip": options.skip, "batch": options.batch,
+        }  # fmt: skip
+        if options.use_cache:
+            parts = (pipe.unet, pipe.vae, pipe.text_encoder)
+            settings |= {
+                "weights": self._weights(*parts), "dtypes": [str(part.dtype) for part in parts],
+                "levels": [schedule.timesteps.tolist(), schedule.alphas.tolist(), schedule.prediction, schedule.eta],
+                "backend": self.backend, "device": pipe._execution_device.type,
+                "tiling": bool(getattr(pipe.vae, "use_tiling", False)),
+            }  # fmt: skip
+        found, reused = [], 0
+        with (
+            apply(pipe.unet, backend=self.backend),
+            self._bar("inverting", len(photos) * count, progress) as bar,
+        ):
+            for photo in photos:
+                pixels = hashlib.sha256(f"{photo.size}".encode() + photo.tobytes()).hexdigest()
+                # Of the pixels too: images with the same noise would match each other place by place.
+                seed = int.from_bytes(hashlib.sha256(f"{options.seed}:{pixels}".encode()).digest()[:7], "big")
+                key = settings | {"pixels": pixels, "seed": seed}
+                entry = self.cache.get(key) if options.use_cache else None
+                if entry is not None:
+                    reused += 1
+                    bar.update(count)
+                else:
+                    entry = invert(
+                        self._encode(photo), predict, schedule, generators=[torch.Generator().manual_seed(seed)],
+                        skip=options.skip, batch=options.batch, progress=bar.update,
+                    )  # fmt: skip
+                    if options.use_cache:
+                        self.cache.put(key, entry)
+                found.append(entry)
+        device = pipe._execution_device
+        latents = torch.cat([entry.latents.to(device) for entry in found])
+        return Inversion(latents, torch.cat([entry.noise_maps.to(device) for entry in found]), options.skip), reused
+
+    def _sample(
+        self,
+        known: Inversion,
+        text: str,
+        schedule: DDPMSchedule,
+        method: Method,
+        scales: Sequence[float],
+        *,
+        start: int,
+        style: Sequence[int],
+        first: int = 0,
+        adain_from: int | None = 0,
+        progress: bool = True,
+    ) -> Tensor:
+        """The output's clean latents, (1, channels, height, width) float32.
+
+        A UNet call has the known images, the output without the swap, and the output.
+
+        Args:
+            known: the images that are read, and those that give noise and style.
+            method: which items of that batch read which. scales: of the swap guidance, in each step that is run.
+            start: of the known images, the one whose noisy latents and noise maps the output has.
+            style: of the known images, those whose statistics, of all of them together, the output takes.
+            first: what the method counts the first step as. adain_from: of the steps that are run; None: never.
+        """
+        embedded = self._embed(text)
+        predict = noise_predictor(self.pipe.unet, embedded)
+        latents = known.at(known.skip)[[start]]
+        with (
+            apply(self.pipe.unet, method, backend=self.backend) as handle,
+            self._bar("sampling", len(scales), progress) as bar,
+        ):
+            for count, scale in enumerate(scales):
+                step = known.skip + count
+                handle.method = None  # set_step would ask it about the call before, whose batch may be another
+                handle.set_step(first + count, first + len(scales), float((1 - schedule.alphas[step]).sqrt()))
+                handle.method = method if scale else None
+                batch = torch.cat([known.at(step), latents, latents]) if scale else latents
+                output = predict(batch, schedule.timesteps[step].to(latents.device).expand(len(batch)))
+                if scale:
+                    plain, swapped = output[-2:].split(1)
+                    output = plain + scale * (swapped - plain)
+                latents = schedule.step(latents, output, step, known.noise_map(step)[[start]])
+                if adain_from is not None and count >= adain_from:
+                    styles = known.at(step + 1)[list(style)]  # (images, channels, height, width)
+                    latents = adain(latents, torch.cat(styles.split(1), 2))
+                bar.update()
+        return latents
+
+
+def guidance_scales(gamma: float | Scale, default: Callable[[float, int, int], float], steps: range, total: int) -> list[float]:
+    """The scale of the swap guidance in each of `steps`.
+
+    Args:
+        gamma: a number, which `default` (gamma, step, total) makes scales of, or a callable (step, total) -> scale.
+
+    Raises:
+        TypeError: neither. ValueError: a number, or a scale, that is not finite.
+    """
+    if callable(gamma):
+        scales = [gamma(step, total) for step in steps]
+    else:
+        check_number("gamma", gamma, TypeError)
+        scales = [default(gamma, step, total) for step in steps]
+    for step, scale in zip(steps, scales, strict=True):
+        check_number(f"gamma of step {step}", scale)
+    return scales

@@ -1,0 +1,1 @@
+"""Inversions of a photo into noise, and the cache of their results."""

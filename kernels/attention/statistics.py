@@ -1,0 +1,190 @@
+"""The light kernels around the attention: sums of values, mass from its partials, head gain, scaling of rows.
+
+All of them reduce in a fixed order. Verified in Triton's interpreter and compiled for sm_80 and sm_90; not yet run on
+hardware.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..segments import find_rows, load_tile, rounded
+from .blocks import Traits, item_strides, list_strides, open_tensor
+
+
+@triton.jit(do_not_specialize=["n_items", "n_kv_heads", "n_keys", "n_key_segments", "stride_starts"])
+def value_sums_kernel(
+    p_vs, p_sums, p_key_starts, p_valid, p_source_v, stride_vb, stride_vn, stride_vh, stride_starts,
+    n_items, n_kv_heads, n_keys, n_key_segments, BLOCK_D: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    c = tl.program_id(0) % n_key_segments
+    h = tl.program_id(0) // n_key_segments % n_kv_heads
+    b = tl.program_id(0) // n_key_segments // n_kv_heads
+    start = 0
+    n = n_keys
+    if p_key_starts is not None:
+        start = tl.load(p_key_starts + b * stride_starts + c)
+        n = tl.load(p_key_starts + b * stride_starts + c + 1) - start
+    if T.TENSORS > 1:
+        start = 0
+    if p_valid is not None:
+        n = tl.minimum(n, tl.maximum(tl.load(p_valid + b * n_key_segments + c), 0))
+    x = open_tensor(p_vs, stride_vb, stride_vn, stride_vh, p_source_v, None, None, b, h, c, start, n_items, T)
+    b_sum = tl.zeros([BLOCK_D], tl.float32)
+    for j in tl.range(0, n, T.BLOCK_N):
+        m_n = j + tl.arange(0, T.BLOCK_N) < n
+        p_tile = x[0] + tl.multiple_of(tl.cast(j, tl.int64) * x[1], T.ALIGN)
+        b_v = load_tile(p_tile, x[1], m_n, 0, BLOCK_D, T.D, T.BLOCK_N, T.ALIGN, True)
+        b_sum += tl.sum(b_v.to(tl.float32), 0)
+    o_d = tl.arange(0, BLOCK_D)
+    tl.store(p_sums + tl.program_id(0).to(tl.int64) * T.D + o_d, b_sum, mask=o_d < T.D)
+
+
+def value_sums(
+    vs: Sequence[Tensor], batch: int, key_segments: int, traits: Traits, *, key_starts: Tensor | None = None,
+    valid: Tensor | None = None, source_v: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Sum of every key segment's valid values, (B, Hkv, C, D) float32; shapes as in attention_forward."""
+    kv_heads = vs[0].shape[2]
+    sums = torch.empty(batch, kv_heads, key_segments, traits.D, dtype=torch.float32, device=vs[0].device)
+    value_sums_kernel[(batch * kv_heads * key_segments,)](
+        tuple(vs), sums, key_starts, valid, source_v,
+        **list_strides("v", vs, source_v),
+        stride_starts=item_strides(key_starts)[0],
+        n_items=batch, n_kv_heads=kv_heads, n_keys=vs[0].shape[1], n_key_segments=key_segments,
+        BLOCK_D=max(16, triton.next_power_of_2(traits.D)), T=traits.constants(), num_warps=4,
+    )  # fmt: skip
+    return sums
+
+
+@triton.jit(do_not_specialize=["stride_starts", "n_heads", "n_row_blocks", "n_row_segments", "n_key_segments", "n_rows"])
+def sum_mass_kernel(
+    p_partial, p_mass, p_row_starts, stride_starts, n_heads, n_rows, n_row_blocks, n_row_segments, n_key_segments,
+    PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    bh = tl.program_id(0).to(tl.int64)
+    p_starts = p_row_starts + (bh // n_heads) * stride_starts
+    p_partial += bh * n_row_blocks * n_key_segments
+    p_mass += bh * n_row_segments * n_key_segments
+    o_c = tl.arange(0, BLOCK_C)
+    m_c = o_c < n_key_segments
+    seen = 0
+    for r in range(0, n_row_segments):
+        end = seen + tl.cdiv(tl.load(p_starts + r + 1) - tl.load(p_starts + r), BLOCK_M) * PARTS
+        b_mass = tl.zeros([BLOCK_C], tl.float32)
+        for t in range(seen, end, BLOCK_T):
+            o_t = t + tl.arange(0, BLOCK_T)
+            o_partial = o_t[:, None] * n_key_segments + o_c[None, :]
+            b_mass += tl.sum(tl.load(p_partial + o_partial, mask=(o_t < end)[:, None] & m_c[None, :], other=0.0), 0)
+        tl.store(p_mass + r * n_key_segments + o_c, b_mass, mask=m_c)
+        seen = end
+
+
+def sum_mass(partial: Tensor, row_starts: Tensor, row_segments: int, block_m: int, parts: int = 1) -> Tensor:
+    """partial (B, H, row blocks * parts, C) -> mass (B, H, R, C) float32; row_starts (1|B, R + 1) int32"""
+    batch, heads, row_blocks, key_segments = partial.shape
+    mass = torch.empty(batch, heads, row_segments, key_segments, dtype=torch.float32, device=partial.device)
+    sum_mass_kernel[(batch * heads,)](
+        partial, mass, row_starts, item_strides(row_starts)[0], heads, 0, row_blocks, row_segments, key_segments,
+        PARTS=parts, BLOCK_M=block_m, BLOCK_T=32, BLOCK_C=triton.next_power_of_2(key_segments), num_warps=4,
+    )  # fmt: skip
+    return mass
+
+
+@triton.jit(
+    do_not_specialize=[
+        "p_span", "p_floor", "stride_starts", "stride_gain", "n_heads", "n_row_segments", "n_key_segments",
+    ]
+)  # fmt: skip
+def head_gain_kernel(
+    p_mass, p_gain, p_given, p_rule, p_span, p_floor, p_row_starts, stride_starts, stride_gain, n_heads, n_row_segments,
+    n_key_segments, NORM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0).to(tl.int64)
+    o_h = tl.arange(0, BLOCK_H)
+    o_c = tl.arange(0, BLOCK_C)
+    m_h = o_h < n_heads
+    p_mass += b * n_heads * n_row_segments * n_key_segments
+    b_counted = tl.load(p_rule + 2 * n_row_segments + o_c, mask=o_c < n_key_segments, other=0) != 0
+    b_m = tl.zeros([BLOCK_H], tl.float32)
+    rows = 0
+    for r in range(0, n_row_segments):
+        if tl.load(p_rule + r) != 0:
+            p_starts = p_row_starts + b * stride_starts + r
+            rows += tl.load(p_starts + 1) - tl.load(p_starts)
+            o_mass = (o_h[:, None] * n_row_segments + r) * n_key_segments + o_c[None, :]
+            b_m += tl.sum(tl.load(p_mass + o_mass, mask=m_h[:, None] & b_counted[None, :], other=0.0), 1)
+    b_m = b_m / tl.maximum(rows, 1).to(tl.float32)
+    eps = 1.1920928955078125e-07
+    if NORM == "minmax":
+        low = tl.min(tl.where(m_h, b_m, float("inf")), 0)
+        high = tl.max(tl.where(m_h, b_m, float("-inf")), 0)
+        b_m = (b_m - low) / (high - low + eps)
+    elif NORM == "mean":
+        b_m = b_m / tl.maximum(tl.sum(tl.where(m_h, b_m, 0.0), 0) / n_heads, eps)
+    elif NORM == "max":
+        b_m = b_m / tl.maximum(tl.max(tl.where(m_h, b_m, 0.0), 0), eps)
+    else:
+        b_e = tl.where(m_h, tl.exp(b_m - tl.max(tl.where(m_h, b_m, float("-inf")), 0)), 0.0)
+        b_m = n_heads * b_e / tl.sum(b_e, 0)
+    b_derived = tl.load(p_floor) + tl.load(p_span) * b_m
+    for r in range(0, n_row_segments):
+        b_gain = tl.where(tl.load(p_rule + n_row_segments + r) != 0, b_derived, 1.0)
+        if p_given is not None:
+            b_gain *= tl.load(p_given + b * stride_gain[0] + o_h * stride_gain[1] + r, mask=m_h, other=0.0)
+        tl.store(p_gain + (b * n_heads + o_h) * n_row_segments + r, b_gain, mask=m_h)
+
+
+def head_gain(mass: Tensor, rule: Tensor, row_starts: Tensor, norm: str, span: Tensor, floor: Tensor,
+              given: Tensor | None = None) -> Tensor:  # fmt: skip
+    """The gain derived from the mass (B, H, R, C) times the given one (1|B, 1|H, R): (B, H, R) float32.
+
+    In-Context Brush (arXiv 2505.20271), Eqs. 6-8: m = mass of the rule's block / its rows, normalised over heads, then
+    floor + span * m. rule: (2 R + C,) int32 flags of the rows counted, the rows that are scaled, the keys counted;
+    span, floor: one float32 each.
+    """
+    batch, heads, row_segments, key_segments = mass.shape
+    gain = torch.empty(batch, heads, row_segments, dtype=torch.float32, device=mass.device)
+    head_gain_kernel[(batch,)](
+        mass, gain, given, rule, span, floor, row_starts, item_strides(row_starts)[0], item_strides(given), heads,
+        row_segments, key_segments, NORM=norm, BLOCK_H=triton.next_power_of_2(heads),
+        BLOCK_C=triton.next_power_of_2(key_segments), num_warps=4,
+    )  # fmt: skip
+    return gain
+
+
+@triton.jit(do_not_specialize=["stride_starts", "n_heads", "n_rows", "n_row_blocks", "n_row_segments"])
+def scale_rows_kernel(
+    p_out, p_gain, p_row_starts, stride_out, stride_starts, n_heads, n_rows, n_row_blocks, n_row_segments,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, ALIGN: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    bh = tl.program_id(0) // n_row_blocks
+    b = (bh // n_heads).to(tl.int64)
+    h = (bh % n_heads).to(tl.int64)
+    p_starts = p_row_starts + b * stride_starts
+    r, first, end = find_rows(tl.program_id(0) % n_row_blocks, p_starts, n_row_segments, n_rows, BLOCK_M)
+    gain = tl.load(p_gain + bh.to(tl.int64) * n_row_segments + r)
+    if (first < end) & (gain != 1.0):
+        o_m = tl.arange(0, BLOCK_M)
+        o_d = tl.arange(0, BLOCK_D)
+        p_out += tl.multiple_of(b * stride_out[0], ALIGN) + tl.multiple_of(h * stride_out[2], ALIGN)
+        p_out += tl.multiple_of(tl.cast(first, tl.int64) * stride_out[1], ALIGN)
+        p_tile = p_out + tl.multiple_of(o_m * stride_out[1], ALIGN)[:, None] + o_d[None, :]
+        mask = (first + o_m < end)[:, None] & (o_d < D)[None, :]
+        b_out = tl.load(p_tile, mask=mask, other=0.0).to(tl.float32) * gain
+        tl.store(p_tile, rounded(b_out, p_out.dtype.element_ty, EMULATE), mask=mask)
+
+
+def scale_rows(out: Tensor, gain: Tensor, row_starts: Tensor, traits: Traits, block_m: int, row_blocks: int) -> None:
+    """out (B, M, H, D) *= gain (B, H, R) in place, by row segment; a segment whose gain is 1 is left alone."""
+    batch, rows, heads, dim = out.shape
+    scale_rows_kernel[(row_blocks * batch * heads,)](
+        out, gain, row_starts, (out.stride(0), out.stride(1), out.stride(2)), item_strides(row_starts)[0], heads, rows,
+        row_blocks, gain.shape[2], D=dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK_M=block_m, ALIGN=traits.ALIGN,
+        EMULATE=traits.EMULATE, num_warps=4,
+    )  # fmt: skip

@@ -1,0 +1,92 @@
+"""The Triton forward kernel against float64 of the reference: in Triton's interpreter where there is no GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+import flashbrush as fb
+from flashbrush.bindings.backends.triton import attention as backend
+from flashbrush.bindings.backends.triton import launch as triton_launch
+from flashbrush.kernels.attention import blocks as attention_blocks
+from flashbrush.kernels.attention import tiles as attention_tiles
+from support.problems import Call, calls, check, draws
+
+pytestmark = pytest.mark.skipif(bool(backend.available()), reason="; ".join(backend.available()))
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def run(call: Call) -> None:
+    if DEVICE == "cuda":
+        call = call.on(torch.device(DEVICE))
+    out = torch.full_like(call.run("reference"), float("nan"))
+    _, stats = call.run("triton", return_stats=True, out=out)
+    check(call, out, stats)
+    check(call, call.run("triton"))
+
+
+# The interpreter takes a second or two for a call.
+@settings(max_examples=400 if DEVICE == "cuda" else draws(45))
+@given(calls(longest=70, dims=(3, 16, 40, 64, 80, 128)))
+def test_drawn_calls(call: Call) -> None:
+    run(call)
+
+
+@pytest.mark.parametrize(
+    ("dim", "dtype"),
+    [
+        *((dim, dtype) for dim in (64, 96) for dtype in (torch.float32, torch.float16, torch.bfloat16)),
+        (160, torch.bfloat16), (256, torch.float16),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_several_tiles(dim: int, dtype: torch.dtype) -> None:
+    rows, keys = fb.Segments(a=130, b=40), fb.Segments(c=65, d=1, e=129)
+    control = fb.Control(
+        rows, keys, weight={("a", "d"): 1.3, ("b", "e"): 0.0}, bias={("b", "c"): -1.0},
+        head_gain=fb.HeadGain(rows="a", keys="c"),
+    )  # fmt: skip
+    q, k, v = (torch.randn(1, n, h, dim).to(dtype) for n, h in ((170, 2), (195, 1), (195, 1)))
+    run(Call(q, k, v, control, {}))
+
+
+@pytest.mark.parametrize("layout", ("heads in a row", "heads in rows"))
+@pytest.mark.parametrize("dim", (16, 64))
+def test_tensor_descriptors(dim: int, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = attention_tiles.forward_tile
+    monkeypatch.setattr(
+        attention_tiles, "forward_tile", lambda *args, **more: plain(*args, **more)._replace(descriptors=True)
+    )
+    made = []
+    make = attention_blocks.Descriptor.make
+    monkeypatch.setattr(attention_blocks.Descriptor, "make", lambda *args: (made.append(args), make(*args))[1])
+    segments = fb.Segments(a=70, b=3, c=60)
+    control = fb.Control(segments, weight={("a", "b"): 1.3}, valid={"c": torch.tensor([60, 7])})
+    tensors = [torch.randn(2, 133, heads, dim, dtype=torch.float16) for heads in (4, 2, 2)]
+    if layout == "heads in rows":
+        tensors = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in tensors]
+    run(Call(*tensors, control, {}))
+    assert len(made) == 4  # k and v of two calls
+
+
+@pytest.mark.parametrize("items", ("alike", "different"))
+def test_persistent_and_specialized(items: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = attention_tiles.forward_tile
+    monkeypatch.setattr(
+        attention_tiles, "forward_tile",
+        lambda *args, **more: plain(*args, **more)._replace(persistent=True, specialized=True, warps=4),
+    )  # fmt: skip
+    seen = []
+    make = triton_launch.make_traits
+    monkeypatch.setattr(
+        triton_launch, "make_traits", lambda *args, **more: (seen.append(make(*args, **more)), seen[-1])[1]
+    )
+    lengths = {"a": 70, "b": 3, "c": 60}
+    if items == "different":
+        lengths |= {"a": torch.tensor([70, 1]), "c": torch.tensor([60, 129])}
+    segments = fb.Segments(lengths)
+    control = fb.Control(segments, weight={("a", "b"): 1.3}, head_gain=fb.HeadGain(rows="a", keys="c"))
+    q, k, v = (torch.randn(2, 133, heads, 32, dtype=torch.float16) for heads in (4, 2, 2))
+    run(Call(q, k, v, control, {}))
+    assert all(traits.PERSISTENT and traits.SPECIALIZED for traits in seen)
