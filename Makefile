@@ -1,7 +1,7 @@
 # make demo    insert a subject into a photo; says where the picture is
 # make test    the test suite
 # make bench   the benchmarks, and their table
-# make lint    ruff and pyright
+# make lint    ruff, clang-format and pyright
 # make sanitize    the CPU library's tests under AddressSanitizer and UndefinedBehaviorSanitizer
 #
 # Each sets up .venv first. Variables: PYTHON, VENV, TORCH, PYTEST_ARGS, PYTEST_WORKERS, SANITIZED, DEMO.
@@ -60,6 +60,8 @@ bench: $(STAMP)
 
 lint: $(STAMP)
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 	$(PY) -m pyright -p pyproject.toml --pythonpath $(PY)
 
 # The library of every other target comes back whatever the tests say. Leaks are left out: the interpreter has thousands.

@@ -1,4 +1,6 @@
-"""python -m flashbrush, and the console command: the command line, with `bench` of the benchmarks registered on it."""
+"""python -m flashbrush, and the console command: the command line, with `bench` of the benchmarks registered
+on it.
+"""
 
 from __future__ import annotations
 

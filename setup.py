@@ -1,12 +1,15 @@
 """Builds flashbrush: the packages, whose root is this folder, and the libraries from csrc/cpu and csrc/cuda.
 
-The libraries are plain C++ and CUDA C++ behind a C interface: no Python, no torch. Their parts are the files that are
-there: `csrc/cpu/isa/*.cpp` is compiled once per instruction set, with -DFLASHBRUSH_ISA=<name>; `csrc/cpu/schedule/*.cpp`
+The libraries are plain C++ and CUDA C++ behind a C interface: no Python, no torch. Their parts are the files
+that are
+there: `csrc/cpu/isa/*.cpp` is compiled once per instruction set, with -DFLASHBRUSH_ISA=<name>;
+    `csrc/cpu/schedule/*.cpp`
 once, for any machine. Together they become bindings/backends/libflashbrush_cpu.so. `csrc/cuda/*.cu`
 becomes libflashbrush_cuda.so beside it, for Hopper GPUs, where nvcc is present.
 
-An instruction set that the compiler cannot do is left out. Without a compiler, or where something else fails, the
-package installs without that library. bindings/backends/build_report.json says what was built, how, and what went wrong.
+An instruction set that the compiler cannot do is left out. Without a compiler, or where something else fails,
+the package installs without that library. bindings/backends/build_report.json says what was built, how, and
+what went wrong.
 
     CXX                     the compiler; by default the first of c++, g++, clang++
     NVCC                    the CUDA compiler; by default CUDA_HOME's or the one on PATH; empty: none
@@ -68,7 +71,11 @@ PACKAGES = [
     "flashbrush.kernels.attention",
 ]
 ROOT_MODULES = {"__init__", "__main__"}
-DATA = {"flashbrush": ["py.typed"], "flashbrush.benchmarks": ["results/*.json"], "flashbrush.checkpoints": ["*/**"]}
+DATA = {
+    "flashbrush": ["py.typed"],
+    "flashbrush.benchmarks": ["results/*.json"],
+    "flashbrush.checkpoints": ["*/**"],
+}
 
 SOURCES = Path("csrc/cpu")
 CUDA_SOURCES = Path("csrc/cuda")
@@ -86,7 +93,12 @@ AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16
 AVX512BF16 = [*AVX512, "-mavx512bf16"]
 AMX = [*AVX512BF16, "-mamx-tile", "-mamx-bf16"]
 # The architecture by its long form: the short one also makes code for an sm_90 that has no wgmma.
-CUDA_FLAGS = ["-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+CUDA_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-gencode=arch=compute_90a,code=sm_90a",
+    "-Xcompiler=-fPIC,-fvisibility=hidden",
+]
 CUDA_FLAGS += ["-Xptxas=-v", "-shared"]
 ISAS = {"portable": [], "avx2": AVX2, "avx512": AVX512, "avx512bf16": AVX512BF16, "amx": AMX}
 
@@ -100,7 +112,9 @@ class BuildError(Exception):
 
 
 def call(command: list[str]) -> str:
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
     if done.returncode:
         lines = done.stdout.splitlines() or ["no output"]
         reason = next((line for line in lines if "error" in line), lines[0])
@@ -125,7 +139,9 @@ def find_compiler() -> list[str]:
 def find_cuda_compiler() -> str:
     if (chosen := os.environ.get("NVCC")) is not None:
         if not shutil.which(chosen):
-            raise BuildError(f"the CUDA compiler that NVCC names does not exist: {chosen}" if chosen else "NVCC is empty")
+            raise BuildError(
+                f"the CUDA compiler that NVCC names does not exist: {chosen}" if chosen else "NVCC is empty"
+            )
         return chosen
     homes = [Path(home, "bin") for name in ("CUDA_HOME", "CUDA_PATH") if (home := os.environ.get(name))]
     for path in (*homes, None, "/usr/local/cuda/bin"):
@@ -136,7 +152,14 @@ def find_cuda_compiler() -> str:
 
 def build_cuda_library(folder: Path) -> dict:
     """Leaves the library in `folder`, or none; what the report says of it."""
-    report: dict = {"error": None, "output": "", "compiler": None, "flags": CUDA_FLAGS, "kernels": {}, "warnings": []}
+    report: dict = {
+        "error": None,
+        "output": "",
+        "compiler": None,
+        "flags": CUDA_FLAGS,
+        "kernels": {},
+        "warnings": [],
+    }
     library = folder / CUDA_LIBRARY
     try:
         compiler = find_cuda_compiler()
@@ -173,7 +196,13 @@ def build_library(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     library = folder / LIBRARY
     sanitize = os.environ.get("FLASHBRUSH_SANITIZE", "0") not in ("", "0")
-    report: dict = {"error": None, "output": "", "library": None, "compiler": None, "machine": platform.machine()}
+    report: dict = {
+        "error": None,
+        "output": "",
+        "library": None,
+        "compiler": None,
+        "machine": platform.machine(),
+    }
     report |= {"isas": [], "left_out": {}, "flags": [], "isa_flags": {}, "sanitize": sanitize}
     started = time.monotonic()
     cuda = ThreadPoolExecutor(1).submit(build_cuda_library, folder)
@@ -239,7 +268,9 @@ class BuildPython(build_py):
         super().run()
 
     def find_package_modules(self, package, package_dir):
-        """Of the root only the package's own modules, not this file; of the benchmarks not what only pytest reads."""
+        """Of the root only the package's own modules, not this file; of the benchmarks not what only pytest
+        reads.
+        """
         return [
             (name, module, file)
             for name, module, file in super().find_package_modules(package, package_dir)

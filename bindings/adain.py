@@ -25,13 +25,15 @@ def adain(x: Tensor, style: Tensor, mask: Tensor | None = None, style_mask: Tens
 
     Args:
         x: (batch, channels, ...) with at least one spatial dimension; float32, bfloat16, float16 or float64.
-        style: (batch or 1, channels, ...) of x's dtype and device; its spatial dimensions may differ from x's.
+        style: (batch or 1, channels, ...) of x's dtype and device; its spatial dimensions may differ from
+            x's.
         mask: bool, (batch or 1, 1, ...) over x's spatial dimensions; None: everywhere.
         style_mask: the same for style. With only one of the masks, the other image counts whole.
 
     Returns:
-        A new tensor of x's shape and dtype; computed in float32 at least, and the same bitwise from run to run. On a
-        GPU without gradients Triton kernels make it; else it is made of torch operators, which are differentiable.
+        A new tensor of x's shape and dtype; computed in float32 at least, and the same bitwise from run to
+        run. On a GPU without gradients Triton kernels make it; else it is made of torch operators, which are
+        differentiable.
 
     Raises:
         TypeError: dtypes or devices that differ, a mask that is not bool.

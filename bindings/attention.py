@@ -32,16 +32,32 @@ class Stats(NamedTuple):
 
 @overload
 def attention(
-    q: Tensor, k: Keys, v: Keys, control: Control | None = None, *, scale: float | Tensor | None = None,
-    source: Source | None = None, mask: Tensor | None = None, backend: str = "auto", out: Tensor | None = None,
+    q: Tensor,
+    k: Keys,
+    v: Keys,
+    control: Control | None = None,
+    *,
+    scale: float | Tensor | None = None,
+    source: Source | None = None,
+    mask: Tensor | None = None,
+    backend: str = "auto",
+    out: Tensor | None = None,
     return_stats: Literal[False] = False,
-) -> Tensor: ...  # fmt: skip
+) -> Tensor: ...
 @overload
 def attention(
-    q: Tensor, k: Keys, v: Keys, control: Control | None = None, *, scale: float | Tensor | None = None,
-    source: Source | None = None, mask: Tensor | None = None, backend: str = "auto", out: Tensor | None = None,
+    q: Tensor,
+    k: Keys,
+    v: Keys,
+    control: Control | None = None,
+    *,
+    scale: float | Tensor | None = None,
+    source: Source | None = None,
+    mask: Tensor | None = None,
+    backend: str = "auto",
+    out: Tensor | None = None,
     return_stats: Literal[True],
-) -> tuple[Tensor, Stats]: ...  # fmt: skip
+) -> tuple[Tensor, Stats]: ...
 def attention(
     q: Tensor,
     k: Keys,
@@ -58,28 +74,32 @@ def attention(
     """Attention over segments of tokens, with everything a Control says; without one, plain softmax(QK^T)V.
 
     Args:
-        q: (batch, rows, heads, dim); float32, bfloat16, float16 (float64: reference and composed); dim up to 256. Under
-            torch.autocast, q, k and v but float64 ones are cast to its dtype, as for torch's own attention.
-        k, v: (batch, keys, kv_heads, dim), or lists with one such tensor per key segment, read in place; heads is a
-            multiple of kv_heads, batch 1 broadcasts, a tensor may appear twice.
+        q: (batch, rows, heads, dim); float32, bfloat16, float16 (float64: reference and composed); dim up to
+            256. Under torch.autocast, q, k and v but float64 ones are cast to its dtype, as for torch's own
+            attention.
+        k, v: (batch, keys, kv_heads, dim), or lists with one such tensor per key segment, read in place;
+            heads is a multiple of kv_heads, batch 1 broadcasts, a tensor may appear twice.
         control: tables over row and key segments; None: plain.
         scale: logit scale; 1/sqrt(dim) if None; a number, or a tensor (batch,) or (batch, heads).
-        source: {"q": index, "k": index, "v": index}, int tensors (out_batch,), for k and v also one per list entry:
-            output item n reads q[index[n]] and so on.
-        mask: bool (True: attend) or additive float, broadcastable to (batch, heads, rows, keys); `composed` and
-            `reference` only.
+        source: {"q": index, "k": index, "v": index}, int tensors (out_batch,), for k and v also one per list
+            entry: output item n reads q[index[n]] and so on.
+        mask: bool (True: attend) or additive float, broadcastable to (batch, heads, rows, keys); `composed`
+            and `reference` only.
         backend: "auto", or a name of backends(); a named one fails with its reasons rather than fall back.
-        out: where to write the output, (batch, rows, heads, dim) of q's dtype, apart from q, k and v in memory; not with
-            tensors that require grad.
+        out: where to write the output, (batch, rows, heads, dim) of q's dtype, apart from q, k and v in
+            memory; not with tensors that require grad.
         return_stats: also return Stats.
 
     Returns:
-        out (batch, rows, heads, dim) in q's dtype, or ``(out, Stats)``. A row without an allowed key in a group gives
-        0 there, lse -inf, mass 0. Gradients flow to q, k and v; a derived head gain counts as a constant.
+        out (batch, rows, heads, dim) in q's dtype, or ``(out, Stats)``. A row without an allowed key in a
+        group gives 0 there, lse -inf, mass 0. Gradients flow to q, k and v; a derived head gain counts as a
+        constant.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came; nothing has been computed.
-        NotImplementedError: forward-mode derivatives. A gradient of a gradient is a RuntimeError when it is asked for,
+        TypeError, ValueError: naming the argument, what was expected and what came; nothing has been
+            computed.
+        NotImplementedError: forward-mode derivatives. A gradient of a gradient is a RuntimeError when it is
+            asked for,
         but for backend="reference".
     """
     problem = _lower(q, k, v, control, scale, source, mask, out)
@@ -145,10 +165,31 @@ def _arguments(p: Problem, control: Control | None) -> tuple:
     contrast_values = None if control is None else control.contrast_values
     gain_values = None if control is None else control.to(p.q.device).head_gain_values
     return (
-        p.q, list(p.k), list(p.v), list(p.row_lengths), list(p.key_lengths), list(p.groups), list(p.kinds),
-        ops.pack_contrast(p.contrast), contrast_values, p.scale, p.scales, p.row_items, p.key_items, p.valid, p.bias,
-        p.weight, p.gain, p.gates, ops.pack_gain(p.head_gain), gain_values, p.source_q, p.source_k, p.source_v, p.mask,
-    )  # fmt: skip
+        p.q,
+        list(p.k),
+        list(p.v),
+        list(p.row_lengths),
+        list(p.key_lengths),
+        list(p.groups),
+        list(p.kinds),
+        ops.pack_contrast(p.contrast),
+        contrast_values,
+        p.scale,
+        p.scales,
+        p.row_items,
+        p.key_items,
+        p.valid,
+        p.bias,
+        p.weight,
+        p.gain,
+        p.gates,
+        ops.pack_gain(p.head_gain),
+        gain_values,
+        p.source_q,
+        p.source_k,
+        p.source_v,
+        p.mask,
+    )
 
 
 def _lower(
@@ -188,7 +229,15 @@ def _lower(
     if out is not None:
         _check_out(out, q, (batch, *q.shape[1:]))
     return Problem(
-        q=q, k=keys, v=values, batch=batch, source_q=source_q, source_k=source_k, source_v=source_v, mask=mask, **fields
+        q=q,
+        k=keys,
+        v=values,
+        batch=batch,
+        source_q=source_q,
+        source_k=source_k,
+        source_v=source_v,
+        mask=mask,
+        **fields,
     )
 
 
@@ -270,7 +319,9 @@ def _check_pairs(q: Tensor, k: tuple[Tensor, ...], v: tuple[Tensor, ...]) -> Non
     for i, (a, b) in enumerate(zip(k, v, strict=True)):
         which = f"v[{i}]" if several else "v"
         if a.shape[1:3] != b.shape[1:3]:
-            raise ValueError(f"{which}: expected k's tokens and heads {tuple(a.shape[1:3])}, got {tuple(b.shape[1:3])}")
+            raise ValueError(
+                f"{which}: expected k's tokens and heads {tuple(a.shape[1:3])}, got {tuple(b.shape[1:3])}"
+            )
         if a.shape[2] != first.shape[2]:
             raise ValueError(f"k[{i}]: expected {first.shape[2]} heads as in k[0], got {a.shape[2]}")
     if first.shape[2] < 1 or q.shape[2] % first.shape[2]:
@@ -278,8 +329,17 @@ def _check_pairs(q: Tensor, k: tuple[Tensor, ...], v: tuple[Tensor, ...]) -> Non
 
 
 def _check_out(out: Tensor, q: Tensor, expected: tuple[int, ...]) -> None:
-    if not isinstance(out, Tensor) or out.dtype != q.dtype or out.device != q.device or tuple(out.shape) != expected:
-        got = f"{out.dtype} {tuple(out.shape)} on {out.device}" if isinstance(out, Tensor) else type(out).__name__
+    if (
+        not isinstance(out, Tensor)
+        or out.dtype != q.dtype
+        or out.device != q.device
+        or tuple(out.shape) != expected
+    ):
+        got = (
+            f"{out.dtype} {tuple(out.shape)} on {out.device}"
+            if isinstance(out, Tensor)
+            else type(out).__name__
+        )
         raise ValueError(f"out: expected {q.dtype} {tuple(expected)} on {q.device}, got {got}")
     if out.shape[3] > 1 and out.stride(3) != 1:
         raise ValueError(f"out: expected a contiguous last dimension, got strides {out.stride()}")
@@ -327,7 +387,11 @@ def _lower_source(
             if index is None and t.shape[0] not in (1, batch):
                 raise ValueError(f"{name}: expected a batch of {batch} (the source's) or 1, got {t.shape[0]}")
             if index is None:
-                index = torch.arange(batch, device=q.device) if t.shape[0] == batch else torch.zeros(batch, dtype=torch.int64)
+                index = (
+                    torch.arange(batch, device=q.device)
+                    if t.shape[0] == batch
+                    else torch.zeros(batch, dtype=torch.int64)
+                )
             rows.append(index.to(q.device, torch.int64))
         given = any(i is not None for i in indices[name])
         needed = given or (name == "q" and q.shape[0] != batch)
@@ -359,18 +423,26 @@ def _lower_scales(scale: Tensor, batch: int, q: Tensor) -> Tensor:
         scale = scale[:, None]
     if scale.dim() != 2 or scale.shape[0] not in (1, batch) or scale.shape[1] not in (1, heads):
         raise ValueError(f"scale: expected a number or shape ({batch},) or ({batch}, {heads}), got {given}")
-    if scale.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(torch.isfinite(scale).all()):
+    if (
+        scale.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not bool(torch.isfinite(scale).all())
+    ):
         raise ValueError("scale: expected finite values, got others")
     return scale.to(q.device, torch.float32)
 
 
 def _check_layout(control: Control, q: Tensor, k: tuple[Tensor, ...], batch: int) -> None:
     if control.rows.total != q.shape[1]:
-        raise ValueError(f"control.rows: the segments hold {control.rows.total} tokens, q has {q.shape[1]} rows")
+        raise ValueError(
+            f"control.rows: the segments hold {control.rows.total} tokens, q has {q.shape[1]} rows"
+        )
     segments = control.keys
     if len(k) == 1:
         if segments.total != k[0].shape[1]:
-            raise ValueError(f"control.keys: the segments hold {segments.total} tokens, k has {k[0].shape[1]}")
+            raise ValueError(
+                f"control.keys: the segments hold {segments.total} tokens, k has {k[0].shape[1]}"
+            )
     elif len(k) != len(segments):
         raise ValueError(f"k: expected one tensor per key segment ({len(segments)}), got {len(k)}")
     elif segments.items is not None:

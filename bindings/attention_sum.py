@@ -16,7 +16,8 @@ from .core.control import Control, fits_float32
 class Branch:
     """One term of attention_sum: the arguments of attention(), and a gate.
 
-    gate: a finite number, or a float tensor (batch, rows) that does not require grad; multiplies the branch's output.
+    gate: a finite number, or a float tensor (batch, rows) that does not require grad; multiplies the branch's
+        output.
     """
 
     q: Tensor
@@ -31,7 +32,8 @@ class Branch:
 def attention_sum(branches: Sequence[Branch], out: Tensor | None = None) -> Tensor:
     """sum_b gate_b * attention(branch b): branches with queries, scales or maps of their own.
 
-    Branches that share q and scale are one call with softmax groups, `Control(groups=..., gates=...)`, which is cheaper.
+    Branches that share q and scale are one call with softmax groups, `Control(groups=..., gates=...)`, which
+    is cheaper.
 
     Args:
         branches: at least one; their outputs have one shape (batch, rows, heads, dim) and one dtype.
@@ -65,7 +67,9 @@ def attention_sum(branches: Sequence[Branch], out: Tensor | None = None) -> Tens
     assert first is not None
     if out is not None:
         _check_out(out, first, shape)
-        tensors = [t for b in branches for x in (b.q, b.k, b.v) for t in ((x,) if isinstance(x, Tensor) else x)]
+        tensors = [
+            t for b in branches for x in (b.q, b.k, b.v) for t in ((x,) if isinstance(x, Tensor) else x)
+        ]
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             raise ValueError("out: not with tensors that require grad")
     total: Tensor | None = None
@@ -82,7 +86,9 @@ def attention_sum(branches: Sequence[Branch], out: Tensor | None = None) -> Tens
 def _check_gate(argument: str, gate: float | Tensor, shape: tuple[int, ...], device: torch.device) -> None:
     if not isinstance(gate, Tensor):
         if not isinstance(gate, (int, float)) or isinstance(gate, bool):
-            raise TypeError(f"{argument}: expected a number or a float tensor (batch, rows), got {type(gate).__name__}")
+            raise TypeError(
+                f"{argument}: expected a number or a float tensor (batch, rows), got {type(gate).__name__}"
+            )
         if not fits_float32(gate):
             raise ValueError(f"{argument}: expected a finite number, got {gate}")
         return
@@ -94,5 +100,9 @@ def _check_gate(argument: str, gate: float | Tensor, shape: tuple[int, ...], dev
         raise ValueError(f"{argument}: expected a number or shape {tuple(shape)}, got {tuple(gate.shape)}")
     if gate.device != device:
         raise ValueError(f"{argument}: expected q's device {device}, got {gate.device}")
-    if gate.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(torch.isfinite(gate).all()):
+    if (
+        gate.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not bool(torch.isfinite(gate).all())
+    ):
         raise ValueError(f"{argument}: expected finite values")

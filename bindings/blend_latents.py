@@ -30,9 +30,9 @@ def blend_latents(
         sigma: noise level in [0, 1]: a number, or a floating-point tensor () or (batch,).
 
     Returns:
-        A new tensor of generated's shape and dtype; computed in float32 at least. On a GPU without gradients one
-        Triton kernel makes it, in one pass and without waiting for the device; else it is made of torch operators,
-        which are differentiable.
+        A new tensor of generated's shape and dtype; computed in float32 at least. On a GPU without gradients
+        one Triton kernel makes it, in one pass and without waiting for the device; else it is made of torch
+        operators, which are differentiable.
 
     Raises:
         TypeError: dtypes or devices that differ, a mask that is neither bool nor floating point.
@@ -47,8 +47,14 @@ def blend_latents(
         return composed(generated, source, noise, mask, sigma)
     if not isinstance(sigma, Tensor):
         return _blend(generated, source, noise, mask, None, float(sigma))
-    if sigma.device.type == "cpu" != generated.device.type and sigma.numel() == 1 and not torch.compiler.is_compiling():
-        return _blend(generated, source, noise, mask, None, float(sigma))  # a copy to the device would wait for it
+    if (
+        sigma.device.type == "cpu" != generated.device.type
+        and sigma.numel() == 1
+        and not torch.compiler.is_compiling()
+    ):
+        return _blend(
+            generated, source, noise, mask, None, float(sigma)
+        )  # a copy to the device would wait for it
     return _blend(generated, source, noise, mask, sigma.to(generated.device), 0.0)
 
 
@@ -70,7 +76,9 @@ def composed(generated: Tensor, source: Tensor, noise: Tensor, mask: Tensor, sig
     return torch.where(mask == 1, generated, torch.where(mask == 0, known, mixed))
 
 
-def _run(generated: Tensor, source: Tensor, noise: Tensor, mask: Tensor, sigma: Tensor | None, number: float) -> Tensor:
+def _run(
+    generated: Tensor, source: Tensor, noise: Tensor, mask: Tensor, sigma: Tensor | None, number: float
+) -> Tensor:
     level = number if sigma is None else sigma
     if triton_blend.usable(generated, source, noise, mask, level):
         return triton_blend.blend_latents(generated, source, noise, mask, level)

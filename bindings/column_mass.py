@@ -30,8 +30,8 @@ def column_mass(
 ) -> Tensor:
     """sum_i p_ij for each key j, over the rows i of some row segments: self-attention guidance's column mass.
 
-    p is the probability within the key's softmax group, before weight, gate, contrast and gain, as in `Stats.mass`;
-    here it is resolved by key. The map is recomputed from lse, in tiles.
+    p is the probability within the key's softmax group, before weight, gate, contrast and gain, as in
+    `Stats.mass`; here it is resolved by key. The map is recomputed from lse, in tiles.
 
     Args:
         q, k, control, scale, source: as in attention().
@@ -39,8 +39,8 @@ def column_mass(
         rows: the row segments that count, a name or a sequence of names of control.rows; "*": all rows.
 
     Returns:
-        (batch, heads, keys) float32 (float64 for float64), the keys in the order of k (of the joined list). A removed
-        key gives 0. Not differentiable.
+        (batch, heads, keys) float32 (float64 for float64), the keys in the order of k (of the joined list). A
+        removed key gives 0. Not differentiable.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -54,9 +54,23 @@ def column_mass(
     else:
         counted = _indices("rows", rows, control.rows)
     return torch.ops.flashbrush.column_mass.default(
-        p.q, list(p.k), lse, list(p.row_lengths), list(p.key_lengths), list(p.groups), list(p.kinds), p.scale, p.scales,
-        p.row_items, p.key_items, p.valid, p.bias, p.source_q, p.source_k, list(counted),
-    )  # fmt: skip
+        p.q,
+        list(p.k),
+        lse,
+        list(p.row_lengths),
+        list(p.key_lengths),
+        list(p.groups),
+        list(p.kinds),
+        p.scale,
+        p.scales,
+        p.row_items,
+        p.key_items,
+        p.valid,
+        p.bias,
+        p.source_q,
+        p.source_k,
+        list(counted),
+    )
 
 
 def _composed(p: Problem, lse: Tensor, counted: tuple[int, ...]) -> Tensor:
@@ -70,15 +84,43 @@ def _composed(p: Problem, lse: Tensor, counted: tuple[int, ...]) -> Tensor:
 
 
 def _run(
-    q, k, lse, row_lengths, key_lengths, groups, kinds, scale, scales, row_items, key_items, valid, bias, source_q, source_k,
+    q,
+    k,
+    lse,
+    row_lengths,
+    key_lengths,
+    groups,
+    kinds,
+    scale,
+    scales,
+    row_items,
+    key_items,
+    valid,
+    bias,
+    source_q,
+    source_k,
     counted,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     p = Problem(
-        q=q, k=tuple(k), v=tuple(k), batch=lse.shape[0], row_lengths=tuple(row_lengths), key_lengths=tuple(key_lengths),
-        groups=tuple(groups), kinds=tuple(kinds), contrast=(None,) * lse.shape[3], scale=scale, scales=scales,
-        row_items=row_items, key_items=key_items, valid=valid, bias=bias, source_q=source_q, source_k=source_k,
+        q=q,
+        k=tuple(k),
+        v=tuple(k),
+        batch=lse.shape[0],
+        row_lengths=tuple(row_lengths),
+        key_lengths=tuple(key_lengths),
+        groups=tuple(groups),
+        kinds=tuple(kinds),
+        contrast=(None,) * lse.shape[3],
+        scale=scale,
+        scales=scales,
+        row_items=row_items,
+        key_items=key_items,
+        valid=valid,
+        bias=bias,
+        source_q=source_q,
+        source_k=source_k,
         source_v=source_k,
-    )  # fmt: skip
+    )
     if p.batch * p.rows * p.keys == 0:
         return torch.zeros(p.batch, p.heads, p.keys, dtype=compute_dtype(p), device=q.device)
     fused = next((m for m in (cpu_column_mass, triton_column_mass) if m.usable(p)), None)
@@ -101,20 +143,31 @@ torch.library.register_fake("flashbrush::column_mass", _fake, lib=_library)
 
 
 def lower_with_lse(
-    q: Tensor, k: Keys, lse: Tensor, control: Control | None, scale: float | Tensor | None, source: Source | None
+    q: Tensor,
+    k: Keys,
+    lse: Tensor,
+    control: Control | None,
+    scale: float | Tensor | None,
+    source: Source | None,
 ) -> Problem:
     """The checked problem of a call without values, whose place the keys take."""
     if source is not None and isinstance(source, dict) and "v" in source:
         raise ValueError("source: expected the keys q and k, got v")
-    p = _lower(q, k, k, control, scale, None if source is None else {**source, "v": source.get("k")}, None, None)  # type: ignore[dict-item]
+    p = _lower(
+        q, k, k, control, scale, None if source is None else {**source, "v": source.get("k")}, None, None
+    )  # type: ignore[dict-item]
     expected = (p.batch, p.heads, p.rows, p.n_groups)
     if not isinstance(lse, Tensor) or not lse.is_floating_point():
         got = lse.dtype if isinstance(lse, Tensor) else type(lse).__name__
         raise TypeError(f"lse: expected a float tensor {expected}, got {got}")
     if lse.requires_grad:
-        raise TypeError("lse: a tensor that requires grad is not differentiated; its part is in the result's own gradient")
+        raise TypeError(
+            "lse: a tensor that requires grad is not differentiated; its part is in the result's own gradient"
+        )
     if tuple(lse.shape) != expected:
-        raise ValueError(f"lse: expected shape {expected} (batch, heads, rows, groups), got {tuple(lse.shape)}")
+        raise ValueError(
+            f"lse: expected shape {expected} (batch, heads, rows, groups), got {tuple(lse.shape)}"
+        )
     if lse.device != q.device:
         raise ValueError(f"lse: expected q's device {q.device}, got {lse.device}")
     return p

@@ -29,14 +29,17 @@ def key_probabilities(
 ) -> Tensor:
     """p_ij of all rows and a few keys, for cross-attention maps of words and losses on them.
 
-    p is the probability within the key's softmax group, before weight, gate, contrast and gain. Differentiable in q and
-    k as the whole softmax is: lse counts as a function of q and all of k, although it comes in as a number, so that the
+    p is the probability within the key's softmax group, before weight, gate, contrast and gain.
+    Differentiable in q and
+    k as the whole softmax is: lse counts as a function of q and all of k, although it comes in as a number,
+        so that the
     gradient reaches the keys that were not asked for. The map is recomputed in blocks of rows and never kept.
 
     Args:
         q, k, control, scale, source: as in attention().
         lse: `Stats.lse` of that attention, (batch, heads, rows, groups), without grad.
-        keys: positions of the keys wanted, ints or an int tensor (n,), in the order of k (of the joined list).
+        keys: positions of the keys wanted, ints or an int tensor (n,), in the order of k (of the joined
+            list).
 
     Returns:
         (batch, heads, rows, n) float32 (float64 for float64); 0 at removed keys.
@@ -81,8 +84,12 @@ class _KeyProbabilities(torch.autograd.Function):
 def _positions(keys: Sequence[int] | Tensor, total: int, device: torch.device) -> Tensor:
     if isinstance(keys, Tensor):
         if keys.dim() != 1 or keys.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"keys: expected an int32 or int64 tensor (n,), got {keys.dtype} {tuple(keys.shape)}")
-    elif not isinstance(keys, (list, tuple, range)) or any(isinstance(i, bool) or not isinstance(i, int) for i in keys):
+            raise TypeError(
+                f"keys: expected an int32 or int64 tensor (n,), got {keys.dtype} {tuple(keys.shape)}"
+            )
+    elif not isinstance(keys, (list, tuple, range)) or any(
+        isinstance(i, bool) or not isinstance(i, int) for i in keys
+    ):
         raise TypeError(f"keys: expected a list of ints or an int tensor (n,), got {keys!r}")
     ends: tuple[int, int] | None = None
     if not isinstance(keys, Tensor):

@@ -13,15 +13,17 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
         lse = log sum_p exp(lse_p)        out = sum_p exp(lse_p - lse) out_p
 
-    For rings, chunked or cached keys, and a term added to each row's own key. Differentiable in every out and lse.
+    For rings, chunked or cached keys, and a term added to each row's own key. Differentiable in every out and
+    lse.
 
     Args:
         parts: pairs (out, lse): out (batch, rows, heads, dim), all of one dtype; lse (batch, heads, rows), or
-            (batch, heads, rows, 1) as `Stats.lse` of one softmax group, natural log. A part whose lse is -inf has no
-            key in that row; its out is not read there.
+            (batch, heads, rows, 1) as `Stats.lse` of one softmax group, natural log. A part whose lse is -inf
+            has no key in that row; its out is not read there.
 
     Returns:
-        (out, lse): out in the parts' dtype, lse float32 (float64 if a part's is) in the form it was given. A row without
+        (out, lse): out in the parts' dtype, lse float32 (float64 if a part's is) in the form it was given. A
+            row without
         a key in any part gives 0 and -inf.
 
     Raises:
@@ -31,7 +33,11 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         raise TypeError("parts: expected a non-empty list of (out, lse) pairs")
     outs, lses = [], []
     for i, part in enumerate(parts):
-        if not isinstance(part, (tuple, list)) or len(part) != 2 or not all(isinstance(t, Tensor) for t in part):
+        if (
+            not isinstance(part, (tuple, list))
+            or len(part) != 2
+            or not all(isinstance(t, Tensor) for t in part)
+        ):
             raise TypeError(f"parts[{i}]: expected a pair of tensors (out, lse)")
         out, lse = part
         _check(i, out, lse, parts[0])
@@ -57,7 +63,9 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 def _check(i: int, out: Tensor, lse: Tensor, first: tuple[Tensor, Tensor]) -> None:
     if out.dim() != 4 or not out.is_floating_point():
-        raise ValueError(f"parts[{i}]: expected out (batch, rows, heads, dim), got {out.dtype} {tuple(out.shape)}")
+        raise ValueError(
+            f"parts[{i}]: expected out (batch, rows, heads, dim), got {out.dtype} {tuple(out.shape)}"
+        )
     batch, rows, heads, _ = out.shape
     if not lse.is_floating_point() or tuple(lse.shape) not in ((batch, heads, rows), (batch, heads, rows, 1)):
         raise ValueError(
@@ -66,8 +74,12 @@ def _check(i: int, out: Tensor, lse: Tensor, first: tuple[Tensor, Tensor]) -> No
         )
     for what, mine, theirs in (("out", out, first[0]), ("lse", lse, first[1])):
         if mine.shape != theirs.shape:
-            raise ValueError(f"parts[{i}]: expected {what} {tuple(theirs.shape)} as in parts[0], got {tuple(mine.shape)}")
+            raise ValueError(
+                f"parts[{i}]: expected {what} {tuple(theirs.shape)} as in parts[0], got {tuple(mine.shape)}"
+            )
         if mine.device != first[0].device:
-            raise ValueError(f"parts[{i}]: expected {what} on {first[0].device} as in parts[0], got {mine.device}")
+            raise ValueError(
+                f"parts[{i}]: expected {what} on {first[0].device} as in parts[0], got {mine.device}"
+            )
     if out.dtype != first[0].dtype:
         raise TypeError(f"parts[{i}]: expected out's dtype {first[0].dtype} as in parts[0], got {out.dtype}")

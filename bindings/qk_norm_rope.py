@@ -31,23 +31,23 @@ def qk_norm_rope(
 
         y = x / sqrt(mean(x^2) + eps) * weight + offset        out = y * cos + rotate(y) * sin
 
-    rotate maps the pair (a, b) to (-b, a); its halves are neighbours for "interleaved" (FLUX), dim/2 apart for "half".
-    Differentiable in x, weight and offset.
+    rotate maps the pair (a, b) to (-b, a); its halves are neighbours for "interleaved" (FLUX), dim/2 apart
+    for "half". Differentiable in x, weight and offset.
 
     Args:
-        streams: [(x, weight, offset), ...], joined in that order, for example text and image: x (batch, tokens, heads,
-            dim), all of one dtype; weight (dim,) of the RMSNorm, or None: no norm; offset broadcastable to x's shape,
-            added after the norm (IC-Custom, arXiv 2507.01926), or None.
-        cos, sin: (all tokens, dim) float, as diffusers' get_1d_rotary_pos_embed(use_real=True) gives them, in the order
-            of the joined streams; both None: no rotation.
+        streams: [(x, weight, offset), ...], joined in that order, for example text and image: x (batch,
+            tokens, heads, dim), all of one dtype; weight (dim,) of the RMSNorm, or None: no norm; offset
+            broadcastable to x's shape, added after the norm (IC-Custom, arXiv 2507.01926), or None.
+        cos, sin: (all tokens, dim) float, as diffusers' get_1d_rotary_pos_embed(use_real=True) gives them, in
+            the order of the joined streams; both None: no rotation.
         eps: of the RMSNorm, > 0 or 0.
-        permutation: int (all tokens,) or (batch, all tokens), each token once, as Segments.from_labels gives it;
-            applied last, so that out[:, i] is the joined token permutation[i].
+        permutation: int (all tokens,) or (batch, all tokens), each token once, as Segments.from_labels gives
+            it; applied last, so that out[:, i] is the joined token permutation[i].
 
     Returns:
-        (batch, all tokens, heads, dim) in x's dtype, from float32 arithmetic. The kernels (C++ on the CPU, Triton on
-        GPUs; head dims up to 256) round once, to x's dtype. Where neither runs it is torch's operators, which round
-        after the norm too, as the FLUX processor of diffusers does.
+        (batch, all tokens, heads, dim) in x's dtype, from float32 arithmetic. The kernels (C++ on the CPU,
+        Triton on GPUs; head dims up to 256) round once, to x's dtype. Where neither runs it is torch's
+        operators, which round after the norm too, as the FLUX processor of diffusers does.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -163,12 +163,21 @@ class _NormRope(torch.autograd.Function):
         n, (*tensors, cos, sin, permutation) = ctx.n, ctx.saved_tensors
         xs, weights, offsets = (tensors[i * n : i * n + n] for i in range(3))
         need_dweight = any(ctx.needs_input_grad[6 + n : 6 + 2 * n])
-        learned = [t if need else None for t, need in zip(offsets, ctx.needs_input_grad[6 + 2 * n :], strict=True)]
+        learned = [
+            t if need else None for t, need in zip(offsets, ctx.needs_input_grad[6 + 2 * n :], strict=True)
+        ]
         dxs, dweights, doffsets = _backward(
             dout, xs, weights, learned, cos, sin, ctx.eps, ctx.half, permutation, need_dweight
         )
-        dweights = [None if w is None or not need_dweight else d for w, d in zip(weights, dweights, strict=True)]
-        return (*(None,) * 6, *dxs, *dweights, *(None if t is None else d for t, d in zip(learned, doffsets, strict=True)))
+        dweights = [
+            None if w is None or not need_dweight else d for w, d in zip(weights, dweights, strict=True)
+        ]
+        return (
+            *(None,) * 6,
+            *dxs,
+            *dweights,
+            *(None if t is None else d for t, d in zip(learned, doffsets, strict=True)),
+        )
 
 
 _TABLES = "Tensor? cos, Tensor? sin, float eps, bool half, Tensor? permutation"
@@ -188,7 +197,9 @@ def _run_forward(xs, weights, offsets, *rest):
 
 
 def _run_backward(dout, xs, weights, offsets, *rest):
-    """offsets: those whose gradient is wanted; of a weight or an offset that is not there it is an empty tensor."""
+    """offsets: those whose gradient is wanted; of a weight or an offset that is not there it is an empty
+    tensor.
+    """
     if cpu_norm_rope.usable(xs[0]):
         run = _cpu_backward
     else:
@@ -219,7 +230,10 @@ def _fake_forward(xs, weights, offsets, *rest):
 
 def _fake_backward(dout, xs, weights, offsets, *rest):
     weights = weights if rest[-1] else [None] * len(xs)
-    given = ([dout.new_empty(0) if t is None else t.new_empty(t.shape) for t in tensors] for tensors in (weights, offsets))
+    given = (
+        [dout.new_empty(0) if t is None else t.new_empty(t.shape) for t in tensors]
+        for tensors in (weights, offsets)
+    )
     return [x.new_empty(x.shape) for x in xs], *given
 
 
@@ -258,7 +272,9 @@ def _check_streams(streams: Sequence[Stream]) -> list[Stream]:
             if t is not None and t.device != first.device:
                 raise ValueError(f"streams[{i}]: expected {name} on {first.device}, got {t.device}")
         if weight is not None and tuple(weight.shape) != (x.shape[3],):
-            raise ValueError(f"streams[{i}]: expected a norm weight ({x.shape[3]},), got {tuple(weight.shape)}")
+            raise ValueError(
+                f"streams[{i}]: expected a norm weight ({x.shape[3]},), got {tuple(weight.shape)}"
+            )
         if offset is not None:
             shape = (1,) * (4 - offset.dim()) + tuple(offset.shape)
             if len(shape) != 4 or any(a not in (1, b) for a, b in zip(shape, x.shape, strict=True)):
@@ -287,7 +303,9 @@ def _check_permutation(permutation: Tensor | None, batch: int, total: int, devic
         got = permutation.dtype if isinstance(permutation, Tensor) else type(permutation).__name__
         raise TypeError(f"permutation: expected an int32 or int64 tensor, got {got}")
     if tuple(permutation.shape) not in ((total,), (batch, total)):
-        raise ValueError(f"permutation: expected shape ({total},) or ({batch}, {total}), got {tuple(permutation.shape)}")
+        raise ValueError(
+            f"permutation: expected shape ({total},) or ({batch}, {total}), got {tuple(permutation.shape)}"
+        )
     if permutation.device != device:
         raise ValueError(f"permutation: expected device {device}, got {permutation.device}")
     if device.type == "cpu" and not torch.compiler.is_compiling():

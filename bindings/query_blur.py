@@ -1,4 +1,6 @@
-"""query_blur(): a Gaussian blur of the queries over the grid of image tokens, which flattens the attention's energy."""
+"""query_blur(): a Gaussian blur of the queries over the grid of image tokens, which flattens the attention's
+energy.
+"""
 
 from __future__ import annotations
 
@@ -15,24 +17,29 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def query_blur(q: Tensor, grid: tuple[int, int], sigma: float, *, tokens: slice | None = None) -> Tensor:
-    """Queries blurred over their places in the image: smoothed energy guidance's perturbation (arXiv 2408.00760, 4.2).
+    """Queries blurred over their places in the image: smoothed energy guidance's perturbation (arXiv
+    2408.00760, 4.2).
 
-    The blur is a Gaussian of k taps along each side of the grid, normalised, with the grid reflected at its borders
-    (the border itself once): k = ceil(6 sigma) + 1 - ceil(6 sigma) % 2, at most the largest odd number that the side
+    The blur is a Gaussian of k taps along each side of the grid, normalised, with the grid reflected at its
+    borders
+    (the border itself once): k = ceil(6 sigma) + 1 - ceil(6 sigma) % 2, at most the largest odd number that
+        the side
     holds (the published code allows one more where the side is even). Differentiable in q.
 
     Args:
         q: (batch, tokens, heads, dim), of any strides; float32, bfloat16, float16 or float64.
         grid: (height, width) in tokens, which lie row by row.
         sigma: of the Gaussian, in tokens, >= 0. inf: the mean over the grid in every place.
-        tokens: the slice of the tokens which are the image, height * width of them; all others pass unchanged. None:
-            all of them are.
+        tokens: the slice of the tokens which are the image, height * width of them; all others pass
+            unchanged. None: all of them are.
 
     Returns:
-        (batch, tokens, heads, dim) in q's dtype, from float32 arithmetic (float64 for float64), rounded once. sigma 0:
-        q itself, not a copy. sigma inf over all tokens: one row, expanded (its stride over the tokens is 0), so that a
-        caller may attend with [:, :1] alone and expand the result. A NaN or Inf may spread over its whole image, in
-        its own head and column.
+        (batch, tokens, heads, dim) in q's dtype, from float32 arithmetic (float64 for float64), rounded once.
+        sigma 0:
+        q itself, not a copy. sigma inf over all tokens: one row, expanded (its stride over the tokens is 0),
+            so that a
+        caller may attend with [:, :1] alone and expand the result. A NaN or Inf may spread over its whole
+        image, in its own head and column.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -58,7 +65,9 @@ def taps(side: int, sigma: float) -> int:
 
 
 def blur_matrix(side: int, sigma: float) -> Tensor:
-    """(side, side) float64: row i holds the taps around place i, those beyond a border on the places they reflect to."""
+    """(side, side) float64: row i holds the taps around place i, those beyond a border on the places they
+    reflect to.
+    """
     reach = taps(side, sigma) // 2
     steps = torch.arange(-reach, reach + 1)
     weights = torch.exp(-0.5 * (steps.double() / sigma).square())

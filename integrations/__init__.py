@@ -1,4 +1,6 @@
-"""Attention control inside diffusers: methods, processors and pipelines. Importing this does not import diffusers."""
+"""Attention control inside diffusers: methods, processors and pipelines. Importing this does not import
+diffusers.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""adain: the statistics of every channel in chunks, then x with its own mean and deviation exchanged for the style's.
+"""adain: the statistics of every channel in chunks, then x with its own mean and deviation exchanged for the
+style's.
 
-Both levels of the sums have a fixed order. Verified in Triton's interpreter and compiled for sm_80 and sm_90; not yet
-run on hardware.
+Both levels of the sums have a fixed order. Verified in Triton's interpreter and compiled for sm_80 and sm_90;
+not yet run on hardware.
 """
 
 from __future__ import annotations
@@ -60,9 +61,24 @@ def load_inside(p_mask, s_mask, o, m, sizes, DIMS: tl.constexpr):
 
 @triton.jit
 def adain_statistics_kernel(
-    p_x, p_mask, p_sums, stride_b, stride_c, stride_mask, s_x, s_mask, sizes, n_channels, n_space, n_chunks, n_chunk,
-    DIMS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
+    p_x,
+    p_mask,
+    p_sums,
+    stride_b,
+    stride_c,
+    stride_mask,
+    s_x,
+    s_mask,
+    sizes,
+    n_channels,
+    n_space,
+    n_chunks,
+    n_chunk,
+    DIMS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    WIDE: tl.constexpr,
+):
     b, o_c, chunk, first, end = place(n_channels, n_chunks, n_chunk, n_space, BLOCK_C, WIDE)
     m_c = o_c < n_channels
     p_x += b * stride_b + o_c[:, None] * stride_c
@@ -79,7 +95,8 @@ def adain_statistics_kernel(
         b_x = tl.load(p_x + offsets(o, sizes, s_x, DIMS)[None, :], mask=m_x, other=0.0).to(tl.float32)
         count = tl.sum(m.to(tl.float32), 0)
         divisor = tl.maximum(count, 1.0)
-        # all but the first block's mean are taken of differences from it: a large one leaves their digits alone
+        # all but the first block's mean are taken of differences from it: a large one leaves their digits
+        # alone
         b_shift = tl.where(seen == 0, tl.sum(b_x, 1) / divisor, b_shift)
         b_x = tl.where(m_x, b_x - b_shift[:, None], 0.0)
         b_step = tl.sum(b_x, 1) / divisor
@@ -118,14 +135,40 @@ def combine(p_sums, m_c, n_chunks, eps, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def adain_apply_kernel(
-    p_out, p_x, p_mask, p_sums, p_style_sums, stride_out_b, stride_out_c, stride_b, stride_c, stride_mask, stride_style,
-    s_x, s_out, s_mask, sizes, n_channels, n_space, n_chunks, n_chunk, n_style_chunks, eps, DIMS: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_STYLE: tl.constexpr, WIDE: tl.constexpr,
+    p_out,
+    p_x,
+    p_mask,
+    p_sums,
+    p_style_sums,
+    stride_out_b,
+    stride_out_c,
+    stride_b,
+    stride_c,
+    stride_mask,
+    stride_style,
+    s_x,
+    s_out,
+    s_mask,
+    sizes,
+    n_channels,
+    n_space,
+    n_chunks,
+    n_chunk,
+    n_style_chunks,
+    eps,
+    DIMS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_STYLE: tl.constexpr,
+    WIDE: tl.constexpr,
     EMULATE: tl.constexpr,
-):  # fmt: skip
+):
     b, o_c, _, first, end = place(n_channels, n_chunks, n_chunk, n_space, BLOCK_C, WIDE)
     m_c = o_c < n_channels
-    b_shift, b_mean, b_std = combine(p_sums + (b * n_channels + o_c) * 4 * n_chunks, m_c, n_chunks, eps, BLOCK_K)
+    b_shift, b_mean, b_std = combine(
+        p_sums + (b * n_channels + o_c) * 4 * n_chunks, m_c, n_chunks, eps, BLOCK_K
+    )
     p_style_sums += b * stride_style + o_c * 4 * n_style_chunks
     b_to, b_rest, b_wanted = combine(p_style_sums, m_c, n_style_chunks, eps, BLOCK_STYLE)
     b_ratio = (b_wanted / b_std)[:, None]
@@ -145,7 +188,9 @@ def adain_apply_kernel(
 
 
 def walk_space(x: Tensor, *others: Tensor | None) -> Walk:
-    """The dimensions that x (batch, channels, ...) and others have in common behind the channels; None: moves nowhere."""
+    """The dimensions that x (batch, channels, ...) and others have in common behind the channels; None: moves
+    nowhere.
+    """
     shape = tuple(x.shape[2:])
     return collapse(shape, *((0,) * len(shape) if t is None else t.stride()[2:] for t in (x, *others)))
 
@@ -153,7 +198,8 @@ def walk_space(x: Tensor, *others: Tensor | None) -> Walk:
 def adain_statistics(x: Tensor, mask: Tensor | None) -> Tensor:
     """x (batch, channels, ...), mask uint8 (1|batch, 1, ...) -> (batch, channels, 4, chunks) float32.
 
-    Of each chunk: how many elements count, a value near them, their mean less that value, the sum of their squared
+    Of each chunk: how many elements count, a value near them, their mean less that value, the sum of their
+        squared
     differences from the mean (Chan, Golub, LeVeque 1979, updating by blocks).
     """
     batch, channels = x.shape[:2]
@@ -161,17 +207,32 @@ def adain_statistics(x: Tensor, mask: Tensor | None) -> Tensor:
     tile = tile_of(walk, channels, x.stride(1))
     sums = torch.empty(batch, channels, 4, tile.chunks, dtype=torch.float32, device=x.device)
     adain_statistics_kernel[(batch * triton.cdiv(channels, tile.channels) * tile.chunks,)](
-        x, mask, sums, x.stride(0), x.stride(1), item_stride(mask), *walk.strides, walk.sizes, channels,
-        math.prod(walk.sizes), tile.chunks, tile.chunk, DIMS=len(walk.sizes), BLOCK_C=tile.channels, BLOCK_S=tile.space,
-        WIDE=walk.wide, num_warps=4,
-    )  # fmt: skip
+        x,
+        mask,
+        sums,
+        x.stride(0),
+        x.stride(1),
+        item_stride(mask),
+        *walk.strides,
+        walk.sizes,
+        channels,
+        math.prod(walk.sizes),
+        tile.chunks,
+        tile.chunk,
+        DIMS=len(walk.sizes),
+        BLOCK_C=tile.channels,
+        BLOCK_S=tile.space,
+        WIDE=walk.wide,
+        num_warps=4,
+    )
     return sums
 
 
 def adain_apply(
     out: Tensor, x: Tensor, mask: Tensor | None, sums: Tensor, style_sums: Tensor, eps: float, emulate: bool
 ) -> None:
-    """out = (x - mean) / std * style std + style mean in the mask, x elsewhere; std = sqrt(unbiased variance + eps).
+    """out = (x - mean) / std * style std + style mean in the mask, x elsewhere; std = sqrt(unbiased variance
+    + eps).
 
     out and x (batch, channels, ...), mask uint8 (1|batch, 1, ...); sums and style_sums (1 item broadcasts) as
     adain_statistics gives them.
@@ -181,12 +242,34 @@ def adain_apply(
     tile = tile_of(walk, channels, x.stride(1))
     chunks, style_chunks = sums.shape[3], style_sums.shape[3]
     adain_apply_kernel[(batch * triton.cdiv(channels, tile.channels) * tile.chunks,)](
-        out, x, mask, sums, style_sums, out.stride(0), out.stride(1), x.stride(0), x.stride(1), item_stride(mask),
-        item_stride(style_sums), *walk.strides, walk.sizes, channels, math.prod(walk.sizes), tile.chunks, tile.chunk,
-        style_chunks, eps, DIMS=len(walk.sizes), BLOCK_C=tile.channels, BLOCK_S=tile.space,
-        BLOCK_K=triton.next_power_of_2(chunks), BLOCK_STYLE=triton.next_power_of_2(style_chunks), WIDE=walk.wide,
-        EMULATE=emulate, num_warps=4,
-    )  # fmt: skip
+        out,
+        x,
+        mask,
+        sums,
+        style_sums,
+        out.stride(0),
+        out.stride(1),
+        x.stride(0),
+        x.stride(1),
+        item_stride(mask),
+        item_stride(style_sums),
+        *walk.strides,
+        walk.sizes,
+        channels,
+        math.prod(walk.sizes),
+        tile.chunks,
+        tile.chunk,
+        style_chunks,
+        eps,
+        DIMS=len(walk.sizes),
+        BLOCK_C=tile.channels,
+        BLOCK_S=tile.space,
+        BLOCK_K=triton.next_power_of_2(chunks),
+        BLOCK_STYLE=triton.next_power_of_2(style_chunks),
+        WIDE=walk.wide,
+        EMULATE=emulate,
+        num_warps=4,
+    )
 
 
 def item_stride(t: Tensor | None) -> int:

@@ -18,9 +18,27 @@ BLOCK = 1024
 
 @triton.jit
 def blend_latents_kernel(
-    p_out, p_generated, p_source, p_noise, p_mask, p_sigma, sigma, sizes, s_out, s_generated, s_source, s_noise, s_mask,
-    s_sigma, n, DIMS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr, BINARY: tl.constexpr, EMULATE: tl.constexpr,
-):  # fmt: skip
+    p_out,
+    p_generated,
+    p_source,
+    p_noise,
+    p_mask,
+    p_sigma,
+    sigma,
+    sizes,
+    s_out,
+    s_generated,
+    s_source,
+    s_noise,
+    s_mask,
+    s_sigma,
+    n,
+    DIMS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
+    BINARY: tl.constexpr,
+    EMULATE: tl.constexpr,
+):
     DTYPE: tl.constexpr = p_out.dtype.element_ty
     first = tl.program_id(0) * BLOCK
     if WIDE:
@@ -77,13 +95,20 @@ def walk(
 
 
 def blend_latents(
-    out: Tensor, generated: Tensor, source: Tensor, noise: Tensor, mask: Tensor, sigma: float | Tensor, emulate: bool
+    out: Tensor,
+    generated: Tensor,
+    source: Tensor,
+    noise: Tensor,
+    mask: Tensor,
+    sigma: float | Tensor,
+    emulate: bool,
 ) -> None:
-    """out = generated where mask is 1, elsewhere (1 - sigma) * source + sigma * noise; mixed linearly between.
+    """out = generated where mask is 1, elsewhere (1 - sigma) * source + sigma * noise; mixed linearly
+    between.
 
-    out and generated (batch, ...) of one shape, float32, bfloat16 or float16; source, noise and mask broadcast to it,
-    the mask bool or floating point; sigma a number, or floating point () or (1|batch,). walk() must give no more than
-    MOST_DIMS dimensions.
+    out and generated (batch, ...) of one shape, float32, bfloat16 or float16; source, noise and mask
+    broadcast to it, the mask bool or floating point; sigma a number, or floating point () or (1|batch,).
+    walk() must give no more than MOST_DIMS dimensions.
     """
     level = sigma if isinstance(sigma, Tensor) else None
     sizes, strides, wide = walk(out, generated, source, noise, mask, level)
@@ -91,6 +116,20 @@ def blend_latents(
     number = 0.5 if isinstance(sigma, Tensor) else float(sigma)
     n = out.numel()
     blend_latents_kernel[(triton.cdiv(n, BLOCK),)](
-        out, generated, None if number == 1 else source, None if number == 0 else noise, mask, level, number, sizes,
-        *strides, n, DIMS=len(sizes), BLOCK=BLOCK, WIDE=wide, BINARY=binary, EMULATE=emulate, num_warps=4,
-    )  # fmt: skip
+        out,
+        generated,
+        None if number == 1 else source,
+        None if number == 0 else noise,
+        mask,
+        level,
+        number,
+        sizes,
+        *strides,
+        n,
+        DIMS=len(sizes),
+        BLOCK=BLOCK,
+        WIDE=wide,
+        BINARY=binary,
+        EMULATE=emulate,
+        num_warps=4,
+    )

@@ -2,10 +2,12 @@
 
     y = x / sqrt(mean(x^2) + eps) * weight + offset        out = y * cos + rotate(y) * sin
 
-A program takes a few output tokens with their heads, so that cos and sin of a token are read once for BLOCK_H heads.
-A token's stream decides its address, not its load: rows of all streams, strides and items come in one masked read, and
-the permutation costs an index. A row lives as the two numbers of its pairs, (tokens, heads, pairs) each, in float32
-from the read to the one rounding at the write.
+A program takes a few output tokens with their heads, so that cos and sin of a token are read once for BLOCK_H
+heads.
+A token's stream decides its address, not its load: rows of all streams, strides and items come in one masked
+    read, and
+the permutation costs an index. A row lives as the two numbers of its pairs, (tokens, heads, pairs) each, in
+float32 from the read to the one rounding at the write.
 
 Backward, with g = rotate^T(dout) * weight and r = 1 / sqrt(mean(x^2) + eps):
 
@@ -35,7 +37,9 @@ class Traits(NamedTuple):
 
     D: int
     STREAMS: int
-    INTERLEAVED: bool  # pairs (2i, 2i + 1); else (i, i + ceil(D / 2)), which is also how rows without pairs are read
+    INTERLEAVED: (
+        bool  # pairs (2i, 2i + 1); else (i, i + ceil(D / 2)), which is also how rows without pairs are read
+    )
     NORMED: tuple[bool, ...]  # by stream: it has a norm
     ANY_NORMED: bool
     SHIFTED: tuple[bool, ...]  # by stream: it has an offset; backward: one whose gradient is wanted
@@ -56,8 +60,10 @@ class Blocks(NamedTuple):
 def norm_rope_blocks(heads: int, dim: int) -> Blocks:
     """4096 numbers a program: with four warps each thread has 32, four or eight 16-byte reads in flight.
 
-    Heads come before tokens: all heads share a token's cos and sin, which are twice a float32 row of their own. Four
-    warps cover 8 rows of D 128 at a time, so that the unused part of 32 heads is skipped where a model has 24.
+    Heads come before tokens: all heads share a token's cos and sin, which are twice a float32 row of their
+        own. Four
+    warps cover 8 rows of D 128 at a time, so that the unused part of 32 heads is skipped where a model has
+    24.
     """
     pairs = triton.next_power_of_2(max(1, (dim + 1) // 2))
     block_h = min(triton.next_power_of_2(heads), max(1, 2048 // pairs))
@@ -90,7 +96,8 @@ def place_tokens(p_permutation, stride_permutation, b, o_t, n_tokens, n_total, T
 
 @triton.jit
 def stream_rows(p_xs, strides, b, b_stream, b_token, o_h, T: tl.constexpr):
-    """Pointers to the rows of item b, (BLOCK_T, BLOCK_H, 1); strides: (item, token, head) of each stream in turn.
+    """Pointers to the rows of item b, (BLOCK_T, BLOCK_H, 1); strides: (item, token, head) of each stream in
+    turn.
 
     What is known of the rows' alignment does not survive the selection, and wide reads need it.
     """
@@ -107,7 +114,9 @@ def stream_rows(p_xs, strides, b, b_stream, b_token, o_h, T: tl.constexpr):
 
 @triton.jit
 def load_pairs(p_rows, stride, m_rows, T: tl.constexpr):
-    """Both numbers of each pair of rows (.., .., 1), as two float32 tiles (.., .., PAIRS); stride: of the columns"""
+    """Both numbers of each pair of rows (.., .., 1), as two float32 tiles (.., .., PAIRS); stride: of the
+    columns
+    """
     if T.INTERLEAVED:
         o_d = tl.arange(0, 2 * T.PAIRS)[None, None, :]
         b_x = tl.load(p_rows + o_d * stride, mask=m_rows & (o_d < T.D), other=0.0).to(tl.float32)
@@ -150,7 +159,9 @@ def load_tables(p_cos, p_sin, stride_tables, b_joined, m_t, T: tl.constexpr):
 
 @triton.jit
 def norm_factors(b_a, b_b, p_weights, stride_weights, b_stream, eps, T: tl.constexpr):
-    """(1 / rms (BLOCK_T, BLOCK_H, 1), weight (BLOCK_T, 1, PAIRS) twice, whether normalised (BLOCK_T, 1, 1)); else ones"""
+    """(1 / rms (BLOCK_T, BLOCK_H, 1), weight (BLOCK_T, 1, PAIRS) twice, whether normalised (BLOCK_T, 1, 1));
+    else ones
+    """
     STREAMS: tl.constexpr = T.STREAMS
     m_all = tl.full([1, 1, 1], True, tl.int1)
     b_normed = tl.full([T.BLOCK_T, 1, 1], False, tl.int1)
@@ -194,7 +205,9 @@ def qk_norm_rope_kernel(
     b = (tl.program_id(0) // n_head_blocks // n_token_blocks).to(tl.int64)
     o_t = tl.program_id(0) // n_head_blocks % n_token_blocks * T.BLOCK_T + tl.arange(0, T.BLOCK_T)
     o_h = tl.program_id(0) % n_head_blocks * T.BLOCK_H + tl.arange(0, T.BLOCK_H).to(tl.int64)
-    b_joined, b_stream, b_token, m_t = place_tokens(p_permutation, stride_permutation, b, o_t, n_tokens, n_total, T)
+    b_joined, b_stream, b_token, m_t = place_tokens(
+        p_permutation, stride_permutation, b, o_t, n_tokens, n_total, T
+    )
     m_rows = m_t[:, None, None] & (o_h < n_heads)[None, :, None]
     b_a, b_b = load_pairs(stream_rows(p_xs, stride_xs, b, b_stream, b_token, o_h, T), 1, m_rows, T)
     if T.ANY_NORMED:
@@ -222,7 +235,18 @@ def qk_norm_rope_kernel(
     store_pairs((p_out + o_out)[:, :, None], b_a, b_b, m_out, T)
 
 
-@triton.jit(do_not_specialize=["n_tokens", "n_total", "n_heads", "n_token_blocks", "n_head_blocks", "n_blocks", "n_parts", "eps"])
+@triton.jit(
+    do_not_specialize=[
+        "n_tokens",
+        "n_total",
+        "n_heads",
+        "n_token_blocks",
+        "n_head_blocks",
+        "n_blocks",
+        "n_parts",
+        "eps",
+    ]
+)
 def qk_norm_rope_backward_kernel(
     p_dout,  # (B, all tokens, H, D)
     p_xs,
@@ -259,7 +283,9 @@ def qk_norm_rope_backward_kernel(
         b = tl.cast(block // n_head_blocks // n_token_blocks, tl.int64)
         o_t = block // n_head_blocks % n_token_blocks * T.BLOCK_T + tl.arange(0, T.BLOCK_T)
         o_h = block % n_head_blocks * T.BLOCK_H + tl.arange(0, T.BLOCK_H).to(tl.int64)
-        b_joined, b_stream, b_token, m_t = place_tokens(p_permutation, stride_permutation, b, o_t, n_tokens, n_total, T)
+        b_joined, b_stream, b_token, m_t = place_tokens(
+            p_permutation, stride_permutation, b, o_t, n_tokens, n_total, T
+        )
         m_rows = m_t[:, None, None] & (o_h < n_heads)[None, :, None]
         p_token = p_dout + b * stride_dout[0] + o_t.to(tl.int64) * stride_dout[1]
         p_rows = tl.multiple_of(p_token[:, None] + (o_h * stride_dout[2])[None, :], [ALIGN, ALIGN])
@@ -276,7 +302,9 @@ def qk_norm_rope_backward_kernel(
                 p_rows = p_token[:, None, None] + (o_h * stride_dxs[3 * s + 2])[None, :, None]
                 store_pairs(p_rows, b_a, b_b, m_rows & (b_stream == s)[:, None, None], T)
         if T.ANY_NORMED:
-            b_x_a, b_x_b = load_pairs(stream_rows(p_xs, stride_xs, b, b_stream, b_token, o_h, T), 1, m_rows, T)
+            b_x_a, b_x_b = load_pairs(
+                stream_rows(p_xs, stride_xs, b, b_stream, b_token, o_h, T), 1, m_rows, T
+            )
             b_r, b_weight_a, b_weight_b, b_normed = norm_factors(
                 b_x_a, b_x_b, p_weights, stride_weights, b_stream, eps, T
             )
@@ -296,11 +324,15 @@ def qk_norm_rope_backward_kernel(
         store_pairs(p_dx, b_a, b_b, m_rows, T)
     if p_partial is not None:
         p_row = p_partial + ((tl.program_id(0) * T.STREAMS + o_s) * T.D)[:, None, None]
-        store_pairs(p_row, b_dweight_a[:, None, :], b_dweight_b[:, None, :], (o_s < T.STREAMS)[:, None, None], T)
+        store_pairs(
+            p_row, b_dweight_a[:, None, :], b_dweight_b[:, None, :], (o_s < T.STREAMS)[:, None, None], T
+        )
 
 
 @triton.jit(do_not_specialize=["n_parts"])
-def sum_dweight_kernel(p_partial, p_dweights, n_parts, T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+def sum_dweight_kernel(
+    p_partial, p_dweights, n_parts, T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
+):
     STREAMS: tl.constexpr = T.STREAMS
     stream = tl.program_id(0)
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -308,12 +340,16 @@ def sum_dweight_kernel(p_partial, p_dweights, n_parts, T: tl.constexpr, BLOCK_N:
     for i in tl.range(0, n_parts, BLOCK_N):
         o_n = i + tl.arange(0, BLOCK_N)
         o_partial = (o_n[:, None] * T.STREAMS + stream) * T.D + o_d[None, :]
-        b_sums += tl.load(p_partial + o_partial, mask=(o_n < n_parts)[:, None] & (o_d < T.D)[None, :], other=0.0)
+        b_sums += tl.load(
+            p_partial + o_partial, mask=(o_n < n_parts)[:, None] & (o_d < T.D)[None, :], other=0.0
+        )
     b_dweight = tl.sum(b_sums, 0)
     for s in tl.static_range(STREAMS):
         if T.NORMED[s]:
             if stream == s:
-                tl.store(p_dweights[s] + o_d, stored(b_dweight, p_dweights[s].dtype.element_ty, T), mask=o_d < T.D)
+                tl.store(
+                    p_dweights[s] + o_d, stored(b_dweight, p_dweights[s].dtype.element_ty, T), mask=o_d < T.D
+                )
 
 
 def qk_norm_rope(
@@ -330,23 +366,38 @@ def qk_norm_rope(
 ) -> None:
     """Launch the kernel; it writes out.
 
-    xs: (B, tokens, H, D) of one dtype with contiguous columns. weights: (D,); offsets: (B, tokens, H, D), in any float
-    dtype and strides. cos, sin: (all tokens, D) float. permutation: (B, all tokens) int. out: (B, all tokens, H, D)
+    xs: (B, tokens, H, D) of one dtype with contiguous columns. weights: (D,); offsets: (B, tokens, H, D), in
+        any float
+    dtype and strides. cos, sin: (all tokens, D) float. permutation: (B, all tokens) int. out: (B, all tokens,
+        H, D)
     contiguous, of at least one element.
     """
     batch, total, heads, _ = out.shape
     traits, warps = _traits(xs, weights, offsets, cos is not None and not half, emulate)
     token_blocks, head_blocks = triton.cdiv(total, traits.BLOCK_T), triton.cdiv(heads, traits.BLOCK_H)
     qk_norm_rope_kernel[(batch * token_blocks * head_blocks,)](
-        tuple(xs), _filled(weights, xs), _filled(offsets, xs), cos, sin, permutation, out,
+        tuple(xs),
+        _filled(weights, xs),
+        _filled(offsets, xs),
+        cos,
+        sin,
+        permutation,
+        out,
         stride_xs=_row_strides(xs),
         stride_weights=tuple(0 if w is None else w.stride(0) for w in weights),
         stride_offsets=tuple(i for t in offsets for i in ((0,) * 4 if t is None else t.stride())),
         stride_tables=_table_strides(cos, sin),
         stride_permutation=(0, 0) if permutation is None else permutation.stride(),
-        n_tokens=tuple(x.shape[1] for x in xs), n_total=total, n_heads=heads, n_token_blocks=token_blocks,
-        n_head_blocks=head_blocks, eps=eps, T=traits, num_warps=warps, enable_fp_fusion=True,
-    )  # fmt: skip
+        n_tokens=tuple(x.shape[1] for x in xs),
+        n_total=total,
+        n_heads=heads,
+        n_token_blocks=token_blocks,
+        n_head_blocks=head_blocks,
+        eps=eps,
+        T=traits,
+        num_warps=warps,
+        enable_fp_fusion=True,
+    )
 
 
 def qk_norm_rope_backward(
@@ -365,8 +416,10 @@ def qk_norm_rope_backward(
 ) -> None:
     """Launch the kernels; they write dxs, and dweights and doffsets where they are given.
 
-    dout: as out, with contiguous columns. dxs: as xs, contiguous. dweights: (D,) contiguous, all that have a weight or
-    none. doffsets: (B, tokens, H, D) contiguous, the gradient of an offset of x's shape. The rest as in qk_norm_rope.
+    dout: as out, with contiguous columns. dxs: as xs, contiguous. dweights: (D,) contiguous, all that have a
+        weight or
+    none. doffsets: (B, tokens, H, D) contiguous, the gradient of an offset of x's shape. The rest as in
+        qk_norm_rope.
     """
     batch, total, heads, dim = dout.shape
     traits, warps = _traits([dout, *xs, *dxs], weights, doffsets, cos is not None and not half, emulate)
@@ -378,44 +431,79 @@ def qk_norm_rope_backward(
         parts = triton.cdiv(blocks, triton.cdiv(blocks, MOST_PARTS))
         partial = torch.empty(parts, len(xs), dim, dtype=torch.float32, device=dout.device)
     qk_norm_rope_backward_kernel[(parts,)](
-        dout, tuple(xs), _filled(weights, xs), cos, sin, permutation, tuple(dxs), _filled(doffsets, dxs), partial,
+        dout,
+        tuple(xs),
+        _filled(weights, xs),
+        cos,
+        sin,
+        permutation,
+        tuple(dxs),
+        _filled(doffsets, dxs),
+        partial,
         stride_dout=dout.stride()[:3],
         stride_xs=_row_strides(xs),
         stride_dxs=_row_strides(dxs),
         stride_weights=tuple(0 if w is None else w.stride(0) for w in weights),
         stride_tables=_table_strides(cos, sin),
         stride_permutation=(0, 0) if permutation is None else permutation.stride(),
-        n_tokens=tuple(x.shape[1] for x in xs), n_total=total, n_heads=heads, n_token_blocks=token_blocks,
-        n_head_blocks=head_blocks, n_blocks=blocks, n_parts=parts, eps=eps, T=traits,
-        ROWS=triton.next_power_of_2(len(xs)), num_warps=warps, enable_fp_fusion=True,
-    )  # fmt: skip
+        n_tokens=tuple(x.shape[1] for x in xs),
+        n_total=total,
+        n_heads=heads,
+        n_token_blocks=token_blocks,
+        n_head_blocks=head_blocks,
+        n_blocks=blocks,
+        n_parts=parts,
+        eps=eps,
+        T=traits,
+        ROWS=triton.next_power_of_2(len(xs)),
+        num_warps=warps,
+        enable_fp_fusion=True,
+    )
     if partial is not None:
-        # 16 columns are 64 bytes of a row: enough programs for the rows of one weight, few enough turns for each.
+        # 16 columns are 64 bytes of a row: enough programs for the rows of one weight, few enough turns for
+        # each.
         sum_dweight_kernel[(len(xs), triton.cdiv(dim, 16))](
             partial, _filled(dweights, xs), parts, T=traits, BLOCK_N=256, BLOCK_D=16, num_warps=4
         )
 
 
-def _traits(tensors: Sequence[Tensor], weights, shifts, interleaved: bool, emulate: bool) -> tuple[Traits, int]:
+def _traits(
+    tensors: Sequence[Tensor], weights, shifts, interleaved: bool, emulate: bool
+) -> tuple[Traits, int]:
     heads, dim = tensors[0].shape[2:]
     blocks = norm_rope_blocks(heads, dim)
     normed, shifted = (tuple(t is not None for t in given) for given in (weights, shifts))
     align = math.gcd(16, *(address for t in tensors for address in _addresses(t)))
     traits = Traits(
-        D=dim, STREAMS=len(normed), INTERLEAVED=interleaved, NORMED=normed, ANY_NORMED=any(normed), SHIFTED=shifted,
-        BLOCK_T=blocks.tokens, BLOCK_H=blocks.heads, PAIRS=blocks.pairs, ALIGN=align, EMULATE=emulate,
-    )  # fmt: skip
+        D=dim,
+        STREAMS=len(normed),
+        INTERLEAVED=interleaved,
+        NORMED=normed,
+        ANY_NORMED=any(normed),
+        SHIFTED=shifted,
+        BLOCK_T=blocks.tokens,
+        BLOCK_H=blocks.heads,
+        PAIRS=blocks.pairs,
+        ALIGN=align,
+        EMULATE=emulate,
+    )
     return traits, blocks.warps
 
 
 def _addresses(t: Tensor) -> list[int]:
     """The first row's, and the steps to all others, in bytes"""
-    steps = [stride * t.element_size() for size, stride in zip(t.shape[:3], t.stride()[:3], strict=True) if size > 1]
+    steps = [
+        stride * t.element_size()
+        for size, stride in zip(t.shape[:3], t.stride()[:3], strict=True)
+        if size > 1
+    ]
     return [t.data_ptr(), *steps] if t.numel() else []
 
 
 def _filled(tensors: Sequence[Tensor | None], xs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """A pointer for every stream: x's own where there is nothing to point to, which the kernel does not follow."""
+    """A pointer for every stream: x's own where there is nothing to point to, which the kernel does not
+    follow.
+    """
     return tuple(x if t is None else t for t, x in zip(tensors, xs, strict=True))
 
 

@@ -16,9 +16,24 @@ BLOCK_J, BLOCK_C = 32, 64
 
 @triton.jit
 def blur_side_kernel(
-    p_y, p_x, p_matrix, stride_y, stride_x, n_lines, n_heads, n_side, n_columns, n_blocks_i, n_blocks_c, radius,
-    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr,
-):  # fmt: skip
+    p_y,
+    p_x,
+    p_matrix,
+    stride_y,
+    stride_x,
+    n_lines,
+    n_heads,
+    n_side,
+    n_columns,
+    n_blocks_i,
+    n_blocks_c,
+    radius,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EMULATE: tl.constexpr,
+):
     pid = tl.program_id(0)
     c = pid % n_blocks_c * BLOCK_C
     pid = pid // n_blocks_c
@@ -52,8 +67,9 @@ def blur_side_kernel(
 def blur_side(y: Tensor, x: Tensor, matrix: Tensor, radius: int, precision: str, emulate: bool) -> None:
     """y = matrix @ x along the third dimension of (batch, lines, side, heads, dim), of any strides.
 
-    matrix (side, side) float32, contiguous, zero farther than `radius` from its diagonal; y and x float32, bfloat16 or
-    float16, not necessarily the same; float32 products, of `precision` as tl.dot's input_precision.
+    matrix (side, side) float32, contiguous, zero farther than `radius` from its diagonal; y and x float32,
+    bfloat16 or float16, not necessarily the same; float32 products, of `precision` as tl.dot's
+    input_precision.
     """
     batch, lines, side, heads, dim = x.shape
     stride_y, stride_x = list(y.stride()), list(x.stride())
@@ -62,6 +78,22 @@ def blur_side(y: Tensor, x: Tensor, matrix: Tensor, radius: int, precision: str,
     block_i = min(64, max(16, triton.next_power_of_2(side)))
     blocks_i, blocks_c = triton.cdiv(side, block_i), triton.cdiv(dim, BLOCK_C)
     blur_side_kernel[(batch * lines * heads * blocks_i * blocks_c,)](
-        y, x, matrix, tuple(stride_y), tuple(stride_x), lines, heads, side, dim, blocks_i, blocks_c, radius,
-        BLOCK_I=block_i, BLOCK_J=BLOCK_J, BLOCK_C=BLOCK_C, PRECISION=precision, EMULATE=emulate, num_warps=4,
-    )  # fmt: skip
+        y,
+        x,
+        matrix,
+        tuple(stride_y),
+        tuple(stride_x),
+        lines,
+        heads,
+        side,
+        dim,
+        blocks_i,
+        blocks_c,
+        radius,
+        BLOCK_I=block_i,
+        BLOCK_J=BLOCK_J,
+        BLOCK_C=BLOCK_C,
+        PRECISION=precision,
+        EMULATE=emulate,
+        num_warps=4,
+    )

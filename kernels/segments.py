@@ -8,9 +8,11 @@ import triton.language as tl
 
 @triton.jit
 def find_rows(block, p_starts, n_segments, n_rows, BLOCK_M: tl.constexpr):
-    """(segment, first row, end of the segment) of a row block; blocks restart at each segment, so none straddles two.
+    """(segment, first row, end of the segment) of a row block; blocks restart at each segment, so none
+    straddles two.
 
-    p_starts: (R + 1,) int32 starts of one item's segments, or None for one segment of n_rows rows. A block beyond the
+    p_starts: (R + 1,) int32 starts of one item's segments, or None for one segment of n_rows rows. A block
+        beyond the
     item's last one gets first == end.
     """
     segment = 0
@@ -40,9 +42,20 @@ def pick(values, i, N: tl.constexpr):
 
 
 @triton.jit
-def load_tile(p, stride, m_n, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
-              ALIGN: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
-    """(ROWS, WIDTH) from column FIRST of rows of D numbers; columns from D on, and rows outside m_n if MASKED, are 0"""
+def load_tile(
+    p,
+    stride,
+    m_n,
+    FIRST: tl.constexpr,
+    WIDTH: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    ALIGN: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """(ROWS, WIDTH) from column FIRST of rows of D numbers; columns from D on, and rows outside m_n if
+    MASKED, are 0
+    """
     o_d = FIRST + tl.arange(0, WIDTH)
     p_tile = p + tl.multiple_of(tl.arange(0, ROWS) * stride, ALIGN)[:, None] + o_d[None, :]
     if FIRST + WIDTH <= D:
@@ -58,8 +71,18 @@ def load_tile(p, stride, m_n, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.co
 
 
 @triton.jit
-def store_tile(p, stride, b_x, m_n, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
-               ALIGN: tl.constexpr, EMULATE: tl.constexpr):  # fmt: skip
+def store_tile(
+    p,
+    stride,
+    b_x,
+    m_n,
+    FIRST: tl.constexpr,
+    WIDTH: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    ALIGN: tl.constexpr,
+    EMULATE: tl.constexpr,
+):
     o_d = FIRST + tl.arange(0, WIDTH)
     p_tile = p + tl.multiple_of(tl.arange(0, ROWS) * stride, ALIGN)[:, None] + o_d[None, :]
     tl.store(p_tile, rounded(b_x, p.dtype.element_ty, EMULATE), mask=m_n[:, None] & (o_d < D)[None, :])
@@ -67,7 +90,9 @@ def store_tile(p, stride, b_x, m_n, FIRST: tl.constexpr, WIDTH: tl.constexpr, D:
 
 @triton.jit
 def rounded(b_x, DTYPE: tl.constexpr, EMULATE: tl.constexpr):
-    """float32 to DTYPE. EMULATE: Triton's interpreter truncates to bfloat16, so round to nearest even beforehand"""
+    """float32 to DTYPE. EMULATE: Triton's interpreter truncates to bfloat16, so round to nearest even
+    beforehand
+    """
     if EMULATE:
         bits = b_x.to(tl.int32, bitcast=True)
         bits = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) << 16
@@ -77,7 +102,9 @@ def rounded(b_x, DTYPE: tl.constexpr, EMULATE: tl.constexpr):
 
 @triton.jit
 def dot(b_x, b_y, b_acc, PRECISION: tl.constexpr, EMULATE: tl.constexpr):
-    """b_x @ b_y + b_acc in float32. EMULATE: the interpreter computes bfloat16 on its bits, so convert beforehand"""
+    """b_x @ b_y + b_acc in float32. EMULATE: the interpreter computes bfloat16 on its bits, so convert
+    beforehand
+    """
     if EMULATE:
         return tl.dot(b_x.to(tl.float32), b_y.to(tl.float32), b_acc, input_precision="ieee")
     else:

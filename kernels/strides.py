@@ -1,4 +1,6 @@
-"""Several tensors of one shape, walked together: the fewest dimensions that hold them all, and offsets into each."""
+"""Several tensors of one shape, walked together: the fewest dimensions that hold them all, and offsets into
+each.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ Strides = tuple[int, ...]
 
 
 class Walk(NamedTuple):
-    """Sizes, outermost first, and every tensor's strides in them; None: that dimension does not move the tensor."""
+    """Sizes, outermost first, and every tensor's strides in them; None: that dimension does not move the
+    tensor.
+    """
 
     sizes: tuple[int, ...]
     strides: tuple[tuple[int | None, ...], ...]
@@ -22,7 +26,8 @@ class Walk(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)
 def collapse(shape: tuple[int, ...], *tensors: Strides) -> Walk:
-    """The elements of tensors of one shape (broadcast ones expanded, with strides of 0), in the first one's order.
+    """The elements of tensors of one shape (broadcast ones expanded, with strides of 0), in the first one's
+    order.
 
     Dimensions of one element are left out, and neighbours that every tensor steps through evenly are joined.
     """

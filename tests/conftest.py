@@ -1,7 +1,8 @@
-"""One seed, hypothesis without deadlines (the machines that run this are slow and noisy), and Triton's interpreter.
+"""One seed, hypothesis without deadlines (the machines that run this are slow and noisy), and Triton's
+interpreter.
 
-Triton decides at its import whether kernels are interpreted, and any library may import it first: so it is chosen here.
-The tests of the kernels run in it where there is no GPU; all others see the machine as it is.
+Triton decides at its import whether kernels are interpreted, and any library may import it first: so it is
+chosen here. The tests of the kernels run in it where there is no GPU; all others see the machine as it is.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ def uninterpreted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 
 @pytest.fixture(autouse=True, scope="session")
 def patched_once() -> Iterator[None]:
-    """Triton's interpreter patches triton.language at each call of a device function, a third of its time: once will do."""
+    """Triton's interpreter patches triton.language at each call of a device function, a third of its time:
+    once will do.
+    """
     if torch.cuda.is_available():
         yield
         return

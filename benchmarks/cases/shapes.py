@@ -53,9 +53,14 @@ class Shape:
         rows = Segments(dict(self.rows))
         keys = rows if self.keys == self.rows else Segments(dict(self.keys))
         return Control(
-            rows, keys, weight=dict(self.weight), head_gain=self.head_gain, groups=self.groups, gates=self.gates,
+            rows,
+            keys,
+            weight=dict(self.weight),
+            head_gain=self.head_gain,
+            groups=self.groups,
+            gates=self.gates,
             contrast=self.contrast,
-        )  # fmt: skip
+        )
 
     def shrunk(self, longest: int = 40, heads: int = 3) -> Shape:
         """The same structure with short segments and few heads: to warm up, or to compare everything."""

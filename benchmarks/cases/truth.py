@@ -22,7 +22,8 @@ class WrongResult(RuntimeError):
 class Truth:
     """A case in float64, for a sample of rows of all heads, from the operator's formula and by no backend.
 
-    The allowance is the error of the eager form in float32 that rounds its probabilities and output to the dtype.
+    The allowance is the error of the eager form in float32 that rounds its probabilities and output to the
+    dtype.
 
     Args:
         inputs: q, k and v in float64 where the case's are already rounded; by default the case's own.
@@ -47,7 +48,9 @@ class Truth:
         self.eager = torch.empty_like(self.exact)
         self.magnitude = 0.0  # largest sum of the terms' sizes
         for b, h in itertools.product(range(shape.batch), range(shape.heads)):
-            r, c, x = (t[b, rows, h].double() for t, rows in zip(exact, (self.rows, slice(None), slice(None))))
+            r, c, x = (
+                t[b, rows, h].double() for t, rows in zip(exact, (self.rows, slice(None), slice(None)))
+            )
             self.exact[b, :, h] = gain[b, h] * terms.attend(r, c, x, torch.float64)
             sizes = terms.attend(r, c, x.abs(), torch.float64, absolute=True)
             self.magnitude = max(self.magnitude, float(sizes.max()))
@@ -61,8 +64,8 @@ class Truth:
         """Mean and max error of `out` (batch, rows, heads, dim), and the eager form's.
 
         Raises:
-            WrongResult: a value is not finite, or an error exceeds `slack` times the eager form's plus half an
-                ulp of the largest value.
+            WrongResult: a value is not finite, or an error exceeds `slack` times the eager form's plus half
+                an ulp of the largest value.
         """
         order = 8 * torch.finfo(torch.float32).eps * self.magnitude  # of float32 sums
         return compare(name, out, self.exact, self.eager, self.dtype, slack, order, self.rows)
@@ -78,11 +81,12 @@ def compare(
     more: float = 0.0,
     rows: Tensor | None = None,
 ) -> dict[str, float]:
-    """Mean and max error of `out` against `exact`, and the eager form's; `rows`: those of out, dimension 1, that count.
+    """Mean and max error of `out` against `exact`, and the eager form's; `rows`: those of out, dimension 1,
+    that count.
 
     Raises:
-        WrongResult: a value of out is not finite, or an error exceeds `slack` times the eager form's plus `more` and
-            half an ulp of the largest value.
+        WrongResult: a value of out is not finite, or an error exceeds `slack` times the eager form's plus
+            `more` and half an ulp of the largest value.
     """
     if not bool(torch.isfinite(out).all()):
         raise WrongResult(f"{name}: the output has values that are not finite")
@@ -121,7 +125,9 @@ class Terms:
         self.groups: list[Tensor] | None = None
         self.gates = [1.0]
         if shape.groups is not None:
-            places = [[torch.arange(shape.n_keys)[keys[key]] for key in names] for names in shape.groups.values()]
+            places = [
+                [torch.arange(shape.n_keys)[keys[key]] for key in names] for names in shape.groups.values()
+            ]
             self.groups = [torch.cat(parts).to(device) for parts in places]
             self.gates = [shape.gates.get(name, 1.0) for name in shape.groups]
         self.contrast = shape.contrast
@@ -132,7 +138,9 @@ class Terms:
         terms.weight, terms.groups, terms.gates, terms.contrast = None, None, [1.0], None
         return terms
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, rounding: torch.dtype, absolute: bool = False) -> Tensor:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, rounding: torch.dtype, absolute: bool = False
+    ) -> Tensor:
         """q (rows, dim), k and v (keys, dim) -> (rows, dim); the probabilities are rounded to a dtype.
 
         absolute: the sum of the terms' sizes, where v is given as its sizes.
@@ -149,7 +157,9 @@ class Terms:
 
 
 def contrasted(p: Tensor, contrast: Contrast, count: Tensor | int, absolute: bool = False) -> Tensor:
-    """clip(beta * p - (beta - 1) / count, lo, hi); absolute: beta * p + |beta - 1| / count, what was added up."""
+    """clip(beta * p - (beta - 1) / count, lo, hi); absolute: beta * p + |beta - 1| / count, what was added
+    up.
+    """
     if absolute:
         return abs(contrast.beta) * p + abs(contrast.beta - 1) / count
     p = contrast.beta * p - (contrast.beta - 1) / count
@@ -157,9 +167,16 @@ def contrasted(p: Tensor, contrast: Contrast, count: Tensor | int, absolute: boo
 
 
 def head_gain(shape: Shape, q: Tensor, k: Tensor) -> Tensor:
-    """(batch, heads): In-Context Brush's min-max gain, from the mass of its block in float64; the map goes by chunks."""
+    """(batch, heads): In-Context Brush's min-max gain, from the mass of its block in float64; the map goes by
+    chunks.
+    """
     spec = shape.head_gain
-    assert spec is not None and isinstance(spec.rows, str) and isinstance(spec.keys, str) and spec.norm == "minmax"
+    assert (
+        spec is not None
+        and isinstance(spec.rows, str)
+        and isinstance(spec.keys, str)
+        and spec.norm == "minmax"
+    )
     rows, keys = spans(shape.rows)[spec.rows], spans(shape.keys)[spec.keys]
     mass = torch.zeros(shape.batch, shape.heads, dtype=torch.float64, device=q.device)
     for b, h in itertools.product(range(shape.batch), range(shape.heads)):

@@ -55,7 +55,9 @@ def reweight(q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> Tensor:
 def contrast(
     q: Tensor, k: Tensor, v: Tensor, beta: float, clip: tuple[float, float] | None, temperature: float = 1.0
 ) -> Tensor:
-    """SD-VICL (arXiv 2508.09949) and cross-image attention: clip(mean + beta * (map - mean)) V, mean over a row's keys."""
+    """SD-VICL (arXiv 2508.09949) and cross-image attention: clip(mean + beta * (map - mean)) V, mean over a
+    row's keys.
+    """
     attention = attention_map(q, k, temperature)
     mean = attention.mean(-1, keepdim=True)
     attention = mean + beta * (attention - mean)
@@ -63,6 +65,8 @@ def contrast(
 
 
 def decoupled(q: Tensor, k: Tensor, v: Tensor, keys: Sequence[slice], gates: Sequence[float]) -> Tensor:
-    """IP-Adapter (arXiv 2308.06721), decoupled cross-attention: one softmax for each run of keys, gated and added."""
+    """IP-Adapter (arXiv 2308.06721), decoupled cross-attention: one softmax for each run of keys, gated and
+    added.
+    """
     parts = [g * (attention_map(q, k[:, :, s]) @ v[:, :, s]) for s, g in zip(keys, gates, strict=True)]
     return torch.stack(parts).sum(0)

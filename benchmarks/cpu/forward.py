@@ -15,9 +15,13 @@ from . import peers
 
 Row = dict[str, object]
 RATIOS = (
-    ("sdpa", "plain"), ("sdpa", "controlled"), ("controlled", "plain"), ("eager", "controlled"),
-    ("composed", "controlled"), ("flex", "plain"),
-)  # fmt: skip
+    ("sdpa", "plain"),
+    ("sdpa", "controlled"),
+    ("controlled", "plain"),
+    ("eager", "controlled"),
+    ("composed", "controlled"),
+    ("flex", "plain"),
+)
 
 
 @dataclass(frozen=True)
@@ -80,10 +84,16 @@ def measure(shape: Shape, dtype: torch.dtype, settings: Settings) -> Row:
 
 def describe(shape: Shape) -> Row:
     return {
-        "name": shape.name, "size": shape.size, "batch": shape.batch, "heads": shape.heads, "rows": shape.n_rows,
-        "keys": shape.n_keys, "dim": shape.dim, "row_segments": len(shape.rows),
+        "name": shape.name,
+        "size": shape.size,
+        "batch": shape.batch,
+        "heads": shape.heads,
+        "rows": shape.n_rows,
+        "keys": shape.n_keys,
+        "dim": shape.dim,
+        "row_segments": len(shape.rows),
         "key_segments": len(shape.keys),
-    }  # fmt: skip
+    }
 
 
 def seconds(samples: dict[str, list[float]]) -> dict[str, Row]:

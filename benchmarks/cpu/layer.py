@@ -105,7 +105,9 @@ def _calls(inputs: Inputs) -> dict[str, Callable[[], tuple[Tensor, Tensor]]]:
 
 
 def stock_processor(inputs: Inputs) -> Callable[[], tuple[Tensor, Tensor]]:
-    """diffusers' own processor, uncontrolled: the layer's (image, text) outputs, (batch, tokens, heads * dim)."""
+    """diffusers' own processor, uncontrolled: the layer's (image, text) outputs, (batch, tokens, heads *
+    dim).
+    """
     from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
     hidden = (inputs.image[0], inputs.text[0])  # not read: the projections are given
@@ -144,9 +146,13 @@ def _check(inputs: Inputs) -> None:
         # A gain magnifies the rounding of a mass where heads have nearly the same: in float32 that is chance.
         more = (0.5 * torch.finfo(dtype).eps + 16 * torch.finfo(torch.float32).eps) * float(exact.abs().max())
         compare(
-            f"FLUX layer, {name}, at {inputs.shape.name}, {dtype}", torch.cat([text, image], 1), exact,
-            _form(inputs, dtype, controlled), dtype, more=more,
-        )  # fmt: skip
+            f"FLUX layer, {name}, at {inputs.shape.name}, {dtype}",
+            torch.cat([text, image], 1),
+            exact,
+            _form(inputs, dtype, controlled),
+            dtype,
+            more=more,
+        )
 
 
 def joined(inputs: Inputs, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,6 +1,8 @@
-"""Published methods in one attention layer, between its projections, beside the eager forms of their papers' code.
+"""Published methods in one attention layer, between its projections, beside the eager forms of their papers'
+code.
 
-At SD 1.5's and FLUX's real shapes, where the map is what costs. The batch is as the method's guidance needs it.
+At SD 1.5's and FLUX's real shapes, where the map is what costs. The batch is as the method's guidance needs
+it.
 
 `flashbrush bench --sections methods` runs it.
 """
@@ -37,7 +39,9 @@ class Case:
     plan: Any  # Plan
     eager: Eager
     keys: int  # tokens that q, k and v have keys of
-    other: Callable[[Tensor, Tensor, Tensor], Callable[[], Tensor]] | None = None  # diffusers' own, of (batch, tokens, ...)
+    other: Callable[[Tensor, Tensor, Tensor], Callable[[], Tensor]] | None = (
+        None  # diffusers' own, of (batch, tokens, ...)
+    )
 
 
 def measure(side: int, tokens: int, dtype: torch.dtype, settings: Settings) -> Row:
@@ -47,9 +51,10 @@ def measure(side: int, tokens: int, dtype: torch.dtype, settings: Settings) -> R
         truth.WrongResult: a result is wrong at a small size.
     """
     row: Row = {
-        "section": "methods", "dtype": str(dtype).removeprefix("torch."),
+        "section": "methods",
+        "dtype": str(dtype).removeprefix("torch."),
         "shape": {"size": f"SD 1.5 at {side}x{side}, FLUX with {tokens} image tokens"},
-    }  # fmt: skip
+    }
     if reasons := missing():
         return {**row, "seconds": {}, "ratios": {}, "missing": {"methods": "; ".join(reasons)}}
     times, ratios = {}, {}
@@ -78,24 +83,38 @@ def cases(side: int, tokens: int, dtype: torch.dtype, seed: int) -> Iterator[tup
     yield "plug_and_play", Case(own, m.PlugAndPlay(feature=None).plan(own, step), _injected, n)
     yield "masa_ctrl", Case(own, m.MasaCtrl().plan(own, step), _mutual, n)
     masked = m.MasaCtrl(masks=masks).plan(own, step)
-    yield "masa_ctrl, masked", Case(own, masked, functools.partial(_masked, [mask.flatten() for mask in masks]), n)
+    yield (
+        "masa_ctrl, masked",
+        Case(own, masked, functools.partial(_masked, [mask.flatten() for mask in masks]), n),
+    )
     pag = m.PerturbedAttention(items=(2,), layers=["up"])
     yield "pag", Case(three, pag.plan(three, step), _identity, n)
     for sigma in (10.0, torch.inf):
         blur = m.SmoothedEnergy(items=(2,), layers=["up"], sigma=sigma)
-        yield f"seg, sigma {sigma:g}", Case(three, blur.plan(three, step), functools.partial(_blurred, side, sigma), n)
+        yield (
+            f"seg, sigma {sigma:g}",
+            Case(three, blur.plan(three, step), functools.partial(_blurred, side, sigma), n),
+        )
 
     cross = Layer(21, "cross", "up", 8, 40, TEXT, n, 2, (side, side))
     regions = torch.stack([mask.float() for mask in masks])
     spans = ((5, 9), (20, 24))
     words = m.RegionalPrompting(regions, spans, form="groups")
-    yield "regional_prompting", Case(cross, words.plan(cross, step), functools.partial(_regions, regions, spans), TEXT)
+    yield (
+        "regional_prompting",
+        Case(cross, words.plan(cross, step), functools.partial(_regions, regions, spans), TEXT),
+    )
     yield "ip_adapter, two", _adapters(cross, regions, dtype, generator)
 
     whole_image = Layer(0, "double", None, 24, 128, 512, tokens, 1)
     omini = m.OminiControl(tokens // 2, strength=0.5)
     rows = 512 + tokens - tokens // 2
-    yield "omini_control", Case(whole_image, omini.plan(whole_image, step), functools.partial(_weighed, rows, 0.5), 512 + tokens)
+    yield (
+        "omini_control",
+        Case(
+            whole_image, omini.plan(whole_image, step), functools.partial(_weighed, rows, 0.5), 512 + tokens
+        ),
+    )
 
     height = next(n for n in range(math.isqrt(tokens), 0, -1) if tokens % n == 0)
     parameters = m.ICCustomParameters(24 * 128).to(dtype)
@@ -136,11 +155,15 @@ def _mutual(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _masked(masks: list[Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The source's own attention, and two maps of the edit's, one for the keys in the mask, one for the others."""
+    """The source's own attention, and two maps of the edit's, one for the keys in the mask, one for the
+    others.
+    """
     out = eager.attend(q, k[[0, 0, 2, 2]], v[[0, 0, 2, 2]])
     keys, rows = masks
     scores = q[[1, 3]] @ k[[0, 2]].mT * q.shape[-1] ** -0.5
-    inside, outside = (torch.softmax(scores.masked_fill(~m, -torch.inf), -1) @ v[[0, 2]] for m in (keys, ~keys))
+    inside, outside = (
+        torch.softmax(scores.masked_fill(~m, -torch.inf), -1) @ v[[0, 2]] for m in (keys, ~keys)
+    )
     gate = rows.to(q.dtype)[:, None]
     out[[1, 3]] = gate * inside + (1 - gate) * outside
     return out
@@ -195,7 +218,10 @@ def _adapters(layer: Any, regions: Tensor, dtype: torch.dtype, generator: torch.
 
     channels, name = 768, "up_blocks.3.attentions.0.transformer_blocks.0.attn2"
     tokens = [torch.randn(layer.batch, 1, 4, channels, generator=generator).to(dtype) for _ in range(2)]
-    weights = [[(torch.randn(320, channels, generator=generator) * channels**-0.5).to(dtype) for _ in "kv"] for _ in range(2)]
+    weights = [
+        [(torch.randn(320, channels, generator=generator) * channels**-0.5).to(dtype) for _ in "kv"]
+        for _ in range(2)
+    ]
     masks = [region[None, None].to(dtype) for region in regions]
     prompts = [m.ImagePrompt({name: tuple(w)}, tokens=t) for w, t in zip(weights, tokens, strict=True)]
     method = m.IPAdapter(prompts, 0.7, masks)
@@ -204,7 +230,9 @@ def _adapters(layer: Any, regions: Tensor, dtype: torch.dtype, generator: torch.
     def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = eager.attend(q, k, v)
         for w, t, mask in zip(weights, tokens, masks, strict=True):
-            ik, iv = (F.linear(t[:, 0].to(q.dtype), x.to(q.dtype)).unflatten(-1, (8, 40)).transpose(1, 2) for x in w)
+            ik, iv = (
+                F.linear(t[:, 0].to(q.dtype), x.to(q.dtype)).unflatten(-1, (8, 40)).transpose(1, 2) for x in w
+            )
             out = out + 0.7 * mask.flatten()[:, None].to(q.dtype) * eager.attend(q, ik, iv)
         return out
 

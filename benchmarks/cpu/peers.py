@@ -48,13 +48,13 @@ def draw(shape: Shape, dtype: torch.dtype, seed: int = 0, device: torch.device |
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(tokens: int) -> Tensor:
-        return torch.randn(
-            shape.batch, tokens, shape.heads, shape.dim, generator=generator, device=device
-        )
+        return torch.randn(shape.batch, tokens, shape.heads, shape.dim, generator=generator, device=device)
 
     q, k, v = normal(shape.n_rows), normal(shape.n_keys), normal(shape.n_keys)
     first = next(iter(shape.keys.values()))
-    towards = torch.ones(shape.dim, device=device) * shape.dim**-0.25  # adds scale * |towards|^2 = 1 to the logit
+    towards = (
+        torch.ones(shape.dim, device=device) * shape.dim**-0.25
+    )  # adds scale * |towards|^2 = 1 to the logit
     q += towards
     k[:, :first] += torch.linspace(-1, 1, shape.heads, device=device)[:, None] * towards
     return Case(shape, dtype, q.to(dtype), k.to(dtype), v.to(dtype), shape.control())
@@ -167,9 +167,7 @@ EAGER = Peer(
 )  # it rounds the sums of each segment too
 COMPOSED = Peer("composed", "composed", True, functools.partial(ours, "composed", True))
 PLAIN = Peer("plain", "flashbrush cpu, plain", False, functools.partial(ours, "cpu", False))
-CONTROLLED = Peer(
-    "controlled", "flashbrush cpu, controlled", True, functools.partial(ours, "cpu", True)
-)
+CONTROLLED = Peer("controlled", "flashbrush cpu, controlled", True, functools.partial(ours, "cpu", True))
 FLEX = Peer("flex", "FlexAttention", False, _flex)
 
 PEERS: dict[str, Peer] = {peer.name: peer for peer in (SDPA, EAGER, COMPOSED, PLAIN, CONTROLLED)}

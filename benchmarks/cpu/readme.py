@@ -37,10 +37,19 @@ def section(measurement: Path) -> str:
     about, conditions = results["machine"], results["conditions"]
     isa = [flag for flag in about["isa"] if flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16")]
     columns = (
-        "batch, heads, tokens, dim", "dtype", "torch SDPA", "ours, plain", "ours, controlled", "SDPA / plain",
-        "controlled / plain", "eager / controlled", "composed / controlled", "plain, of GEMM rate",
-        "extra MB: eager", "ours",
-    )  # fmt: skip
+        "batch, heads, tokens, dim",
+        "dtype",
+        "torch SDPA",
+        "ours, plain",
+        "ours, controlled",
+        "SDPA / plain",
+        "controlled / plain",
+        "eager / controlled",
+        "composed / controlled",
+        "plain, of GEMM rate",
+        "extra MB: eager",
+        "ours",
+    )
     lines = [
         "",
         f"{about['cpu']} ({', '.join(isa)}), {conditions['threads']} threads, torch {about['torch']}, "

@@ -1,6 +1,7 @@
 """What `flashbrush bench` runs: check every contestant, time them in pairs, print a table, write a JSON file.
 
-python -m flashbrush.benchmarks.cpu.table --readme rewrites the README's figures from the committed file instead.
+python -m flashbrush.benchmarks.cpu.table --readme rewrites the README's figures from the committed file
+instead.
 """
 
 from __future__ import annotations
@@ -65,9 +66,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(
-        prog="flashbrush bench", description="Attention on this CPU, ours beside others'."
-    )
+    parser = _Parser(prog="flashbrush bench", description="Attention on this CPU, ours beside others'.")
     choices = f"of {', '.join(SHAPES)}; with --quick of {', '.join(QUICK)}"
     parser.add_argument(
         "--quick", action="store_true", help="small shapes, 3 repeats, no memory; writes only with --output"
@@ -86,7 +85,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--readme", action="store_true", help="only rewrite the README's table from the committed file"
     )
     parser.add_argument(
-        "--tune", action="store_true", help="only time the tiles of the attention kernel on this GPU, and keep the best"
+        "--tune",
+        action="store_true",
+        help="only time the tiles of the attention kernel on this GPU, and keep the best",
     )
     options = parser.parse_args(argv)
     known = QUICK if options.quick else SHAPES
@@ -124,11 +125,16 @@ def _measure(options: argparse.Namespace) -> Row:
         "schema": SCHEMA,
         "machine": machine.describe(),
         "conditions": {
-            "device": "cpu", "threads": settings.threads, "repeats": settings.repeats, "seed": settings.seed,
-            "quick": options.quick, "load_before": load_before, "load_after": machine.load(),
+            "device": "cpu",
+            "threads": settings.threads,
+            "repeats": settings.repeats,
+            "seed": settings.seed,
+            "quick": options.quick,
+            "load_before": load_before,
+            "load_after": machine.load(),
         },
         "rows": rows,
-    }  # fmt: skip
+    }
 
 
 def _tasks(options: argparse.Namespace, settings: Settings) -> Iterator[tuple[str, Callable[[], Row]]]:
@@ -148,7 +154,9 @@ def _tasks(options: argparse.Namespace, settings: Settings) -> Iterator[tuple[st
         side = visual_in_context.QUICK_SIDE if options.quick else visual_in_context.SIDE
         yield f"UNet layer, {dtype}", lambda n=side, d=dtype: visual_in_context.measure(n, d, settings)
     for dtype in dtypes if "methods" in options.sections else ():
-        sizes = (methods.QUICK_SIDE, methods.QUICK_TOKENS) if options.quick else (methods.SIDE, methods.TOKENS)
+        sizes = (
+            (methods.QUICK_SIDE, methods.QUICK_TOKENS) if options.quick else (methods.SIDE, methods.TOKENS)
+        )
         yield f"methods, {dtype}", lambda s=sizes, d=dtype: methods.measure(*s, d, settings)
     if "growth" in options.sections:
         tokens = (128, 256, 512) if options.quick else GROWTH
@@ -163,10 +171,20 @@ def _show(console: Console, results: Row) -> None:
         title=title, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
     )
     columns = (
-        "batch, heads,\ntokens, dim", "dtype", "SDPA\nms", "eager\nms", "plain\nms", "contr.\nms",
-        "SDPA\n/ plain", "contr.\n/ plain", "eager\n/ contr.", "composed\n/ contr.", "plain,\nof GEMM",
-        "extra MB\ncontr.", "extra MB\neager",
-    )  # fmt: skip
+        "batch, heads,\ntokens, dim",
+        "dtype",
+        "SDPA\nms",
+        "eager\nms",
+        "plain\nms",
+        "contr.\nms",
+        "SDPA\n/ plain",
+        "contr.\n/ plain",
+        "eager\n/ contr.",
+        "composed\n/ contr.",
+        "plain,\nof GEMM",
+        "extra MB\ncontr.",
+        "extra MB\neager",
+    )
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i < 2 else "right", no_wrap=True)
     missing: dict[str, str] = {}

@@ -1,6 +1,8 @@
-"""A UNet's self-attention with SD-VICL (arXiv 2508.09949), between its projections: SD 1.5's at 64 x 64 latents.
+"""A UNet's self-attention with SD-VICL (arXiv 2508.09949), between its projections: SD 1.5's at 64 x 64
+latents.
 
-The batch is [A, B, C, D plain, D], as its guidance needs it. Of the five items one reads others and is contrasted.
+The batch is [A, B, C, D plain, D], as its guidance needs it. Of the five items one reads others and is
+contrasted.
 
 `flashbrush bench --sections unet` runs it.
 """
@@ -27,26 +29,34 @@ A, B, C, D, ITEMS = 0, 1, 2, 4, 5
 TEMPERATURE, BETA = 0.4, 1.67
 CLIPS = {"clipped": (0.0, 1.0), "unclipped": None}
 RATIOS = (
-    ("eager clipped", "clipped"), ("eager unclipped", "unclipped"), ("sdpa and eager clipped", "clipped"),
-    ("sdpa and eager unclipped", "unclipped"), ("stock", "plain"), ("clipped", "plain"), ("unclipped", "plain"),
-)  # fmt: skip
+    ("eager clipped", "clipped"),
+    ("eager unclipped", "unclipped"),
+    ("sdpa and eager clipped", "clipped"),
+    ("sdpa and eager unclipped", "unclipped"),
+    ("stock", "plain"),
+    ("clipped", "plain"),
+    ("unclipped", "plain"),
+)
 QKV = tuple[Tensor, Tensor, Tensor]
 
 
 @torch.no_grad()
 def measure(side: int, dtype: torch.dtype, settings: Settings) -> Row:
-    """Ours, plain and controlled; diffusers' processor, uncontrolled; and two ways to control without a kernel for it.
+    """Ours, plain and controlled; diffusers' processor, uncontrolled; and two ways to control without a
+    kernel for it.
 
-    "eager" holds the whole batch's attention map, as the released code of cross-image attention does; "sdpa and eager"
-    only D's, and leaves the other items to torch's SDPA. Neither is charged for a change of layout.
+    "eager" holds the whole batch's attention map, as the released code of cross-image attention does; "sdpa
+    and eager" only D's, and leaves the other items to torch's SDPA. Neither is charged for a change of
+    layout.
 
     Raises:
         truth.WrongResult: a result is wrong at a small size.
     """
     row: Row = {
-        "section": "unet", "dtype": str(dtype).removeprefix("torch."),
+        "section": "unet",
+        "dtype": str(dtype).removeprefix("torch."),
         "shape": {"size": f"({ITEMS},{HEADS},{side**2},{DIM})", "rows": side**2, "heads": HEADS, "dim": DIM},
-    }  # fmt: skip
+    }
     if reasons := missing():
         return {**row, "seconds": {}, "ratios": {}, "missing": {"unet": "; ".join(reasons)}}
     _check(draw(8, dtype, settings.seed))
@@ -85,7 +95,9 @@ def _calls(qkv: QKV) -> dict[str, Callable[[], Tensor]]:
     heads = _heads(qkv)
     for name, clip in CLIPS.items():
         calls[f"eager {name}"] = functools.partial(_eager, heads, clip, eager.attend)
-        calls[f"sdpa and eager {name}"] = functools.partial(_eager, heads, clip, F.scaled_dot_product_attention)
+        calls[f"sdpa and eager {name}"] = functools.partial(
+            _eager, heads, clip, F.scaled_dot_product_attention
+        )
     return calls
 
 
@@ -106,7 +118,9 @@ def _heads(qkv: QKV, dtype: torch.dtype | None = None) -> QKV:
     return q, k, v
 
 
-def _eager(heads: QKV, clip: tuple[float, float] | None, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+def _eager(
+    heads: QKV, clip: tuple[float, float] | None, attend: Callable[[Tensor, Tensor, Tensor], Tensor]
+) -> Tensor:
     q, k, v = heads
     others = attend(q[:D], k[:D], v[:D])
     mine = eager.contrast(q[[C]], k[[A]], v[[B]], BETA, clip, TEMPERATURE)

@@ -1,4 +1,6 @@
-"""The operators around attention on a GPU: checked against float64 of torch's operators, then timed beside those."""
+"""The operators around attention on a GPU: checked against float64 of torch's operators, then timed beside
+those.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ class Operator:
     magnified: float = 0.0  # allowed beside twice the form's error, in float32 eps of the largest value
 
 
-def _normal(setup: Setup, generator: torch.Generator, *size: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+def _normal(
+    setup: Setup, generator: torch.Generator, *size: int, dtype: torch.dtype = torch.bfloat16
+) -> Tensor:
     return torch.randn(*size, generator=generator, device=setup.device).to(dtype)
 
 
@@ -154,13 +158,22 @@ def measure(setup: Setup, operator: Operator) -> Row:
     samples = interleaved(calls, device, setup.seconds(0.5)) if calls else {}
     moved = sum(t.numel() * t.element_size() for t in (*first, eager))
     return {
-        "section": "around", "operator": operator.name, "dtype": str(eager.dtype).removeprefix("torch."),
-        "shape": {"inputs": [list(t.shape) for t in first]}, "bytes": moved, "bytes_leave_out": operator.work,
-        "seconds": seconds(samples), "replay_seconds": replays(calls, device),
+        "section": "around",
+        "operator": operator.name,
+        "dtype": str(eager.dtype).removeprefix("torch."),
+        "shape": {"inputs": [list(t.shape) for t in first]},
+        "bytes": moved,
+        "bytes_leave_out": operator.work,
+        "seconds": seconds(samples),
+        "replay_seconds": replays(calls, device),
         "gb_per_s": {n: round(moved / timing.spread(s).median / 1e9, 1) for n, s in samples.items()},
-        "ratios": rounded({"ours/torch": timing.ratio(samples, "ours", "torch")} if len(samples) == 2 else {}),
-        "errors": errors, "missing": missing, "failures": failures,
-    }  # fmt: skip
+        "ratios": rounded(
+            {"ours/torch": timing.ratio(samples, "ours", "torch")} if len(samples) == 2 else {}
+        ),
+        "errors": errors,
+        "missing": missing,
+        "failures": failures,
+    }
 
 
 def check(operator: Operator, name: str, out: Tensor, exact: Tensor, eager: Tensor) -> dict[str, float]:
@@ -171,8 +184,8 @@ def check(operator: Operator, name: str, out: Tensor, exact: Tensor, eager: Tens
 
 @torch.no_grad()
 def checks(setup: Setup) -> Row:
-    """All of them at a small size, and what a time would not show: masks, both kinds of RoPE, offsets, promises kept bit
-    by bit."""
+    """All of them at a small size, and what a time would not show: masks, both kinds of RoPE, offsets,
+    promises kept bit by bit."""
     tiny = replace(setup, dry=True)
     errors, missing, failures = {}, {}, {}
     generator = torch.Generator(setup.device).manual_seed(3)
@@ -185,7 +198,9 @@ def checks(setup: Setup) -> Row:
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             inputs = [t.to(dtype) if t.dtype == torch.bfloat16 else t for t in operator.draw(tiny, generator)]
             if operator.name == "column_mass":
-                _, stats = attention(inputs[0], inputs[1], inputs[1], backend=setup.backend, return_stats=True)
+                _, stats = attention(
+                    inputs[0], inputs[1], inputs[1], backend=setup.backend, return_stats=True
+                )
                 inputs[2] = stats.lse
             exact = operator.form(*(t.double() if t.is_floating_point() else t for t in inputs))
             eager = operator.form(*inputs)
@@ -222,15 +237,21 @@ def _promises(setup: Setup, generator: torch.Generator) -> dict[str, Callable[[]
         return compare("adain, mask", adain(x, style, where, where), exact, eager, x.dtype)
 
     def turned() -> dict[str, float]:
-        out = qk_norm_rope([(a, wa, b[:, :1]), (b, wb, None)], cos, sin, eps=EPS, rope="half", permutation=order)
-        exact, eager = (_half_form([t.to(d) for t in (a, b, wa, wb)], cos, sin, order) for d in (torch.float64, a.dtype))
+        out = qk_norm_rope(
+            [(a, wa, b[:, :1]), (b, wb, None)], cos, sin, eps=EPS, rope="half", permutation=order
+        )
+        exact, eager = (
+            _half_form([t.to(d) for t in (a, b, wa, wb)], cos, sin, order) for d in (torch.float64, a.dtype)
+        )
         return compare("qk_norm_rope, half, offset, permutation", out, exact, eager, a.dtype)
 
     def flat() -> dict[str, float]:
         (q,) = _queries(setup, generator)
         side = math.isqrt(q.shape[1])
         exact = q.double().mean(1, keepdim=True).expand_as(q)
-        return compare("query_blur, sigma inf", query_blur(q, (side, side), math.inf), exact, exact.to(q.dtype), q.dtype)
+        return compare(
+            "query_blur, sigma inf", query_blur(q, (side, side), math.inf), exact, exact.to(q.dtype), q.dtype
+        )
 
     return {f.__name__: f for f in (blended, mixed, styled, turned, flat)}
 
@@ -245,7 +266,9 @@ def _masked_adain(x: Tensor, style: Tensor, mask: Tensor) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
 
     def statistics(t: Tensor) -> tuple[Tensor, Tensor]:
-        inside = [[image[c][m[0]] for c in range(t.shape[1])] for image, m in zip(t.to(wide), mask, strict=True)]
+        inside = [
+            [image[c][m[0]] for c in range(t.shape[1])] for image, m in zip(t.to(wide), mask, strict=True)
+        ]
         mean = torch.stack([torch.stack([v.mean() for v in image]) for image in inside])
         deviation = torch.stack([torch.stack([(v.var() + 1e-5).sqrt() for v in image]) for image in inside])
         return mean[..., None, None], deviation[..., None, None]
@@ -257,7 +280,9 @@ def _masked_adain(x: Tensor, style: Tensor, mask: Tensor) -> Tensor:
 def _half_form(tensors: Sequence[Tensor], cos: Tensor, sin: Tensor, order: Tensor) -> Tensor:
     a, b, wa, wb = tensors
     wide = torch.promote_types(a.dtype, torch.float32)
-    z = torch.cat([F.rms_norm(a, (a.shape[3],), wa, EPS) + b[:, :1], F.rms_norm(b, (b.shape[3],), wb, EPS)], 1).to(wide)
+    z = torch.cat(
+        [F.rms_norm(a, (a.shape[3],), wa, EPS) + b[:, :1], F.rms_norm(b, (b.shape[3],), wb, EPS)], 1
+    ).to(wide)
     left, right = z.chunk(2, 3)
     out = z * cos[:, None] + torch.cat([-right, left], 3) * sin[:, None]
     return out.to(a.dtype)[:, order]

@@ -1,4 +1,6 @@
-"""Forward and backward on a GPU: gradients of some rows and keys checked against float64, then timed in turns."""
+"""Forward and backward on a GPU: gradients of some rows and keys checked against float64, then timed in
+turns.
+"""
 
 from __future__ import annotations
 
@@ -54,15 +56,23 @@ def measure(setup: Setup, shape: Shape) -> Row:
         samples = interleaved(calls, device, setup.seconds(1.5)) if calls else {}
     vendors = [n for n in PEERS if n in samples]
     found = {f"{a}/{b}": timing.ratio(samples, a, b) for a in OURS for b in vendors if a in samples}
-    found |= {f"{a}/plain": timing.ratio(samples, a, "plain") for a in OURS[1:] if {a, "plain"} <= samples.keys()}
+    found |= {
+        f"{a}/plain": timing.ratio(samples, a, "plain") for a in OURS[1:] if {a, "plain"} <= samples.keys()
+    }
     if vendors:
         fastest = min(vendors, key=lambda n: timing.spread(samples[n]).median)
         found |= {f"{a}/vendor": timing.ratio(samples, a, fastest) for a in OURS if a in samples}
     return {
-        "section": "forward and backward", "shape": describe(shape), "dtype": "bfloat16",
-        "seconds": seconds(samples), "tflops": rates(samples, dict.fromkeys(samples, FLOPS * shape.flops)),
-        "ratios": rounded(found), "errors": errors, "missing": missing, "failures": failures,
-    }  # fmt: skip
+        "section": "forward and backward",
+        "shape": describe(shape),
+        "dtype": "bfloat16",
+        "seconds": seconds(samples),
+        "tflops": rates(samples, dict.fromkeys(samples, FLOPS * shape.flops)),
+        "ratios": rounded(found),
+        "errors": errors,
+        "missing": missing,
+        "failures": failures,
+    }
 
 
 def _step(label: str, case: Case, setup: Setup) -> Callable[[], tuple[Tensor, ...]]:
@@ -112,7 +122,9 @@ class Gradients:
         grad, scale = output_gradient(case), shape.dim**-0.5
         lengths = torch.tensor(list(shape.rows.values()), device=device)
         segment = torch.repeat_interleave(torch.arange(len(shape.rows), device=device), lengths)  # (rows,)
-        table = Terms(shape, list(shape.rows), device).weight if shape.weight else None  # (row segments, keys)
+        table = (
+            Terms(shape, list(shape.rows), device).weight if shape.weight else None
+        )  # (row segments, keys)
         size = (shape.batch, len(picks), shape.heads, shape.dim)
         self.dq, self.dk, self.dv = (torch.zeros(size, dtype=torch.float64, device=device) for _ in "qkv")
         for b, h in itertools.product(range(shape.batch), range(shape.heads)):
@@ -133,7 +145,8 @@ class Gradients:
     def check(
         self, name: str, grads: tuple[Tensor, ...], bars: dict[str, float] | None
     ) -> dict[str, dict[str, float]]:
-        """Max errors; bars: a vendor's largest error over the largest gradient, of which twice is allowed, else 5 %.
+        """Max errors; bars: a vendor's largest error over the largest gradient, of which twice is allowed,
+        else 5 %.
 
         Raises:
             WrongResult: a gradient is not finite, or off by more.

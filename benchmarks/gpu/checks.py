@@ -1,4 +1,6 @@
-"""Every feature of attention, forward and backward, against float64 on random inputs and outputs that hold NaN before."""
+"""Every feature of attention, forward and backward, against float64 on random inputs and outputs that hold
+NaN before.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ from .machine import Setup, judged
 
 ROWS = {"prompt": 33, "subject": 70, "target": 150}
 DIMS = (32, 40, 64, 80, 96, 128, 160, 256)
-# lse, mass per row and gain come from products of the inputs as they are, so that they agree to float32 in every dtype.
+# lse, mass per row and gain come from products of the inputs as they are, so that they agree to float32 in
+# every dtype.
 STATISTICS = {"lse": 3e-5, "mass": 3e-5, "gain": 1.5e-3}
 Feature = Callable[["Draw"], Problem]
 
@@ -38,13 +41,21 @@ class Draw:
         return torch.randn(*size, generator=self.generator, device=self.device)
 
     def tokens(self, count: int, heads: int | None = None, batch: int | None = None) -> Tensor:
-        size = (self.batch if batch is None else batch, count, self.heads if heads is None else heads, self.dim)
+        size = (
+            self.batch if batch is None else batch,
+            count,
+            self.heads if heads is None else heads,
+            self.dim,
+        )
         return self.normal(*size).to(self.dtype)
 
-    def problem(self, rows: dict | None = None, keys: dict | None = None, kv_heads: int | None = None, **options: Any):
+    def problem(
+        self, rows: dict | None = None, keys: dict | None = None, kv_heads: int | None = None, **options: Any
+    ):
         rows = ROWS if rows is None else rows
         keys = rows if keys is None else keys
-        # Heads look differently at the first keys, so that a gain derived from their mass is well conditioned.
+        # Heads look differently at the first keys, so that a gain derived from their mass is well
+        # conditioned.
         q, k = self.tokens(_total(rows)) + self.dim**-0.25, self.tokens(_total(keys), kv_heads)
         first = int(torch.as_tensor(next(iter(keys.values()))).max())
         k[:, :first] += torch.linspace(-1, 1, k.shape[2], device=self.device)[:, None].to(k) * self.dim**-0.25
@@ -79,8 +90,9 @@ def _tables(d: Draw) -> Problem:
     return d.problem(
         bias={("*", "prompt"): d.normal(d.batch, d.heads), ("prompt", "subject"): -math.inf},
         weight={("target", "*"): d.normal(d.batch, d.heads).abs(), ("subject", "target"): 0.0},
-        gain={"subject": d.normal(d.heads)}, groups={"a": ["subject"], "b": ["prompt", "target"]},
-    )  # fmt: skip
+        gain={"subject": d.normal(d.heads)},
+        groups={"a": ["subject"], "b": ["prompt", "target"]},
+    )
 
 
 def _groups(d: Draw) -> Problem:
@@ -95,11 +107,18 @@ def _contrast(clip: tuple[float, float] | None) -> Feature:
 
 def _contrast_of_a_group(d: Draw) -> Problem:
     groups = {"text": ["prompt"], "image": ["subject", "target"]}
-    return d.problem(groups=groups, contrast={"image": Contrast(2.0, (0.0, 0.1))}, weight={("target", "subject"): 1.3})
+    return d.problem(
+        groups=groups, contrast={"image": Contrast(2.0, (0.0, 0.1))}, weight={("target", "subject"): 1.3}
+    )
 
 
 def _valid(d: Draw) -> Problem:
-    return d.problem(valid={"prompt": torch.tensor([7, 33], device=d.device), "target": torch.tensor([150, 64], device=d.device)})
+    return d.problem(
+        valid={
+            "prompt": torch.tensor([7, 33], device=d.device),
+            "target": torch.tensor([150, 64], device=d.device),
+        }
+    )
 
 
 def _items(d: Draw) -> Problem:
@@ -118,7 +137,11 @@ def _source(d: Draw) -> Problem:
 def _lists(d: Draw) -> Problem:
     """A tensor for each key segment, of other strides, one of them for all items."""
     p = d.problem(weight={("target", "reference"): 1.2}, keys={"text": 40, "reference": 130, "own": 253})
-    keys = [d.normal(d.batch, d.heads, 40, d.dim).to(d.dtype).transpose(1, 2), d.tokens(130, batch=1), d.tokens(253)]
+    keys = [
+        d.normal(d.batch, d.heads, 40, d.dim).to(d.dtype).transpose(1, 2),
+        d.tokens(130, batch=1),
+        d.tokens(253),
+    ]
     values = [d.tokens(40), d.normal(1, 130, d.heads, d.dim + 8).to(d.dtype)[..., : d.dim], d.tokens(253)]
     return replace(p, k=keys, v=values)
 
@@ -134,7 +157,9 @@ def _gqa(d: Draw) -> Problem:
 
 
 def _few_rows(d: Draw) -> Problem:
-    return d.problem({"target": 5, "empty": 0}, {"prompt": 77, "none": 0, "image": 300}, weight={("target", "image"): 0.4})
+    return d.problem(
+        {"target": 5, "empty": 0}, {"prompt": 77, "none": 0, "image": 300}, weight={("target", "image"): 0.4}
+    )
 
 
 def _scales(d: Draw) -> Problem:
@@ -178,9 +203,20 @@ FEATURES: dict[str, Feature] = {
     "one-token segments": _words,
 }
 DIFFERENTIABLE = (
-    "plain", "shift", "brush", "removed keys", "tables per item and head", "groups and gates", "valid keys", "source",
-    "key lists", "strides", "grouped queries", "few rows", "one-token segments",
-)  # fmt: skip
+    "plain",
+    "shift",
+    "brush",
+    "removed keys",
+    "tables per item and head",
+    "groups and gates",
+    "valid keys",
+    "source",
+    "key lists",
+    "strides",
+    "grouped queries",
+    "few rows",
+    "one-token segments",
+)
 FORWARD_GROUPS = {f"features {i + 1}": tuple(FEATURES)[i::3] for i in range(3)}
 
 
@@ -197,15 +233,23 @@ def features(setup: Setup, labels: tuple[str, ...]) -> Row:
 
 @torch.no_grad()
 def dims_and_dtypes(setup: Setup) -> Row:
-    """Every fast head dim in bfloat16, every dtype at head dims 64 and 128, with In-Context Brush; an odd one."""
+    """Every fast head dim in bfloat16, every dtype at head dims 64 and 128, with In-Context Brush; an odd
+    one.
+    """
     cases = [("brush", torch.bfloat16, dim) for dim in ((40,) if setup.dry else (*DIMS, 72)) if dim != 128]
-    cases += [("brush", dtype, dim) for dtype in (torch.float16, torch.float32) for dim in (64, 128)[: 2 - setup.dry]]
+    cases += [
+        ("brush", dtype, dim)
+        for dtype in (torch.float16, torch.float32)
+        for dim in (64, 128)[: 2 - setup.dry]
+    ]
     return _row(setup, {f"{a}, {str(t)[6:]}, D {d}": _forward(a, t, d) for a, t, d in cases})
 
 
 @torch.no_grad()
 def repeats(setup: Setup) -> Row:
-    """A thousand calls on the same inputs, bitwise the same: what is read before it was written shows sooner or later."""
+    """A thousand calls on the same inputs, bitwise the same: what is read before it was written shows sooner
+    or later.
+    """
     dims = (32,) if setup.dry else (64, 128)
     return _row(setup, {f"{setup.backend}, D {dim}, repeated": _repeated(dim) for dim in dims})
 
@@ -213,7 +257,11 @@ def repeats(setup: Setup) -> Row:
 def _repeated(dim: int) -> Callable[[Setup, str], Row]:
     def check(setup: Setup, label: str) -> Row:
         generator = torch.Generator(setup.device).manual_seed(5)
-        rows = {"prompt": 33, "subject": 70, "target": 150} if setup.dry else {"prompt": 333, "subject": 700, "target": 1500}
+        rows = (
+            {"prompt": 33, "subject": 70, "target": 150}
+            if setup.dry
+            else {"prompt": 333, "subject": 700, "target": 1500}
+        )
         p = Draw(setup.device, torch.bfloat16, dim, generator, heads=4 if setup.dry else 24).problem(
             rows, weight={("target", "prompt"): 1.3, ("target", "subject"): 1.3}, head_gain=HeadGain()
         )
@@ -224,7 +272,9 @@ def _repeated(dim: int) -> Callable[[Setup, str], Row]:
             again, other = attention(p.q, p.k, p.v, control, backend=setup.backend, return_stats=True)
             same = [torch.equal(a, b) for a, b in zip((first, *stats), (again, *other), strict=True)]
             if not all(same):
-                names = [name for name, fine in zip(("out", "lse", "mass", "gain"), same, strict=True) if not fine]
+                names = [
+                    name for name, fine in zip(("out", "lse", "mass", "gain"), same, strict=True) if not fine
+                ]
                 raise WrongResult(f"{label}: call {i + 1} differs in {', '.join(names)}")
         return {"repeats": times}
 
@@ -261,8 +311,10 @@ def _forward(feature: str, dtype: torch.dtype, dim: int) -> Callable[[Setup, str
         compare(f"{label}, with statistics", again, exact.out, eager.out, dtype, more=slack(exact, p))
         rows = max(p.q.shape[1], 1)
         for name, got, expected in (
-            ("lse", stats.lse, exact.lse), ("mass", stats.mass / rows, exact.mass / rows), ("gain", stats.gain, exact.gain),
-        ):  # fmt: skip
+            ("lse", stats.lse, exact.lse),
+            ("mass", stats.mass / rows, exact.mass / rows),
+            ("gain", stats.gain, exact.gain),
+        ):
             report[name] = statistic(f"{label}, {name}", got, expected, STATISTICS[name])
         if not torch.equal(out, attention(p.q, p.k, p.v, control, **more)):
             raise WrongResult(f"{label}: two calls on the same inputs differ")
@@ -315,7 +367,9 @@ def _backward(feature: str, dtype: torch.dtype, dim: int) -> Callable[[Setup, st
         names = [f"d{n}, tensor {i}" for n, t in zip("qkv", (p.q, p.k, p.v)) for i in range(len(_listed(t)))]
         for name, mine, truth, allowed in zip(names, got, exact, eager, strict=True):
             more_allowed = 4 * torch.finfo(dtype).eps * float(truth.abs().max())
-            report[name] = compare(f"{label}, {name}", mine, truth, allowed.to(dtype), dtype, more=more_allowed)
+            report[name] = compare(
+                f"{label}, {name}", mine, truth, allowed.to(dtype), dtype, more=more_allowed
+            )
         return report
 
     return check

@@ -1,4 +1,6 @@
-"""The forward pass on a GPU: each contestant checked, then timed in turns with all others, then its peak memory."""
+"""The forward pass on a GPU: each contestant checked, then timed in turns with all others, then its peak
+memory.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from .machine import Setup, judged
 from .shapes import CUDA, OWN, dry, vary
 from .timing import interleaved, replays, sets
 
-Entry = tuple[str, Peer, str]  # what it is called in the results, the contestant, the variant that it is given
+Entry = tuple[
+    str, Peer, str
+]  # what it is called in the results, the contestant, the variant that it is given
 SECONDS = 2.0  # that the rounds of one row may take
 
 
@@ -27,7 +31,9 @@ def main_entries(setup: Setup) -> list[Entry]:
     own = ("plain", "shift", "brush", "cuda_plain", "cuda_shift", "cuda_brush")
     entries += [(name, gpu_peers.mine(setup, name), OWN[name]) for name in own]
     entries += [("composed", gpu_peers.COMPOSED, "brush"), ("eager", gpu_peers.EAGER, "brush")]
-    return entries + [(name, peer, "brush" if peer.controlled else "plain") for name, peer in setup.more.items()]
+    return entries + [
+        (name, peer, "brush" if peer.controlled else "plain") for name, peer in setup.more.items()
+    ]
 
 
 def feature_entries(setup: Setup) -> list[Entry]:
@@ -36,7 +42,9 @@ def feature_entries(setup: Setup) -> list[Entry]:
     names += ("cuda_plain", "cuda_groups", "cuda_contrast_linear", "cuda_quarter")
     entries: list[Entry] = [(name, gpu_peers.mine(setup, name), OWN[name]) for name in names]
     entries += [("cudnn", gpu_peers.VENDORS["cudnn"], "plain")]
-    entries += [(f"composed_{name}", gpu_peers.COMPOSED, name) for name in ("groups", "contrast_linear", "quarter")]
+    entries += [
+        (f"composed_{name}", gpu_peers.COMPOSED, name) for name in ("groups", "contrast_linear", "quarter")
+    ]
     return entries + [(f"eager_{name}", gpu_peers.EAGER, name) for name in ("groups", "contrast")]
 
 
@@ -49,7 +57,9 @@ def compiled_entries(setup: Setup) -> list[Entry]:
 
 @torch.no_grad()
 def measure(setup: Setup, shape: Shape, entries: Iterable[Entry], graphs: bool = False) -> Row:
-    """One row: who is wrong is named in `failures` with its error, and has no time; who cannot run is in `missing`."""
+    """One row: who is wrong is named in `failures` with its error, and has no time; who cannot run is in
+    `missing`.
+    """
     shape, dtype, device = dry(shape) if setup.dry else shape, torch.bfloat16, setup.device
     inputs = 2 * shape.batch * shape.heads * shape.dim * (shape.n_rows + 2 * shape.n_keys)
     cases = [draw(shape, dtype, seed, device) for seed in range(sets(device, inputs))]
@@ -89,7 +99,9 @@ def measure(setup: Setup, shape: Shape, entries: Iterable[Entry], graphs: bool =
 
 
 def first(prepared: tuple[Callable[[], Tensor], bool], case: Case) -> tuple[Tensor, bool]:
-    """A first result; the block that the allocator will hand out for it holds NaN, should parts not be written."""
+    """A first result; the block that the allocator will hand out for it holds NaN, should parts not be
+    written.
+    """
     call, heads_first = prepared
     if case.q.device.type == "cuda":
         call()  # compiles, and allocates what it keeps
@@ -117,7 +129,9 @@ def rates(samples: Mapping[str, list[float]], work: Mapping[str, float]) -> dict
 
 
 def ratios(samples: Mapping[str, list[float]]) -> dict[str, timing.Spread]:
-    """Time over time, round by round, of ours over others': below 1 ours is faster; `vendor`: the fastest plain one."""
+    """Time over time, round by round, of ours over others': below 1 ours is faster; `vendor`: the fastest
+    plain one.
+    """
     own = [n for n in OWN if n in samples]
     vendors = [n for n in (*gpu_peers.VENDORS, "flex") if n in samples]
     pairs = [(name, plain) for name in own if (plain := _plain(name)) != name and plain in own]
@@ -136,7 +150,9 @@ def _plain(name: str) -> str:
 
 
 def _counterparts(label: str) -> list[str]:
-    """Ours that compute what another form does: composed_groups and eager_groups our groups, composed and eager brush."""
+    """Ours that compute what another form does: composed_groups and eager_groups our groups, composed and
+    eager brush.
+    """
     kind, _, rest = label.partition("_")
     if kind not in ("composed", "eager"):
         return []

@@ -1,6 +1,8 @@
-"""A FLUX layer on a GPU from its projections to its output projection, ours beside the stock processor's operators.
+"""A FLUX layer on a GPU from its projections to its output projection, ours beside the stock processor's
+operators.
 
-The stock form is written out here, as a machine with a GPU may lack diffusers; where diffusers is, the two are compared.
+The stock form is written out here, as a machine with a GPU may lack diffusers; where diffusers is, the two
+are compared.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ Parts = tuple[Tensor, Tensor]  # what goes to the output projections: image, tex
 
 
 def stock(inputs: Inputs, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Parts:
-    """The operators of diffusers' FluxAttnProcessor, without control; `attend` takes (batch, heads, tokens, dim)."""
+    """The operators of diffusers' FluxAttnProcessor, without control; `attend` takes (batch, heads, tokens,
+    dim).
+    """
     shape = inputs.shape
     image, text = (
         [t.unflatten(-1, (shape.heads, shape.dim)) for t in stream] for stream in (inputs.image, inputs.text)
@@ -101,9 +105,11 @@ def measure(setup: Setup, shape: Shape) -> Row:
     }
     forms["stock"] = functools.partial(stock, attend=F.scaled_dot_product_attention)
     for name, given, in_place in (
-        ("plain", None, False), ("plain_in_place", None, True), ("controlled", control, False),
+        ("plain", None, False),
+        ("plain_in_place", None, True),
+        ("controlled", control, False),
         ("controlled_in_place", control, True),
-    ):  # fmt: skip
+    ):
         forms[name] = functools.partial(own, control=given, backend=setup.backend, in_place=in_place)
     truths = {controlled: _truth(groups[0], controlled) for controlled in (False, True)}
     calls, errors, missing, failures, memory = {}, {}, {}, {}, {}
@@ -130,10 +136,17 @@ def measure(setup: Setup, shape: Shape) -> Row:
         fastest = min(stocks, key=lambda n: timing.spread(samples[n]).median)
         found |= {f"{a}/fastest stock": timing.ratio(samples, a, fastest) for a in mine}
     return {
-        "section": "layer", "shape": describe(shape), "dtype": "bfloat16", "seconds": seconds(samples),
-        "ratios": rounded(found), "errors": errors, "memory": memory, "missing": missing, "failures": failures,
+        "section": "layer",
+        "shape": describe(shape),
+        "dtype": "bfloat16",
+        "seconds": seconds(samples),
+        "ratios": rounded(found),
+        "errors": errors,
+        "memory": memory,
+        "missing": missing,
+        "failures": failures,
         "stock_against_diffusers": "diffusers is not installed" if agreement is None else agreement,
-    }  # fmt: skip
+    }
 
 
 def _truth(inputs: Inputs, controlled: bool) -> Truth:
@@ -144,7 +157,9 @@ def _truth(inputs: Inputs, controlled: bool) -> Truth:
 
 
 def compare_with_diffusers(shape: Shape, device: torch.device) -> float | None:
-    """The largest difference of the stock form to diffusers' own processor, in float32 at a small size; None without it."""
+    """The largest difference of the stock form to diffusers' own processor, in float32 at a small size; None
+    without it.
+    """
     if importlib.util.find_spec("diffusers") is None:
         return None
     inputs = Inputs.draw(dry(shape), torch.float32, 0, device)

@@ -19,9 +19,16 @@ from ..timing import paired as timing
 from .timing import interleaved, l2_bytes
 
 QUERY = (
-    "driver_version", "pstate", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.draw",
-    "power.limit", "temperature.gpu",
-)  # fmt: skip
+    "driver_version",
+    "pstate",
+    "clocks.sm",
+    "clocks.mem",
+    "clocks.max.sm",
+    "clocks.max.mem",
+    "power.draw",
+    "power.limit",
+    "temperature.gpu",
+)
 NO_CUDA = "left out: --no-cuda was given, or a process did not survive the cuda backend"
 
 
@@ -45,10 +52,11 @@ class Setup:
 def judged(
     label: str, missing: dict[str, str], failures: dict[str, str], device: torch.device, ours: bool = True
 ) -> Iterator[None]:
-    """What becomes of a contestant: who cannot run here is missing, who is wrong has failed, and the others go on.
+    """What becomes of a contestant: who cannot run here is missing, who is wrong has failed, and the others
+    go on.
 
-    Another error counts as a failure of ours, and as a reason why a peer is missing. It is raised again where the device
-    no longer answers.
+    Another error counts as a failure of ours, and as a reason why a peer is missing. It is raised again where
+    the device no longer answers.
     """
     try:
         yield
@@ -76,10 +84,12 @@ def describe(setup: Setup) -> Row:
         return {"gpu": None, **found}
     p = torch.cuda.get_device_properties(setup.device)
     found |= {
-        "capability": f"{p.major}.{p.minor}", "multiprocessors": p.multi_processor_count,
-        "gpu_memory_gb": round(p.total_memory / 1e9, 1), "l2_mb": round(l2_bytes(setup.device) / 1e6, 1),
+        "capability": f"{p.major}.{p.minor}",
+        "multiprocessors": p.multi_processor_count,
+        "gpu_memory_gb": round(p.total_memory / 1e9, 1),
+        "l2_mb": round(l2_bytes(setup.device) / 1e6, 1),
         "cudnn": torch.backends.cudnn.version(),
-    }  # fmt: skip
+    }
     return {"gpu": p.name, **found, "nvidia_smi": clocks(setup.device)}
 
 
@@ -113,7 +123,10 @@ def ceilings(setup: Setup) -> Row:
     }
     samples = interleaved(calls, device, setup.seconds(1.0))
     expected = a[:8].double() @ b.double()
-    if not torch.equal(target, source) or not float((product[:8].double() - expected).norm() / expected.norm()) < 1e-2:
+    if (
+        not torch.equal(target, source)
+        or not float((product[:8].double() - expected).norm() / expected.norm()) < 1e-2
+    ):
         raise RuntimeError("the copy or the matrix product is wrong")
     spreads = {name: timing.spread(s) for name, s in samples.items()}
     return {

@@ -102,7 +102,9 @@ def _flex(case: Case) -> tuple[Call, bool]:
 
 VENDORS: dict[str, Peer] = {
     "sdpa": Peer("sdpa", "torch SDPA, its own choice", False, SDPA.prepare),
-    **{n: Peer(n, f"torch SDPA, {n} forced", False, functools.partial(_forced, b)) for n, b in FORCED.items()},
+    **{
+        n: Peer(n, f"torch SDPA, {n} forced", False, functools.partial(_forced, b)) for n, b in FORCED.items()
+    },
     **{
         name: Peer(name, title, False, functools.partial(_tokens_first, load))
         for name, title, load in (
@@ -123,7 +125,9 @@ def mine(setup: Setup, name: str) -> Peer:
     controlled = variant != "plain"
     title = f"flashbrush {backend}, {variant}"
     left_out = name in CUDA and not setup.cuda
-    return Peer(name, title, controlled, _left_out if left_out else functools.partial(ours, backend, controlled))
+    return Peer(
+        name, title, controlled, _left_out if left_out else functools.partial(ours, backend, controlled)
+    )
 
 
 def _left_out(case: Case) -> NoReturn:
@@ -133,11 +137,13 @@ def _left_out(case: Case) -> NoReturn:
 def composed_forms() -> dict[str, Peer]:
     """Segment by segment on a vendor's attention with LSE, merged: what anyone can build without a kernel.
 
-    `composed` is our own, on the vendor's that it takes for the best; the others are written out here, merged by
-    compiled code.
+    `composed` is our own, on the vendor's that it takes for the best; the others are written out here, merged
+    by compiled code.
     """
-    forms = {n: Peer(f"composed_{n}", f"composed on {n}, compiled merge", True, functools.partial(_composed, n))
-             for n in LSE}  # fmt: skip
+    forms = {
+        n: Peer(f"composed_{n}", f"composed on {n}, compiled merge", True, functools.partial(_composed, n))
+        for n in LSE
+    }
     return {"composed": COMPOSED, **{peer.name: peer for peer in forms.values()}}
 
 
@@ -153,7 +159,10 @@ def _flash_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-LSE: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] = {"cudnn": _cudnn_lse, "flash": _flash_lse}
+LSE: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "cudnn": _cudnn_lse,
+    "flash": _flash_lse,
+}
 
 
 def _composed(vendor: str, case: Case) -> tuple[Call, bool]:
@@ -168,7 +177,9 @@ def _composed(vendor: str, case: Case) -> tuple[Call, bool]:
     target, prompt = case.control.rows.slice("target"), list(shape.keys).index("prompt")
     rows = torch.zeros(len(parts), shape.n_rows, dtype=torch.float32)
     for c, key in enumerate(shape.keys):
-        rows[c] = torch.cat([torch.full((n,), shape.weight.get((r, key), 1.0)) for r, n in shape.rows.items()])
+        rows[c] = torch.cat(
+            [torch.full((n,), shape.weight.get((r, key), 1.0)) for r, n in shape.rows.items()]
+        )
     weight, gain = rows.to(case.q.device), shape.head_gain
 
     def merge(outs: list[Tensor], lses: list[Tensor]) -> Tensor:
@@ -191,4 +202,3 @@ def _composed(vendor: str, case: Case) -> tuple[Call, bool]:
         return join([o for o, _ in found], [s for _, s in found])
 
     return call, True
-

@@ -33,14 +33,25 @@ from .machine import Setup
 from .shapes import GPU_SHAPES, LAYERS, LONG, MAIN, SMALL
 
 GROUPS = tuple(gpu_checks.FORWARD_GROUPS.items())
-SECTIONS = ("ceilings", "checks", "forward", "layer", "variants", "backward", "features", "around", "compiled")
+SECTIONS = (
+    "ceilings",
+    "checks",
+    "forward",
+    "layer",
+    "variants",
+    "backward",
+    "features",
+    "around",
+    "compiled",
+)
 
 
 @dataclass(frozen=True)
 class Task:
     """One row.
 
-    seconds: about what it takes on a GPU; it is not begun with less left, and ended after `limit`. apart: it times
+    seconds: about what it takes on a GPU; it is not begun with less left, and ended after `limit`. apart: it
+        times
     nothing, so that others may run beside it. cuda: the cuda backend takes part, beside others.
     """
 
@@ -69,7 +80,9 @@ def tasks(sections: Sequence[str] = SECTIONS) -> list[Task]:
 
 def _all() -> list[Task]:
     plan = [Task("ceilings", "copy and matrix product", gpu_machine.ceilings, 3)]
-    plan += [_check(name, functools.partial(gpu_checks.features, labels=labels), 30) for name, labels in GROUPS]
+    plan += [
+        _check(name, functools.partial(gpu_checks.features, labels=labels), 30) for name, labels in GROUPS
+    ]
     plan += [
         _check("head dims and dtypes", gpu_checks.dims_and_dtypes, 40),
         *(_on_cuda(name, functools.partial(gpu_checks.features, labels=labels)) for name, labels in GROUPS),
@@ -113,7 +126,11 @@ def _on_cuda(title: str, run: Callable[[Setup], Row]) -> Task:
 
 
 def _entries(
-    section: str, shape: str, entries: Callable[[Setup], list[gpu_forward.Entry]], seconds: float, graphs: bool = False
+    section: str,
+    shape: str,
+    entries: Callable[[Setup], list[gpu_forward.Entry]],
+    seconds: float,
+    graphs: bool = False,
 ) -> Task:
     def run(setup: Setup) -> Row:
         return {**gpu_forward.measure(setup, GPU_SHAPES[shape], entries(setup), graphs), "section": section}
@@ -135,7 +152,9 @@ def _layer(shape: str) -> Task:
 
 def _variant(shape: str, name: str) -> Task:
     """Not `cuda`: the kernel as it is built has no part in what another does to its process."""
-    return Task("variants", f"{shape}, {name}", functools.partial(gpu_variants.measure, shape=shape, name=name), 6)
+    return Task(
+        "variants", f"{shape}, {name}", functools.partial(gpu_variants.measure, shape=shape, name=name), 6
+    )
 
 
 def _backward(shape: str) -> Task:

@@ -11,11 +11,28 @@ from ..cpu.forward import Row
 from .report import title
 
 OURS = ("plain", "shift", "brush", "cuda_plain", "cuda_brush")
-LINES = (*OURS, "cudnn", "flash", "efficient", "flash_attn_2", "flash_attn_3", "flash_attn_4", "composed",
-         "eager")  # fmt: skip
+LINES = (
+    *OURS,
+    "cudnn",
+    "flash",
+    "efficient",
+    "flash_attn_2",
+    "flash_attn_3",
+    "flash_attn_4",
+    "composed",
+    "eager",
+)
 BARS = {
-    "forward": ("plain/vendor", "brush/vendor", "brush/plain", "brush/composed", "brush/eager",
-                "cuda_plain/vendor", "cuda_brush/vendor", "cuda_brush/cuda_plain"),
+    "forward": (
+        "plain/vendor",
+        "brush/vendor",
+        "brush/plain",
+        "brush/composed",
+        "brush/eager",
+        "cuda_plain/vendor",
+        "cuda_brush/vendor",
+        "cuda_brush/cuda_plain",
+    ),
     "layer": ("plain/fastest stock", "controlled/fastest stock"),
     "backward": ("plain/vendor", "brush/vendor"),
     "features": ("groups/plain", "contrast/plain", "contrast_linear/plain", "quarter/plain"),
@@ -51,12 +68,19 @@ def _rates(axes: Any, rows: Sequence[Row], gemm: float | None) -> None:
         points = sorted((r["shape"]["rows"], r["tflops"][name]) for r in forward if name in r["tflops"])
         if points:
             ours = name in OURS
-            axes.plot(*zip(*points, strict=True), marker="o", linewidth=2.2 if ours else 1.1,
-                      linestyle="-" if ours else "--", label=f"ours, {name}" if ours else name)  # fmt: skip
+            axes.plot(
+                *zip(*points, strict=True),
+                marker="o",
+                linewidth=2.2 if ours else 1.1,
+                linestyle="-" if ours else "--",
+                label=f"ours, {name}" if ours else name,
+            )
     if gemm:
         axes.axhline(gemm, color="gray", linewidth=0.8)
         axes.annotate("matrix product, 8192^3", (0.01, gemm), xycoords=("axes fraction", "data"), fontsize=8)
-    axes.set(xscale="log", xlabel="tokens", ylabel="TFLOP/s", title="forward, bfloat16, 24 heads, head dim 128")
+    axes.set(
+        xscale="log", xlabel="tokens", ylabel="TFLOP/s", title="forward, bfloat16, 24 heads, head dim 128"
+    )
     axes.set_ylim(bottom=0)
     if axes.lines:
         axes.legend(fontsize=8)
@@ -72,7 +96,13 @@ def _ratios(axes: Any, rows: Sequence[Row], gemm: float | None) -> None:
                 bars.append((f"{r['section']} {r['name']}: {name}", r["ratios"][name]))
     for i, (_, cell) in enumerate(bars):
         whisker = [[cell["median"] - cell["q1"]], [cell["q3"] - cell["median"]]]
-        axes.barh(i, cell["median"], xerr=whisker, height=0.7, color="tab:green" if cell["median"] <= 1 else "tab:orange")
+        axes.barh(
+            i,
+            cell["median"],
+            xerr=whisker,
+            height=0.7,
+            color="tab:green" if cell["median"] <= 1 else "tab:orange",
+        )
     axes.set_yticks(range(len(bars)), [label for label, _ in bars], fontsize=6)
     axes.invert_yaxis()
     axes.axvline(1.0, color="black", linewidth=0.8)

@@ -17,12 +17,33 @@ from .plan import Task
 
 SCHEMA = 1
 COLUMNS = (
-    "section", "name", "size", "dtype", "contestant", "status", "median_ms", "q1_ms", "q3_ms", "rounds", "tflops",
-    "gb_per_s", "replay_ms", "extra_mb", "max_error", "max_error_eager", "note",
-)  # fmt: skip
+    "section",
+    "name",
+    "size",
+    "dtype",
+    "contestant",
+    "status",
+    "median_ms",
+    "q1_ms",
+    "q3_ms",
+    "rounds",
+    "tflops",
+    "gb_per_s",
+    "replay_ms",
+    "extra_mb",
+    "max_error",
+    "max_error_eager",
+    "note",
+)
 KEY_RATIOS = (
-    "plain/vendor", "brush/vendor", "brush/plain", "brush/composed", "brush/eager", "cuda_plain/vendor", "cuda_brush/vendor",
-)  # fmt: skip
+    "plain/vendor",
+    "brush/vendor",
+    "brush/plain",
+    "brush/composed",
+    "brush/eager",
+    "cuda_plain/vendor",
+    "cuda_brush/vendor",
+)
 
 
 class Results:
@@ -77,15 +98,22 @@ class Results:
     def write(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         results = {
-            "schema": SCHEMA, "machine": self.machine, "conditions": self.conditions, "rows": self.ordered,
-            "failures": self.collect("failures"), "missing": peers_missing(self.ordered), "skipped": self.skipped,
-        }  # fmt: skip
+            "schema": SCHEMA,
+            "machine": self.machine,
+            "conditions": self.conditions,
+            "rows": self.ordered,
+            "failures": self.collect("failures"),
+            "missing": peers_missing(self.ordered),
+            "skipped": self.skipped,
+        }
         with _replaced(self.paths["json"]) as file:
             file.write(json.dumps(_finite(results), indent=1, allow_nan=False) + "\n")
         with _replaced(self.paths["csv"]) as file:
             table = csv.writer(file, lineterminator="\n")
             table.writerow(COLUMNS)
-            table.writerows([record.get(c, "") for c in COLUMNS] for row in self.ordered for record in records(row))
+            table.writerows(
+                [record.get(c, "") for c in COLUMNS] for row in self.ordered for record in records(row)
+            )
 
 
 @contextlib.contextmanager
@@ -156,7 +184,9 @@ def _times(row: Any, name: str) -> dict[str, object]:
             found[column] = row[field][name]
     if "median" in row.get("replay_seconds", {}).get(name, {}):
         found["replay_ms"] = f"{1e3 * row['replay_seconds'][name]['median']:.5g}"
-    if "extra" in (memory := row.get("memory", {}).get(name, {}) if isinstance(row.get("memory"), dict) else {}):
+    if "extra" in (
+        memory := row.get("memory", {}).get(name, {}) if isinstance(row.get("memory"), dict) else {}
+    ):
         found["extra_mb"] = f"{memory['extra'] / 1e6:.1f}"
     return found
 
@@ -183,7 +213,9 @@ def details(row: Row, gemm: float | None) -> Iterator[str]:
         line += f"  graph {more['replay_ms']} ms" if "replay_ms" in more else ""
         yield line
     for name, report in r.get("built", {}).items():
-        kernels = "; ".join(f"{k['registers']} registers, {k['spills']} bytes spilled" for k in report["kernels"].values())
+        kernels = "; ".join(
+            f"{k['registers']} registers, {k['spills']} bytes spilled" for k in report["kernels"].values()
+        )
         yield f"  {name}: {'; '.join([kernels, *report['warnings']])}"
     if r.get("ratios"):
         yield "  " + "; ".join(f"{n} {c['median']:.3f}" for n, c in r["ratios"].items())
@@ -206,16 +238,28 @@ def summary(results: Results) -> Iterator[str]:
         label = r["shape"]["size"] + (" fwd+bwd" if r["section"] == "backward" else "")
         cells = [f"{fastest or '-':>14s}", *(_ms(seconds.get(n)) for n in (fastest, "plain", "brush"))]
         ratios = [r["ratios"].get(name) for name in KEY_RATIOS]
-        yield f"{label:26s}" + "".join(cells) + "".join(f"{c['median']:19.3f}" if c else f"{'-':>19s}" for c in ratios)
+        yield (
+            f"{label:26s}"
+            + "".join(cells)
+            + "".join(f"{c['median']:19.3f}" if c else f"{'-':>19s}" for c in ratios)
+        )
     for row in results.ordered:
         r = row
         if r["section"] in ("layer", "features", "around") and r.get("ratios"):
-            kept = {n: c["median"] for n, c in r["ratios"].items() if n.endswith(("/fastest stock", "/plain", "/torch"))}
+            kept = {
+                n: c["median"]
+                for n, c in r["ratios"].items()
+                if n.endswith(("/fastest stock", "/plain", "/torch"))
+            }
             yield f"{r['section']}, {r['name']}: " + "; ".join(f"{n} {m:.3f}" for n, m in kept.items())
     right = sum(len(r.get("errors", {})) for r in results.ordered)  # type: ignore[arg-type]
     failures = results.collect("failures")
     yield f"{right} results right, {len(failures)} wrong, {len(results.skipped)} tasks skipped"
-    for kind, found in (("missing", peers_missing(results.ordered)), ("skipped", results.skipped), ("WRONG", failures)):
+    for kind, found in (
+        ("missing", peers_missing(results.ordered)),
+        ("skipped", results.skipped),
+        ("WRONG", failures),
+    ):
         yield from (f"{kind}: {name}: {why}" for name, why in found.items())
 
 

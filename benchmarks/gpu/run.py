@@ -1,10 +1,12 @@
-"""One command for a machine with a GPU: is every kernel right, and how fast is it beside every other that is installed.
+"""One command for a machine with a GPU: is every kernel right, and how fast is it beside every other that is
+installed.
 
     python benchmarks/gpu/run.py --out results          from a checkout; needs torch, triton and numpy alone
     python benchmarks/gpu/run.py --build --out results  and compiles csrc/cuda beforehand, with the machine's nvcc
     python benchmarks/gpu/run.py --dry-run              the whole plan on the CPU, with tiny shapes
 
-Exit code 0; 1 where a result is wrong or a task failed, which has no time then; 2 for wrong arguments or no GPU.
+Exit code 0; 1 where a result is wrong or a task failed, which has no time then; 2 for wrong arguments or no
+GPU.
 """
 
 from __future__ import annotations
@@ -47,13 +49,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return gpu_runner.work(setup, plan, indices, options.deadline, options.worker)
     deadline = started + 60 * options.minutes
     conditions = {
-        "device": str(setup.device), "backend": setup.backend, "dry_run": setup.dry, "minutes": options.minutes,
-        "sections": list(options.sections), "jobs": options.jobs,
+        "device": str(setup.device),
+        "backend": setup.backend,
+        "dry_run": setup.dry,
+        "minutes": options.minutes,
+        "sections": list(options.sections),
+        "jobs": options.jobs,
         "timing": "device events, L2 flushed before each call, contestants in turns in random order, inputs rotate",
-    }  # fmt: skip
+    }
     results = gpu_report.Results(plan, conditions, options.out)
     command = gpu_runner.python_command(Path(__file__), arguments, deadline)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of `finally`, which ends the processes below
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # by way of `finally`, which ends the processes below
     gpu_runner.supervise(command, plan, deadline, options.jobs, results.add, results.set_machine)
     results.write()
     for line in gpu_report.summary(results):
@@ -72,20 +80,32 @@ class _Parser(argparse.ArgumentParser):
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     from .plan import SECTIONS
 
-    parser = _Parser(prog="run.py", description="Our attention on this GPU, checked and timed beside others'.")
-    parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder for what is written (gpu-results)")
-    parser.add_argument("--minutes", type=float, default=8.0, help="what there is no time for is listed as skipped (8)")
+    parser = _Parser(
+        prog="run.py", description="Our attention on this GPU, checked and timed beside others'."
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("gpu-results"), help="folder for what is written (gpu-results)"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=8.0, help="what there is no time for is listed as skipped (8)"
+    )
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
-    parser.add_argument("--dry-run", action="store_true", help="on the CPU, with tiny shapes; its times mean nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="on the CPU, with tiny shapes; its times mean nothing"
+    )
     parser.add_argument("--build", action="store_true", help="compile csrc/cuda first, for the cuda backend")
     parser.add_argument("--no-cuda", action="store_true", help="leave the cuda backend out")
     parser.add_argument("--device", default="cuda", help="cuda, or cuda:1 ...")
-    parser.add_argument("--backend", help="of ours: see flashbrush info (triton; in a dry run cpu, or composed)")
+    parser.add_argument(
+        "--backend", help="of ours: see flashbrush info (triton; in a dry run cpu, or composed)"
+    )
     parser.add_argument("--jobs", type=int, help="processes that check side by side (6; in a dry run 1)")
     parser.add_argument(
-        "--peers", type=Path, metavar="FILE",
+        "--peers",
+        type=Path,
+        metavar="FILE",
         help="Python file whose contestants() gives more of them: {name: flashbrush.benchmarks.cpu.peers.Peer}",
-    )  # fmt: skip
+    )
     for name, kind in (("--worker", Path), ("--tasks", str), ("--deadline", float)):
         parser.add_argument(name, type=kind, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -111,7 +131,9 @@ def _setup(options: argparse.Namespace) -> Setup:
         print(f"run.py: {failed}; the rest goes on", file=sys.stderr)
     known = backends()
     if not options.dry_run and (device.type != "cuda" or not torch.cuda.is_available()):
-        raise ValueError(f"device: no GPU is visible to torch as {options.device!r}; --dry-run walks the plan on the CPU")
+        raise ValueError(
+            f"device: no GPU is visible to torch as {options.device!r}; --dry-run walks the plan on the CPU"
+        )
     fallback = "composed" if known["cpu"] else "cpu"
     backend = options.backend or (fallback if options.dry_run else "triton")
     if backend not in known:
@@ -164,8 +186,12 @@ def _more(file: Path | None) -> dict:
 
 
 def _run_as_module() -> None:
-    """Make the checkout's root the package flashbrush, whatever is installed, and run this file as a part of it."""
-    sys.path = [p for p in sys.path if Path(p or ".").resolve() != ROOT / "benchmarks" / "gpu"]  # its names are common words
+    """Make the checkout's root the package flashbrush, whatever is installed, and run this file as a part of
+    it.
+    """
+    sys.path = [
+        p for p in sys.path if Path(p or ".").resolve() != ROOT / "benchmarks" / "gpu"
+    ]  # its names are common words
     spec = importlib.util.spec_from_file_location(
         "flashbrush", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
     )

@@ -1,9 +1,9 @@
 """Runs the plan in processes of its own: one that crashes or hangs costs its own row, and no other.
 
-A kernel that reads out of bounds leaves its process without a device: the rest of the plan goes on in a new one. Where
-the cuda backend took part, it goes on without that, and a row that was being timed is made once more: what hangs or
-crashes beside others does not cost theirs. The checks, which time nothing, run in several processes at once, so that
-their kernels are compiled side by side.
+A kernel that reads out of bounds leaves its process without a device: the rest of the plan goes on in a new
+one. Where the cuda backend took part, it goes on without that, and a row that was being timed is made once
+more: what hangs or crashes beside others does not cost theirs. The checks, which time nothing, run in several
+processes at once, so that their kernels are compiled side by side.
 """
 
 from __future__ import annotations
@@ -78,7 +78,9 @@ def _alive(device: torch.device) -> bool:
 class Worker:
     """A process that works through some tasks, and is started again behind the one that it dies of."""
 
-    def __init__(self, command: Sequence[str], plan: Sequence[Task], indices: Sequence[int], folder: Path) -> None:
+    def __init__(
+        self, command: Sequence[str], plan: Sequence[Task], indices: Sequence[int], folder: Path
+    ) -> None:
         self.command, self.plan, self.left, self.folder = list(command), plan, list(indices), folder
         self.again: dict[int, str] = {}  # tasks to be made once more, and why
         self.starts = 0
@@ -129,7 +131,9 @@ class Worker:
                 self._lose(self.current, f"no result after {self.plan[self.current].limit:.0f} s", report)
 
     def _drain(self, report: Report, machine: Callable[[Row], None]) -> None:
-        *lines, self.part = (self.part + self.read.read()).split("\n")  # the last one may still be being written
+        *lines, self.part = (self.part + self.read.read()).split(
+            "\n"
+        )  # the last one may still be being written
         for event in map(json.loads, lines):
             if "machine" in event:
                 machine(event["machine"])
@@ -174,9 +178,13 @@ class Worker:
 
 
 def supervise(
-    command: Sequence[str], plan: Sequence[Task], deadline: float, jobs: int, report: Report,
+    command: Sequence[str],
+    plan: Sequence[Task],
+    deadline: float,
+    jobs: int,
+    report: Report,
     machine: Callable[[Row], None],
-) -> None:  # fmt: skip
+) -> None:
     """Run the whole plan by `command`: what times alone and in order, the checks in up to `jobs` processes."""
     apart = [i for i, task in enumerate(plan) if task.apart] if jobs > 1 else []
     first = [i for i in range(len(plan)) if i not in apart and (not apart or i < apart[0])]

@@ -19,8 +19,8 @@ def _items(shape: Shape, batch: int) -> Shape:
     return replace(shape, batch=batch)
 
 
-# FLUX: 512 text tokens, 16 x 16 pixels to an image token. SD3: 77 + 256 text tokens. SD1.5's self-attention is that of
-# a UNet at 64 x 64 and at 32 x 32 latents, its tokens cut as a diptych's.
+# FLUX: 512 text tokens, 16 x 16 pixels to an image token. SD3: 77 + 256 text tokens. SD1.5's self-attention
+# is that of a UNet at 64 x 64 and at 32 x 32 latents, its tokens cut as a diptych's.
 GPU_SHAPES: dict[str, Shape] = _named(
     diptych("flux-1024", 24, 512, 2048, 128),
     SHAPES["flux-768-diptych"],
@@ -38,7 +38,8 @@ LONG = ("tokens-16k", "tokens-64k")
 SMALL = ("sd15-32", "sd15-64", "sd3-1024")
 
 VARIANTS = ("plain", "shift", "brush", "groups", "contrast", "contrast_linear", "quarter")
-# Ours by their names in the results, with their variants; the second ones run on the cuda backend, whatever the others do.
+# Ours by their names in the results, with their variants; the second ones run on the cuda backend, whatever
+# the others do.
 CUDA = {f"cuda_{name}": name for name in ("plain", "shift", "brush", "groups", "contrast_linear", "quarter")}
 OWN = {**{name: name for name in VARIANTS}, **CUDA}
 
@@ -52,10 +53,11 @@ def dry(shape: Shape) -> Shape:
 def variant(shape: Shape, name: str) -> Shape:
     """A diptych with one variant's control.
 
-    shift: In-Context Brush's weights (arXiv 2505.20271, Eq. 5). brush: and its mass and gain (Eqs. 6 to 8). groups: text
-    and image, each with a softmax of its own, gated (IP-Adapter, arXiv 2308.06721). contrast: of the map, clipped
-    (SD-VICL, arXiv 2508.09949). contrast_linear: not clipped. quarter: brush's weights and gain, for the last quarter of
-    the rows alone.
+    shift: In-Context Brush's weights (arXiv 2505.20271, Eq. 5). brush: and its mass and gain (Eqs. 6 to 8).
+        groups: text
+    and image, each with a softmax of its own, gated (IP-Adapter, arXiv 2308.06721). contrast: of the map,
+    clipped (SD-VICL, arXiv 2508.09949). contrast_linear: not clipped. quarter: brush's weights and gain, for
+    the last quarter of the rows alone.
 
     Raises:
         ValueError: an unknown name.

@@ -27,7 +27,8 @@ def interleaved(
     """Seconds per call of every contestant, one sample a round, in random order within a round.
 
     Args:
-        seconds: about how long all the rounds together may take; 7 rounds are made whatever they take, at most 60.
+        seconds: about how long all the rounds together may take; 7 rounds are made whatever they take, at
+            most 60.
     """
     clock = Clock(device)
     for calls in contestants.values():
@@ -45,7 +46,8 @@ def interleaved(
 
 
 class Clock:
-    """Device events around a call that follows a flush; the host runs ahead, so that launches hide behind the flush.
+    """Device events around a call that follows a flush; the host runs ahead, so that launches hide behind the
+    flush.
 
     spins: behind a spin too, which takes longer than the host's part of a call.
     """

@@ -1,4 +1,5 @@
-"""`flashbrush bench --tune`: tiles of the forward kernel, timed on this GPU and written to a file of the user's.
+"""`flashbrush bench --tune`: tiles of the forward kernel, timed on this GPU and written to a file of the
+user's.
 
 Nothing reads the file before FLASHBRUSH_TILES names it.
 """
@@ -23,7 +24,11 @@ from .shapes import vary
 from .timing import interleaved, sets
 
 DIMS = (40, 64, 80, 128)
-VARIANTS = {"plain": (False, False), "brush": (False, True), "groups": (True, False)}  # whether grouped, whether with mass
+VARIANTS = {
+    "plain": (False, False),
+    "brush": (False, True),
+    "groups": (True, False),
+}  # whether grouped, whether with mass
 GAIN = 0.98  # of the chosen tile's time: less is not worth a file's entry
 
 
@@ -46,10 +51,17 @@ def main() -> int:
         tried = tiles.candidates(10 * major + minor, kind)
         samples = measure(setup, kind, variant, tried)
         best = choose(tried, samples)
-        default, now = (timing.spread(samples[t]).median * 1e3 if t in samples else None for t in (tried[0], best))
+        default, now = (
+            timing.spread(samples[t]).median * 1e3 if t in samples else None for t in (tried[0], best)
+        )
         shown = (f"{t:.4g} ms" if t is not None else "did not run" for t in (default, now))
-        print(f"D {dim}, {variant}: {' -> '.join(shown)}; {len(samples)} of {len(tried)} ran; {best}", flush=True)
-        report.append({**kind._asdict(), "default_ms": default, "ms": now, "ran": len(samples), "tried": len(tried)})
+        print(
+            f"D {dim}, {variant}: {' -> '.join(shown)}; {len(samples)} of {len(tried)} ran; {best}",
+            flush=True,
+        )
+        report.append(
+            {**kind._asdict(), "default_ms": default, "ms": now, "ran": len(samples), "tried": len(tried)}
+        )
         if best != tried[0]:
             found[kind] = best
         tiles.write(path, gpu, found, {"machine": describe(setup), "timed": report})
@@ -58,7 +70,9 @@ def main() -> int:
 
 
 def choose(tried: Sequence[tiles.Tile], samples: Mapping[tiles.Tile, list[float]]) -> tiles.Tile:
-    """The fastest tile, where it beats the first one, which is the default, by more than the rounds' spread; else that."""
+    """The fastest tile, where it beats the first one, which is the default, by more than the rounds' spread;
+    else that.
+    """
     if not samples:
         return tried[0]
     fastest = min(samples, key=lambda tile: timing.spread(samples[tile]).median)
@@ -72,10 +86,14 @@ def choose(tried: Sequence[tiles.Tile], samples: Mapping[tiles.Tile, list[float]
 def measure(
     setup: Setup, kind: tiles.Kind, variant: str, tried: Sequence[tiles.Tile]
 ) -> dict[tiles.Tile, list[float]]:
-    """Seconds of each tile that compiles, fits the GPU and is right, at FLUX's diptych with the kind's head dim."""
+    """Seconds of each tile that compiles, fits the GPU and is right, at FLUX's diptych with the kind's head
+    dim.
+    """
     shape = diptych(f"tune-{kind.dim}", 24, 512, 2304, kind.dim)
     inputs = 6 * shape.heads * shape.dim * shape.n_rows
-    cases = [vary(draw(shape, torch.bfloat16, i, setup.device), variant) for i in range(sets(setup.device, inputs))]
+    cases = [
+        vary(draw(shape, torch.bfloat16, i, setup.device), variant) for i in range(sets(setup.device, inputs))
+    ]
     truth, peer = Truth(cases[0], variant != "plain"), mine(setup, variant)
     calls: dict[tiles.Tile, list[Callable[[], object]]] = {}
     for tile in tried:

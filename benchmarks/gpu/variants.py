@@ -1,4 +1,6 @@
-"""Other tiles of the CUDA kernel than the ones it is built with, compiled on the spot, checked and timed beside them."""
+"""Other tiles of the CUDA kernel than the ones it is built with, compiled on the spot, checked and timed
+beside them.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +76,11 @@ def measure(setup: Setup, shape: str, name: str) -> Row:
     """One variant, plain and with In-Context Brush, beside the kernel as it is built and cuDNN."""
     library = _library(GPU_SHAPES[shape].dim, name)
     if not setup.build or not setup.cuda or not library.exists():
-        return {"missing": {name: NOT_BUILT if not setup.build else NO_CUDA if not setup.cuda else "it was not compiled"}}
+        return {
+            "missing": {
+                name: NOT_BUILT if not setup.build else NO_CUDA if not setup.cuda else "it was not compiled"
+            }
+        }
     entries: list[Entry] = [("cudnn", gpu_peers.VENDORS["cudnn"], "plain")]
     for form in ("plain", "brush"):
         ours = gpu_peers.mine(setup, f"cuda_{form}")
@@ -98,7 +104,9 @@ def _library(dim: int, name: str) -> Path:
     return FOLDER / f"{dim}-{list(VARIANTS[dim]).index(name)}.so"
 
 
-def _compile(builder: Mapping[str, Any], dim: int, numbers: Mapping[str, int], library: Path) -> dict[str, Any]:
+def _compile(
+    builder: Mapping[str, Any], dim: int, numbers: Mapping[str, int], library: Path
+) -> dict[str, Any]:
     """What the compiler says of it: setup.py's report."""
     report: dict[str, Any] = {"error": None, "kernels": {}, "warnings": []}
     sources = [str(path) for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]

@@ -2,8 +2,8 @@
 
 Our C++ kernel and oneDNN allocate outside torch, so that no hook on torch's allocator would see them. A child
 process draws the inputs, warms up on a small shape, resets the high-water mark (/proc/self/clear_refs), makes
-the call once and reads VmHWM. It is the call's first at this shape, so that a workspace that is kept for the next
-one counts. glibc is told to return freed memory at once, or the warm-up's could serve unseen.
+the call once and reads VmHWM. It is the call's first at this shape, so that a workspace that is kept for the
+next one counts. glibc is told to return freed memory at once, or the warm-up's could serve unseen.
 """
 
 from __future__ import annotations

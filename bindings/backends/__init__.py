@@ -1,9 +1,9 @@
 """The backends: one file each, with the same functions.
 
-    name                the word that backend=... takes
-    available()         -> reasons in words why it cannot run on this machine at all; empty: it can
-    why_not(problem)    -> reasons in words why it cannot solve this problem; empty: it can
-    forward(problem)    -> Result
+name                the word that backend=... takes
+available()         -> reasons in words why it cannot run on this machine at all; empty: it can
+why_not(problem)    -> reasons in words why it cannot solve this problem; empty: it can
+forward(problem)    -> Result
 """
 
 from __future__ import annotations

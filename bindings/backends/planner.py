@@ -18,7 +18,9 @@ FUSED = {"cpu": (cpu,), "cuda": (triton,), "hip": (triton,)}
 
 
 def choose(problem: Problem) -> tuple[ModuleType, dict[str, list[str]]]:
-    """The first backend that takes the problem, fused ones of its device first, and why the earlier ones do not."""
+    """The first backend that takes the problem, fused ones of its device first, and why the earlier ones do
+    not.
+    """
     refused: dict[str, list[str]] = {}
     for backend in (*FUSED.get(problem.q.device.type, ()), composed, reference):
         reasons = backend.available() or backend.why_not(problem)
@@ -29,7 +31,8 @@ def choose(problem: Problem) -> tuple[ModuleType, dict[str, list[str]]]:
 
 
 def resolve(problem: Problem, name: str) -> ModuleType:
-    """The backend called `name`, or the planner's choice for "auto", which warns once when no fused one will do.
+    """The backend called `name`, or the planner's choice for "auto", which warns once when no fused one will
+    do.
 
     Raises:
         ValueError: the named backend does not exist, or cannot solve the problem; the message says why.
@@ -47,7 +50,9 @@ def resolve(problem: Problem, name: str) -> ModuleType:
 
 
 def resolve_backward(problem: Problem, name: str) -> ModuleType:
-    """What computes the gradient of a call that ran on `name`: its own kernel where it has one, else torch operators."""
+    """What computes the gradient of a call that ran on `name`: its own kernel where it has one, else torch
+    operators.
+    """
     empty = problem.batch * problem.rows * problem.heads * problem.keys == 0
     backend = FUSED.get(problem.q.device.type, (composed,))[0] if name == "auto" else BACKENDS[name]
     if empty or not hasattr(backend, "backward") or backend.available() or backend.why_not(problem):

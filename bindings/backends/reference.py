@@ -1,8 +1,8 @@
 """The executable specification: materialises the attention map; float64 in, float64 throughout.
 
-    s_ij = scale * <q_i, k_j> + bias[h, a(i), c(j)]
-    p_ij = softmax over the keys of group(c(j))
-    o_i  = gain[h, a(i)] * sum_g gate_g(i) * sum_{c in g} weight[h, a(i), c] * sum_{j in c} phi(p_ij) v_j
+s_ij = scale * <q_i, k_j> + bias[h, a(i), c(j)]
+p_ij = softmax over the keys of group(c(j))
+o_i  = gain[h, a(i)] * sum_g gate_g(i) * sum_{c in g} weight[h, a(i), c] * sum_{j in c} phi(p_ij) v_j
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ def available() -> list[str]:
 
 
 def forward(problem: Problem) -> Result:
-    """Any device, any dtype, differentiable with respect to q, k and v. Computes in float32, or float64 for float64."""
+    """Any device, any dtype, differentiable with respect to q, k and v. Computes in float32, or float64 for
+    float64.
+    """
     p = problem
     B, M, H = p.batch, p.rows, p.heads
     dtype = torch.float64 if p.q.dtype == torch.float64 else torch.float32
@@ -55,7 +57,9 @@ def forward(problem: Problem) -> Result:
     group_of_key = torch.tensor(p.groups, device=q.device)[c]  # (B, N)
 
     out = torch.zeros_like(q)
-    lse = torch.empty(B, H, M, p.n_groups, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=q.device)
+    lse = torch.empty(
+        B, H, M, p.n_groups, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=q.device
+    )
     mass = s.new_zeros(B, H, len(p.row_lengths), len(p.key_lengths))
     rows_of = torch.nn.functional.one_hot(a, len(p.row_lengths)).to(dtype)  # (B, M, R)
     keys_of = torch.nn.functional.one_hot(c, len(p.key_lengths)).to(dtype)  # (B, N, C)
@@ -79,7 +83,9 @@ def forward(problem: Problem) -> Result:
 
 
 def logits(q: Tensor, k: Tensor, allowed: Tensor) -> Tensor:
-    """<q_i, k_j> where a removed pair's key is not read, in the gradient of q either: its NaN or Inf stays out."""
+    """<q_i, k_j> where a removed pair's key is not read, in the gradient of q either: its NaN or Inf stays
+    out.
+    """
     finite = torch.isfinite(k).all(-1)
     s = torch.einsum("bhmd,bhnd->bhmn", q, torch.where(finite[..., None], k, 0))
     for b, h, n in (~finite).nonzero().tolist():
@@ -88,7 +94,9 @@ def logits(q: Tensor, k: Tensor, allowed: Tensor) -> Tensor:
 
 
 def masked_softmax(s: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
-    """(probabilities, lse) over the allowed keys; a row without one gives 0 and -inf. NaN in an allowed logit spreads."""
+    """(probabilities, lse) over the allowed keys; a row without one gives 0 and -inf. NaN in an allowed logit
+    spreads.
+    """
     s = torch.where(allowed, s, -math.inf)
     # A softmax of its own: exp(s - lse) would lose what a large lse rounds away.
     prob = torch.softmax(torch.where(allowed.any(-1, keepdim=True), s, 0), -1)
@@ -154,7 +162,9 @@ def total_gain(problem: Problem, mass: Tensor) -> Tensor:
     return torch.where(applies.to(mass.device), given * per_head[..., None], given)
 
 
-def derive_gain(rule: GainRule, mass: Tensor, row_lengths: tuple[int, ...], row_items: Tensor | None) -> Tensor:
+def derive_gain(
+    rule: GainRule, mass: Tensor, row_lengths: tuple[int, ...], row_items: Tensor | None
+) -> Tensor:
     """mass (B, H, R, C) -> gain (B, H); In-Context Brush (arXiv 2505.20271) Eqs. 6-8."""
     block = mass[:, :, list(rule.rows)][..., list(rule.keys)].sum((2, 3))
     if row_items is None:

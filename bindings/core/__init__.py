@@ -1,1 +1,3 @@
-"""What every public function and backend shares: segments, controls, the lowered problem, the registered operators."""
+"""What every public function and backend shares: segments, controls, the lowered problem, the registered
+operators.
+"""

@@ -1,4 +1,6 @@
-"""Derivatives that an operator of ours has no rule for, in which it would count as a constant: they are refused."""
+"""Derivatives that an operator of ours has no rule for, in which it would count as a constant: they are
+refused.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +30,11 @@ def refuse_tangents(*tensors: object) -> None:
 
 
 def first_order(backward: Callable[..., tuple]) -> Callable[..., tuple]:
-    """For an autograd.Function's backward: its results may not be differentiated; RuntimeError where they are.
+    """For an autograd.Function's backward: its results may not be differentiated; RuntimeError where they
+    are.
 
-    torch's once_differentiable leaves them without an edge to the inputs, so that torch.autograd.grad drops them unsaid.
+    torch's once_differentiable leaves them without an edge to the inputs, so that torch.autograd.grad drops
+    them unsaid.
     """
 
     @functools.wraps(backward)
@@ -54,4 +58,6 @@ class _FirstOrder(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> tuple:
-        raise RuntimeError("flashbrush: no gradient of a gradient; attention() has one on backend='reference'")
+        raise RuntimeError(
+            "flashbrush: no gradient of a gradient; attention() has one on backend='reference'"
+        )

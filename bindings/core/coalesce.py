@@ -21,9 +21,14 @@ def coalesce(problem: Problem) -> Problem:
         return p
     rule = p.head_gain
     joined = _join(
-        p.row_lengths, p.key_lengths, p.groups, p.kinds, (rule.rows, rule.keys, rule.apply) if rule else ((), (), ()),
-        p.gain is None, p.valid is None and len(p.k) == 1,
-    )  # fmt: skip
+        p.row_lengths,
+        p.key_lengths,
+        p.groups,
+        p.kinds,
+        (rule.rows, rule.keys, rule.apply) if rule else ((), (), ()),
+        p.gain is None,
+        p.valid is None and len(p.k) == 1,
+    )
     if joined is None:
         return p
 
@@ -40,10 +45,16 @@ def coalesce(problem: Problem) -> Problem:
         return table
 
     return p.changed(
-        row_lengths=joined.row_lengths, key_lengths=joined.key_lengths, groups=joined.groups, kinds=joined.kinds,
-        bias=pick(p.bias, 2, 3), weight=pick(p.weight, 2, 3), gain=pick(p.gain, 2, None), valid=pick(p.valid, None, 1),
+        row_lengths=joined.row_lengths,
+        key_lengths=joined.key_lengths,
+        groups=joined.groups,
+        kinds=joined.kinds,
+        bias=pick(p.bias, 2, 3),
+        weight=pick(p.weight, 2, 3),
+        gain=pick(p.gain, 2, None),
+        valid=pick(p.valid, None, 1),
         head_gain=GainRule(*joined.rule, values=rule.values, norm=rule.norm) if rule else None,
-    )  # fmt: skip
+    )
 
 
 class _Joined(NamedTuple):

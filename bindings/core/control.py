@@ -22,9 +22,10 @@ EVERY = 2**31 - 1  # an entry of the `valid` table that cuts nothing
 class HeadGain:
     """Gain per head derived from the attention mass of the block (`rows`, `keys`).
 
-    With m[b, h] the block's mass divided by its number of rows, over heads: ``minmax`` floor + span*(m-min)/(max-min+eps),
-    ``mean`` floor + span*m/mean(m), ``max`` floor + span*m/max(m), ``softmax`` floor + span*H*softmax(m); eps of float32.
-    It multiplies the rows of `apply_to`. In-Context Brush (arXiv 2505.20271, Eqs. 6-8), whose code uses ``minmax``.
+    With m[b, h] the block's mass divided by its number of rows, over heads: ``minmax`` floor +
+    span*(m-min)/(max-min+eps), ``mean`` floor + span*m/mean(m), ``max`` floor + span*m/max(m), ``softmax``
+    floor + span*H*softmax(m); eps of float32. It multiplies the rows of `apply_to`. In-Context Brush (arXiv
+    2505.20271, Eqs. 6-8), whose code uses ``minmax``.
 
     Args:
         rows, keys, apply_to: a segment name, a sequence of names, or "*" for all.
@@ -53,8 +54,8 @@ class HeadGain:
 class Contrast:
     """Contrast of the attention map: p becomes clip(beta*p - (beta-1)/Nk, lo, hi) on allowed keys.
 
-    Nk counts the allowed, valid keys of the row's group. ``clip=None`` leaves the map unclipped, which is linear and
-    takes one pass. SD-VICL (arXiv 2508.09949) and cross-image attention: beta 1.67, clip (0, 1).
+    Nk counts the allowed, valid keys of the row's group. ``clip=None`` leaves the map unclipped, which is
+    linear and takes one pass. SD-VICL (arXiv 2508.09949) and cross-image attention: beta 1.67, clip (0, 1).
 
     Raises:
         ValueError: beta is not a finite number; clip is neither None nor a pair (lo, hi) with lo <= hi.
@@ -69,8 +70,14 @@ class Contrast:
         if self.clip is None:
             return
         bounds = tuple(self.clip) if isinstance(self.clip, (tuple, list)) else ()
-        if len(bounds) != 2 or not all(_is_number(x) and fits_float32(x) for x in bounds) or bounds[0] > bounds[1]:
-            raise ValueError(f"Contrast.clip: expected None or finite bounds (lo, hi) with lo <= hi, got {self.clip!r}")
+        if (
+            len(bounds) != 2
+            or not all(_is_number(x) and fits_float32(x) for x in bounds)
+            or bounds[0] > bounds[1]
+        ):
+            raise ValueError(
+                f"Contrast.clip: expected None or finite bounds (lo, hi) with lo <= hi, got {self.clip!r}"
+            )
         object.__setattr__(self, "clip", bounds)
 
 
@@ -79,21 +86,24 @@ class Control:
 
     Args:
         rows, keys: Segments of the query rows and of the keys; keys=None: the same as rows.
-        bias: {(row segment, key segment): value} added to the logits before the softmax (natural units); -inf removes
-            the pair, whose keys are then never read; other values are within 1e4. A value is a number or a float tensor
-            (heads,) or (batch, heads); "*" matches every segment; entries apply in order, later ones overwrite.
-        weight: same keys and values, finite and >= 0; multiplies probabilities after the softmax, not renormalised.
+        bias: {(row segment, key segment): value} added to the logits before the softmax (natural units); -inf
+            removes the pair, whose keys are then never read; other values are within 1e4. A value is a number
+            or a float tensor (heads,) or (batch, heads); "*" matches every segment; entries apply in order,
+            later ones overwrite.
+        weight: same keys and values, finite and >= 0; multiplies probabilities after the softmax, not
+            renormalised.
         gain: {row segment: value}; multiplies the output's rows.
         head_gain: a gain derived from the attention mass; multiplies with `gain`.
-        groups: {group: [key segments]}: softmax groups, each normalised alone; every key segment is in exactly one.
-            dict order is the order of lse's last dimension. None: one group named "all".
+        groups: {group: [key segments]}: softmax groups, each normalised alone; every key segment is in
+            exactly one. dict order is the order of lse's last dimension. None: one group named "all".
         gates: {group: value}: a number or a float tensor (batch, rows); 1 where not named.
         contrast: a Contrast for all groups, or {group: Contrast}.
         valid: {key segment: int tensor (batch,)}: only the segment's first n keys exist for the item.
 
-    The tables are lowered to tensors here, once: inside ``torch.compile`` only they and static structure are read, so
-    that a changed number does not recompile. Numbers and CPU tensors are checked by value, device tensors by shape and
-    dtype only. Raises ValueError or TypeError naming the argument, what was expected and what came.
+    The tables are lowered to tensors here, once: inside ``torch.compile`` only they and static structure are
+        read, so
+    that a changed number does not recompile. Numbers and CPU tensors are checked by value, device tensors by
+    shape and dtype only. Raises ValueError or TypeError naming the argument, what was expected and what came.
     """
 
     def __init__(
@@ -115,12 +125,20 @@ class Control:
             if not isinstance(segments, Segments):
                 raise TypeError(f"{name}: expected Segments, got {type(segments).__name__}")
         self.rows, self.keys = rows, keys
-        for name, entries in (("bias", bias), ("weight", weight), ("gain", gain), ("gates", gates), ("valid", valid)):
+        for name, entries in (
+            ("bias", bias),
+            ("weight", weight),
+            ("gain", gain),
+            ("gates", gates),
+            ("valid", valid),
+        ):
             if entries is not None and not isinstance(entries, Mapping):
                 raise TypeError(f"{name}: expected a dict, got {type(entries).__name__}")
         self.group_names, self.groups = _lower_groups(groups, keys)
         entries_bias = [(pair, _check_value(f"bias[{pair}]", v, "bias")) for pair, v in (bias or {}).items()]
-        entries_weight = [(pair, _check_value(f"weight[{pair}]", v, "weight")) for pair, v in (weight or {}).items()]
+        entries_weight = [
+            (pair, _check_value(f"weight[{pair}]", v, "weight")) for pair, v in (weight or {}).items()
+        ]
         bias_ids, self.bias = self._pair_table("bias", entries_bias, 0.0)
         weight_ids, self.weight = self._pair_table("weight", entries_weight, 1.0)
         removed = [_is_minus_inf(v) for _, v in entries_bias]
@@ -142,22 +160,32 @@ class Control:
             self.head_gain_rows = _indices("head_gain.rows", head_gain.rows, rows)
             self.head_gain_keys = _indices("head_gain.keys", head_gain.keys, keys)
             self.head_gain_apply = _indices("head_gain.apply_to", head_gain.apply_to, rows)
-            self.head_gain_values = torch.tensor([head_gain.span, head_gain.floor], dtype=torch.float32, device="cpu")
+            self.head_gain_values = torch.tensor(
+                [head_gain.span, head_gain.floor], dtype=torch.float32, device="cpu"
+            )
         self.gates = self._gate_table(gates or {})
         self.contrast = _lower_contrast(contrast, self.group_names)
-        # (groups, 3) float64: beta, lo, hi; it stays on the CPU, where its numbers can be read without a sync.
+        # (groups, 3) float64: beta, lo, hi; it stays on the CPU, where its numbers can be read without a
+        # sync.
         self.contrast_values: Tensor | None = None
         if any(c is not None for c in self.contrast):
-            numbers = [(0.0, 0.0, 0.0) if c is None else (c.beta, *(c.clip or (0.0, 0.0))) for c in self.contrast]
+            numbers = [
+                (0.0, 0.0, 0.0) if c is None else (c.beta, *(c.clip or (0.0, 0.0))) for c in self.contrast
+            ]
             self.contrast_values = torch.tensor(numbers, dtype=torch.float64, device="cpu")
         self.valid = self._valid_table(valid or {})
-        # The batch sizes and head counts that the tables name (1 broadcasts and is left out), found once for all calls.
+        # The batch sizes and head counts that the tables name (1 broadcasts and is left out), found once for
+        # all calls.
         tables = [t for t in (self.bias, self.weight, self.gain) if t is not None]
         broadcast = tables if self.gates is None else [*tables, self.gates]
         exact = [t for t in (self.valid, rows.items, keys.items) if t is not None]
-        self.batches = frozenset({t.shape[0] for t in broadcast if t.shape[0] > 1} | {t.shape[0] for t in exact})
+        self.batches = frozenset(
+            {t.shape[0] for t in broadcast if t.shape[0] > 1} | {t.shape[0] for t in exact}
+        )
         self.heads = frozenset(t.shape[1] for t in tables if t.shape[1] > 1)
-        self._devices = frozenset(t.device for t in (getattr(self, name) for name in _TABLES) if t is not None)
+        self._devices = frozenset(
+            t.device for t in (getattr(self, name) for name in _TABLES) if t is not None
+        )
         self._moved: dict[torch.device, Control] = {}
 
     def _pair_table(
@@ -195,7 +223,9 @@ class Control:
         shape, device = (1, 1), torch.device("cpu")
         for name, gate in gates.items():
             if name not in self.group_names:
-                raise ValueError(f"gates: unknown group {name!r}; expected one of {', '.join(self.group_names)}")
+                raise ValueError(
+                    f"gates: unknown group {name!r}; expected one of {', '.join(self.group_names)}"
+                )
             if not isinstance(gate, Tensor):
                 _check_value(f"gates[{name!r}]", gate, "gain")
                 continue
@@ -211,7 +241,9 @@ class Control:
             shape, device = (max(shape[0], gate.shape[0]), gate.shape[1]), gate.device
         table = torch.ones(*shape, len(self.group_names), dtype=torch.float32, device=device)
         for name, gate in gates.items():
-            table[:, :, self.group_names.index(name)] = gate.detach() if isinstance(gate, Tensor) else float(gate)
+            table[:, :, self.group_names.index(name)] = (
+                gate.detach() if isinstance(gate, Tensor) else float(gate)
+            )
         return table
 
     def _valid_table(self, valid: Mapping[str, Tensor]) -> Tensor | None:
@@ -222,11 +254,17 @@ class Control:
         for name, count in valid.items():
             c = self.keys.index(name, "valid")
             if not isinstance(count, Tensor) or count.dim() != 1 or count.dtype not in INT_DTYPES:
-                got = f"{count.dtype} {tuple(count.shape)}" if isinstance(count, Tensor) else type(count).__name__
+                got = (
+                    f"{count.dtype} {tuple(count.shape)}"
+                    if isinstance(count, Tensor)
+                    else type(count).__name__
+                )
                 raise TypeError(f"valid[{name!r}]: expected an int tensor (batch,), got {got}")
             limit = self.keys.lengths[c] if self.keys.items is None else self.keys.items[:, c]
             if isinstance(limit, Tensor) and limit.shape != count.shape:
-                raise ValueError(f"valid[{name!r}]: expected shape {tuple(limit.shape)}, got {tuple(count.shape)}")
+                raise ValueError(
+                    f"valid[{name!r}]: expected shape {tuple(limit.shape)}, got {tuple(count.shape)}"
+                )
             if _readable(count) and bool(((count < 0) | (count > limit)).any()):
                 most = limit.tolist() if isinstance(limit, Tensor) else limit
                 raise ValueError(f"valid[{name!r}]: expected values in 0..{most}, got {count.tolist()}")
@@ -241,7 +279,9 @@ class Control:
         return table
 
     def to(self, device: torch.device | str) -> Control:
-        """This control with its tables on `device`; the same object where they are there already, else cached."""
+        """This control with its tables on `device`; the same object where they are there already, else
+        cached.
+        """
         device = torch.device(device)
         if self._devices <= {device}:
             return self
@@ -283,15 +323,16 @@ def _is_minus_inf(value: Value) -> bool:
     return not isinstance(value, Tensor) and value == -math.inf
 
 
-# The bounds stand in the functions, where a compiler takes them for constants; those of a module it takes for inputs.
+# The bounds stand in the functions, where a compiler takes them for constants; those of a module it takes for
+# inputs.
 def fits_float32(x: float) -> bool:
     """Whether the number is finite, and stays so in float32."""
     return -3.4028234663852886e38 <= x <= 3.4028234663852886e38
 
 
 def _limits(kind: Literal["bias", "weight", "gain"]) -> tuple[float, float]:
-    """Of finite entries. Beside a bias on all of a row's keys lse keeps what is left of float32's digits, and from lse come
-    the gradient and the statistics of columns: what is to be removed has a bias of -inf."""
+    """Of finite entries. Beside a bias on all of a row's keys lse keeps what is left of float32's digits, and
+    from lse come the gradient and the statistics of columns: what is to be removed has a bias of -inf."""
     if kind == "bias":
         return -1e4, 1e4
     return 0.0 if kind == "weight" else -3.4028234663852886e38, 3.4028234663852886e38
@@ -301,7 +342,9 @@ def _check_tensor(argument: str, value: Tensor) -> None:
     if not value.is_floating_point():
         raise TypeError(f"{argument}: expected a float tensor, got {value.dtype}")
     if value.requires_grad:
-        raise TypeError(f"{argument}: a control tensor that requires grad is not differentiated; pass value.detach()")
+        raise TypeError(
+            f"{argument}: a control tensor that requires grad is not differentiated; pass value.detach()"
+        )
 
 
 def _check_value(argument: str, value: Value, kind: Literal["bias", "weight", "gain"]) -> Value:
@@ -309,7 +352,9 @@ def _check_value(argument: str, value: Value, kind: Literal["bias", "weight", "g
     if isinstance(value, Tensor):
         _check_tensor(argument, value)
         if value.dim() not in (1, 2):
-            raise ValueError(f"{argument}: expected a number or shape (heads,) or (batch, heads), got {tuple(value.shape)}")
+            raise ValueError(
+                f"{argument}: expected a number or shape (heads,) or (batch, heads), got {tuple(value.shape)}"
+            )
         if not _readable(value):
             return value
         as_used = value.detach().to(torch.float32)
@@ -329,9 +374,10 @@ def _check_value(argument: str, value: Value, kind: Literal["bias", "weight", "g
 
 
 _RANGE = {
-    "bias": "a finite number or -inf, which removes, at most 1e4 in size", "weight": "a finite number >= 0",
+    "bias": "a finite number or -inf, which removes, at most 1e4 in size",
+    "weight": "a finite number >= 0",
     "gain": "a finite number",
-}  # fmt: skip
+}
 
 
 def _as_batch_heads(value: Value) -> Value:
@@ -346,7 +392,9 @@ def _blank(values: list[Value], shape: tuple[int, ...], neutral: float, argument
     for value in values:
         if not isinstance(value, Tensor):
             continue
-        value_batch, value_heads = (1, value.shape[0]) if value.dim() == 1 else (value.shape[0], value.shape[1])
+        value_batch, value_heads = (
+            (1, value.shape[0]) if value.dim() == 1 else (value.shape[0], value.shape[1])
+        )
         for what, have, got in (("batch", batch, value_batch), ("head", heads, value_heads)):
             if 1 not in (have, got) and have != got:
                 raise ValueError(f"{argument}: the {what} counts of its tensors differ: {have} and {got}")
@@ -364,7 +412,9 @@ def _indices(argument: str, names: str | Sequence[str], segments: Segments) -> t
     return tuple(sorted({segments.index(name, argument) for name in names}))
 
 
-def _lower_groups(groups: Mapping[str, Sequence[str]] | None, keys: Segments) -> tuple[tuple[str, ...], tuple[int, ...]]:
+def _lower_groups(
+    groups: Mapping[str, Sequence[str]] | None, keys: Segments
+) -> tuple[tuple[str, ...], tuple[int, ...]]:
     if groups is None:
         return ("all",), (0,) * len(keys)
     if not isinstance(groups, Mapping):

@@ -1,4 +1,6 @@
-"""Whether a call may go past torch's dispatcher, which takes longer over our operators' arguments than a short kernel runs."""
+"""Whether a call may go past torch's dispatcher, which takes longer over our operators' arguments than a
+short kernel runs.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +13,19 @@ _PLAIN = (Tensor, Parameter)
 
 
 def unwatched(*tensors: Tensor | None) -> bool:
-    """Whether nobody would see a difference: no compiler, tracer, mode, transform or profiler is at work that is to be shown an
-    operator, and the tensors are torch's own, with memory that says what they hold."""
+    """Whether nobody would see a difference: no compiler, tracer, mode, transform or profiler is at work that
+    is to be shown an operator, and the tensors are torch's own, with memory that says what they hold."""
     if torch.compiler.is_compiling() or _watched():
         return False
     return not any(
         t is not None
-        and (type(t) not in _PLAIN or t.is_meta or t.is_neg() or t._is_zerotensor() or torch._is_functional_tensor(t))
+        and (
+            type(t) not in _PLAIN
+            or t.is_meta
+            or t.is_neg()
+            or t._is_zerotensor()
+            or torch._is_functional_tensor(t)
+        )
         for t in tensors
     )
 
@@ -27,7 +35,8 @@ def written_out(t: Tensor) -> Tensor:
     return t.clone() if not torch.compiler.is_compiling() and t._is_zerotensor() else t
 
 
-# Private, but what torch's own autograd.Function and modes ask. A torch without one of them dispatches every call.
+# Private, but what torch's own autograd.Function and modes ask. A torch without one of them dispatches every
+# call.
 try:
     from torch._C import (
         _are_functorch_transforms_active,

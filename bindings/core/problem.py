@@ -33,12 +33,12 @@ class GainRule:
 
 @dataclass(eq=False)
 class Problem:
-    """B output items, H heads, M rows in R segments, N keys in C segments and G groups, head dim D. Nobody changes one in
-    place; it is not frozen for the time that takes.
+    """B output items, H heads, M rows in R segments, N keys in C segments and G groups, head dim D. Nobody
+    changes one in place; it is not frozen for the time that takes.
 
-    Table entry [b, h] is read at [b or 0, h or 0] where its dimension is 1. Segment lengths differ from item to item
-    where row_items or key_items is set. Key segment c lies in tensor 0 after its predecessors, or is tensor c of a
-    list.
+    Table entry [b, h] is read at [b or 0, h or 0] where its dimension is 1. Segment lengths differ from item
+    to item where row_items or key_items is set. Key segment c lies in tensor 0 after its predecessors, or is
+    tensor c of a list.
     """
 
     q: Tensor  # (batch, M, H, D)
@@ -68,7 +68,9 @@ class Problem:
     out: Tensor | None = None  # (B, M, H, D) to write to, in place of a new tensor
 
     def changed(self, **fields) -> Problem:
-        """The same with other values of some fields, without the time of dataclasses.replace, which shows in a short call."""
+        """The same with other values of some fields, without the time of dataclasses.replace, which shows in
+        a short call.
+        """
         new = object.__new__(Problem)
         new.__dict__.update(self.__dict__, **fields)
         return new

@@ -13,8 +13,8 @@ INT_DTYPES = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 class Segments:
     """Contiguous, named runs of tokens: ``Segments(prompt=512, subject=2304, target=2304)``.
 
-    A length is an int (>= 0, in tokens), or an int tensor of shape (batch,) on the CPU where the items of a batch
-    differ; then the totals of all items must be equal. An empty segment is legal.
+    A length is an int (>= 0, in tokens), or an int tensor of shape (batch,) on the CPU where the items of a
+    batch differ; then the totals of all items must be equal. An empty segment is legal.
 
     Raises:
         TypeError: a length is neither an int nor an int tensor.
@@ -28,7 +28,9 @@ class Segments:
         if len(merged) < len(lengths or {}) + len(named):
             raise ValueError("Segments: a name is given twice, in the dict and as a keyword")
         if not merged:
-            raise ValueError("Segments: expected at least one segment, for example Segments(tokens=128), got none")
+            raise ValueError(
+                "Segments: expected at least one segment, for example Segments(tokens=128), got none"
+            )
         batch: int | None = None
         for name, length in merged.items():
             if not isinstance(name, str) or not name or name == "*":
@@ -75,7 +77,11 @@ class Segments:
 
     def __repr__(self) -> str:
         if self.items is None:
-            return "Segments(" + ", ".join(f"{n}={k}" for n, k in zip(self.names, self.lengths, strict=True)) + ")"
+            return (
+                "Segments("
+                + ", ".join(f"{n}={k}" for n, k in zip(self.names, self.lengths, strict=True))
+                + ")"
+            )
         columns = self.items.t().tolist()
         return "Segments(" + ", ".join(f"{n}={c}" for n, c in zip(self.names, columns, strict=True)) + ")"
 
@@ -100,8 +106,12 @@ class Segments:
         position = self.index(name)
         if self.items is not None:
             before = self.items[:, :position].sum(1)
-            if not bool((before == before[0]).all() and (self.items[:, position] == self.items[0, position]).all()):
-                raise ValueError(f"Segments.slice: {name!r} lies elsewhere in each item of the batch; use .items")
+            if not bool(
+                (before == before[0]).all() and (self.items[:, position] == self.items[0, position]).all()
+            ):
+                raise ValueError(
+                    f"Segments.slice: {name!r} lies elsewhere in each item of the batch; use .items"
+                )
             start, length = int(before[0]), int(self.items[0, position])
         else:
             start, length = sum(self.lengths[:position]), self.lengths[position]
@@ -116,18 +126,21 @@ class Segments:
             names: the segments' names, in the order they are to be sorted into.
 
         Returns:
-            ``(segments, permutation, inverse)``; the index tensors have the shape of `labels`, int64, and are stable:
-            ``sorted = x[:, permutation]`` and ``x = sorted[:, inverse]`` for labels (tokens,); with (batch, tokens)
-            gather item by item.
+            ``(segments, permutation, inverse)``; the index tensors have the shape of `labels`, int64, and are
+            stable: ``sorted = x[:, permutation]`` and ``x = sorted[:, inverse]`` for labels (tokens,); with
+            (batch, tokens) gather item by item.
 
         Raises:
-            TypeError: labels are not integers. ValueError: their rank is not 1 or 2, or one is not an index of `names`.
+            TypeError: labels are not integers. ValueError: their rank is not 1 or 2, or one is not an index
+                of `names`.
         """
         if not isinstance(labels, Tensor) or labels.dtype not in INT_DTYPES:
             got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
             raise TypeError(f"labels: expected an int tensor, got {got}")
         if labels.dim() not in (1, 2):
-            raise ValueError(f"labels: expected shape (tokens,) or (batch, tokens), got {tuple(labels.shape)}")
+            raise ValueError(
+                f"labels: expected shape (tokens,) or (batch, tokens), got {tuple(labels.shape)}"
+            )
         if isinstance(names, str):
             raise TypeError(f"names: expected a list of names, got the string {names!r}")
         names = list(names)
@@ -155,11 +168,17 @@ def _check_item_lengths(name: str, length: Tensor, batch: int | None) -> int:
             f"got {length.dtype} of shape {tuple(length.shape)}"
         )
     if length.device.type != "cpu":
-        raise TypeError(f"Segments: the length of {name!r} must be on the CPU (it decides a layout), got {length.device}")
+        raise TypeError(
+            f"Segments: the length of {name!r} must be on the CPU (it decides a layout), got {length.device}"
+        )
     if not length.shape[0]:
-        raise ValueError(f"Segments: the length of {name!r} must be an int tensor (batch,) with at least one item")
+        raise ValueError(
+            f"Segments: the length of {name!r} must be an int tensor (batch,) with at least one item"
+        )
     if bool((length < 0).any()):
         raise ValueError(f"Segments: the length of {name!r} must be >= 0 tokens, got {length.tolist()}")
     if batch is not None and length.shape[0] != batch:
-        raise ValueError(f"Segments: the length of {name!r} has {length.shape[0]} items, another segment has {batch}")
+        raise ValueError(
+            f"Segments: the length of {name!r} has {length.shape[0]} items, another segment has {batch}"
+        )
     return length.shape[0]

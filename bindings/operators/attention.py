@@ -1,4 +1,6 @@
-"""torch.ops.flashbrush.*: schemas, implementations and fakes of the attention operators; one boundary per call."""
+"""torch.ops.flashbrush.*: schemas, implementations and fakes of the attention operators; one boundary per
+call.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ _library.define(
 
 
 def pack_contrast(contrast: tuple[Contrast | None, ...]) -> list[int]:
-    """0 none, 1 unclipped, 2 clipped. The numbers travel as a tensor, so that a changed one does not recompile."""
+    """0 none, 1 unclipped, 2 clipped. The numbers travel as a tensor, so that a changed one does not
+    recompile.
+    """
     return [0 if c is None else 1 if c.clip is None else 2 for c in contrast]
 
 
@@ -47,7 +51,9 @@ def _unpack_contrast(kinds: list[int], values: Tensor | None) -> tuple[Contrast 
     if values is None:
         return (None,) * len(kinds)
     rows = zip(kinds, values.tolist(), strict=True)
-    return tuple(None if k == 0 else Contrast(beta, (lo, hi) if k == 2 else None) for k, (beta, lo, hi) in rows)
+    return tuple(
+        None if k == 0 else Contrast(beta, (lo, hi) if k == 2 else None) for k, (beta, lo, hi) in rows
+    )
 
 
 def pack_gain(rule: GainRule | None) -> list[int]:
@@ -67,18 +73,60 @@ def _unpack_gain(flat: list[int], values: Any) -> GainRule | None:
 
 
 def _problem(
-    q, k, v, row_lengths, key_lengths, groups, kinds, contrast, contrast_values, scale, scales, row_items, key_items,
-    valid, bias, weight, gain, gates, head_gain, head_gain_values, source_q, source_k, source_v, mask,
-    need_stats=False, out=None,
-) -> Problem:  # fmt: skip
+    q,
+    k,
+    v,
+    row_lengths,
+    key_lengths,
+    groups,
+    kinds,
+    contrast,
+    contrast_values,
+    scale,
+    scales,
+    row_items,
+    key_items,
+    valid,
+    bias,
+    weight,
+    gain,
+    gates,
+    head_gain,
+    head_gain_values,
+    source_q,
+    source_k,
+    source_v,
+    mask,
+    need_stats=False,
+    out=None,
+) -> Problem:
     return Problem(
-        q=q, k=tuple(k), v=tuple(v), batch=_batch(q, source_q), row_lengths=tuple(row_lengths),
-        key_lengths=tuple(key_lengths), groups=tuple(groups), kinds=tuple(kinds),
-        contrast=_unpack_contrast(contrast, contrast_values), scale=scale, scales=scales, row_items=row_items,
-        key_items=key_items, valid=valid, bias=bias, weight=weight, gain=gain, gates=gates,
-        head_gain=_unpack_gain(head_gain, head_gain_values), source_q=source_q, source_k=source_k, source_v=source_v,
-        mask=mask, need_stats=need_stats, out=out,
-    )  # fmt: skip
+        q=q,
+        k=tuple(k),
+        v=tuple(v),
+        batch=_batch(q, source_q),
+        row_lengths=tuple(row_lengths),
+        key_lengths=tuple(key_lengths),
+        groups=tuple(groups),
+        kinds=tuple(kinds),
+        contrast=_unpack_contrast(contrast, contrast_values),
+        scale=scale,
+        scales=scales,
+        row_items=row_items,
+        key_items=key_items,
+        valid=valid,
+        bias=bias,
+        weight=weight,
+        gain=gain,
+        gates=gates,
+        head_gain=_unpack_gain(head_gain, head_gain_values),
+        source_q=source_q,
+        source_k=source_k,
+        source_v=source_v,
+        mask=mask,
+        need_stats=need_stats,
+        out=out,
+    )
 
 
 def _batch(q: Tensor, source_q: Tensor | None) -> Any:
@@ -86,7 +134,9 @@ def _batch(q: Tensor, source_q: Tensor | None) -> Any:
 
 
 def solve(problem: Problem, backend: str) -> Result:
-    """Run a problem. Calls without a row or a key are answered here, so that no backend meets an empty launch."""
+    """Run a problem. Calls without a row or a key are answered here, so that no backend meets an empty
+    launch.
+    """
     p = problem
     if p.batch * p.rows * p.heads == 0 or p.keys == 0:
         return _empty(p)
@@ -130,7 +180,8 @@ def stats(problem: Problem, result: Result) -> tuple[Tensor, Tensor, Tensor]:
     if not problem.need_stats:
         return tuple(_stats_like(problem.q, 0, 0, 0, 0, 0, False))  # type: ignore[return-value]
     assert result.lse is not None and result.mass is not None and result.gain is not None
-    # An operator's output may not share memory with an input, as a backend's gain does with the table it was given.
+    # An operator's output may not share memory with an input, as a backend's gain does with the table it was
+    # given.
     gain = result.gain if problem.gain is None else result.gain.clone(memory_format=torch.contiguous_format)
     return result.lse.contiguous(), result.mass.contiguous(), gain.contiguous()
 

@@ -15,8 +15,8 @@ extern "C" {
 enum { FB_BF16 = 1, FB_F16 = 2 };
 enum { FB_MOST_SEGMENTS = 32, FB_MOST_GROUPS = 8 };
 
-// One (items, tokens, heads, dim) tensor; strides in elements and multiples of 8, the last dimension contiguous, the data
-// at a multiple of 16 bytes.
+// One (items, tokens, heads, dim) tensor; strides in elements and multiples of 8, the last dimension
+// contiguous, the data at a multiple of 16 bytes.
 typedef struct {
   void* data;
   int64_t items, tokens, stride_b, stride_t, stride_h;
@@ -31,14 +31,16 @@ typedef struct {
 typedef struct {
   int32_t abi, dtype;
   int32_t B, M, H, Hkv, D, R, C, G, L;  // L tensors of keys: 1, or C of them
-  int32_t row_blocks;                   // of flashbrush_gpu_block_rows rows, each inside one row segment: as many as the fullest item has
+  int32_t row_blocks;  // of flashbrush_gpu_block_rows rows, each inside one row segment: as many as the
+                       // fullest item has
   int32_t multiprocessors;
   float scale;  // where scales is absent
   FbGpuTensor q, out;
-  const FbGpuTensor *k, *v;                       // [L] in the caller's memory
-  const int64_t *source_q, *source_k, *source_v;  // [B], [L][B], [L][B]; null: the item itself, or the only one
-  const int32_t *row_starts, *key_starts;         // [R + 1] or [B][R + 1]; [C + 1] or [B][C + 1]
-  const int32_t* valid;                           // [B][C], keys of a segment that exist; null: all
+  const FbGpuTensor *k, *v;  // [L] in the caller's memory
+  const int64_t *source_q, *source_k,
+      *source_v;                           // [B], [L][B], [L][B]; null: the item itself, or the only one
+  const int32_t *row_starts, *key_starts;  // [R + 1] or [B][R + 1]; [C + 1] or [B][C + 1]
+  const int32_t* valid;                    // [B][C], keys of a segment that exist; null: all
   int32_t rows_by_item, keys_by_item;
   const int32_t* groups;      // [C]
   const int32_t* order;       // [row_blocks], which block comes when; null: as they lie

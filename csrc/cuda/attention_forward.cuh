@@ -1,8 +1,9 @@
 // The attention over segments on Hopper: a persistent kernel of three or four warp groups.
 //
-// One of the first group's warps makes plans of what a block of rows visits, another lets the copy engine bring its Q and
-// tiles of K and V. The other groups own 64 rows each and take turns: while one's products run, another computes its
-// softmax. Within a group the product of the next tile with K runs ahead of the product of this one with V.
+// One of the first group's warps makes plans of what a block of rows visits, another lets the copy engine
+// bring its Q and tiles of K and V. The other groups own 64 rows each and take turns: while one's products
+// run, another computes its softmax. Within a group the product of the next tile with K runs ahead of the
+// product of this one with V.
 #pragma once
 #include "softmax.cuh"
 
@@ -20,14 +21,15 @@ constexpr int kGroup = 4;  // to 6: a group's own
 constexpr int kGroupThreads = 128, kGroupWarps = 4;
 constexpr int kStages = 2, kPlans = 2;
 
-// D: of the tiles; a smaller head dim is filled up with zeros. GROUPS: warp groups that compute. KEYS: of a tile.
-// POLYNOMIAL: see softmax_tile.
+// D: of the tiles; a smaller head dim is filled up with zeros. GROUPS: warp groups that compute. KEYS: of a
+// tile. POLYNOMIAL: see softmax_tile.
 template <typename T, int D_, int KEYS_, int GROUPS_, bool GROUPED_, int POLYNOMIAL_>
 struct Kernel {
   using Type = T;
   static constexpr int D = D_, KEYS = KEYS_, GROUPS = GROUPS_, POLYNOMIAL = POLYNOMIAL_;
   static constexpr bool GROUPED = GROUPED_;  // several softmax groups
-  static constexpr int ROWS = GROUPS * kGroupRows, WARPS = GROUPS * kGroupWarps, THREADS = (GROUPS + 1) * kGroupThreads;
+  static constexpr int ROWS = GROUPS * kGroupRows, WARPS = GROUPS * kGroupWarps,
+                       THREADS = (GROUPS + 1) * kGroupThreads;
   // Of 65,536 registers at most, what loads and plans need goes first.
   static constexpr int LOAD_REGISTERS = GROUPS == 2 ? 40 : 32, REGISTERS = GROUPS == 2 ? 232 : 160;
   static constexpr int q_bytes = ROWS * D * 2, tile_bytes = KEYS * D * 2;
@@ -42,7 +44,8 @@ struct Kernel {
 };
 
 struct Barriers {
-  Barrier q_full, q_empty, plan_full[kPlans], plan_empty[kPlans], k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
+  Barrier q_full, q_empty, plan_full[kPlans], plan_empty[kPlans], k_full[kStages], k_empty[kStages],
+      v_full[kStages], v_empty[kStages];
 };
 static_assert(sizeof(Barriers) <= 128, "the room that Kernel gives them");
 
@@ -56,7 +59,8 @@ struct Ring {
   }
 };
 
-// ------------------------------------------------------------------------------------------------------------- loading
+// -------------------------------------------------------------------------------------------------------------
+// loading
 
 template <typename K>
 FB_DEVICE void make_plans(const Parameters& p, Plan* plans, Barriers* bars, int lane) {
@@ -72,7 +76,8 @@ FB_DEVICE void make_plans(const Parameters& p, Plan* plans, Barriers* bars, int 
 template <typename K, int ROWS>
 FB_DEVICE void copy_rows(char* to, const TensorMap* map, Barrier* full, int row, int head, int item) {
   arrive_expecting(full, ROWS * K::D * 2);
-  for (int block = 0; block < K::D / 64; ++block) copy_tile(to + block * ROWS * 128, map, full, 64 * block, row, head, item);
+  for (int block = 0; block < K::D / 64; ++block)
+    copy_tile(to + block * ROWS * 128, map, full, 64 * block, row, head, item);
 }
 
 // By one thread. K runs one tile ahead of V, as the products do.
@@ -89,12 +94,14 @@ FB_DEVICE void load_tiles(const Parameters& p, char* shared, const Plan* plans, 
     const int head = todo->h / heads_per_kv;
     auto load_k = [&](const Tiles& tile) {
       wait(&bars->k_empty[k.at], k.parity ^ 1);
-      copy_rows<K, K::KEYS>(shared + K::k_offset + k.at * K::tile_bytes, &p.k[tile.visit->tensor], &bars->k_full[k.at], tile.row(), head, tile.visit->item_k);
+      copy_rows<K, K::KEYS>(shared + K::k_offset + k.at * K::tile_bytes, &p.k[tile.visit->tensor],
+                            &bars->k_full[k.at], tile.row(), head, tile.visit->item_k);
       k.next();
     };
     auto load_v = [&](const Tiles& tile) {
       wait(&bars->v_empty[v.at], v.parity ^ 1);
-      copy_rows<K, K::KEYS>(shared + K::v_offset + v.at * K::tile_bytes, &p.v[tile.visit->tensor], &bars->v_full[v.at], tile.row(), head, tile.visit->item_v);
+      copy_rows<K, K::KEYS>(shared + K::v_offset + v.at * K::tile_bytes, &p.v[tile.visit->tensor],
+                            &bars->v_full[v.at], tile.row(), head, tile.visit->item_v);
       v.next();
     };
     // The first tile of K comes before Q, whose memory the block before needs longer.
@@ -107,7 +114,8 @@ FB_DEVICE void load_tiles(const Parameters& p, char* shared, const Plan* plans, 
       copy_rows<K, K::ROWS>(shared, &p.q, &bars->q_full, todo->first, todo->h, item_q);
     };
     for (int g = 0; g < p.call.G; ++g) {
-      const Visit *silent = todo->visits + todo->begin[g], *loud = todo->visits + todo->loud[g], *end = todo->visits + todo->begin[g + 1];
+      const Visit *silent = todo->visits + todo->begin[g], *loud = todo->visits + todo->loud[g],
+                  *end = todo->visits + todo->begin[g + 1];
       Tiles tile(silent, loud);
       if (tile.any()) do {
           load_k(tile);
@@ -129,7 +137,8 @@ FB_DEVICE void load_tiles(const Parameters& p, char* shared, const Plan* plans, 
   }
 }
 
-// ----------------------------------------------------------------------------------------------------------- computing
+// -----------------------------------------------------------------------------------------------------------
+// computing
 
 struct alignas(16) Chunk {
   uint32_t words[4];
@@ -146,7 +155,8 @@ template <typename K>
 FB_DEVICE void start_scores(float (&s)[K::KEYS / 2], uint64_t q, uint64_t k) {
 #pragma unroll
   for (int d = 0; d < K::D / 16; ++d)
-    multiply<typename K::Type, K::KEYS>(s, advance(q, d / 4 * K::ROWS * 128 + d % 4 * 32), advance(k, d / 4 * K::KEYS * 128 + d % 4 * 32), d > 0);
+    multiply<typename K::Type, K::KEYS>(s, advance(q, d / 4 * K::ROWS * 128 + d % 4 * 32),
+                                        advance(k, d / 4 * K::KEYS * 128 + d % 4 * 32), d > 0);
   commit_products();
 }
 
@@ -154,16 +164,19 @@ FB_DEVICE void start_scores(float (&s)[K::KEYS / 2], uint64_t q, uint64_t k) {
 template <typename K>
 FB_DEVICE void start_output(float (&o)[K::D / 2], const uint32_t (&p)[K::KEYS / 16][4], uint64_t v) {
 #pragma unroll
-  for (int j = 0; j < K::KEYS / 16; ++j) multiply<typename K::Type, K::D>(o, p[j], advance(v, j * 16 * 128), true);
+  for (int j = 0; j < K::KEYS / 16; ++j)
+    multiply<typename K::Type, K::D>(o, p[j], advance(v, j * 16 * 128), true);
   commit_products();
 }
 
-// Values from `keys` on belong to others, and 0 * NaN is NaN. All groups write these zeros; each waits for its own.
+// Values from `keys` on belong to others, and 0 * NaN is NaN. All groups write these zeros; each waits for
+// its own.
 template <typename K>
 FB_DEVICE void clear_values(char* tile, int keys, const Place& me) {
   const int chunks = (K::KEYS - keys) * 8;
   for (int block = 0; block < K::D / 64; ++block)
-    for (int n = me.thread; n < chunks; n += kGroupThreads) *(Chunk*)(tile + (block * K::KEYS + keys) * 128 + n * 16) = Chunk{};
+    for (int n = me.thread; n < chunks; n += kGroupThreads)
+      *(Chunk*)(tile + (block * K::KEYS + keys) * 128 + n * 16) = Chunk{};
   publish_stores();
   sync_some(kGroup + me.group, kGroupThreads);
 }
@@ -186,8 +199,8 @@ FB_DEVICE void close_segment(RowSums& sums, const Visit& visit, float* mass, con
 
 // Mass of the visits of a group: p summed over a warp's rows.
 template <typename K>
-FB_DEVICE void write_mass(const Plan* plan, const Visit* begin, const Visit* end, const float* mass, float* by_warp,
-                          const float (&m)[2], const float (&share)[2], const Place& me) {
+FB_DEVICE void write_mass(const Plan* plan, const Visit* begin, const Visit* end, const float* mass,
+                          float* by_warp, const float (&m)[2], const float (&share)[2], const Place& me) {
   sync_warp();
   for (const Visit* visit = begin; visit < end; visit += 4) {
     const bool mine = visit + me.lane % 4 < end;
@@ -197,7 +210,8 @@ FB_DEVICE void write_mass(const Plan* plan, const Visit* begin, const Visit* end
     for (int i = 0; i < 2; ++i) {
       const int row = kGroupRows * me.group + me.row() + 8 * i;
       const float* from = mass + c * 2 * K::ROWS + row;
-      if (mine && row < plan->rows && share[i] != 0.f) sum += from[0] * exp2_fast(from[K::ROWS] - m[i]) * share[i];
+      if (mine && row < plan->rows && share[i] != 0.f)
+        sum += from[0] * exp2_fast(from[K::ROWS] - m[i]) * share[i];
     }
     sum += shuffle_xor(sum, 4);
     sum += shuffle_xor(sum, 8);
@@ -221,28 +235,34 @@ FB_DEVICE void transpose_quad(uint32_t (&x)[4], int q) {
   }
 }
 
-// The group's rows of the output, straight from registers: four threads write 64 bytes in a row. Memory to gather whole rows
-// in would be taken from K and V, or from the next block's Q.
+// The group's rows of the output, straight from registers: four threads write 64 bytes in a row. Memory to
+// gather whole rows in would be taken from K and V, or from the next block's Q.
 template <typename K>
-FB_DEVICE void store_output(const FbGpuAttention& call, const Plan* plan, const float (&o)[K::D / 2], const Place& me) {
+FB_DEVICE void store_output(const FbGpuAttention& call, const Plan* plan, const float (&o)[K::D / 2],
+                            const Place& me) {
   const int q = me.lane % 4;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int row = kGroupRows * me.group + me.row() + 8 * i;
-    char* out = (char*)call.out.data + 2 * (plan->b * call.out.stride_b + (plan->first + row) * call.out.stride_t + plan->h * call.out.stride_h);
+    char* out =
+        (char*)call.out.data + 2 * (plan->b * call.out.stride_b + (plan->first + row) * call.out.stride_t +
+                                    plan->h * call.out.stride_h);
 #pragma unroll
     for (int j = 0; j < K::D / 8; j += 4) {
       uint32_t x[4];
 #pragma unroll
-      for (int n = 0; n < 4; ++n) x[n] = pack<typename K::Type>(o[4 * (j + n) + 2 * i], o[4 * (j + n) + 2 * i + 1]);
+      for (int n = 0; n < 4; ++n)
+        x[n] = pack<typename K::Type>(o[4 * (j + n) + 2 * i], o[4 * (j + n) + 2 * i + 1]);
       transpose_quad(x, q);
-      if (row < plan->rows && 8 * (j + q) < call.D) *(Chunk*)(out + 16 * (j + q)) = Chunk{x[0], x[1], x[2], x[3]};
+      if (row < plan->rows && 8 * (j + q) < call.D)
+        *(Chunk*)(out + 16 * (j + q)) = Chunk{x[0], x[1], x[2], x[3]};
     }
   }
 }
 
 template <typename K>
-FB_DEVICE void compute(const Parameters& p, char* shared, const Plan* plans, Barriers* bars, const Place& me) {
+FB_DEVICE void compute(const Parameters& p, char* shared, const Plan* plans, Barriers* bars,
+                       const Place& me) {
   constexpr int KEYS = K::KEYS, D = K::D;
   const FbGpuAttention& call = p.call;
   float* mass = call.partial_mass ? (float*)(shared + K::mass_offset) : nullptr;
@@ -273,7 +293,8 @@ FB_DEVICE void compute(const Parameters& p, char* shared, const Plan* plans, Bar
     float o[D / 2];
 
     for (int g = 0; g < (K::GROUPED ? call.G : 1); ++g) {
-      const Visit *silent = todo->visits + todo->begin[g], *loud = todo->visits + todo->loud[g], *end = todo->visits + todo->begin[g + 1];
+      const Visit *silent = todo->visits + todo->begin[g], *loud = todo->visits + todo->loud[g],
+                  *end = todo->visits + todo->begin[g + 1];
       RowSums sums;
       sums.clear();
       float s[KEYS / 2], decay[2];
@@ -367,9 +388,12 @@ FB_DEVICE void compute(const Parameters& p, char* shared, const Plan* plans, Bar
         const int row = kGroupRows * me.group + me.row() + 8 * i;
         const bool exists = row < todo->rows;
         if (call.lse && exists && me.lane % 4 == 0)
-          call.lse[((int64_t(todo->b) * call.H + todo->h) * call.M + todo->first + row) * call.G + g] = (sums.m[i] + log2_fast(l)) * kLn2;
+          call.lse[((int64_t(todo->b) * call.H + todo->h) * call.M + todo->first + row) * call.G + g] =
+              (sums.m[i] + log2_fast(l)) * kLn2;
         float gate = gain;
-        if (call.gates.data && exists) gate *= call.gates.data[todo->b * call.gates.stride_b + (todo->first + row) * call.gates.stride_h + g];
+        if (call.gates.data && exists)
+          gate *=
+              call.gates.data[todo->b * call.gates.stride_b + (todo->first + row) * call.gates.stride_h + g];
         factor[i] = gate;
       }
       if (mass) write_mass<K>(todo, silent, end, mass, mass_by_warp, sums.m, share, me);
@@ -377,14 +401,19 @@ FB_DEVICE void compute(const Parameters& p, char* shared, const Plan* plans, Bar
 #pragma unroll
       for (int i = 0; i < D / 2; ++i) o[i] *= share[i / 2 % 2] * unshift;
       if (contrast) {
-        const float beta = contrast[1], rest = (1.f - beta) / float(todo->allowed[g] > 0 ? todo->allowed[g] : 1);
-        const float* value_sums = call.value_sums + (int64_t(todo->b) * call.Hkv + todo->h / (call.H / call.Hkv)) * call.C * call.D + 2 * (me.lane % 4);
+        const float beta = contrast[1],
+                    rest = (1.f - beta) / float(todo->allowed[g] > 0 ? todo->allowed[g] : 1);
+        const float* value_sums =
+            call.value_sums +
+            (int64_t(todo->b) * call.Hkv + todo->h / (call.H / call.Hkv)) * call.C * call.D +
+            2 * (me.lane % 4);
 #pragma unroll
         for (int i = 0; i < D / 2; ++i) o[i] *= beta;
         for (const Visit* visit = loud; visit < end; ++visit)
 #pragma unroll
           for (int i = 0; i < D / 2; ++i)
-            if (8 * (i / 4) < call.D) o[i] += rest * visit->weight * value_sums[visit->segment * call.D + 8 * (i / 4) + i % 2];
+            if (8 * (i / 4) < call.D)
+              o[i] += rest * visit->weight * value_sums[visit->segment * call.D + 8 * (i / 4) + i % 2];
       }
 #pragma unroll
       for (int i = 0; i < D / 2; ++i) {
@@ -396,7 +425,10 @@ FB_DEVICE void compute(const Parameters& p, char* shared, const Plan* plans, Bar
     store_output<K>(call, todo, o, me);
     if (mass) {
       sync_some(kGroup + me.group, kGroupThreads);
-      float* to = call.partial_mass + ((int64_t(n / call.row_blocks) * call.row_blocks + block_of(call, n)) * K::GROUPS + me.group) * call.C;
+      float* to =
+          call.partial_mass +
+          ((int64_t(n / call.row_blocks) * call.row_blocks + block_of(call, n)) * K::GROUPS + me.group) *
+              call.C;
       for (int c = me.thread; c < call.C; c += kGroupThreads) {
         bool visited = false;
         for (int i = 0; i < todo->begin[call.G]; ++i) visited |= todo->visits[i].segment == c;
@@ -419,7 +451,8 @@ __global__ void __launch_bounds__(K::THREADS, 1) attention_forward(const __grid_
   if (thread_index() == 0) {
     init_barrier(&bars->q_full, 1);
     init_barrier(&bars->q_empty, K::WARPS);
-    for (int i = 0; i < kPlans; ++i) init_barrier(&bars->plan_full[i], 32), init_barrier(&bars->plan_empty[i], K::WARPS + 1);
+    for (int i = 0; i < kPlans; ++i)
+      init_barrier(&bars->plan_full[i], 32), init_barrier(&bars->plan_empty[i], K::WARPS + 1);
     for (int i = 0; i < kStages; ++i) {
       init_barrier(&bars->k_full[i], 1), init_barrier(&bars->k_empty[i], K::WARPS);
       init_barrier(&bars->v_full[i], 1), init_barrier(&bars->v_empty[i], K::WARPS);

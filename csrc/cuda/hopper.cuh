@@ -1,9 +1,10 @@
-// What a Hopper GPU offers beyond CUDA C++, one instruction a function: barriers in shared memory, tile copies by the copy
-// engine, products of a warp group, registers moved between warp groups. Sources: PTX ISA 8.0 and later, chapters
-// mbarrier, cp.async.bulk.tensor, wgmma, setmaxnreg.
+// What a Hopper GPU offers beyond CUDA C++, one instruction a function: barriers in shared memory, tile
+// copies by the copy engine, products of a warp group, registers moved between warp groups. Sources: PTX
+// ISA 8.0 and later, chapters mbarrier, cp.async.bulk.tensor, wgmma, setmaxnreg.
 //
-// Tiles in shared memory are runs of rows of 128 bytes, eight rows of which (1,024 bytes, so aligned) are swizzled: chunk
-// c of 16 bytes of row r lies at c ^ (r % 8). Wider tiles are several such runs, one after another.
+// Tiles in shared memory are runs of rows of 128 bytes, eight rows of which (1,024 bytes, so aligned) are
+// swizzled: chunk c of 16 bytes of row r lies at c ^ (r % 8). Wider tiles are several such runs, one after
+// another.
 #pragma once
 #include <cuda.h>
 #include <cuda_bf16.h>
@@ -20,44 +21,85 @@ using float16 = __half;
 using TensorMap = CUtensorMap;
 using Barrier = uint64_t;
 
-// ------------------------------------------------------------------------------------------------------------- threads
+// -------------------------------------------------------------------------------------------------------------
+// threads
 
-FB_DEVICE int thread_index() { return int(threadIdx.x); }
-FB_DEVICE int block_index() { return int(blockIdx.x); }
-FB_DEVICE int block_count() { return int(gridDim.x); }
-FB_DEVICE void sync_block() { __syncthreads(); }
+FB_DEVICE int thread_index() {
+  return int(threadIdx.x);
+}
+FB_DEVICE int block_index() {
+  return int(blockIdx.x);
+}
+FB_DEVICE int block_count() {
+  return int(gridDim.x);
+}
+FB_DEVICE void sync_block() {
+  __syncthreads();
+}
 // Of `threads` threads, a multiple of 32, which all name the same id of 1 to 15.
-FB_DEVICE void sync_some(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
-FB_DEVICE void arrive_some(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
-FB_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
-FB_DEVICE int shuffle_xor(int x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
-FB_DEVICE void sync_warp() { __syncwarp(); }
-FB_DEVICE bool any_of_warp(bool x) { return __any_sync(0xffffffffu, x); }
-FB_DEVICE uint32_t votes_of_warp(bool x) { return __ballot_sync(0xffffffffu, x); }
-FB_DEVICE int count_bits(uint32_t x) { return __popc(x); }
+FB_DEVICE void sync_some(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+FB_DEVICE void arrive_some(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+FB_DEVICE float shuffle_xor(float x, int mask) {
+  return __shfl_xor_sync(0xffffffffu, x, mask);
+}
+FB_DEVICE int shuffle_xor(int x, int mask) {
+  return __shfl_xor_sync(0xffffffffu, x, mask);
+}
+FB_DEVICE void sync_warp() {
+  __syncwarp();
+}
+FB_DEVICE bool any_of_warp(bool x) {
+  return __any_sync(0xffffffffu, x);
+}
+FB_DEVICE uint32_t votes_of_warp(bool x) {
+  return __ballot_sync(0xffffffffu, x);
+}
+FB_DEVICE int count_bits(uint32_t x) {
+  return __popc(x);
+}
 // The first lane's value, which the compiler then knows to be the same in all threads of a warp.
-FB_DEVICE int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
+FB_DEVICE int uniform(int x) {
+  return __shfl_sync(0xffffffffu, x, 0);
+}
 // Registers a thread of the warp group; all of its four warps call it.
 template <int COUNT>
-FB_DEVICE void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT)); }
+FB_DEVICE void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
 template <int COUNT>
-FB_DEVICE void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT)); }
+FB_DEVICE void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
 
-// ------------------------------------------------------------------------------------------------------- shared memory
+// -------------------------------------------------------------------------------------------------------
+// shared memory
 
 extern __shared__ __align__(1024) char flashbrush_shared[];
-FB_DEVICE char* shared_memory() { return flashbrush_shared; }
-FB_DEVICE uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+FB_DEVICE char* shared_memory() {
+  return flashbrush_shared;
+}
+FB_DEVICE uint32_t shared_address(const void* p) {
+  return uint32_t(__cvta_generic_to_shared(p));
+}
 
 FB_DEVICE void init_barrier(Barrier* b, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(arrivals));
 }
 // Initialised barriers become visible to the copy engine; sync_block() follows.
-FB_DEVICE void publish_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-FB_DEVICE void arrive(Barrier* b) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(b)) : "memory"); }
+FB_DEVICE void publish_barriers() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+FB_DEVICE void arrive(Barrier* b) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(b)) : "memory");
+}
 // Arrives, and keeps the phase open until that many bytes were copied.
 FB_DEVICE void arrive_expecting(Barrier* b, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(b)), "r"(bytes) : "memory");
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(b)), "r"(bytes)
+               : "memory");
 }
 // Until the phase of this parity is complete: 0 is the first of all. A fresh barrier passes a wait for 1.
 FB_DEVICE void wait(Barrier* b, uint32_t parity) {
@@ -69,22 +111,32 @@ FB_DEVICE void wait(Barrier* b, uint32_t parity) {
       "@done bra passed;\n"
       "bra again;\n"
       "passed:\n"
-      "}\n" ::"r"(shared_address(b)), "r"(parity) : "memory");
+      "}\n" ::"r"(shared_address(b)),
+      "r"(parity)
+      : "memory");
 }
 
-FB_DEVICE void prefetch_map(const TensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
-// 64 elements from `column` on, of the map's rows from `row` on, of one head and item -> to, swizzled; zeros beyond the tensor.
-FB_DEVICE void copy_tile(void* to, const TensorMap* map, Barrier* b, int column, int row, int head, int item) {
+FB_DEVICE void prefetch_map(const TensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+// 64 elements from `column` on, of the map's rows from `row` on, of one head and item -> to, swizzled; zeros
+// beyond the tensor.
+FB_DEVICE void copy_tile(void* to, const TensorMap* map, Barrier* b, int column, int row, int head,
+                         int item) {
   asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(
-          shared_address(to)),
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, "
+      "%6}], [%2];" ::"r"(shared_address(to)),
       "l"(map), "r"(shared_address(b)), "r"(column), "r"(row), "r"(head), "r"(item)
       : "memory");
 }
-// Ordinary stores to shared memory become visible to the copy engine and to products; a barrier of the threads follows.
-FB_DEVICE void publish_stores() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// Ordinary stores to shared memory become visible to the copy engine and to products; a barrier of the
+// threads follows.
+FB_DEVICE void publish_stores() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
 
-// ------------------------------------------------------------------------------------------------------------ numbers
+// ------------------------------------------------------------------------------------------------------------
+// numbers
 
 FB_DEVICE float exp2_fast(float x) {
   float y;
@@ -96,14 +148,20 @@ FB_DEVICE float log2_fast(float x) {
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-FB_DEVICE float maximum(float a, float b) { return fmaxf(a, b); }
+FB_DEVICE float maximum(float a, float b) {
+  return fmaxf(a, b);
+}
 FB_DEVICE float maximum_or_nan(float a, float b) {
   float y;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
   return y;
 }
-FB_DEVICE float bits_to_float(int x) { return __int_as_float(x); }
-FB_DEVICE int float_to_bits(float x) { return __float_as_int(x); }
+FB_DEVICE float bits_to_float(int x) {
+  return __int_as_float(x);
+}
+FB_DEVICE int float_to_bits(float x) {
+  return __float_as_int(x);
+}
 
 // Two numbers, rounded, the first in the low half.
 template <typename T>
@@ -121,26 +179,37 @@ FB_INLINE uint32_t pack<float16>(float low, float high) {
   return y;
 }
 
-// ----------------------------------------------------------------------------------------------------------- products
+// -----------------------------------------------------------------------------------------------------------
+// products
 
-// Operand in shared memory, swizzled as above. Along the summed dimension contiguous: `stride` is the bytes from eight
-// rows to the next eight, `step` is not used. Across it contiguous: `stride` from eight summed rows to the next eight,
-// `step` from one block of 64 columns to the next.
+// Operand in shared memory, swizzled as above. Along the summed dimension contiguous: `stride` is the bytes
+// from eight rows to the next eight, `step` is not used. Across it contiguous: `stride` from eight summed
+// rows to the next eight, `step` from one block of 64 columns to the next.
 FB_DEVICE uint64_t operand(const void* p, int step, int stride) {
-  return uint64_t((shared_address(p) & 0x3ffff) >> 4) | uint64_t(step >> 4) << 16 | uint64_t(stride >> 4) << 32 | uint64_t(1) << 62;
+  return uint64_t((shared_address(p) & 0x3ffff) >> 4) | uint64_t(step >> 4) << 16 |
+         uint64_t(stride >> 4) << 32 | uint64_t(1) << 62;
 }
 // The same operand, `bytes` further on.
-FB_DEVICE uint64_t advance(uint64_t operand, int bytes) { return operand + uint64_t(bytes >> 4); }
+FB_DEVICE uint64_t advance(uint64_t operand, int bytes) {
+  return operand + uint64_t(bytes >> 4);
+}
 
 // Registers written so far are ready for the products that follow.
-FB_DEVICE void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+FB_DEVICE void begin_products() {
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
 // Closes a group of products.
-FB_DEVICE void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+FB_DEVICE void commit_products() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
 // Until at most PENDING groups are running.
 template <int PENDING>
-FB_DEVICE void await_products() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory"); }
-// What makes x, which is >= 0 or NaN, ends before a wait that follows. The assembler moves a wait for products up past
-// all that does not touch their registers, but not past a branch that depends on x; this one always jumps.
+FB_DEVICE void await_products() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+// What makes x, which is >= 0 or NaN, ends before a wait that follows. The assembler moves a wait for
+// products up past all that does not touch their registers, but not past a branch that depends on x; this one
+// always jumps.
 FB_DEVICE void finish(float x) {
   asm volatile(
       "{\n"
@@ -149,7 +218,8 @@ FB_DEVICE void finish(float x) {
       "@done bra finished;\n"
       "nanosleep.u32 0;\n"
       "finished:\n"
-      "}\n" ::"f"(x) : "memory");
+      "}\n" ::"f"(x)
+      : "memory");
 }
 // The compiler moves no access to these registers across this place.
 template <int COUNT>
@@ -163,19 +233,23 @@ FB_DEVICE void pin(uint32_t (&x)[COUNT]) {
   for (int i = 0; i < COUNT; ++i) asm volatile("" : "+r"(x[i])::"memory");
 }
 
-// Register c[4 * j + 2 * i + e] of lane t of warp w is element (16 w + t / 4 + 8 i, 8 j + 2 (t % 4) + e) of 64 x N. A of
-// 64 x 16 in registers: a[2 * j + i] holds elements (16 w + t / 4 + 8 i, 8 j + 2 (t % 4) + {0, 1}).
+// Register c[4 * j + 2 * i + e] of lane t of warp w is element (16 w + t / 4 + 8 i, 8 j + 2 (t % 4) + e) of
+// 64 x N. A of 64 x 16 in registers: a[2 * j + i] holds elements (16 w + t / 4 + 8 i, 8 j + 2 (t % 4) + {0,
+// 1}).
 #define FB_TEN(t) "%" #t "0,%" #t "1,%" #t "2,%" #t "3,%" #t "4,%" #t "5,%" #t "6,%" #t "7,%" #t "8,%" #t "9"
 #define FB_FIRST_TEN "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9"
 #define FB_REGISTERS_32 FB_FIRST_TEN "," FB_TEN(1) "," FB_TEN(2) ",%30,%31"
 #define FB_REGISTERS_40 FB_FIRST_TEN "," FB_TEN(1) "," FB_TEN(2) "," FB_TEN(3)
-#define FB_REGISTERS_64 FB_FIRST_TEN "," FB_TEN(1) "," FB_TEN(2) "," FB_TEN(3) "," FB_TEN(4) "," FB_TEN(5) ",%60,%61,%62,%63"
+#define FB_REGISTERS_64 \
+  FB_FIRST_TEN "," FB_TEN(1) "," FB_TEN(2) "," FB_TEN(3) "," FB_TEN(4) "," FB_TEN(5) ",%60,%61,%62,%63"
 #define FB_REGISTERS_80 \
-  FB_FIRST_TEN "," FB_TEN(1) "," FB_TEN(2) "," FB_TEN(3) "," FB_TEN(4) "," FB_TEN(5) "," FB_TEN(6) "," FB_TEN(7)
+  FB_FIRST_TEN          \
+      "," FB_TEN(1) "," FB_TEN(2) "," FB_TEN(3) "," FB_TEN(4) "," FB_TEN(5) "," FB_TEN(6) "," FB_TEN(7)
 #define FB_REGISTERS_88 FB_REGISTERS_80 ",%80,%81,%82,%83,%84,%85,%86,%87"
 #define FB_REGISTERS_96 FB_REGISTERS_80 "," FB_TEN(8) ",%90,%91,%92,%93,%94,%95"
-#define FB_EIGHT(c, i) \
-  "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), "+f"(c[i + 4]), "+f"(c[i + 5]), "+f"(c[i + 6]), "+f"(c[i + 7])
+#define FB_EIGHT(c, i)                                                                        \
+  "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), "+f"(c[i + 4]), "+f"(c[i + 5]), \
+      "+f"(c[i + 6]), "+f"(c[i + 7])
 #define FB_OPERANDS_32(c) FB_EIGHT(c, 0), FB_EIGHT(c, 8), FB_EIGHT(c, 16), FB_EIGHT(c, 24)
 #define FB_OPERANDS_40(c) FB_OPERANDS_32(c), FB_EIGHT(c, 32)
 #define FB_OPERANDS_64(c) FB_OPERANDS_40(c), FB_EIGHT(c, 40), FB_EIGHT(c, 48), FB_EIGHT(c, 56)
@@ -190,22 +264,25 @@ FB_DEVICE void multiply(float (&c)[N / 2], uint64_t a, uint64_t b, bool add);
 template <typename T, int N>
 FB_DEVICE void multiply(float (&c)[N / 2], const uint32_t (&a)[4], uint64_t b, bool add);
 
-#define FB_MULTIPLY(TYPE, NAME, N, COUNT, A, B, P, A0, A1, A2, A3, RB, RP)                                                          \
-  template <>                                                                                                                      \
-  FB_INLINE void multiply<TYPE, N>(float (&c)[N / 2], uint64_t a, uint64_t b, bool add) {                          \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #P ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME " {" \
-                 FB_REGISTERS_##COUNT "}, %" #A ", %" #B ", p, 1, 1, 0, 0;\n}\n"                                                    \
-                 : FB_OPERANDS_##COUNT(c)                                                                                          \
-                 : "l"(a), "l"(b), "r"(int(add)));                                                                                  \
-  }                                                                                                                                \
-  template <>                                                                                                                      \
-  FB_INLINE void multiply<TYPE, N>(float (&c)[N / 2], const uint32_t (&a)[4], uint64_t b, bool add) {              \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #RP ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME     \
-                 " {" FB_REGISTERS_##COUNT "}, {%" #A0 ",%" #A1 ",%" #A2 ",%" #A3 "}, %" #RB ", p, 1, 1, 1;\n}\n"                   \
-                 : FB_OPERANDS_##COUNT(c)                                                                                          \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)));                                              \
+#define FB_MULTIPLY(TYPE, NAME, N, COUNT, A, B, P, A0, A1, A2, A3, RB, RP)                                 \
+  template <>                                                                                              \
+  FB_INLINE void multiply<TYPE, N>(float (&c)[N / 2], uint64_t a, uint64_t b, bool add) {                  \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #P ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N      \
+                 "k16.f32." NAME "." NAME " {" FB_REGISTERS_##COUNT "}, %" #A ", %" #B                     \
+                                                                    ", p, 1, 1, 0, 0;\n}\n"                \
+                 : FB_OPERANDS_##COUNT(c)                                                                  \
+                 : "l"(a), "l"(b), "r"(int(add)));                                                         \
+  }                                                                                                        \
+  template <>                                                                                              \
+  FB_INLINE void multiply<TYPE, N>(float (&c)[N / 2], const uint32_t (&a)[4], uint64_t b, bool add) {      \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #RP ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N     \
+                 "k16.f32." NAME "." NAME " {" FB_REGISTERS_##COUNT "}, {%" #A0 ",%" #A1 ",%" #A2 ",%" #A3 \
+                                                                    "}, %" #RB ", p, 1, 1, 1;\n}\n"        \
+                 : FB_OPERANDS_##COUNT(c)                                                                  \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)));                     \
   }
-#define FB_MULTIPLY_BOTH(...) FB_MULTIPLY(bfloat16, "bf16", __VA_ARGS__) FB_MULTIPLY(float16, "f16", __VA_ARGS__)
+#define FB_MULTIPLY_BOTH(...) \
+  FB_MULTIPLY(bfloat16, "bf16", __VA_ARGS__) FB_MULTIPLY(float16, "f16", __VA_ARGS__)
 FB_MULTIPLY_BOTH(64, 32, 32, 33, 34, 32, 33, 34, 35, 36, 37)
 FB_MULTIPLY_BOTH(80, 40, 40, 41, 42, 40, 41, 42, 43, 44, 45)
 FB_MULTIPLY_BOTH(128, 64, 64, 65, 66, 64, 65, 66, 67, 68, 69)

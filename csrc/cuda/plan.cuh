@@ -1,5 +1,5 @@
-// What a block of rows has to visit: the key segments that it sees, with their constants, made in shared memory by a warp
-// of its own while the block before is computed, so that no product ever waits for a table.
+// What a block of rows has to visit: the key segments that it sees, with their constants, made in shared
+// memory by a warp of its own while the block before is computed, so that no product ever waits for a table.
 #pragma once
 #include "attention.h"
 #ifdef FLASHBRUSH_EMULATED
@@ -14,22 +14,22 @@ constexpr int kGroupRows = 64;  // of a block, for each warp group that computes
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr float kInf = __builtin_huge_valf();
 
-// Largest |log2(weight)| inside the exponent. Two such weights move the largest logit 60 away from the maximum, which
-// leaves the sum of the unweighted probabilities 66 binary digits above float32's underflow.
+// Largest |log2(weight)| inside the exponent. Two such weights move the largest logit 60 away from the
+// maximum, which leaves the sum of the unweighted probabilities 66 binary digits above float32's underflow.
 constexpr float kMostFold = 30.f;
 
 // Passed by value: a tensor map has to lie in parameter or global memory.
 struct Parameters {
   TensorMap q;
   TensorMap k[FB_MOST_SEGMENTS], v[FB_MOST_SEGMENTS];
-  FbGpuAttention call;  // its lists of tensors are not the GPU's
-  int32_t count;        // of row blocks of all items and heads
+  FbGpuAttention call;          // its lists of tensors are not the GPU's
+  int32_t count;                // of row blocks of all items and heads
   uint32_t shared_k, shared_v;  // bit n: tensor n has one item
   int32_t shared_q;
 };
 
-// A key segment that the rows see. A tile's exponent is s * scale + add - m, its P then 2^-shift too small for the output
-// and 1 / unfold too large for the sum.
+// A key segment that the rows see. A tile's exponent is s * scale + add - m, its P then 2^-shift too small
+// for the output and 1 / unfold too large for the sum.
 struct Visit {
   int segment, tensor, start, count;
   int item_k, item_v;
@@ -40,19 +40,25 @@ struct alignas(16) Plan {
   int b, h, r, first, rows;       // rows first .. first + rows - 1 of segment r
   float scale;                    // of logits in log2 units
   int begin[FB_MOST_GROUPS + 1];  // of each group's visits
-  int loud[FB_MOST_GROUPS];       // the first that is not silent: those of weight 0 count in the sum alone, and come first
-  int allowed[FB_MOST_GROUPS];    // keys
+  int loud[FB_MOST_GROUPS];     // the first that is not silent: those of weight 0 count in the sum alone, and
+                                // come first
+  int allowed[FB_MOST_GROUPS];  // keys
   Visit visits[FB_MOST_SEGMENTS];
 };
 
-FB_DEVICE int least(int a, int b) { return a < b ? a : b; }
+FB_DEVICE int least(int a, int b) {
+  return a < b ? a : b;
+}
 
 FB_DEVICE const float* row_of(const FbGpuTable& table, int b, int h) {
   return table.data ? table.data + b * table.stride_b + h * table.stride_h : nullptr;
 }
 
-// The item that output item b reads; a tensor that all share may be a broadcast, whose map has one item whatever is asked.
-FB_DEVICE int item_of(const int64_t* source, bool shared, int b) { return shared ? 0 : source ? int(source[b]) : b; }
+// The item that output item b reads; a tensor that all share may be a broadcast, whose map has one item
+// whatever is asked.
+FB_DEVICE int item_of(const int64_t* source, bool shared, int b) {
+  return shared ? 0 : source ? int(source[b]) : b;
+}
 
 // weight = 2^(fold + shift), with shift 0 but for weights outside 2^-30 .. 2^30.
 FB_DEVICE void fold_weight(float weight, float& fold, float& shift) {
@@ -74,7 +80,8 @@ FB_DEVICE void make_plan(const Parameters& p, int index, int block_rows, int lan
   const int32_t* starts = call.row_starts + (call.rows_by_item ? b * (call.R + 1) : 0);
   int r = 0, first = 0, rows = 0;
   for (; r < call.R; ++r) {
-    const int begin = starts[r], length = starts[r + 1] - begin, blocks = (length + block_rows - 1) / block_rows;
+    const int begin = starts[r], length = starts[r + 1] - begin,
+              blocks = (length + block_rows - 1) / block_rows;
     if (block < blocks) {
       first = begin + block * block_rows;
       rows = least(block_rows, begin + length - first);
@@ -93,8 +100,10 @@ FB_DEVICE void make_plan(const Parameters& p, int index, int block_rows, int lan
     visit.start = call.L > 1 ? 0 : key_starts[c];
     visit.count = key_starts[c + 1] - key_starts[c];
     if (call.valid) visit.count = least(visit.count, call.valid[b * call.C + c]);
-    visit.item_k = item_of(call.source_k ? call.source_k + visit.tensor * call.B : nullptr, p.shared_k >> visit.tensor & 1, b);
-    visit.item_v = item_of(call.source_v ? call.source_v + visit.tensor * call.B : nullptr, p.shared_v >> visit.tensor & 1, b);
+    visit.item_k = item_of(call.source_k ? call.source_k + visit.tensor * call.B : nullptr,
+                           p.shared_k >> visit.tensor & 1, b);
+    visit.item_v = item_of(call.source_v ? call.source_v + visit.tensor * call.B : nullptr,
+                           p.shared_v >> visit.tensor & 1, b);
     const float* bias = row_of(call.bias, b, h);
     const float* weights = row_of(call.weight, b, h);
     const float offset = bias ? bias[r * call.C + c] * kLog2e : 0.f;
@@ -107,10 +116,12 @@ FB_DEVICE void make_plan(const Parameters& p, int index, int block_rows, int lan
   }
   int place = 0;
   for (int g = 0; g < call.G; ++g) {
-    const uint32_t silent = votes_of_warp(group == g && visit.weight == 0.f), loud = votes_of_warp(group == g && visit.weight != 0.f);
+    const uint32_t silent = votes_of_warp(group == g && visit.weight == 0.f),
+                   loud = votes_of_warp(group == g && visit.weight != 0.f);
     const uint32_t before = (1u << lane) - 1u;
     if (group == g)
-      plan->visits[visit.weight == 0.f ? place + count_bits(silent & before) : place + count_bits(silent) + count_bits(loud & before)] = visit;
+      plan->visits[visit.weight == 0.f ? place + count_bits(silent & before)
+                                       : place + count_bits(silent) + count_bits(loud & before)] = visit;
     int allowed = group == g ? visit.count : 0;
     for (int mask = 16; mask > 0; mask >>= 1) allowed += shuffle_xor(allowed, mask);
     if (lane == 0) {

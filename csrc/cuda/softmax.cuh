@@ -1,16 +1,18 @@
-// The softmax of a warp group's 64 rows, of which a thread holds two (i = 0, 1: eight rows apart) with a quarter of their
-// logits: register 4 j + 2 i + e is key 8 j + 2 (lane % 4) + e of row i.
+// The softmax of a warp group's 64 rows, of which a thread holds two (i = 0, 1: eight rows apart) with a
+// quarter of their logits: register 4 j + 2 i + e is key 8 j + 2 (lane % 4) + e of row i.
 #pragma once
 #include "plan.cuh"
 
 namespace flashbrush {
 
-// The maximum moves only when a logit exceeds it by so many binary digits: probabilities are floating point, so that their
-// scale costs no precision, and a row is rarely rescaled after its first tile.
+// The maximum moves only when a logit exceeds it by so many binary digits: probabilities are floating point,
+// so that their scale costs no precision, and a row is rarely rescaled after its first tile.
 constexpr float kSlack = 8.f;
 
 // A number to subtract from logits: rows without a finite one have maximum -inf.
-FB_DEVICE float pivot(float m) { return m == -kInf ? 0.f : m; }
+FB_DEVICE float pivot(float m) {
+  return m == -kInf ? 0.f : m;
+}
 
 // Summed over the four threads that share a row.
 FB_DEVICE float over_row(float x) {
@@ -18,8 +20,8 @@ FB_DEVICE float over_row(float x) {
   return x + shuffle_xor(x, 2);
 }
 
-// 2^x on the units for multiplications: x = n + f with |f| <= 1/2, a polynomial for 2^f (least largest relative error,
-// 7.5e-5: a fiftieth of what bfloat16 rounds away), times 2^n. Below 2^-126 it is 2^-126.
+// 2^x on the units for multiplications: x = n + f with |f| <= 1/2, a polynomial for 2^f (least largest
+// relative error, 7.5e-5: a fiftieth of what bfloat16 rounds away), times 2^n. Below 2^-126 it is 2^-126.
 FB_DEVICE float exp2_multiplied(float x) {
   x = maximum_or_nan(x, -126.f);
   const float rounder = 12582912.f;  // 1.5 * 2^23: what is added to it is rounded, and lies in its low bits
@@ -38,7 +40,8 @@ struct RowSums {
     for (int i = 0; i < 2; ++i) m[i] = -kInf, l[i] = segment[i] = 0.f;
     shift = -kInf;
   }
-  // What P of a segment is multiplied by, once it is summed: not 1 where another segment's weight is 2^60 times as large.
+  // What P of a segment is multiplied by, once it is summed: not 1 where another segment's weight is 2^60
+  // times as large.
   FB_INLINE float thinning(float shift_of_segment) const { return exp2_fast(shift_of_segment - shift); }
 };
 
@@ -47,13 +50,16 @@ struct Tile {
   int keys;
   float add, shift;
   template <int KEYS>
-  FB_INLINE explicit Tile(const Cursor<KEYS>& at) : keys(at.keys()), add(at.visit->add), shift(at.visit->shift) {}
+  FB_INLINE explicit Tile(const Cursor<KEYS>& at)
+      : keys(at.keys()), add(at.visit->add), shift(at.visit->shift) {}
 };
 
-// A tile's logits -> its probabilities in place; the sums gain theirs. Where the output has to be rescaled the result is
-// true, alike in a warp, and decay becomes its factors. Of 16 logits POLYNOMIAL go through exp2_multiplied.
+// A tile's logits -> its probabilities in place; the sums gain theirs. Where the output has to be rescaled
+// the result is true, alike in a warp, and decay becomes its factors. Of 16 logits POLYNOMIAL go through
+// exp2_multiplied.
 template <int KEYS, int POLYNOMIAL>
-FB_DEVICE bool softmax_tile(float (&s)[KEYS / 2], RowSums& sums, float (&decay)[2], float scale, const Tile& tile, int lane) {
+FB_DEVICE bool softmax_tile(float (&s)[KEYS / 2], RowSums& sums, float (&decay)[2], float scale,
+                            const Tile& tile, int lane) {
   if (scale < 0.f) {
     scale = -scale;
 #pragma unroll

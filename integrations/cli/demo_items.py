@@ -1,4 +1,6 @@
-"""The demonstration: subjects of photos and drawn ones into real scenes, by the tiny model that comes with the package."""
+"""The demonstration: subjects of photos and drawn ones into real scenes, by the tiny model that comes with
+the package.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,22 @@ Box = tuple[int, int, int, int]
 
 # Drawn by hand on scikit-image's photos.
 CAT = (
-    (34, 30), (62, 0), (232, 0), (330, 27), (384, 0), (399, 0), (370, 76), (362, 136), (363, 192), (334, 246),
-    (336, 299), (18, 299), (10, 240), (40, 170), (30, 100),
-)  # fmt: skip
+    (34, 30),
+    (62, 0),
+    (232, 0),
+    (330, 27),
+    (384, 0),
+    (399, 0),
+    (370, 76),
+    (362, 136),
+    (363, 192),
+    (334, 246),
+    (336, 299),
+    (18, 299),
+    (10, 240),
+    (40, 170),
+    (30, 100),
+)
 SAUCER = (78, 18, 478, 384)
 SIDE = 160  # pixels of a drawn subject's picture
 SEED, MADE = 7, 48  # of the drawn subjects, and how many there are to choose from

@@ -18,37 +18,55 @@ if TYPE_CHECKING:
 ON_FLUX = {"kv-edit": {"mask"}, "personalize-anything": {"mask", "move"}}
 WITHOUT = {"plug-and-play": {"word", "source_word"}, "infedit": {"inversion_iterations"}}
 TOKEN = 16  # pixels a side, of FLUX
-Words = Annotated[list[str] | None, typer.Option(help="What the edit is about, in --prompt: it stays there. Repeat it.")]
+Words = Annotated[
+    list[str] | None, typer.Option(help="What the edit is about, in --prompt: it stays there. Repeat it.")
+]
 
 
 def edit(
     method: Annotated[
         str,
-        typer.Option(help="masactrl, plug-and-play, prompt-to-prompt, infedit; on FLUX kv-edit, personalize-anything."),
+        typer.Option(
+            help="masactrl, plug-and-play, prompt-to-prompt, infedit; on FLUX kv-edit, personalize-anything."
+        ),
     ],
     image: Annotated[Path, typer.Option(help="Photo to change.")],
     prompt: Annotated[str, typer.Option(help="What the result shows.")],
-    model: Annotated[str, typer.Option(help="Stable Diffusion 1.x or 2.x, or FLUX.1: a Hugging Face name or a folder.")],
+    model: Annotated[
+        str, typer.Option(help="Stable Diffusion 1.x or 2.x, or FLUX.1: a Hugging Face name or a folder.")
+    ],
     output: Out,
     mask: Annotated[
-        Path | None, typer.Option(help="Of the image's size, white where kv-edit paints, or on personalize-anything's subject.")
+        Path | None,
+        typer.Option(
+            help="Of the image's size, white where kv-edit paints, or on personalize-anything's subject."
+        ),
     ] = None,
     move: Annotated[
-        tuple[int, int] | None, typer.Option(help="personalize-anything: pixels down and right, from where it is in the photo.")
+        tuple[int, int] | None,
+        typer.Option(help="personalize-anything: pixels down and right, from where it is in the photo."),
     ] = None,
     source_prompt: Annotated[str, typer.Option(help="What the photo shows.")] = "",
     word: Words = None,
-    source_word: Annotated[list[str] | None, typer.Option(help="The same in --source-prompt. Repeat it.")] = None,
+    source_word: Annotated[
+        list[str] | None, typer.Option(help="The same in --source-prompt. Repeat it.")
+    ] = None,
     negative_prompt: Annotated[str, typer.Option(help="What guidance leads away from.")] = "",
-    steps: Annotated[int | None, typer.Option(min=1, help="Levels of noise. Default: 50; infedit: 15, on FLUX 28.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Levels of noise. Default: 50; infedit: 15, on FLUX 28.")
+    ] = None,
     guidance: Annotated[
         float | None,
-        typer.Option(help="Default: 7.5; plug-and-play: 10, infedit: 2, kv-edit: 5.5, personalize-anything: 3.5."),
+        typer.Option(
+            help="Default: 7.5; plug-and-play: 10, infedit: 2, kv-edit: 5.5, personalize-anything: 3.5."
+        ),
     ] = None,
     inversion_iterations: Annotated[
         int | None, typer.Option(min=1, help="Calls of the model for a step of the inversion. Default: 1.")
     ] = None,
-    reconstruction: Annotated[Path | None, typer.Option(help="Also write what the autoencoder leaves of the photo.")] = None,
+    reconstruction: Annotated[
+        Path | None, typer.Option(help="Also write what the autoencoder leaves of the photo.")
+    ] = None,
     seed: Seed = 0,
     width: Width = None,
     height: Width = None,
@@ -67,9 +85,14 @@ def edit(
     if method not in (*METHODS, *ON_FLUX):
         raise ValueError(f"method: expected one of {', '.join((*METHODS, *ON_FLUX))}, got {method!r}")
     given = {
-        "mask": mask, "move": move, "word": word, "source_word": source_word, "negative_prompt": negative_prompt or None,
-        "inversion_iterations": inversion_iterations, "reconstruction": reconstruction,
-    }  # fmt: skip
+        "mask": mask,
+        "move": move,
+        "word": word,
+        "source_word": source_word,
+        "negative_prompt": negative_prompt or None,
+        "inversion_iterations": inversion_iterations,
+        "reconstruction": reconstruction,
+    }
     used = ON_FLUX.get(method, set(given) - {"mask", "move"} - WITHOUT.get(method, set()))
     if wrong := [name for name, value in given.items() if value and name not in used]:
         raise ValueError(f"{wrong[0]}: {method} has no use for it")
@@ -80,7 +103,9 @@ def edit(
     if guidance is not None:
         check_number("guidance", guidance)
     if move is not None and any(n % TOKEN for n in move):
-        raise ValueError(f"move: expected (pixels down, pixels to the right), multiples of {TOKEN}, got {move}")
+        raise ValueError(
+            f"move: expected (pixels down, pixels to the right), multiples of {TOKEN}, got {move}"
+        )
     photo = im.open_image(image)
     if method in ON_FLUX:
         im.panel_size((TOKEN, TOKEN), width=width, height=height, multiple=TOKEN)
@@ -91,24 +116,43 @@ def edit(
         if method == "kv-edit":
             pipe = load("KVEditPipeline", model, dtype, device, offload, backend)
             edited = pipe(photo, hole, prompt, source_prompt=source_prompt, **chosen)
-            print(f"{len(edited.tokens)} of {edited.latents.shape[1]} image tokens were computed in a step of the edit")
+            print(
+                f"{len(edited.tokens)} of {edited.latents.shape[1]} image tokens were computed in a step of the edit"
+            )
         else:
             pipe = load("PersonalizeAnythingPipeline", model, dtype, device, offload, backend)
-            edited = pipe(prompt, photo, hole, move=move or (0, 0), subject_prompt=source_prompt, seed=seed, **chosen)
+            edited = pipe(
+                prompt, photo, hole, move=move or (0, 0), subject_prompt=source_prompt, seed=seed, **chosen
+            )
         write_pictures({output: lambda path: edited.image.save(path, quality=95)})
         print(f"the picture is {output}")
         return
     im.panel_size((8, 8), width=width, height=height, multiple=8)
     pipe = load("PromptEditingPipeline", model, dtype, device, offload, backend)
     result: PromptEditingOutput = pipe(
-        photo, prompt, source_prompt=source_prompt, method=method, words=word or (), source_words=source_word or (),
-        negative_prompt=negative_prompt, steps=steps, guidance_scale=guidance,
-        inversion_iterations=inversion_iterations or 1, width=width, height=height, seed=seed,
-    )  # fmt: skip
+        photo,
+        prompt,
+        source_prompt=source_prompt,
+        method=method,
+        words=word or (),
+        source_words=source_word or (),
+        negative_prompt=negative_prompt,
+        steps=steps,
+        guidance_scale=guidance,
+        inversion_iterations=inversion_iterations or 1,
+        width=width,
+        height=height,
+        seed=seed,
+    )
     if result.size != photo.size:
-        print(f"the model saw {image}, {photo.width}x{photo.height} pixels, at {result.size[0]}x{result.size[1]} pixels")
+        print(
+            f"the model saw {image}, {photo.width}x{photo.height} pixels, at {result.size[0]}x{result.size[1]} pixels"
+        )
     pictures: dict[Path, Any] = {output: lambda path: result.image.save(path, quality=95)}
     if reconstruction is not None:
         pictures[reconstruction] = lambda path: result.reconstruction.save(path, quality=95)
     write_pictures(pictures)
-    print(f"the picture is {output}" + (f", the photo from the model {reconstruction}" if reconstruction else ""))
+    print(
+        f"the picture is {output}"
+        + (f", the photo from the model {reconstruction}" if reconstruction else "")
+    )

@@ -33,7 +33,9 @@ if TYPE_CHECKING:
     from ..evaluation.visual_icl.items import Pair
     from ..pipelines import VisualICLPipeline
 
-eval_app = typer.Typer(name="eval", help="Judge a method over a folder of items.", pretty_exceptions_enable=False)
+eval_app = typer.Typer(
+    name="eval", help="Judge a method over a folder of items.", pretty_exceptions_enable=False
+)
 ALL = "(all)"  # the last row's name, which no file has
 
 
@@ -44,14 +46,26 @@ def _group() -> None:
 
 @eval_app.command()
 def vicl(
-    folder: Annotated[Path, typer.Argument(help="With pairs.csv: name, image, truth, prompts (names, by spaces).")],
+    folder: Annotated[
+        Path, typer.Argument(help="With pairs.csv: name, image, truth, prompts (names, by spaces).")
+    ],
     task: Task,
     model: Model,
-    output: Annotated[Path, typer.Option("--output", "-o", help="CSV file to write: a row for each prediction, and all.")],
-    pictures: Annotated[Path | None, typer.Option(help="Folder for the predictions; made where it is not there.")] = None,
-    reach: Annotated[float, typer.Option(help="Keypoints: share of the longer side that a correct one may be away.")] = 0.1,
-    features: Annotated[str, typer.Option(help="Colourisation: latents, the model's own, or inception, for FID.")] = "latents",
-    lpips: Annotated[str | None, typer.Option(help="Colourisation: alex, vgg or squeeze; needs torchvision.")] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="CSV file to write: a row for each prediction, and all.")
+    ],
+    pictures: Annotated[
+        Path | None, typer.Option(help="Folder for the predictions; made where it is not there.")
+    ] = None,
+    reach: Annotated[
+        float, typer.Option(help="Keypoints: share of the longer side that a correct one may be away.")
+    ] = 0.1,
+    features: Annotated[
+        str, typer.Option(help="Colourisation: latents, the model's own, or inception, for FID.")
+    ] = "latents",
+    lpips: Annotated[
+        str | None, typer.Option(help="Colourisation: alex, vgg or squeeze; needs torchvision.")
+    ] = None,
     steps: Levels = 70,
     skip: Skip = None,
     gamma: Gamma = 3.5,
@@ -71,9 +85,10 @@ def vicl(
 ) -> None:
     """Visual in-context learning (SD-VICL), by the metric of its paper for the task.
 
-    FOLDER/pairs.csv lists photos and their ground truths: columns name, image and truth (files in FOLDER), and prompts,
-    the names of the rows from which a row is predicted; rows without any are only prompts. mIoU judges segmentation,
-    detection and semantic; MSE and PCK keypoints; MSE edges; FID and LPIPS colourisation.
+    FOLDER/pairs.csv lists photos and their ground truths: columns name, image and truth (files in FOLDER),
+    and prompts, the names of the rows from which a row is predicted; rows without any are only prompts. mIoU
+    judges segmentation, detection and semantic; MSE and PCK keypoints; MSE edges; FID and LPIPS
+    colourisation.
     """
     check_packages("eval", "torchmetrics")
     from ..evaluation.insertion.judges import LatentStatistics
@@ -90,11 +105,15 @@ def vicl(
     pairs = {pair.name: pair for pair in read_pairs(folder)}
     queries = [pair for pair in pairs.values() if pair.prompts]
     _check_sizes(pairs, queries, resized=width is not None or height is not None)
-    palette = check_palette(palette_of([pair.truth for pair in pairs.values()])) if task in NEEDS_PALETTE else None
+    palette = (
+        check_palette(palette_of([pair.truth for pair in pairs.values()])) if task in NEEDS_PALETTE else None
+    )
     if features not in ("latents", "inception"):
         raise ValueError(f"features: expected latents or inception, got {features!r}")
     if task == "colourisation" and len(queries) < 2:
-        raise ValueError("folder: colourisation is judged by a distance between at least two predictions and their truths")
+        raise ValueError(
+            "folder: colourisation is judged by a distance between at least two predictions and their truths"
+        )
     judge = TaskJudge(task, palette=palette, reach=reach, lpips=lpips, features=features)
 
     pipe: VisualICLPipeline = load("VisualICLPipeline", model, dtype, device, offload, backend, cache=cache)
@@ -113,7 +132,9 @@ def vicl(
         print(f"{reused} of {total} inversions were there already, in {pipe.cache.folder}")
     _show(rows[-1], f"{task}, {len(queries)} predictions")
     _write(rows, output, painted, pictures)
-    print(f"the results are {output}" + (f", the predictions are in {pictures}" if pictures is not None else ""))
+    print(
+        f"the results are {output}" + (f", the predictions are in {pictures}" if pictures is not None else "")
+    )
 
 
 def _check_sizes(pairs: dict[str, Pair], queries: Sequence[Pair], resized: bool) -> None:
@@ -138,8 +159,9 @@ def _show(row: dict[str, Any], title: str) -> None:
 
     rows = [
         (name, f"{value:.4f}", "higher" if name in HIGHER_IS_BETTER else "lower", MEASURES[name])
-        for name, value in row.items() if name != "name"
-    ]  # fmt: skip
+        for name, value in row.items()
+        if name != "name"
+    ]
     print_table(("measure", "value", "better", "what"), rows, title)
 
 

@@ -19,11 +19,19 @@ if TYPE_CHECKING:
     from ..evaluation.insertion.evaluate import Options, Outcome
     from ..evaluation.insertion.items import Item
 
-Folder = Annotated[Path | None, typer.Argument(help="With items.csv. Default: made items that the tiny model never saw.")]
-Results = Annotated[Path, typer.Option("--output", "-o", help="Folder for tables and figure; made where it is not there.")]
-Model = Annotated[str | None, typer.Option(help="FLUX.1-Fill: a Hugging Face name or a folder. Default: the tiny one.")]
+Folder = Annotated[
+    Path | None, typer.Argument(help="With items.csv. Default: made items that the tiny model never saw.")
+]
+Results = Annotated[
+    Path, typer.Option("--output", "-o", help="Folder for tables and figure; made where it is not there.")
+]
+Model = Annotated[
+    str | None, typer.Option(help="FLUX.1-Fill: a Hugging Face name or a folder. Default: the tiny one.")
+]
 Count = Annotated[int, typer.Option(min=2, help="Made items of each sort.")]
-Freedom = Annotated[float, typer.Option(min=0, max=1, help="Made items: how far the pose is off that of the subject.")]
+Freedom = Annotated[
+    float, typer.Option(min=0, max=1, help="Made items: how far the pose is off that of the subject.")
+]
 Repeats = Annotated[int, typer.Option(min=1, help="Seeds of an item.")]
 Batch = Annotated[int, typer.Option(min=1, help="Items of one call.")]
 Judge = Annotated[str | None, typer.Option(help="A judge: a Hugging Face name or a folder.")]
@@ -52,10 +60,11 @@ def eval_insert(
     offload: Offload = False,
     backend: Backend = "auto",
 ) -> None:
-    """How well subjects are inserted: identity, agreement with the prompt, PSNR, FID; as tables, CSV and a figure.
+    """How well subjects are inserted: identity, agreement with the prompt, PSNR, FID; as tables, CSV and a
+    figure.
 
-    Made items are done with their own subject as the reference, with none, with another one's, and with a prompt that
-    contradicts it.
+    Made items are done with their own subject as the reference, with none, with another one's, and with a
+    prompt that contradicts it.
     """
     from ..evaluation.insertion.evaluate import Setting, evaluate
     from ..evaluation.insertion.items import held_out, read_items
@@ -78,14 +87,24 @@ def eval_insert(
     rows, shown, cells = [], [], {}
     for sort, items in sorts.items():
         outcomes = evaluate(
-            pipe, items, [setting], options=options, seed=seed, repeats=repeats, batch=batch,
-            paste_back=folder is not None, models=models,
-        )  # fmt: skip
+            pipe,
+            items,
+            [setting],
+            options=options,
+            seed=seed,
+            repeats=repeats,
+            batch=batch,
+            paste_back=folder is not None,
+            models=models,
+        )
         shown = shown or outcomes
         rows += [{"sort": sort, **outcome.row()} for outcome in outcomes]
         for name in (*MEASURES, "fid"):
             if name == "fid":
-                found, real = [o.picture for o in outcomes], [o.item.truth for o in outcomes if o.item.truth is not None]
+                found, real = (
+                    [o.picture for o in outcomes],
+                    [o.item.truth for o in outcomes if o.item.truth is not None],
+                )
                 if len(real) == len(found) > 1 and len({picture.size for picture in (*found, *real)}) == 1:
                     features = LatentStatistics(pipe.pipe.vae, pipe.pipe._execution_device)
                     cells[name, sort] = f"{frechet_distance(features, found, real):.4f}"
@@ -99,7 +118,10 @@ def eval_insert(
     _write_conditions(output, context, pipe, options, sorts)
     figure = outcome_grid(shown[:8])
     write_pictures({output / "pictures.png": lambda path: figure.savefig(path, dpi=110)})
-    _print(table, "Mean, standard error and number of items" + (f"; {repeats} seeds of each" if repeats > 1 else ""))
+    _print(
+        table,
+        "Mean, standard error and number of items" + (f"; {repeats} seeds of each" if repeats > 1 else ""),
+    )
     meanings = MEASURES | {"fid": "between the autoencoder's channel statistics of results and truths"}
     for name in names:
         print(f"{name}: {meanings[name]}")
@@ -110,7 +132,9 @@ def sweep(
     context: typer.Context,
     output: Results,
     folder: Folder = None,
-    axis: Annotated[list[str] | None, typer.Option(help="A knob and its values, as alpha_subject=0,0.3; several.")] = None,
+    axis: Annotated[
+        list[str] | None, typer.Option(help="A knob and its values, as alpha_subject=0,0.3; several.")
+    ] = None,
     model: Model = None,
     count: Count = 96,
     freedom: Freedom = 0.0,
@@ -139,9 +163,15 @@ def sweep(
     items = [item for some in sorts.values() for item in some]
     pipe, options = _pipeline(model, folder is None, steps, dtype, device, offload, backend)
     outcomes: list[Outcome] = evaluate(
-        pipe, items, list(dict.fromkeys(named.values())), options=options, seed=seed, repeats=repeats, batch=batch,
+        pipe,
+        items,
+        list(dict.fromkeys(named.values())),
+        options=options,
+        seed=seed,
+        repeats=repeats,
+        batch=batch,
         paste_back=folder is not None,
-    )  # fmt: skip
+    )
     rows = table(outcomes, named)
     output.mkdir(parents=True, exist_ok=True)
     write_csv(output / "items.csv", [outcome.row() for outcome in outcomes])
@@ -152,18 +182,29 @@ def sweep(
     write_pictures({output / "sweep.png": lambda path: figure.savefig(path, dpi=110)})
     shown = [
         {
-            "axis": row["axis"], "value": row["value"], "items": row["items"], "measure": row["measure"],
+            "axis": row["axis"],
+            "value": row["value"],
+            "items": row["items"],
+            "measure": row["measure"],
             "mean": f"{row['mean']:.3f} ± {row['error']:.3f}",
-            "change": "" if row["axis"] == "base" else f"{row['difference']:+.3f} ± {row['difference_error']:.3f}",
+            "change": ""
+            if row["axis"] == "base"
+            else f"{row['difference']:+.3f} ± {row['difference_error']:.3f}",
         }
         for row in rows
-    ]  # fmt: skip
+    ]
     _print(shown, "Mean and standard error; change against the stock model, paired by item and seed")
     print(f"the tables and the plot are in {output}")
 
 
 def _pipeline(
-    model: str | None, made: bool, steps: int | None, dtype: Dtype, device: str | None, offload: bool, backend: str
+    model: str | None,
+    made: bool,
+    steps: int | None,
+    dtype: Dtype,
+    device: str | None,
+    offload: bool,
+    backend: str,
 ) -> tuple[Any, Options]:
     """The pipeline, and the options of its call for an item."""
     from ... import tiny_fill as tiny_folder
@@ -183,7 +224,9 @@ def _pipeline(
 def _write_conditions(
     output: Path, context: typer.Context, pipe: Any, options: Options, sorts: Mapping[str, Sequence[Item]]
 ) -> None:
-    """conditions.json: the machine, and all that the command was given or took by default; of a path its last name."""
+    """conditions.json: the machine, and all that the command was given or took by default; of a path its last
+    name.
+    """
     from ... import tiny_fill as tiny_folder
 
     given = {name: value for name, value in context.params.items() if name not in ("output", "count")}
@@ -193,7 +236,9 @@ def _write_conditions(
     for name in ("folder", "model", "dino", "clip"):
         if given.get(name) is not None and Path(given[name]).exists():
             given[name] = Path(given[name]).resolve().name
-    defaults = {name: parameter.default for name, parameter in inspect.signature(pipe.__call__).parameters.items()}
+    defaults = {
+        name: parameter.default for name, parameter in inspect.signature(pipe.__call__).parameters.items()
+    }
     call = defaults | options(next(iter(sorts.values()))[0])
     device = pipe.pipe._execution_device
     about = machine.describe() | {name: version(name) for name in ("diffusers", "transformers")}
@@ -202,9 +247,11 @@ def _write_conditions(
 
         about["gpu"] = torch.cuda.get_device_name(device)
     conditions = given | {
-        "device": str(device), "steps": call["steps"], "guidance": call["guidance_scale"],
+        "device": str(device),
+        "steps": call["steps"],
+        "guidance": call["guidance_scale"],
         "items": {sort or "all": len(items) for sort, items in sorts.items()},
-    }  # fmt: skip
+    }
     text = json.dumps({"machine": about, "conditions": conditions}, indent=1, default=str)
     (output / "conditions.json").write_text(text + "\n")
 

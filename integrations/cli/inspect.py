@@ -23,14 +23,24 @@ def inspect(
     mask: Annotated[Path, typer.Option(help="Of the image's size, white where to paint.")],
     prompt: Annotated[str, typer.Option(help="What the result shows.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder; made where it is not there.")],
-    word: Annotated[list[str] | None, typer.Option(help="A word or phrase of the prompt. Repeat it for more.")] = None,
-    region: Annotated[list[str] | None, typer.Option(help="NAME=FILE: white on a part of the image. Repeat it.")] = None,
-    model: Annotated[str | None, typer.Option(help="FLUX.1-Fill: a Hugging Face name or a folder. Default: a tiny one.")] = None,
-    subject_mask: Annotated[Path | None, typer.Option(help="White on the subject. Default: its transparency, or all.")] = None,
+    word: Annotated[
+        list[str] | None, typer.Option(help="A word or phrase of the prompt. Repeat it for more.")
+    ] = None,
+    region: Annotated[
+        list[str] | None, typer.Option(help="NAME=FILE: white on a part of the image. Repeat it.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="FLUX.1-Fill: a Hugging Face name or a folder. Default: a tiny one.")
+    ] = None,
+    subject_mask: Annotated[
+        Path | None, typer.Option(help="White on the subject. Default: its transparency, or all.")
+    ] = None,
     alpha_prompt: Annotated[float, typer.Option(help="As of insert.")] = 0.3,
     alpha_subject: Annotated[float, typer.Option(help="As of insert.")] = 0.3,
     gain_span: Annotated[float, typer.Option(help="As of insert.")] = 0.2,
-    every: Annotated[int | None, typer.Option(min=1, help="Look at every so many steps. Default: at 10 steps or fewer.")] = None,
+    every: Annotated[
+        int | None, typer.Option(min=1, help="Look at every so many steps. Default: at 10 steps or fewer.")
+    ] = None,
     heads: Annotated[bool, typer.Option(help="Keep each head's maps, not only their mean.")] = False,
     steps: Steps = None,
     guidance: Annotated[float, typer.Option(min=0, help="Guidance scale.")] = 30.0,
@@ -45,7 +55,8 @@ def inspect(
 ) -> None:
     """What the picture's places attend to: maps of words and regions, tables of mass, gains of heads.
 
-    Writes maps.png, maps.npz (all arrays) and mass.csv (what each part of the sequence gives to each, by layer).
+    Writes maps.png, maps.npz (all arrays) and mass.csv (what each part of the sequence gives to each, by
+    layer).
     """
     from ..methods import AttentionMaps, InContextBrush
     from ..pipelines import images as im
@@ -72,9 +83,17 @@ def inspect(
     count = shape.get("steps", 50)
     maps = AttentionMaps(words, places, every=every or -(-count // SEEN), heads=heads)
     result = pipe(
-        prompt, subject=subject, image=image, mask=mask, subject_mask=subject_mask, method=method,
-        guidance_scale=guidance, seed=seed, maps=maps, **shape,
-    )  # fmt: skip
+        prompt,
+        subject=subject,
+        image=image,
+        mask=mask,
+        subject_mask=subject_mask,
+        method=method,
+        guidance_scale=guidance,
+        seed=seed,
+        maps=maps,
+        **shape,
+    )
     output.mkdir(parents=True, exist_ok=True)
     figure = maps_report(result, maps, prompt)
     write_pictures(
@@ -92,13 +111,17 @@ def _regions(given: list[str]) -> dict[str, Path]:
     for one in given:
         name, equals, path = one.partition("=")
         if not (name and equals and path) or name in (*regions, "subject", "hole"):
-            raise ValueError(f"region: expected NAME=FILE, each name once and none subject or hole, got {one!r}")
+            raise ValueError(
+                f"region: expected NAME=FILE, each name once and none subject or hole, got {one!r}"
+            )
         regions[name] = Path(path)
     return regions
 
 
 def _write_arrays(path: Path, result: InContextBrushOutput, maps: AttentionMaps) -> None:
-    """maps (steps seen, layers, heads or 1, names, rows, columns), mass and gains of every step, and what is what."""
+    """maps (steps seen, layers, heads or 1, names, rows, columns), mass and gains of every step, and what is
+    what.
+    """
     import numpy as np
     import torch
 
@@ -107,9 +130,15 @@ def _write_arrays(path: Path, result: InContextBrushOutput, maps: AttentionMaps)
     by_place = {(m.step, m.layer): m.values[0].unflatten(-1, m.grid).cpu() for m in maps.maps}
     stacked = torch.stack([torch.stack([by_place[step, layer] for layer in layers]) for step in seen])
     np.savez_compressed(
-        path, maps=stacked.numpy(), names=np.array(maps.names), steps=np.array(seen), layer_kinds=np.array(result.layer_kinds),
-        mass=result.mass[:, :, 0].numpy(), segments=np.array(result.segments), gains=result.head_gains[:, :, 0].numpy(),
-    )  # fmt: skip
+        path,
+        maps=stacked.numpy(),
+        names=np.array(maps.names),
+        steps=np.array(seen),
+        layer_kinds=np.array(result.layer_kinds),
+        mass=result.mass[:, :, 0].numpy(),
+        segments=np.array(result.segments),
+        gains=result.head_gains[:, :, 0].numpy(),
+    )
 
 
 def _write_mass(path: Path, result: InContextBrushOutput) -> None:
@@ -121,7 +150,12 @@ def _write_mass(path: Path, result: InContextBrushOutput) -> None:
     shares = mass / mass.sum(-1, keepdim=True)
     names = result.segments
     rows = [
-        {"layer": i, "kind": kind, "from": name, **{f"to {key}": f"{shares[i, r, c]:.5f}" for c, key in enumerate(names)}}
+        {
+            "layer": i,
+            "kind": kind,
+            "from": name,
+            **{f"to {key}": f"{shares[i, r, c]:.5f}" for c, key in enumerate(names)},
+        }
         for i, kind in enumerate(result.layer_kinds)
         for r, name in enumerate(names)
     ]

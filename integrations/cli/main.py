@@ -12,7 +12,7 @@ import textwrap
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from enum import Enum
+from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -33,12 +33,15 @@ if TYPE_CHECKING:
     from ..pipelines import InContextBrushOutput
 
 app = typer.Typer(
-    name="flashbrush", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    name="flashbrush",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
     help="Segment-controlled attention for in-context image editing.",
-)  # fmt: skip
+)
 
 
-class Norm(str, Enum):
+class Norm(StrEnum):
     minmax = "minmax"
     mean = "mean"
     max = "max"
@@ -106,27 +109,45 @@ def insert(
     mask: Annotated[Path, typer.Option(help="Of the image's size, white where to paint.")],
     prompt: Annotated[str, typer.Option(help="What the result shows.")],
     output: Out,
-    model: Annotated[str | None, typer.Option(help="FLUX.1-Fill: a Hugging Face name or a folder. Default: a tiny one.")] = None,
-    subject_mask: Annotated[Path | None, typer.Option(help="White on the subject. Default: its transparency, or all.")] = None,
-    subject_name: Annotated[str | None, typer.Option(help="Find the subject by its name, with Grounding DINO and SAM.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="FLUX.1-Fill: a Hugging Face name or a folder. Default: a tiny one.")
+    ] = None,
+    subject_mask: Annotated[
+        Path | None, typer.Option(help="White on the subject. Default: its transparency, or all.")
+    ] = None,
+    subject_name: Annotated[
+        str | None, typer.Option(help="Find the subject by its name, with Grounding DINO and SAM.")
+    ] = None,
     alpha_prompt: Annotated[float, typer.Option(help="How much more the target reads of the prompt.")] = 0.3,
-    alpha_subject: Annotated[float, typer.Option(help="How much more the target reads of the subject.")] = 0.3,
+    alpha_subject: Annotated[
+        float, typer.Option(help="How much more the target reads of the subject.")
+    ] = 0.3,
     gain_span: Annotated[float, typer.Option(help="Heads gain from 1 to 1 + this.")] = 0.2,
-    gain_norm: Annotated[Norm, typer.Option(help="How a head's attention to the prompt is compared.")] = Norm.minmax,
+    gain_norm: Annotated[
+        Norm, typer.Option(help="How a head's attention to the prompt is compared.")
+    ] = Norm.minmax,
     steps: Steps = None,
     guidance: Annotated[float, typer.Option(min=0, help="Guidance scale.")] = 30.0,
     seed: Seed = 0,
     width: Annotated[int | None, typer.Option(help="Of a panel, pixels; a multiple of 16.")] = None,
     height: Annotated[int | None, typer.Option(help="Of a panel, pixels; a multiple of 16.")] = None,
-    padding_mask_crop: Annotated[int | None, typer.Option(min=0, help="Show the model the hole and so many pixels more.")] = None,
-    subject_fill: Annotated[float | None, typer.Option(help="Share of its panel that the subject takes. Default: 0.9.")] = None,
-    blend: Annotated[bool, typer.Option(help="Put what is outside of the mask back after every step.")] = True,
+    padding_mask_crop: Annotated[
+        int | None, typer.Option(min=0, help="Show the model the hole and so many pixels more.")
+    ] = None,
+    subject_fill: Annotated[
+        float | None, typer.Option(help="Share of its panel that the subject takes. Default: 0.9.")
+    ] = None,
+    blend: Annotated[
+        bool, typer.Option(help="Put what is outside of the mask back after every step.")
+    ] = True,
     dtype: Precision = Dtype.bfloat16,
     device: Device = None,
     offload: Offload = False,
     backend: Backend = "auto",
     paste_back: Annotated[bool, typer.Option(help="Keep the photo's own pixels outside of the mask.")] = True,
-    report: Annotated[Path | None, typer.Option(help="Also write a figure: diptych, mask, result, head gains.")] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Also write a figure: diptych, mask, result, head gains.")
+    ] = None,
 ) -> None:
     """Insert the subject of one photo into the hole of another (In-Context Brush)."""
     from ..methods import InContextBrush
@@ -146,18 +167,35 @@ def insert(
     if subject_mask is not None and subject_name is not None:
         raise ValueError("subject_mask: expected it or subject_name, got both")
     given = {
-        "width": width, "height": height, "padding_mask_crop": padding_mask_crop, "subject_fill": subject_fill,
+        "width": width,
+        "height": height,
+        "padding_mask_crop": padding_mask_crop,
+        "subject_fill": subject_fill,
         "steps": steps,
-    }  # fmt: skip
+    }
     model, shape = or_tiny(model, hole, given)
     pipe = load("InContextBrushPipeline", model, dtype, device, offload, backend)
     result = pipe(
-        prompt, subject=subject, image=image, mask=mask, subject_mask=subject_mask, subject_name=subject_name,
-        method=method, guidance_scale=guidance, seed=seed, blend=blend, paste_back=paste_back, **shape,
-    )  # fmt: skip
+        prompt,
+        subject=subject,
+        image=image,
+        mask=mask,
+        subject_mask=subject_mask,
+        subject_name=subject_name,
+        method=method,
+        guidance_scale=guidance,
+        seed=seed,
+        blend=blend,
+        paste_back=paste_back,
+        **shape,
+    )
     seen = result.diptychs[0].width, result.diptychs[0].height // 2
     if seen != photo.size:
-        what = "the hole's surroundings" if "padding_mask_crop" in shape else f"{image}, {_times(photo.size)} pixels,"
+        what = (
+            "the hole's surroundings"
+            if "padding_mask_crop" in shape
+            else f"{image}, {_times(photo.size)} pixels,"
+        )
         print(f"the model saw {what} at {_times(seen)} pixels")
     _finish(result, output, report, prompt)
 
@@ -187,7 +225,9 @@ def demo(
 
     check_folder("output", output)
     if output.exists() and any(output.iterdir()) and not (output / "photos" / LIST).is_file():
-        raise ValueError(f"output: expected a new folder, or that of another demo: {output} holds other files")
+        raise ValueError(
+            f"output: expected a new folder, or that of another demo: {output} holds other files"
+        )
     asked = items()
     quiet()
     pipe = InContextBrushPipeline.from_pretrained(tiny_folder(), dtype=torch.float32)
@@ -198,10 +238,16 @@ def demo(
         started = time.perf_counter()
         made.append(
             pipe(
-                item.prompt, subject=item.subject, subject_mask=item.subject_mask, image=item.image, mask=item.mask,
-                seed=seed, progress=False, **options,
+                item.prompt,
+                subject=item.subject,
+                subject_mask=item.subject_mask,
+                image=item.image,
+                mask=item.mask,
+                seed=seed,
+                progress=False,
+                **options,
             )
-        )  # fmt: skip
+        )
         seconds.append(time.perf_counter() - started)
     pictures: dict[Path, Any] = {
         output / f"{item.name}.png": result.images[0].save for item, result in zip(asked, made, strict=True)
@@ -211,7 +257,9 @@ def demo(
     grid = insertion_grid(list(zip(asked, made, strict=True)), title)
     pictures[report] = lambda path: grid.savefig(path, dpi=110)
     write_pictures(pictures)
-    backend = next(name for name, reasons in backends().items() if name in ("cpu", "composed") and not reasons)
+    backend = next(
+        name for name, reasons in backends().items() if name in ("cpu", "composed") and not reasons
+    )
     print(f"{statistics.median(seconds):.2f} seconds for an insertion, attention by the {backend} backend")
     print(f"the pictures are in {output}, all of them in {report}")
 
@@ -242,7 +290,9 @@ def info() -> None:
         devices.append((f"cuda:{i}", f"{torch.cuda.get_device_name(i)}, compute capability {major}.{minor}"))
     if not torch.cuda.device_count():
         built = torch.version.cuda or torch.version.hip
-        devices.append(("cuda", "none: " + ("torch sees no GPU" if built else "torch was built without CUDA")))
+        devices.append(
+            ("cuda", "none: " + ("torch sees no GPU" if built else "torch was built without CUDA"))
+        )
     print_table(("device", "what"), devices, "Devices")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-class Dtype(str, Enum):
+class Dtype(StrEnum):
     """Of a model's weights."""
 
     float32 = "float32"
@@ -31,12 +31,14 @@ Offload = Annotated[bool, typer.Option(help="Move each part of the model to the 
 Backend = Annotated[str, typer.Option(help="Of the attention; see flashbrush info.")]
 
 
-def load(kind: str, model: str, dtype: Dtype, device: str | None, offload: bool, backend: str, **options: Any) -> Any:
+def load(
+    kind: str, model: str, dtype: Dtype, device: str | None, offload: bool, backend: str, **options: Any
+) -> Any:
     """A pipeline on its device.
 
     Args:
-        kind: its class, in .pipelines. model: a Hugging Face name or a diffusers folder. device: None: cuda where there
-            is one. options: passed on to from_pretrained.
+        kind: its class, in .pipelines. model: a Hugging Face name or a diffusers folder. device: None: cuda
+            where there is one. options: passed on to from_pretrained.
 
     Raises:
         ValueError: a backend, a device or a model that cannot be used here.
@@ -57,14 +59,18 @@ def load(kind: str, model: str, dtype: Dtype, device: str | None, offload: bool,
         reason = str(error).splitlines()[0].split(". ")[0]
         raise ValueError(f"device: {device!r} is not usable here: {reason}") from error
     if offload and torch.device(device).type == "cpu":
-        raise ValueError("offload: expected another device than the cpu, which is where an idle model is kept")
+        raise ValueError(
+            "offload: expected another device than the cpu, which is where an idle model is kept"
+        )
     if os.sep in model and not Path(model).exists() and (Path(model).is_absolute() or model.startswith(".")):
         raise ValueError(f"model: no such folder: {model}")
     if Path(model).is_file():
         raise ValueError(f"model: expected a diffusers folder or a Hugging Face name, got a file: {model}")
     quiet()
     try:
-        pipe = getattr(pipelines, kind).from_pretrained(model, dtype=getattr(torch, dtype.value), backend=backend, **options)
+        pipe = getattr(pipelines, kind).from_pretrained(
+            model, dtype=getattr(torch, dtype.value), backend=backend, **options
+        )
         if offload:
             pipe.pipe.enable_model_cpu_offload(device=device)
         else:
@@ -73,12 +79,16 @@ def load(kind: str, model: str, dtype: Dtype, device: str | None, offload: bool,
         raise
     except Exception as error:  # a checkpoint can be wrong in as many ways as it has readers
         said = str(error) or type(error).__name__
-        raise ValueError(said if said.startswith("model:") else f"model: {model} cannot be loaded: {said}") from error
+        raise ValueError(
+            said if said.startswith("model:") else f"model: {model} cannot be loaded: {said}"
+        ) from error
     return pipe
 
 
 def or_tiny(model: str | None, hole: Image.Image, given: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The model of an insertion, and the arguments among `given` that are not None; without one the tiny one, and its own."""
+    """The model of an insertion, and the arguments among `given` that are not None; without one the tiny one,
+    and its own.
+    """
     from ... import tiny_fill as tiny_folder
     from ..tiny_fill import options as tiny_fill
 
@@ -86,7 +96,9 @@ def or_tiny(model: str | None, hole: Image.Image, given: Mapping[str, Any]) -> t
     if model is not None:
         return model, shape
     folder = str(tiny_folder())
-    print(f"no --model is given: taking the tiny one that comes with flashbrush, {folder}, for trying things out")
+    print(
+        f"no --model is given: taking the tiny one that comes with flashbrush, {folder}, for trying things out"
+    )
     return folder, tiny_fill.options(hole) | shape
 
 

@@ -1,4 +1,6 @@
-"""What commands leave: names and packages are checked before the work; pictures appear when all are complete; tables."""
+"""What commands leave: names and packages are checked before the work; pictures appear when all are complete;
+tables.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,10 @@ SUFFIXES = (".avif", ".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 def check_pictures(
-    paths: Mapping[str, Path | None], suffixes: Sequence[str] = SUFFIXES, *, read: Mapping[str, str | Path | None] | None = None
+    paths: Mapping[str, Path | None],
+    suffixes: Sequence[str] = SUFFIXES,
+    *,
+    read: Mapping[str, str | Path | None] | None = None,
 ) -> None:
     """Whether pictures, or files of other `suffixes`, can be written.
 
@@ -23,8 +28,8 @@ def check_pictures(
         read: the same for the files that the command reads.
 
     Raises:
-        ValueError: a folder, a folder that does not exist or cannot be written to, a name with another ending, one file
-            twice, or a file that is read.
+        ValueError: a folder, a folder that does not exist or cannot be written to, a name with another
+            ending, one file twice, or a file that is read.
     """
     taken = {Path(path).resolve(): name for name, path in (read or {}).items() if path is not None}
     for name, path in paths.items():
@@ -38,7 +43,9 @@ def check_pictures(
         if not os.access(folder, os.W_OK):
             raise ValueError(f"{name}: not allowed to write to the folder {folder}")
         if path.suffix.lower() not in suffixes:
-            raise ValueError(f"{name}: expected a name that ends in one of {', '.join(suffixes)}, got {path.name!r}")
+            raise ValueError(
+                f"{name}: expected a name that ends in one of {', '.join(suffixes)}, got {path.name!r}"
+            )
         if other := taken.get(path.resolve()):
             raise ValueError(f"{name}: expected another file than {other}, got {path} for both")
         taken[path.resolve()] = name
@@ -78,7 +85,9 @@ def write_pictures(pictures: Mapping[Path, Callable[[Path], object]]) -> None:
         drafts = []
         for path, write in pictures.items():
             # Beside the target, so that taking its name is one operation of the file system.
-            folder = scratch.enter_context(tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=".flashbrush-"))
+            folder = scratch.enter_context(
+                tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=".flashbrush-")
+            )
             draft = Path(folder) / path.name
             write(draft)
             drafts.append(draft)

@@ -42,10 +42,14 @@ def insertion_report(output: InContextBrushOutput, item: int = 0, title: str = "
         "result": output.images[item],
     }
     gains = output.head_gains[:, :, item].mean(0).numpy()  # (layers, heads)
-    shapes = [min(max(picture.width / picture.height, 0.4), 1.6) for picture in pictures.values()]  # titles need room
+    shapes = [
+        min(max(picture.width / picture.height, 0.4), 1.6) for picture in pictures.values()
+    ]  # titles need room
     width = HEIGHT * (sum(shapes) + 1.2)
     figure = Figure(figsize=(width, HEIGHT + 0.6), layout="constrained", facecolor="white")
-    figure.suptitle(shorten(title, int(width * 10), placeholder=" …") or "In-Context Brush", fontsize=12, color=INK)
+    figure.suptitle(
+        shorten(title, int(width * 10), placeholder=" …") or "In-Context Brush", fontsize=12, color=INK
+    )
     *panels, map_axes = figure.subplots(1, 4, width_ratios=(*shapes, 1.0))
     for axes, (name, picture) in zip(panels, pictures.items(), strict=True):
         axes.imshow(np.asarray(picture.convert("RGB")))
@@ -59,7 +63,8 @@ def insertion_report(output: InContextBrushOutput, item: int = 0, title: str = "
 
 
 def insertion_grid(made: Sequence[tuple[Item, InContextBrushOutput]], title: str = "") -> Figure:
-    """A row for each insertion: subject, scene with its hole, result, the hole's surroundings enlarged, head gains.
+    """A row for each insertion: subject, scene with its hole, result, the hole's surroundings enlarged, head
+    gains.
 
     Args:
         made: what was asked, and what InContextBrushPipeline made of it, with the photo's pixels pasted back.
@@ -76,20 +81,25 @@ def insertion_grid(made: Sequence[tuple[Item, InContextBrushOutput]], title: str
         scene.paste(HOLE, mask=item.mask)
         shown = {
             "subject": diptych.crop((0, 0, diptych.width, diptych.height // 2)),
-            "scene": scene, "result": result, "result, enlarged": result.crop(box),
-        }  # fmt: skip
+            "scene": scene,
+            "result": result,
+            "result, enlarged": result.crop(box),
+        }
         for axes, (name, picture) in zip(row, shown.items(), strict=False):
             axes.imshow(np.asarray(picture.convert("RGB")), interpolation="lanczos")
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_color("#bbbbbb")
             axes.set_title(name, fontsize=10, color=INK)
         row[0].set_xlabel(fill(item.prompt, 22), fontsize=9, color=INK)
-        _draw_gains(figure, row[4], output.head_gains[:, :, 0].mean(0).numpy(), output.layer_kinds, small=True)
+        _draw_gains(
+            figure, row[4], output.head_gains[:, :, 0].mean(0).numpy(), output.layer_kinds, small=True
+        )
     return figure
 
 
 def maps_report(output: InContextBrushOutput, maps: AttentionMaps, title: str = "") -> Figure:
-    """Where the picture looks: a map of each name over the finished diptych, shares of the mass by layer, head gains.
+    """Where the picture looks: a map of each name over the finished diptych, shares of the mass by layer,
+    head gains.
 
     Args:
         output: of InContextBrushPipeline, called with `maps`. maps: what was seen. title: above all.
@@ -100,16 +110,24 @@ def maps_report(output: InContextBrushOutput, maps: AttentionMaps, title: str = 
     canvas = output.diptychs[0].copy()
     size = canvas.width, canvas.height // 2
     # Without paste_back, or with it: the part of the photo that the model saw, as it has become.
-    seen = output.images[0] if output.images[0].size == size else output.images[0].crop(output.boxes[0]).resize(size)
+    seen = (
+        output.images[0]
+        if output.images[0].size == size
+        else output.images[0].crop(output.boxes[0]).resize(size)
+    )
     canvas.paste(seen, (0, size[1]))
     columns = 1 + len(means)
-    figure = Figure(figsize=(max(columns * CELL, 8), 2 * CELL + HEIGHT + 0.8), layout="constrained", facecolor="white")
+    figure = Figure(
+        figsize=(max(columns * CELL, 8), 2 * CELL + HEIGHT + 0.8), layout="constrained", facecolor="white"
+    )
     figure.suptitle(shorten(title, 110, placeholder=" …") or "In-Context Brush", fontsize=12, color=INK)
     halves: Any = figure.subfigures(2, 1, height_ratios=(2 * CELL, HEIGHT))
     above, below = halves
     axes = above.subplots(1, columns, squeeze=False)[0]
     for place, (name, mean) in zip(axes, {"canvas": None, **means}.items(), strict=True):
-        place.imshow(np.asarray(canvas.convert("L" if mean is not None else "RGB")), cmap="gray", vmin=0, vmax=255)
+        place.imshow(
+            np.asarray(canvas.convert("L" if mean is not None else "RGB")), cmap="gray", vmin=0, vmax=255
+        )
         place.set(xticks=[], yticks=[])
         place.set_title(name, fontsize=10, color=INK)
         place.spines[:].set_visible(False)
@@ -135,7 +153,9 @@ def _draw_mass(axes: Any, output: InContextBrushOutput) -> None:
     for name, share, colour in zip(output.segments, shares.T, colours, strict=False):
         axes.bar(range(len(shares)), share, bottom=left, label=name, color=colour, width=0.9)
         left += share
-    axes.set_title(f"what the {output.segments[rows]} attends to, mean over heads and steps", fontsize=10, color=INK)
+    axes.set_title(
+        f"what the {output.segments[rows]} attends to, mean over heads and steps", fontsize=10, color=INK
+    )
     axes.set_xlabel("layer", color=INK)
     axes.set_ylim(0, 1)
     axes.tick_params(colors=INK, labelsize=8)
@@ -152,7 +172,12 @@ def outcome_grid(outcomes: Sequence[Outcome]) -> Figure:
     for i, (column, outcome) in enumerate(zip(rows.T, outcomes, strict=True)):
         scene = outcome.item.image.convert("RGB")
         scene.paste(HOLE, mask=outcome.item.mask)
-        shown = {"subject": outcome.item.subject, "scene": scene, "result": outcome.picture, "truth": outcome.item.truth}
+        shown = {
+            "subject": outcome.item.subject,
+            "scene": scene,
+            "result": outcome.picture,
+            "truth": outcome.item.truth,
+        }
         for axes, (name, picture) in zip(column, shown.items(), strict=True):
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
@@ -180,9 +205,16 @@ def _draw_gains(figure: Any, axes: Any, gains: np.ndarray, kinds: list[str], sma
             axes.axhline(start - 0.5, color="white", linewidth=3)
         middle = (start + end - 1) / 2
         axes.text(
-            -0.16, middle, kinds[start] + " blocks" * (not small), rotation=90, fontsize=9, color=INK, ha="center", va="center",
+            -0.16,
+            middle,
+            kinds[start] + " blocks" * (not small),
+            rotation=90,
+            fontsize=9,
+            color=INK,
+            ha="center",
+            va="center",
             transform=axes.get_yaxis_transform(),
-        )  # fmt: skip
+        )
     bar = figure.colorbar(heat, ax=axes, fraction=0.06)
     bar.ax.tick_params(colors=INK, labelsize=8)
     bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]

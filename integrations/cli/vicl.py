@@ -14,27 +14,43 @@ if TYPE_CHECKING:
     from ..pipelines import VisualICLOutput, VisualICLPipeline
 
 # What `eval vicl` asks for in the same words.
-Model = Annotated[str, typer.Option(help="Stable Diffusion 1.x or 2.x: a Hugging Face name or a diffusers folder.")]
-Task = Annotated[str, typer.Option(help="segmentation, detection, semantic, keypoints, edges or colourisation.")]
+Model = Annotated[
+    str, typer.Option(help="Stable Diffusion 1.x or 2.x: a Hugging Face name or a diffusers folder.")
+]
+Task = Annotated[
+    str, typer.Option(help="segmentation, detection, semantic, keypoints, edges or colourisation.")
+]
 Levels = Annotated[int, typer.Option(min=1, help="Levels of noise of the whole run.")]
 Skip = Annotated[int | None, typer.Option(min=0, help="Steps left out at the noisy end. Default: a seventh.")]
-Gamma = Annotated[float, typer.Option(help="Of the swap guidance; it falls to 0 over the run. 0: plain sampling.")]
+Gamma = Annotated[
+    float, typer.Option(help="Of the swap guidance; it falls to 0 over the run. 0: plain sampling.")
+]
 Temperature = Annotated[float, typer.Option(help="Of the swapped attention.")]
 Contrast = Annotated[float, typer.Option(help="Of the swapped attention's map about its mean; 1: none.")]
 Clip = Annotated[bool, typer.Option(help="Keep the contrasted map within 0 and 1.")]
 Adain = Annotated[bool, typer.Option(help="Match the latents' statistics to the ground truths'.")]
-Width = Annotated[int | None, typer.Option(help="At which the model sees all images, pixels; a multiple of 8.")]
-Cache = Annotated[Path | None, typer.Option(help="Folder of inverted images. Default: in the user's cache folder.")]
-UseCache = Annotated[bool, typer.Option("--cached/--no-cached", help="Keep inverted images, and use those that are kept.")]
+Width = Annotated[
+    int | None, typer.Option(help="At which the model sees all images, pixels; a multiple of 8.")
+]
+Cache = Annotated[
+    Path | None, typer.Option(help="Folder of inverted images. Default: in the user's cache folder.")
+]
+UseCache = Annotated[
+    bool, typer.Option("--cached/--no-cached", help="Keep inverted images, and use those that are kept.")
+]
 
 
 def vicl(
-    prompt: Annotated[list[str], typer.Option(help="IMAGE:TRUTH, a photo and its ground truth; may be given again.")],
+    prompt: Annotated[
+        list[str], typer.Option(help="IMAGE:TRUTH, a photo and its ground truth; may be given again.")
+    ],
     query: Annotated[Path, typer.Option(help="Photo to do the same to.")],
     task: Task,
     model: Model,
     output: Out,
-    painted: Annotated[Path | None, typer.Option(help="Also write the picture as the model painted it.")] = None,
+    painted: Annotated[
+        Path | None, typer.Option(help="Also write the picture as the model painted it.")
+    ] = None,
     steps: Levels = 70,
     skip: Skip = None,
     gamma: Gamma = 3.5,
@@ -54,14 +70,18 @@ def vicl(
 ) -> None:
     """Do to a photo what pairs of photos and ground truths show (SD-VICL).
 
-    The picture that is written is what the task reads from the prediction: a mask, a filled box, classes or points in the
-    ground truths' colours, edges, or the photo in colour.
+    The picture that is written is what the task reads from the prediction: a mask, a filled box, classes or
+    points in the ground truths' colours, edges, or the photo in colour.
     """
     from ..pipelines.visual_icl import NEEDS_PALETTE, open_prompts
     from ..pipelines.visual_icl_tasks import check_palette, check_task, palette_of
 
     check_task(task)
-    files = {f"file {i} of prompt {n}": path for n, text in enumerate(prompt, 1) for i, path in enumerate(pair(text), 1)}
+    files = {
+        f"file {i} of prompt {n}": path
+        for n, text in enumerate(prompt, 1)
+        for i, path in enumerate(pair(text), 1)
+    }
     check_pictures({"output": output, "painted": painted}, read={"query": query, **files})
     check_cache(cache)
     knobs = options(steps, skip, gamma, temperature, contrast, clip, adain, seed, width, height, use_cache)
@@ -73,20 +93,35 @@ def vicl(
     pipe: VisualICLPipeline = load("VisualICLPipeline", model, dtype, device, offload, backend, cache=cache)
     result: VisualICLOutput = pipe(pairs, photo, task=task, **knobs)
     if result.size != photo.size:
-        print(f"the model saw {query}, {photo.width}x{photo.height} pixels, at {result.size[0]}x{result.size[1]} pixels")
+        print(
+            f"the model saw {query}, {photo.width}x{photo.height} pixels, at {result.size[0]}x{result.size[1]} pixels"
+        )
     if use_cache:
-        print(f"{result.reused} of {2 * len(pairs) + 1} inversions were there already, in {pipe.cache.folder}")
+        print(
+            f"{result.reused} of {2 * len(pairs) + 1} inversions were there already, in {pipe.cache.folder}"
+        )
     pictures: dict[Path, Any] = {output: lambda path: result.picture.save(path, quality=95)}
     if painted is not None:
         pictures[painted] = lambda path: result.image.save(path, quality=95)
     write_pictures(pictures)
-    print(f"the picture is {output}" + (f", as the model painted it {painted}" if painted is not None else ""))
+    print(
+        f"the picture is {output}" + (f", as the model painted it {painted}" if painted is not None else "")
+    )
 
 
 def options(
-    steps: int, skip: int | None, gamma: float, temperature: float, contrast: float, clip: bool, adain: bool, seed: int,
-    width: int | None, height: int | None, use_cache: bool,
-) -> dict[str, Any]:  # fmt: skip
+    steps: int,
+    skip: int | None,
+    gamma: float,
+    temperature: float,
+    contrast: float,
+    clip: bool,
+    adain: bool,
+    seed: int,
+    width: int | None,
+    height: int | None,
+    use_cache: bool,
+) -> dict[str, Any]:
     """Arguments of VisualICLPipeline's call; ValueError names a wrong knob before a model is loaded."""
     from ..methods import VisualInContext
     from ..pipelines.checks import check_number
@@ -99,9 +134,16 @@ def options(
     panel_size((8, 8), width=width, height=height, multiple=8)
     method = VisualInContext(temperature, contrast, (0.0, 1.0) if clip else None)
     return {
-        "method": method, "steps": steps, "skip": skip, "gamma": gamma, "use_adain": adain, "seed": seed,
-        "width": width, "height": height, "use_cache": use_cache,
-    }  # fmt: skip
+        "method": method,
+        "steps": steps,
+        "skip": skip,
+        "gamma": gamma,
+        "use_adain": adain,
+        "seed": seed,
+        "width": width,
+        "height": height,
+        "use_cache": use_cache,
+    }
 
 
 def pair(text: str) -> tuple[str, str]:
@@ -109,7 +151,9 @@ def pair(text: str) -> tuple[str, str]:
     image, colon, truth = text.partition(":")
     if not image or not truth or ":" in truth:
         count = "one of them" if not truth or not image else "more than one colon"
-        raise ValueError(f"prompt: expected a pair IMAGE:TRUTH, got {count if colon else 'one file'}: {text!r}")
+        raise ValueError(
+            f"prompt: expected a pair IMAGE:TRUTH, got {count if colon else 'one file'}: {text!r}"
+        )
     return image, truth
 
 

@@ -40,45 +40,51 @@ def apply(
     stats: bool | Sequence[str] = False,
     backend: str = "auto",
 ) -> Handle:
-    """Control a diffusers model's attention with `method`; without one, run it through flashbrush.attention as it is.
+    """Control a diffusers model's attention with `method`; without one, run it through flashbrush.attention
+    as it is.
 
         with apply(pipe.transformer, InContextBrush(alpha_subject=0.5)) as handle:
             pipe(...)
 
-    or ``handle = apply(...)`` and later ``handle.remove()``. Works under torch.compile (a whole model that is compiled
-    after apply(), or whose wrapper is called though apply() got the model itself, needs handle.prepare()), with offloading,
-    LoRA, fused projections and quantised linears; a deep copy of the model carries a copy of the control
-    (``Handle.of(copy)``). A call without a plan is plain attention through flashbrush, or through the backend set by
-    ``model.set_attention_backend`` or ``attention_backend``, or, with a dense attention_mask, as diffusers does it.
+    or ``handle = apply(...)`` and later ``handle.remove()``. Works under torch.compile (a whole model that is
+    compiled after apply(), or whose wrapper is called though apply() got the model itself, needs
+    handle.prepare()), with offloading, LoRA, fused projections and quantised linears; a deep copy of the
+    model carries a copy of the control (``Handle.of(copy)``). A call without a plan is plain attention
+    through flashbrush, or through the backend set by ``model.set_attention_backend`` or
+    ``attention_backend``, or, with a dense attention_mask, as diffusers does it.
 
-    One step is one forward call, counted from 0, unless ``handle.set_step`` says otherwise: call it from the pipeline's
-    callback where a step takes several forward calls, or where the method needs the sigma. A second image under the
-    same control needs ``handle.reset()`` before it, or a method with a window of steps takes it for later steps.
+    One step is one forward call, counted from 0, unless ``handle.set_step`` says otherwise: call it from the
+    pipeline's callback where a step takes several forward calls, or where the method needs the sigma. A
+    second image under the same control needs ``handle.reset()`` before it, or a method with a window of steps
+    takes it for later steps.
 
-    A backward pass with gradient checkpointing runs layers again with the plans of the latest forward pass: take it
-    before the next one, before a knob changes, and before remove(). One model under control serves one thread.
+    A backward pass with gradient checkpointing runs layers again with the plans of the latest forward pass:
+    take it before the next one, before a knob changes, and before remove(). One model under control serves
+    one thread.
 
     Args:
-        model: FluxTransformer2DModel (FLUX.1 dev, Fill, Kontext), UNet2DConditionModel (SD 1.5, SD 2, SDXL, DeepFloyd
-            IF) or SD3Transformer2DModel (SD 3, 3.5); a torch.compile wrapper around one will do. host.py says how to add
-            an architecture.
+        model: FluxTransformer2DModel (FLUX.1 dev, Fill, Kontext), UNet2DConditionModel (SD 1.5, SD 2, SDXL,
+            DeepFloyd IF) or SD3Transformer2DModel (SD 3, 3.5); a torch.compile wrapper around one will do.
+            host.py says how to add an architecture.
         method: what to do in each layer and step.
-        layers: a kind ("double", "self", ...), a UNet's "down", "mid" or "up", an index in the order of the forward
-            pass, or several of them; None: all. Other layers are plain; without a method they stay diffusers' own.
+        layers: a kind ("double", "self", ...), a UNet's "down", "mid" or "up", an index in the order of the
+            forward pass, or several of them; None: all. Other layers are plain; without a method they stay
+            diffusers' own.
         steps: step indices to control; None: all. Other steps are plain.
-        stats: collect Stats of the controlled calls in ``handle.stats``, without waiting for the GPU. True: mass and
-            gain; a sequence of "lse", "mass", "gain": those. lse holds a float32 per head and row: 0.5 MB a layer and
-            step at FLUX's 5120 tokens.
+        stats: collect Stats of the controlled calls in ``handle.stats``, without waiting for the GPU. True:
+            mass and gain; a sequence of "lse", "mass", "gain": those. lse holds a float32 per head and row:
+            0.5 MB a layer and step at FLUX's 5120 tokens.
         backend: as in attention(), for controlled and plain calls.
 
     Raises:
-        TypeError: a model class without a processor here; processors in place that are not diffusers' own (IP-Adapter,
-            trained ones); a method that is none.
+        TypeError: a model class without a processor here; processors in place that are not diffusers' own
+            (IP-Adapter, trained ones); a method that is none.
         ValueError: layers, steps, stats or backend that do not exist or are not usable here.
-        NotImplementedError: context parallelism; a UNet with blocks or inputs whose layers are not known here (GLIGEN,
-            two text encodings, image prompts). A derived head gain across tensor-parallel ranks raises when planned.
-        RuntimeError: the model is under control already. When the model is called: its method, which has an attach(), was
-            given to another model since.
+        NotImplementedError: context parallelism; a UNet with blocks or inputs whose layers are not known here
+            (GLIGEN, two text encodings, image prompts). A derived head gain across tensor-parallel ranks
+            raises when planned.
+        RuntimeError: the model is under control already. When the model is called: its method, which has an
+            attach(), was given to another model since.
     """
     inner = getattr(model, "_orig_mod", model)
     host = find_host(inner)
@@ -106,8 +112,8 @@ class Handle:
     """A control in place; made by apply(). A context manager that removes it at the end.
 
     Attributes:
-        grid: (rows, columns) of the image tokens, handed on to the method as Layer.grid where the model's inputs do not
-            tell it (FLUX).
+        grid: (rows, columns) of the image tokens, handed on to the method as Layer.grid where the model's
+            inputs do not tell it (FLUX).
     """
 
     def __init__(
@@ -137,7 +143,10 @@ class Handle:
         self._records: list[Record] = []
         self._geometry: Geometry | None = None
         self._step, self._counting, self._planned_step = Step(0), True, 0
-        self._passes, self._has_planned = 0, False  # forward passes under a method; whether there was a plan in any
+        self._passes, self._has_planned = (
+            0,
+            False,
+        )  # forward passes under a method; whether there was a plan in any
 
     @staticmethod
     def of(model: nn.Module) -> Handle | None:
@@ -149,7 +158,9 @@ class Handle:
 
     @property
     def method(self) -> Method | None:
-        """What is asked for plans. It may be replaced at any time, or its knobs; one that is refused leaves the one before."""
+        """What is asked for plans. It may be replaced at any time, or its knobs; one that is refused leaves
+        the one before.
+        """
         return self._method
 
     @method.setter
@@ -190,11 +201,12 @@ class Handle:
                 handle.set_step(index + 1, pipe.num_timesteps)
                 return tensors
 
-        The method is asked for the step's plans at once, in the shapes of the latest call, for a compiled model whose
-        hooks do not run; and again before the call where they do.
+        The method is asked for the step's plans at once, in the shapes of the latest call, for a compiled
+        model whose hooks do not run; and again before the call where they do.
 
         Args:
-            index: from 0; count itself where the run is over. count: steps of the run. sigma: noise level at which the
+            index: from 0; count itself where the run is over. count: steps of the run. sigma: noise level at
+                which the
             model is evaluated next.
 
         Raises:
@@ -210,7 +222,8 @@ class Handle:
         try:
             self._plan_all(self._geometry)
         except Exception:
-            # The next call may have other shapes than the last. It asks again, or is refused where its hook cannot run.
+            # The next call may have other shapes than the last. It asks again, or is refused where its hook
+            # cannot run.
             for processor in self._processors:
                 processor.planned = False
 
@@ -229,12 +242,14 @@ class Handle:
         batch: int = 1,
         device: torch.device | str | None = None,
     ) -> None:
-        """Plan ahead for calls of these shapes, where the forward pre-hook is compiled into the model and cannot.
+        """Plan ahead for calls of these shapes, where the forward pre-hook is compiled into the model and
+        cannot.
 
         Only a whole model compiled *after* apply() needs this; set_step() then plans the following steps.
 
         Args:
-            text_len: tokens. image_len: image tokens, for FLUX. latents: (rows, columns) of the latents, for UNets and
+            text_len: tokens. image_len: image tokens, for FLUX. latents: (rows, columns) of the latents, for
+                UNets and
             SD3. batch: items of a call. device: the model's if None.
 
         Raises:
@@ -243,7 +258,9 @@ class Handle:
         host = self._host
         if (image_len is None) is host.takes_tokens or (latents is None) is not host.takes_tokens:
             wanted = "image_len" if host.takes_tokens else "latents=(rows, columns)"
-            raise ValueError(f"prepare: {type(self._model).__name__} needs {wanted}, and no other size of the image")
+            raise ValueError(
+                f"prepare: {type(self._model).__name__} needs {wanted}, and no other size of the image"
+            )
         device = next(self._model.parameters()).device if device is None else torch.device(device)
         grids = () if latents is None else host.grids(self._model, *latents)
         self._plan_all(Geometry(text_len, image_len or 0, batch, device, grids))
@@ -253,8 +270,8 @@ class Handle:
     def remove(self) -> None:
         """Put back the processors that were in place before, the same objects. A second call does nothing.
 
-        A processor that somebody else has put there in the meantime stays. A method that never had a plan, as when its
-        window of layers, steps or resolutions misses all of them, is named in a warning.
+        A processor that somebody else has put there in the meantime stays. A method that never had a plan, as
+        when its window of layers, steps or resolutions misses all of them, is named in a warning.
         """
         self._remove()
 
@@ -295,7 +312,9 @@ class Handle:
         return f"Handle({type(self._model).__name__}, method={self.method!r}, {state})"
 
     def _install(self) -> None:
-        self._attached = Attachment(self._method, self._model)  # first: a method that refuses the model leaves it as it was
+        self._attached = Attachment(
+            self._method, self._model
+        )  # first: a method that refuses the model leaves it as it was
         for i, (place, mine) in enumerate(zip(self._places, self._processors, strict=True)):
             mine.planned = self.method is None
             mine.defer = self.method is None and i not in self._layers
@@ -315,7 +334,9 @@ class Handle:
             self._calls = (call, compiled)
             self._model._compiled_call_impl = call
         if self.method is None and all(p._attention_backend is not None for p in self._processors):
-            name = getattr(self._processors[0]._attention_backend, "value", self._processors[0]._attention_backend)
+            name = getattr(
+                self._processors[0]._attention_backend, "value", self._processors[0]._attention_backend
+            )
             warnings.warn(
                 f"flashbrush: the model's attention backend is set to {name!r}, which plain calls keep to: apply() "
                 "without a method changes nothing. model.reset_attention_backend() gives them to flashbrush",
@@ -373,10 +394,16 @@ class Handle:
             return None
         attn, grid = place.attn, geometry.grids[place.level] if geometry.grids else self.grid
         layer = Layer(
-            index, place.kind, place.place, attn.heads, attn.inner_dim // attn.heads,
+            index,
+            place.kind,
+            place.place,
+            attn.heads,
+            attn.inner_dim // attn.heads,
             0 if place.kind == "self" else geometry.text_len,
-            math.prod(geometry.grids[place.level]) if geometry.grids else geometry.image_len, geometry.batch, grid,
-        )  # fmt: skip
+            math.prod(geometry.grids[place.level]) if geometry.grids else geometry.image_len,
+            geometry.batch,
+            grid,
+        )
         with _on_cpu():
             plan = self.method.plan(layer, self._step)
         if isinstance(plan, Plan) and (late := plan.late) is not None:
@@ -393,7 +420,9 @@ class Handle:
         if plan is None:
             return None
         if not isinstance(plan, Plan):
-            raise TypeError(f"{type(self.method).__name__}.plan: expected a Plan or None, got {type(plan).__name__}")
+            raise TypeError(
+                f"{type(self.method).__name__}.plan: expected a Plan or None, got {type(plan).__name__}"
+            )
         plan.check(layer)
         parallel = getattr(getattr(self._model, "_parallel_config", None), "tensor_parallel_config", None)
         if parallel is not None and any(control.head_gain is not None for control in plan.controls):
@@ -423,7 +452,9 @@ def _kept(t: Tensor, wanted: bool) -> Tensor:
 
 
 def _on_cpu() -> contextlib.AbstractContextManager:
-    """Methods make their tables on the CPU, from where plans are moved, whatever torch.set_default_device says."""
+    """Methods make their tables on the CPU, from where plans are moved, whatever torch.set_default_device
+    says.
+    """
     return contextlib.nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
 
 
@@ -431,7 +462,9 @@ def _active_backend_is_set() -> bool:
     """Whether the user has chosen an attention backend for all of diffusers (attention_backend, environment)."""
     dispatch = sys.modules["diffusers.models.attention_dispatch"]
     registry = getattr(dispatch, "_AttentionBackendRegistry", None)
-    return registry is not None and registry.get_active_backend()[0] is not dispatch.AttentionBackendName.NATIVE
+    return (
+        registry is not None and registry.get_active_backend()[0] is not dispatch.AttentionBackendName.NATIVE
+    )
 
 
 def _check_method(method: object) -> None:

@@ -15,8 +15,9 @@ _OWNER = "_flashbrush_attachment"
 class Attachment:
     """A method attached to a model, until remove().
 
-    One that has an attach() may know the model by its layers' names or modules, and would take another's for them. So it
-    bears a mark of the attachment that came last. The mark is an object of the method's own, so that copies of both agree.
+    One that has an attach() may know the model by its layers' names or modules, and would take another's for
+    them. So it bears a mark of the attachment that came last. The mark is an object of the method's own, so
+    that copies of both agree.
 
     Attributes:
         hooks: what the method's own attach() returned.

@@ -13,7 +13,9 @@ def select_layers(layers: str | int | Iterable[str | int] | None, places: list[P
         return frozenset(range(len(places)))
     if isinstance(layers, (str, int)):
         layers = [layers]
-    kinds = list(dict.fromkeys(name for place in places for name in (place.kind, place.place) if name is not None))
+    kinds = list(
+        dict.fromkeys(name for place in places for name in (place.kind, place.place) if name is not None)
+    )
     chosen: set[int] = set()
     for entry in layers:
         if isinstance(entry, str):
@@ -48,7 +50,9 @@ def select_fields(stats: bool | Sequence[str]) -> frozenset[str]:
         return frozenset(("mass", "gain") if stats else ())
     fields = [stats] if isinstance(stats, str) else list(stats)
     if unknown := [f for f in fields if f not in Stats._fields]:
-        raise ValueError(f"stats: expected True, False or some of {', '.join(Stats._fields)}, got {unknown[0]!r}")
+        raise ValueError(
+            f"stats: expected True, False or some of {', '.join(Stats._fields)}, got {unknown[0]!r}"
+        )
     return frozenset(fields)
 
 

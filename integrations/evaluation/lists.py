@@ -17,7 +17,9 @@ def read_list(path: Path, what: str, columns: Sequence[str]) -> list[dict[str, s
         FileNotFoundError: no such file. ValueError: no rows, a column is missing, or a name appears twice.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"folder: expected a list of {what}, {path}, with the columns {', '.join(columns)}")
+        raise FileNotFoundError(
+            f"folder: expected a list of {what}, {path}, with the columns {', '.join(columns)}"
+        )
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file, restval=""))
     if not rows:

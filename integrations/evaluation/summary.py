@@ -47,7 +47,8 @@ def estimate(outcomes: Iterable[Outcome], measure: str, base: Sequence[Outcome] 
 
 
 def best(outcomes: Sequence[Outcome], settings: Sequence[Setting], measure: str) -> list[Outcome]:
-    """Of each item and seed, the outcome under that of `settings` which scores highest; the first where they tie.
+    """Of each item and seed, the outcome under that of `settings` which scores highest; the first where they
+    tie.
 
     With a measure that needs no truth, a rule that chooses a setting for every image.
     """
@@ -67,4 +68,6 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         writer = csv.DictWriter(file, names, restval="")
         writer.writeheader()
         for row in rows:
-            writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()})
+            writer.writerow(
+                {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()}
+            )

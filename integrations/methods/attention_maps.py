@@ -23,15 +23,17 @@ class AttentionMap(NamedTuple):
     layer: int  # Layer.index
     kind: str  # Layer.kind
     grid: tuple[int, int]  # (rows, columns) of the image tokens
-    values: Tensor  # (batch, heads or 1, names, image tokens) float32, on the model's device; NaN: the layer has no such keys
+    # (batch, heads or 1, names, image tokens) float32, on the model's device; NaN: the layer has no such keys
+    values: Tensor
 
 
 @dataclass
 class AttentionMaps:
-    """How much of its attention each image token gives to chosen tokens: words of the prompt, regions of the image.
+    """How much of its attention each image token gives to chosen tokens: words of the prompt, regions of the
+    image.
 
-    Leaves the attention as it is; beside another method ``compose(method, maps)``. A value is the sum of plain
-    attention's probabilities over a name's tokens, before that method's weights and bias.
+    Leaves the attention as it is; beside another method ``compose(method, maps)``. A value is the sum of
+    plain attention's probabilities over a name's tokens, before that method's weights and bias.
 
     Args:
         text: {name: positions among the text tokens}, for layers that attend to text.
@@ -42,8 +44,9 @@ class AttentionMaps:
         maps: what was seen, in the order of the calls; clear it before another run.
 
     Raises:
-        ValueError: a name that is in both, positions that are no numbers >= 0, other steps. When the model is called:
-            positions beyond the tokens, a layer whose grid is not known (FLUX without ``handle.grid``).
+        ValueError: a name that is in both, positions that are no numbers >= 0, other steps. When the model is
+            called: positions beyond the tokens, a layer whose grid is not known (FLUX without
+            ``handle.grid``).
     """
 
     text: Mapping[str, Sequence[int]] = field(default_factory=dict)
@@ -62,7 +65,9 @@ class AttentionMaps:
         if name in ("text", "image"):
             value = {key: tuple(int(n) for n in positions) for key, positions in value.items()}
             if wrong := [key for key, positions in value.items() if not positions or min(positions) < 0]:
-                raise ValueError(f"{name}[{wrong[0]!r}]: expected positions >= 0, at least one, got {value[wrong[0]]}")
+                raise ValueError(
+                    f"{name}[{wrong[0]!r}]: expected positions >= 0, at least one, got {value[wrong[0]]}"
+                )
             if both := set(value) & set(self.__dict__.get({"text": "image", "image": "text"}[name], ())):
                 raise ValueError(f"{name}: expected other names than the other field's, got {sorted(both)}")
         if name == "layers" and isinstance(value, (str, int)):
@@ -93,7 +98,9 @@ class AttentionMaps:
                 raise ValueError(
                     f"{what}[{wrong[0]!r}]: expected positions below the {count} {what} tokens of layer {layer.index}"
                 )
-        return dict(text) | {name: tuple(layer.text_len + n for n in positions) for name, positions in image.items()}
+        return dict(text) | {
+            name: tuple(layer.text_len + n for n in positions) for name, positions in image.items()
+        }
 
     @torch.compiler.disable()  # a list that grows would be compiled anew in every call
     @torch.no_grad()
@@ -113,7 +120,8 @@ class AttentionMaps:
         """{name: (batch, rows, columns)}: over heads, and then over all layers and steps that have the name.
 
         Args:
-            grid: of the result, to which maps of other grids are resized bilinearly; None: the finest one seen.
+            grid: of the result, to which maps of other grids are resized bilinearly; None: the finest one
+                seen.
 
         Raises:
             RuntimeError: nothing was seen.
@@ -124,6 +132,10 @@ class AttentionMaps:
         maps = []
         for m in self.maps:
             images = m.values.mean(1).unflatten(-1, m.grid)  # (batch, names, rows, columns)
-            maps.append(images if m.grid == grid else F.interpolate(images, grid, mode="bilinear", align_corners=False))
+            maps.append(
+                images
+                if m.grid == grid
+                else F.interpolate(images, grid, mode="bilinear", align_corners=False)
+            )
         mean = torch.stack(maps).nanmean(0)
         return {name: mean[:, i] for i, name in enumerate(self.names)}

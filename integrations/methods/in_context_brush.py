@@ -22,26 +22,33 @@ LEAST = {"alpha_prompt": -1.0, "alpha_subject": -1.0, "gain_span": -math.inf, "g
 
 @dataclass(unsafe_hash=True)
 class InContextBrush:
-    """Latent feature shifting (Eq. 5) in double blocks and head reweighting (Eqs. 6-8) in all blocks, at every step.
+    """Latent feature shifting (Eq. 5) in double blocks and head reweighting (Eqs. 6-8) in all blocks, at
+    every step.
 
-    With the prompt p, the subject's panel c, the target's panel s, and A the softmax over all keys, in each head:
+    With the prompt p, the subject's panel c, the target's panel s, and A the softmax over all keys, in each
+    head:
 
         h_s = (1 + alpha_prompt) A_sp v_p + (1 + alpha_subject) A_sc v_c + A_ss v_s        (not renormalised)
         h  <- (gain_floor + gain_span * norm over heads of sum(A_sp)) h
 
-    The image tokens are one panel after the other, as in a vertical diptych. All defaults are the released code's, the
-    only setting that is known exactly. A knob may be set at any time, between steps too; ValueError names a wrong one.
+    The image tokens are one panel after the other, as in a vertical diptych. All defaults are the released
+    code's, the only setting that is known exactly. A knob may be set at any time, between steps too;
+    ValueError names a wrong one.
 
     Args:
         alpha_prompt, alpha_subject: >= -1. The code has 0.3; the paper finds 0.1 to 0.5 good.
-        gain_span, gain_floor, gain_norm: the code has minmax to gains of 1 to 1.2; the paper says "Norm" and no more.
+        gain_span, gain_floor, gain_norm: the code has minmax to gains of 1 to 1.2; the paper says "Norm" and
+            no more.
         gain_rows: the rows that the gain multiplies: "*", all (code), or "target" (paper, Eq. 8).
-        count_padding: True: the prompt is all text tokens (code; the paper is silent). False: the first `prompt_tokens`,
-            and padding is neither weighted nor counted.
-        prompt_tokens, subject_tokens: an int, or one for each item (sequence or int tensor); of the image, None is half.
-        subject_first: whether the subject's panel comes first (code), or last as FLUX Kontext's references do.
-        hole: bool (image tokens,) or (batch, image tokens), the target's tokens that are painted: only they are shifted,
-            and only they decide and, with gain_rows="target", have the gain. None: all of the target (paper and code).
+        count_padding: True: the prompt is all text tokens (code; the paper is silent). False: the first
+            `prompt_tokens`, and padding is neither weighted nor counted.
+        prompt_tokens, subject_tokens: an int, or one for each item (sequence or int tensor); of the image,
+            None is half.
+        subject_first: whether the subject's panel comes first (code), or last as FLUX Kontext's references
+            do.
+        hole: bool (image tokens,) or (batch, image tokens), the target's tokens that are painted: only they
+            are shifted, and only they decide and, with gain_rows="target", have the gain. None: all of the
+            target (paper and code).
     """
 
     alpha_prompt: float = 0.3
@@ -59,11 +66,15 @@ class InContextBrush:
     def __setattr__(self, name: str, value) -> None:
         if name in CHOICES and value not in CHOICES[name]:
             raise ValueError(f"{name}: expected one of {', '.join(CHOICES[name])}, got {value!r}")
-        if name in LEAST and not (isinstance(value, (int, float)) and LEAST[name] <= value and math.isfinite(value)):
+        if name in LEAST and not (
+            isinstance(value, (int, float)) and LEAST[name] <= value and math.isfinite(value)
+        ):
             raise ValueError(f"{name}: expected a finite number >= {LEAST[name]:g}, got {value!r}")
         if name == "hole" and value is not None:
             if not isinstance(value, Tensor) or value.dtype != torch.bool or value.dim() not in (1, 2):
-                raise ValueError("hole: expected a bool tensor (image tokens,) or (batch, image tokens), or None")
+                raise ValueError(
+                    "hole: expected a bool tensor (image tokens,) or (batch, image tokens), or None"
+                )
             value = value.clone()
         elif isinstance(value, (list, tuple, Tensor)):
             value = tuple(torch.as_tensor(value).reshape(-1).tolist())
@@ -71,7 +82,9 @@ class InContextBrush:
 
     @property
     def segments(self) -> tuple[str, ...]:
-        """The names of the segments that the tokens fall into, in their order in the control's tables and statistics."""
+        """The names of the segments that the tokens fall into, in their order in the control's tables and
+        statistics.
+        """
         text = ("prompt",) if self.count_padding else ("prompt", "padding")
         image = ("subject", "target") if self.subject_first else ("target", "subject")
         return (*text, *image) if self.hole is None else (*text, *image, "hole")
@@ -83,7 +96,11 @@ class InContextBrush:
 @lru_cache(maxsize=64)
 def _plan(knobs: InContextBrush, shift: bool, text_len: int, image_len: int) -> Plan:
     subject = image_len / 2 if knobs.subject_tokens is None else knobs.subject_tokens
-    text = {"prompt": text_len} if knobs.count_padding else _split("prompt", knobs.prompt_tokens, "padding", text_len)
+    text = (
+        {"prompt": text_len}
+        if knobs.count_padding
+        else _split("prompt", knobs.prompt_tokens, "padding", text_len)
+    )
     image = _split("subject", subject, "target", image_len)
     segments = Segments(text | (image if knobs.subject_first else dict(reversed(image.items()))))
     rows, order = "target", None

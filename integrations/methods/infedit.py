@@ -22,7 +22,9 @@ from .shared.local_blend import LocalBlend
 
 @dataclass(frozen=True)
 class MutualRoles:
-    """The source, its edit, and the item of the edit's layout and the source's contents; of one half of a guidance."""
+    """The source, its edit, and the item of the edit's layout and the source's contents; of one half of a
+    guidance.
+    """
 
     source: int = 0
     target: int = 1
@@ -38,20 +40,22 @@ class InfEdit:
 
         o_tgt = A_src V_tgt                     o_mut = A_src V_src
 
-    and from then on o_mut = softmax(Q_tgt K_src^T / sqrt(d)) V_src, with o_tgt plain; the target's cross-attention is
-    Prompt-to-Prompt's refinement by the source's, up to another share. The source is plain. The switches are the released
-    code's; the paper mixes both maps by a factor. Around it ddcm_step() samples, for 15 steps with guidance of 1 for the
-    source and 2 for the target. A knob may be set at any time; ValueError names a wrong one.
+    and from then on o_mut = softmax(Q_tgt K_src^T / sqrt(d)) V_src, with o_tgt plain; the target's
+    cross-attention is Prompt-to-Prompt's refinement by the source's, up to another share. The source is
+    plain. The switches are the released code's; the paper mixes both maps by a factor. Around it ddcm_step()
+    samples, for 15 steps with guidance of 1 for the source and 2 for the target. A knob may be set at any
+    time; ValueError names a wrong one.
 
     Args:
-        edit: the target's prompt; its alignment is TokenAlignment.refine()'s. (The code also aligns words that are new to
-            the source, by the cosine of their embeddings: an alignment of one's own does that.)
+        edit: the target's prompt; its alignment is TokenAlignment.refine()'s. (The code also aligns words
+            that are new to the source, by the cosine of their embeddings: an alignment of one's own does
+            that.)
         self_share: of the steps before which self-attention is the source's.
         cross_share: of the steps up to which, itself included, cross-attention is refined.
         count: steps of the run, where the handle has not been told.
         blend: gathers maps of words, for a call of it on the latents; None: there is none.
-        items: which items of a call are what; None: the batch is [source, target, mutual], once, or twice, unconditional
-            and conditional.
+        items: which items of a call are what; None: the batch is [source, target, mutual], once, or twice,
+            unconditional and conditional.
     """
 
     edit: PromptEdit
@@ -81,7 +85,9 @@ class InfEdit:
         if layer.kind != "cross":
             return None
         edited = tuple(EditRoles(item.source, item.target) for item in roles if item.conditional)
-        gates = ((progress <= self.cross_share, tuple(progress <= s for s in self.edit.shares.values())),) * len(edited)
+        gates = (
+            (progress <= self.cross_share, tuple(progress <= s for s in self.edit.shares.values())),
+        ) * len(edited)
         plan = cross_plan((self.edit,) * len(edited), edited, gates, layer.text_len)
         return plan if see is None else replace(plan or Plan(), see=see)
 
@@ -89,7 +95,9 @@ class InfEdit:
         if self.items is not None:
             return tuple(self.items)
         if batch not in (3, 6):
-            raise ValueError(f"items: without them a batch is [source, target, mutual], once or twice, not {batch} items")
+            raise ValueError(
+                f"items: without them a batch is [source, target, mutual], once or twice, not {batch} items"
+            )
         return (MutualRoles(),) if batch == 3 else (MutualRoles(conditional=False), MutualRoles(3, 4, 5))
 
 
@@ -108,12 +116,13 @@ def _self(roles: tuple[MutualRoles, ...], early: bool) -> Plan:
 class MutualBlend(LocalBlend):
     """Fed by InfEdit's plans; called on the latents of [source, target, mutual].
 
-    Each pixel of the target is the target's where its words are looked at, else the mutual's where the mutual's words
-    are, else the source's. Maps are pooled and resized as LocalBlend's. (Which of the two comes first, and whose attention
-    is looked at, is our reading of the method.)
+    Each pixel of the target is the target's where its words are looked at, else the mutual's where the
+    mutual's words are, else the source's. Maps are pooled and resized as LocalBlend's. (Which of the two
+    comes first, and whose attention is looked at, is our reading of the method.)
 
     Args:
-        target, mutual: positions of words among their own text tokens. target_threshold, mutual_threshold: in [0, 1].
+        target, mutual: positions of words among their own text tokens. target_threshold, mutual_threshold: in
+            [0, 1].
         resolution: of the layers, the side of a square of as many tokens or (rows, columns).
 
     Raises:
@@ -121,18 +130,25 @@ class MutualBlend(LocalBlend):
     """
 
     def __init__(
-        self, target: Sequence[int], mutual: Sequence[int], target_threshold: float = 0.6, mutual_threshold: float = 0.6,
+        self,
+        target: Sequence[int],
+        mutual: Sequence[int],
+        target_threshold: float = 0.6,
+        mutual_threshold: float = 0.6,
         resolution: Resolution = 16,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__([target, mutual], resolution=resolution)
         self.thresholds = (
-            borrowed.check_share("target_threshold", target_threshold), borrowed.check_share("mutual_threshold", mutual_threshold)
-        )  # fmt: skip
+            borrowed.check_share("target_threshold", target_threshold),
+            borrowed.check_share("mutual_threshold", mutual_threshold),
+        )
 
     def __call__(self, latents: Tensor) -> Tensor:
         """latents: (3, channels, rows, columns), without the unconditional half; a new tensor like it."""
         if len(latents) != 3:
-            raise ValueError(f"latents: expected those of the source, the target and the mutual item, got {len(latents)}")
+            raise ValueError(
+                f"latents: expected those of the source, the target and the mutual item, got {len(latents)}"
+            )
         target, mutual = self.masks((latents.shape[2], latents.shape[3]))
         blended = torch.where(target, latents[1], torch.where(mutual, latents[2], latents[0]))
         return torch.stack([latents[0], blended, latents[2]])

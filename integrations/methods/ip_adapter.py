@@ -28,18 +28,20 @@ class IPAdapter:
 
         o_i = softmax(q_i K_text^T) V_text + sum_a scale_a mask_a(i) softmax(q_i K_a^T) V_a
 
-    In a UNet's cross-attention as it stands; in FLUX's double blocks the sum is added to the image after the block, with
-    the queries as they are before RoPE. A mask is resized bicubically to the layer's grid, beyond 0 and 1 too, as in
-    diffusers. Several images of an adapter without masks share a softmax. A knob may be set at any time, `prompts` with
+    In a UNet's cross-attention as it stands; in FLUX's double blocks the sum is added to the image after the
+    block, with the queries as they are before RoPE. A mask is resized bicubically to the layer's grid, beyond
+    0 and 1 too, as in diffusers. Several images of an adapter without masks share a softmax. A knob may be
+    set at any time, `prompts` with
     other images too: their keys and values are made once. ValueError names a wrong one.
 
     Args:
         prompts: the adapters with their images.
-        scale: one for all, or one for each adapter: a number, or, as InstantStyle sets layers apart, {"down", "mid",
-            "up", Layer.index or the beginning of the name of a layer in the model: number}, of which the last that fits
-            counts, and 0 where none does. diffusers' default is 1. A scale for each image is a factor of its mask.
-        masks: for each adapter None, or (1 or batch, images, rows, columns) as IPAdapterMaskProcessor.preprocess makes
-            them. FLUX's grid is Handle.grid.
+        scale: one for all, or one for each adapter: a number, or, as InstantStyle sets layers apart, {"down",
+            "mid", "up", Layer.index or the beginning of the name of a layer in the model: number}, of which
+            the last that fits counts, and 0 where none does. diffusers' default is 1. A scale for each image
+            is a factor of its mask.
+        masks: for each adapter None, or (1 or batch, images, rows, columns) as
+            IPAdapterMaskProcessor.preprocess makes them. FLUX's grid is Handle.grid.
     """
 
     prompts: Sequence[ImagePrompt]
@@ -56,9 +58,13 @@ class IPAdapter:
         if name == "prompts":
             value = tuple(value)
             if not value or any(not isinstance(p, ImagePrompt) or p.tokens is None for p in value):
-                raise ValueError("prompts: expected one or several ImagePrompt with images (showing), got others")
+                raise ValueError(
+                    "prompts: expected one or several ImagePrompt with images (showing), got others"
+                )
             if len(value) != len(self.__dict__.get("scale", value)):
-                raise ValueError(f"prompts: expected {len(self.prompts)} adapters, as there are scales, got {len(value)}")
+                raise ValueError(
+                    f"prompts: expected {len(self.prompts)} adapters, as there are scales, got {len(value)}"
+                )
             _check_masks(self.__dict__.get("masks"), value)
         if name == "scale":
             value = _scales(value, len(self.prompts))
@@ -70,18 +76,25 @@ class IPAdapter:
 
     def attach(self, model: nn.Module) -> list:
         """Learns the names of the model's layers; hooks on the double blocks of FLUX."""
-        names, places = {id(module): name for name, module in model.named_modules()}, find_host(model).places(model)
+        names, places = (
+            {id(module): name for name, module in model.named_modules()},
+            find_host(model).places(model),
+        )
         self._names, self._kept, self._plans = [names[id(place.attn)] for place in places], {}, {}
         for key in (key for scale in self.scale if isinstance(scale, Mapping) for key in scale):  # type: ignore[union-attr]
             if not any(_fits(key, i, place.place, self._names[i]) for i, place in enumerate(places)):
-                raise ValueError(f"scale: expected a place, an index or the beginning of a layer's name, got {key!r}")
+                raise ValueError(
+                    f"scale: expected a place, an index or the beginning of a layer's name, got {key!r}"
+                )
         doubles = model.transformer_blocks if places[0].kind == "double" else ()
         self._branches = [ImageBranch(block) for block in doubles]  # type: ignore[union-attr]
         return list(self._branches)
 
     def plan(self, layer: Layer, step: Step) -> Plan | None:
         if layer.kind in ("joint", "added"):
-            raise ValueError(f"IPAdapter: it is made for cross-attention and FLUX; layer {layer.index} is {layer.kind!r}")
+            raise ValueError(
+                f"IPAdapter: it is made for cross-attention and FLUX; layer {layer.index} is {layer.kind!r}"
+            )
         if layer.kind in ("self", "single"):
             return None
         if layer not in self._plans:
@@ -102,14 +115,21 @@ class IPAdapter:
                 continue
             if layer.grid is None:
                 raise ValueError("masks: the image's grid is not known; set Handle.grid")
-            small = F.interpolate(mask.float(), layer.grid, mode="bicubic").flatten(2)  # (1 or batch, images, rows)
+            small = F.interpolate(mask.float(), layer.grid, mode="bicubic").flatten(
+                2
+            )  # (1 or batch, images, rows)
             for i in range(mask.shape[1]):
-                extra[f"ip_{a}_{i}"], gates[f"ip_{a}_{i}"] = (k[:, i], v[:, i]), scale * small[:, i].to(k.device)
+                extra[f"ip_{a}_{i}"], gates[f"ip_{a}_{i}"] = (
+                    (k[:, i], v[:, i]),
+                    scale * small[:, i].to(k.device),
+                )
         if not extra:
             return None
         own = {} if layer.kind == "double" else {"text": layer.text_len}
         keys = Segments(own | {name: k.shape[1] for name, (k, _) in extra.items()})
-        control = Control(Segments(image=layer.image_len), keys, groups={name: [name] for name in keys}, gates=gates)
+        control = Control(
+            Segments(image=layer.image_len), keys, groups={name: [name] for name in keys}, gates=gates
+        )
         if layer.kind != "double":
             return Plan(control, extra=extra)
         pairs = list(extra.values())
@@ -138,7 +158,9 @@ def _scales(value: Any, count: int) -> tuple[Scale, ...]:
     scales = tuple(value) if isinstance(value, (tuple, list)) else (value,) * count
     flat = [n for one in scales for n in (one.values() if isinstance(one, Mapping) else [one])]
     if len(scales) != count or not all(isinstance(n, (int, float)) and math.isfinite(n) for n in flat):
-        raise ValueError(f"scale: expected a number or mapping for all or each of {count} adapters, got {value!r}")
+        raise ValueError(
+            f"scale: expected a number or mapping for all or each of {count} adapters, got {value!r}"
+        )
     return scales
 
 
@@ -148,4 +170,6 @@ def _check_masks(masks: Sequence[Tensor | None] | None, prompts: Sequence[ImageP
     images = [0 if prompt.tokens is None else prompt.tokens.shape[1] for prompt in prompts]
     got = [None if m is None else m.shape[1] if isinstance(m, Tensor) and m.dim() == 4 else 0 for m in masks]
     if len(got) != len(images) or any(g not in (None, n) for g, n in zip(got, images, strict=True)):
-        raise ValueError(f"masks: expected None or (batch, images, rows, columns) with {images} images, got {got}")
+        raise ValueError(
+            f"masks: expected None or (batch, images, rows, columns) with {images} images, got {got}"
+        )

@@ -21,28 +21,34 @@ PHASES = ("invert", "edit")
 
 @dataclass(eq=False)
 class KVEdit:
-    """An inversion that keeps every layer's image keys and values, and edits whose only rows are text and masked tokens.
+    """An inversion that keeps every layer's image keys and values, and edits whose only rows are text and
+    masked tokens.
 
-    With the text T, the masked tokens M and the background B, whose keys and values are those of the inversion:
+    With the text T, the masked tokens M and the background B, whose keys and values are those of the
+    inversion:
 
         o = softmax(Q_[T;M] [K_T; K_M; K_B]^T / sqrt(d) + attn_scale [0; 0; 1]) [V_T; V_M; V_B]
 
-    in all layers of FLUX. The inversion goes through `times` upwards, by Euler, one call a step, with all image tokens.
-    An edit comes down again: set phase="edit", let the steps count anew (Handle.reset), and call the model with the
-    tokens `tokens` of the latents and of img_ids alone. Before each step `reblend` them; after the last `paste` them into
-    the photo's latents. Another edit needs no other inversion, also with another mask unless the inversion was masked.
-    The released code runs 28 steps without the 4 noisiest, at guidance 1.5 (inversion) and 5.5 (edit). A knob may be set
-    between calls; ValueError names a wrong one.
+    in all layers of FLUX. The inversion goes through `times` upwards, by Euler, one call a step, with all
+    image tokens.
+    An edit comes down again: set phase="edit", let the steps count anew (Handle.reset), and call the model
+        with the
+    tokens `tokens` of the latents and of img_ids alone. Before each step `reblend` them; after the last
+    `paste` them into the photo's latents. Another edit needs no other inversion, also with another mask
+    unless the inversion was masked. The released code runs 28 steps without the 4 noisiest, at guidance 1.5
+    (inversion) and 5.5 (edit). A knob may be set between calls; ValueError names a wrong one.
 
     Args:
-        mask: bool (image tokens,), the tokens that are edited, at least one; token_masks.py makes it of one of the latents.
-        times: noise levels of the edit, falling, one more than it has steps; those below the first that is skipped.
+        mask: bool (image tokens,), the tokens that are edited, at least one; token_masks.py makes it of one
+            of the latents.
+        times: noise levels of the edit, falling, one more than it has steps; those below the first that is
+            skipped.
         phase: "invert" or "edit".
         attn_scale: added to the background's logits, natural units. The code has 1; 0 is plain attention.
-        masked_inversion: in the inversion masked rows read text and masked tokens, background rows text and background,
-            text all. The code has False.
-        keep_device, keep_dtype: where and as what keys and values are kept; None: as they are. On the model's device and
-            in its dtype they are read in place.
+        masked_inversion: in the inversion masked rows read text and masked tokens, background rows text and
+            background, text all. The code has False.
+        keep_device, keep_dtype: where and as what keys and values are kept; None: as they are. On the model's
+            device and in its dtype they are read in place.
     """
 
     mask: Tensor
@@ -52,20 +58,32 @@ class KVEdit:
     masked_inversion: bool = False
     keep_device: torch.device | str | None = None
     keep_dtype: torch.dtype | None = None
-    # {(time, layer): (k, v, the model's dtype)}, k and v (batch, image tokens, heads, head_dim), the background first
-    kept: dict[tuple[float, int], tuple[Tensor, Tensor, torch.dtype]] = field(default_factory=dict, init=False, repr=False)
+    # {(time, layer): (k, v, the model's dtype)}, k and v (batch, image tokens, heads, head_dim), the
+    # background first
+    kept: dict[tuple[float, int], tuple[Tensor, Tensor, torch.dtype]] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "mask":
-            if not isinstance(value, Tensor) or value.dtype != torch.bool or value.dim() != 1 or not value.any():
-                raise ValueError("mask: expected a bool tensor (image tokens,) with at least one token that is edited")
+            if (
+                not isinstance(value, Tensor)
+                or value.dtype != torch.bool
+                or value.dim() != 1
+                or not value.any()
+            ):
+                raise ValueError(
+                    "mask: expected a bool tensor (image tokens,) with at least one token that is edited"
+                )
             value = value.clone()
             self._sort(value)
         if name == "times":
             value = tuple(value) if isinstance(value, (Sequence, Tensor)) else ()
             value = tuple(float(t) for t in value)
             if len(value) < 2 or not all(a > b for a, b in pairwise(value)):
-                raise ValueError(f"times: expected at least two noise levels, each below the one before, got {value}")
+                raise ValueError(
+                    f"times: expected at least two noise levels, each below the one before, got {value}"
+                )
         if name == "phase" and value not in PHASES:
             raise ValueError(f"phase: expected one of {', '.join(PHASES)}, got {value!r}")
         if name == "attn_scale" and not (isinstance(value, (int, float)) and math.isfinite(value)):
@@ -82,10 +100,14 @@ class KVEdit:
         masked = len(self.mask) - self._background
         expected = len(self.mask) if self.phase == "invert" else masked
         if layer.image_len != expected:
-            raise ValueError(f"mask: {expected} image tokens for phase={self.phase!r}, but the call has {layer.image_len}")
+            raise ValueError(
+                f"mask: {expected} image tokens for phase={self.phase!r}, but the call has {layer.image_len}"
+            )
         if self.phase == "edit":
             if key not in self.kept:
-                raise ValueError(f"phase: nothing is kept for time {key[0]:g} and layer {layer.index}; invert first")
+                raise ValueError(
+                    f"phase: nothing is kept for time {key[0]:g} and layer {layer.index}; invert first"
+                )
             k, v, dtype = self.kept[key]
             background = k[:, : self._background].to(dtype), v[:, : self._background].to(dtype)
             control = _edit(text, masked, self._background, self.attn_scale)
@@ -147,11 +169,12 @@ def cache_time(times: Sequence[float], step: int, phase: str) -> float:
 
 
 def reblend(latents: Tensor, source: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:
-    """source (1 - mask) + latents mask: within masked tokens, latents that are not masked are the inversion's.
+    """source (1 - mask) + latents mask: within masked tokens, latents that are not masked are the
+    inversion's.
 
     Args:
-        latents: (batch, masked tokens, channels), at some time. source: (batch, image tokens, channels), of the inversion
-            at the same time. mask: packed, (image tokens, channels). tokens: KVEdit.tokens.
+        latents: (batch, masked tokens, channels), at some time. source: (batch, image tokens, channels), of
+            the inversion at the same time. mask: packed, (image tokens, channels). tokens: KVEdit.tokens.
     """
     m = mask[tokens].to(latents)
     return source[:, tokens] * (1 - m) + latents * m

@@ -30,25 +30,27 @@ class MasaCtrl:
 
         o_tgt = softmax(Q_tgt K_src^T / sqrt(d)) V_src
 
-    or, with masks, in two softmaxes over the source's keys in and outside of its mask, with m the edit's mask of rows:
+    or, with masks, in two softmaxes over the source's keys in and outside of its mask, with m the edit's mask
+    of rows:
 
-        o_tgt = m softmax_fg(Q_tgt K_src^T / sqrt(d)) V_src + (1 - m) softmax_bg(Q_tgt K_src^T / sqrt(d)) V_src
+        o_tgt = m softmax_fg(Q_tgt K_src^T / sqrt(d)) V_src + (1 - m) softmax_bg(Q_tgt K_src^T / sqrt(d))
+        V_src
 
-    in both halves of a classifier-free guidance. The source is a photo's DDIM inversion with an empty prompt, or another
-    sample; both start from the same latents. All defaults are the released code's for SD 1.5, with 50 steps and guidance
-    of 7.5. A knob may be set at any time; ValueError names a wrong one.
+    in both halves of a classifier-free guidance. The source is a photo's DDIM inversion with an empty prompt,
+    or another sample; both start from the same latents. All defaults are the released code's for SD 1.5, with
+    50 steps and guidance of 7.5. A knob may be set at any time; ValueError names a wrong one.
 
     Args:
-        layers: (first, after the last or None) of the transformer blocks, in the order of the forward pass; for SDXL the
-            code has first ones of 44, 54 and 64.
+        layers: (first, after the last or None) of the transformer blocks, in the order of the forward pass;
+            for SDXL the code has first ones of 44, 54 and 64.
         steps: (first, after the last or None).
-        masks: None; the source's and the edit's, bool tensors (rows, columns) of any size, resized to the nearest; or
-            WordMaps of two items, the source and then the edit, from which they are made in each forward call: the mean
-            over the layers seen in it so far, min-max normalised, from `threshold` on. Until one has been seen there is
-            no mask. The paper's and code's maps are of 16 x 16 tokens and of the conditional half: {-2: [...], -1: [...]}.
-            Where the source's mask has no key or all of them, there is none either: the code's rows without a key
-            become the mean of all values. Masks made of words wait for the device, and need apply() to leave those
-            cross-attention layers to the method.
+        masks: None; the source's and the edit's, bool tensors (rows, columns) of any size, resized to the
+            nearest; or WordMaps of two items, the source and then the edit, from which they are made in each
+            forward call: the mean over the layers seen in it so far, min-max normalised, from `threshold` on.
+            Until one has been seen there is no mask. The paper's and code's maps are of 16 x 16 tokens and of
+            the conditional half: {-2: [...], -1: [...]}. Where the source's mask has no key or all of them,
+            there is none either: the code's rows without a key become the mean of all values. Masks made of
+            words wait for the device, and need apply() to leave those cross-attention layers to the method.
         threshold: in [0, 1].
         union: softmax over [K_src; K_tgt] instead, without masks; the code's variant of that name.
         items: which items of a call are what; None: the batch is [source, edit_1, ..., edit_n] twice.
@@ -64,10 +66,14 @@ class MasaCtrl:
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "masks" and isinstance(value, WordMaps):
             if len(value.words) != 2:
-                raise ValueError(f"masks: expected words of the source and of the edit, got those of {len(value.words)}")
+                raise ValueError(
+                    f"masks: expected words of the source and of the edit, got those of {len(value.words)}"
+                )
         elif name == "masks" and value is not None:
             value = tuple(value) if isinstance(value, (tuple, list)) else ()
-            if len(value) != 2 or not all(isinstance(m, Tensor) and m.dtype == torch.bool and m.dim() == 2 for m in value):
+            if len(value) != 2 or not all(
+                isinstance(m, Tensor) and m.dtype == torch.bool and m.dim() == 2 for m in value
+            ):
                 raise ValueError("masks: expected two bool tensors (rows, columns), WordMaps or None")
             value = tuple(mask.clone() for mask in value)
         if name == "threshold":
@@ -95,7 +101,11 @@ class MasaCtrl:
             return _mutual(roles, self.union)
         if isinstance(masks, WordMaps):
             words = masks
-            return Plan(late=lambda: _by_words(roles, words.mean, self.threshold, grid) if words.seen else _mutual(roles))
+            return Plan(
+                late=lambda: (
+                    _by_words(roles, words.mean, self.threshold, grid) if words.seen else _mutual(roles)
+                )
+            )
         return _masked(roles, *masks, grid)
 
 
@@ -112,7 +122,9 @@ def _mutual(roles: tuple[EditRoles, ...], union: bool = False) -> Plan:
 def _by_words(roles: tuple[EditRoles, ...], maps: Tensor, threshold: float, grid: Grid) -> Plan:
     """maps: (2, rows, columns)"""
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
-    source, target = ((maps - low) / (high - low).clamp_min(torch.finfo(maps.dtype).tiny) >= threshold).unbind()
+    source, target = (
+        (maps - low) / (high - low).clamp_min(torch.finfo(maps.dtype).tiny) >= threshold
+    ).unbind()
     return _masked(roles, source, target, grid)
 
 
@@ -124,7 +136,12 @@ def _masked(roles: tuple[EditRoles, ...], source: Tensor, target: Tensor, grid: 
     if not all(segments.lengths):
         return _mutual(roles)
     control = Control(
-        Segments(tokens=len(rows)), segments, groups={"fg": ["fg"], "bg": ["bg"]}, gates={"fg": rows[None], "bg": 1 - rows[None]}
+        Segments(tokens=len(rows)),
+        segments,
+        groups={"fg": ["fg"], "bg": ["bg"]},
+        gates={"fg": rows[None], "bg": 1 - rows[None]},
     )
     read = torch.tensor([pair.source for pair in roles])
-    return Plan(parts=[Part([pair.target for pair in roles], {"k": read, "v": read}, control, key_order=order)])
+    return Plan(
+        parts=[Part([pair.target for pair in roles], {"k": read, "v": read}, control, key_order=order)]
+    )

@@ -1,4 +1,6 @@
-"""Personalize Anything (arXiv 2503.12590): a subject's tokens put where it shall be, while the image takes shape."""
+"""Personalize Anything (arXiv 2503.12590): a subject's tokens put where it shall be, while the image takes
+shape.
+"""
 
 from __future__ import annotations
 
@@ -22,24 +24,28 @@ CONCATENATIONS = ("none", "target", "zero")
 
 @dataclass
 class PersonalizeAnything:
-    """While the noise is above tau, image tokens of references replace the generation's before q, k and v of each layer.
+    """While the noise is above tau, image tokens of references replace the generation's before q, k and v of
+    each layer.
 
         y_gen[target] <- y_ref[mask]     while sigma > tau
 
-    in all layers of FLUX; each keeps the RoPE of where it comes to be. The batch holds the reconstructions and, last, the
-    generation. As released (an inversion with gamma = eta = 1), a reconstruction is its photo noised on a straight line:
-    `noised` puts it back before each step. A knob may be set at any time; ValueError names a wrong one.
+    in all layers of FLUX; each keeps the RoPE of where it comes to be. The batch holds the reconstructions
+    and, last, the generation. As released (an inversion with gamma = eta = 1), a reconstruction is its photo
+    noised on a straight line: `noised` puts it back before each step. A knob may be set at any time;
+    ValueError names a wrong one.
 
     Args:
         subjects: one or several.
         tau: noise level, 0 to 1: 0.5 in the released demo, 0.45 to 0.7 in its notebooks.
-        share: of the steps, where Handle.set_step tells no sigma but a count. The paper: 0.8, and 0.1 for editing.
-        shuffle: width of the windows within which the reference's tokens change places, anew at each step; 1: none
-            (released code), 3: the paper, which does not say how often.
+        share: of the steps, where Handle.set_step tells no sigma but a count. The paper: 0.8, and 0.1 for
+            editing.
+        shuffle: width of the windows within which the reference's tokens change places, anew at each step; 1:
+            none (released code), 3: the paper, which does not say how often.
         seed: of the shuffle.
-        concatenation: the reference's tokens as additional keys. "none": released default. "target": at the target's
-            positions, at all steps and in all items (released option). "zero": at position 0, in the generation at the
-            steps without replacement (paper). Positions are those of FLUX's ids (0, row, column).
+        concatenation: the reference's tokens as additional keys. "none": released default. "target": at the
+            target's positions, at all steps and in all items (released option). "zero": at position 0, in the
+            generation at the steps without replacement (paper). Positions are those of FLUX's ids (0, row,
+            column).
     """
 
     subjects: PersonalSubject | Sequence[PersonalSubject]
@@ -52,7 +58,13 @@ class PersonalizeAnything:
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "subjects":
-            value = (value,) if isinstance(value, PersonalSubject) else tuple(value) if isinstance(value, Sequence) else ()
+            value = (
+                (value,)
+                if isinstance(value, PersonalSubject)
+                else tuple(value)
+                if isinstance(value, Sequence)
+                else ()
+            )
             if not value or not all(isinstance(subject, PersonalSubject) for subject in value):
                 raise ValueError(f"subjects: expected one or several PersonalSubject, got {value!r}")
             if len({tuple(subject.mask.shape) for subject in value}) > 1:
@@ -77,7 +89,9 @@ class PersonalizeAnything:
         if step.sigma is not None:
             return step.sigma > self.tau
         if step.count is None:
-            raise ValueError("tau: neither the step's sigma is known nor the number of steps; Handle.set_step tells them")
+            raise ValueError(
+                "tau: neither the step's sigma is known nor the number of steps; Handle.set_step tells them"
+            )
         return step.index < self.share * step.count
 
     def plan(self, layer: Layer, step: Step) -> Plan:
@@ -85,10 +99,14 @@ class PersonalizeAnything:
         if layer.kind not in ("double", "single"):
             raise ValueError(f"method: it is made for FLUX; layer {layer.index} is {layer.kind!r}")
         if layer.image_len != subjects[0].mask.numel():
-            raise ValueError(f"subjects: masks of {subjects[0].mask.numel()} tokens, but the call has {layer.image_len} of image")
+            raise ValueError(
+                f"subjects: masks of {subjects[0].mask.numel()} tokens, but the call has {layer.image_len} of image"
+            )
         generation = layer.batch - 1
         if any(subject.item >= generation for subject in subjects):
-            raise ValueError(f"subjects: expected items before the last, {generation}, got {[s.item for s in subjects]}")
+            raise ValueError(
+                f"subjects: expected items before the last, {generation}, got {[s.item for s in subjects]}"
+            )
         hidden = None
         if replaces := self.replaces(step):
             start = layer.text_len if layer.kind == "single" else 0
@@ -110,11 +128,15 @@ class PersonalizeAnything:
         return qk_norm_rope([(keys, None, None)], cos, sin, eps=0.0), values
 
 
-def _replace(subjects: tuple[PersonalSubject, ...], draw: tuple[int, int, int], start: int, x: Tensor) -> Tensor:
+def _replace(
+    subjects: tuple[PersonalSubject, ...], draw: tuple[int, int, int], start: int, x: Tensor
+) -> Tensor:
     """x (batch, [text and] image tokens, channels) with the image's tokens from `start` on."""
     y = x.clone()
     for subject in subjects:
-        y[-1, start + subject.tokens(True, x.device)] = x[subject.item, start + subject.shuffled(*draw, x.device)]
+        y[-1, start + subject.tokens(True, x.device)] = x[
+            subject.item, start + subject.shuffled(*draw, x.device)
+        ]
     return y
 
 
@@ -125,8 +147,12 @@ def _control(tokens: int, references: int) -> Control:
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # what is kept outlives a call in inference mode
-def _turn(pos_embed: nn.Module, subjects: tuple[PersonalSubject, ...], target: bool, device: torch.device) -> Pair:
-    """cos and sin (tokens, head_dim) of the way from the reference's positions to the target's, or to position 0."""
+def _turn(
+    pos_embed: nn.Module, subjects: tuple[PersonalSubject, ...], target: bool, device: torch.device
+) -> Pair:
+    """cos and sin (tokens, head_dim) of the way from the reference's positions to the target's, or to
+    position 0.
+    """
     way = torch.cat([(s.positions(True) if target else 0) - s.positions(False) for s in subjects])
     return pos_embed(nn.functional.pad(way, (1, 0)).to(device))
 

@@ -16,12 +16,15 @@ class PerturbedAttention(Perturbed):
     """The self-attention map of the perturbed items is the identity.
 
         UNet:       o = V
-        SD 3, FLUX: an image token sees the text and itself, a text token sees all, as diffusers' SD 3 processor does
+        SD 3, FLUX: an image token sees the text and itself, a text token sees all, as diffusers' SD 3
+            processor does
 
-    Around it, `perturbed.guide` with the scale 3 of the paper and, if wanted, `perturbed.adaptive`. diffusers' newer
-    guider differs from its processors, which this follows: it takes V for the text tokens too, in some steps only. The
-    second attention of an SD 3.5 block, of the image alone, is as in a UNet. A knob may be set at any time; ValueError
-    names a wrong one.
+    Around it, `perturbed.guide` with the scale 3 of the paper and, if wanted, `perturbed.adaptive`.
+    diffusers' newer
+    guider differs from its processors, which this follows: it takes V for the text tokens too, in some steps
+        only. The
+    second attention of an SD 3.5 block, of the image alone, is as in a UNet. A knob may be set at any time;
+    ValueError names a wrong one.
 
     Args: those of Perturbed.
     """

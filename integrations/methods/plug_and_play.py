@@ -1,4 +1,6 @@
-"""Plug-and-Play (arXiv 2211.12572): an edit takes its layout from a source, by its features and attention maps."""
+"""Plug-and-Play (arXiv 2211.12572): an edit takes its layout from a source, by its features and attention
+maps.
+"""
 
 from __future__ import annotations
 
@@ -21,19 +23,24 @@ from .shared.edit_roles import EditRoles
 
 @dataclass
 class PlugAndPlay:
-    """The edit keeps the source's self-attention maps, and one residual block's features, for the first steps.
+    """The edit keeps the source's self-attention maps, and one residual block's features, for the first
+    steps.
 
         o_tgt = softmax(Q_src K_src^T / sqrt(d)) V_tgt        f_tgt = f_src
 
-    in both halves of a classifier-free guidance, each from its own source. f is what the block's convolutions add to its
-    shortcut. The source is a photo's DDIM inversion, or another sample; both start from the same latents. Defaults are
-    the released code's, for 50 steps: scale 10, and a negative prompt that negative_prompt_share() fades in. A knob may
+    in both halves of a classifier-free guidance, each from its own source. f is what the block's convolutions
+    add to its shortcut. The source is a photo's DDIM inversion, or another sample; both start from the same
+    latents. Defaults are
+    the released code's, for 50 steps: scale 10, and a negative prompt that negative_prompt_share() fades in.
+        A knob may
     be set at any time; ValueError names a wrong one.
 
     Args:
-        layers: (first, after the last or None) of the transformer blocks, in the order of the forward pass. The code has
-            ldm's output blocks 4 to 11: SD 1.5's last two of up_blocks[1], and all of up_blocks[2] and up_blocks[3].
-        steps: (first, after the last or None) of the maps: the code's are all up to half of the steps, itself included.
+        layers: (first, after the last or None) of the transformer blocks, in the order of the forward pass.
+            The code has ldm's output blocks 4 to 11: SD 1.5's last two of up_blocks[1], and all of
+            up_blocks[2] and up_blocks[3].
+        steps: (first, after the last or None) of the maps: the code's are all up to half of the steps, itself
+            included.
         feature: (up block, resnet) of the features, or None; the code's is ldm's output block 4.
         feature_steps: as `steps`, for the features; the code's threshold of 40 is included.
         items: which items of a call are what; None: the batch is [source, edit_1, ..., edit_n] twice.
@@ -53,7 +60,9 @@ class PlugAndPlay:
         object.__setattr__(self, name, edit_roles.checked_edit(name, value))
 
     def plan(self, layer: Layer, step: Step) -> Plan | None:
-        if not borrowed.is_self(layer, borrowed.PLACES) or not borrowed.within(self.layers, edit_roles.block_index(layer)):
+        if not borrowed.is_self(layer, borrowed.PLACES) or not borrowed.within(
+            self.layers, edit_roles.block_index(layer)
+        ):
             return None
         if not borrowed.within(self.steps, step.index):
             return None
@@ -62,7 +71,9 @@ class PlugAndPlay:
     def attach(self, model: nn.Module) -> list[Any]:
         """Hooks on the residual blocks on the way up; ValueError where the model has no such block."""
         resnets = {
-            (i, j): resnet for i, block in enumerate(getattr(model, "up_blocks", ())) for j, resnet in enumerate(block.resnets)
+            (i, j): resnet
+            for i, block in enumerate(getattr(model, "up_blocks", ()))
+            for j, resnet in enumerate(block.resnets)
         }
         if self.feature is not None and self.feature not in resnets:
             raise ValueError(f"feature: expected (up block, resnet) of the model or None, got {self.feature}")
@@ -98,11 +109,13 @@ def negative_prompt_share(
 ) -> float:
     """alpha of a step: alpha * unconditional + (1 - alpha) * negative is what guidance starts from.
 
-    The negative prompt describes the source, so that it comes to weigh as its structure settles. The released code's:
-    alpha falls from `start` at the first step to 0 at the last ("linear"), to start / e^6 ("exp"), or stays.
+    The negative prompt describes the source, so that it comes to weigh as its structure settles. The released
+    code's: alpha falls from `start` at the first step to 0 at the last ("linear"), to start / e^6 ("exp"), or
+    stays.
 
     Args:
-        step: from 0. count: steps of the run. start: in [0, 1]; 1 and "constant" leave the negative prompt out.
+        step: from 0. count: steps of the run. start: in [0, 1]; 1 and "constant" leave the negative prompt
+            out.
 
     Raises:
         ValueError: naming the argument, what was expected and what came.

@@ -1,4 +1,6 @@
-"""Regional prompting, or localised attention: words of the prompt that are seen only from their part of the image."""
+"""Regional prompting, or localised attention: words of the prompt that are seen only from their part of the
+image.
+"""
 
 from __future__ import annotations
 
@@ -25,28 +27,30 @@ Span = tuple[int, int]
 class RegionalPrompting:
     """Regions of the image, each with its own tokens of the text; tokens of no region are everybody's.
 
-    form="bias": an image token outside of region k sees the tokens of k with a bias, the rest as ever, so that they share
+    form="bias": an image token outside of region k sees the tokens of k with a bias, the rest as ever, so
+        that they share
     one softmax:
 
         S_ij + log(outside)        (removed where outside is 0)       j of region k's span, i not in region k
 
-    form="groups", for a UNet's cross-attention, where each region has a prompt of its own: the spans are softmaxes of
-    their own, mixed by the masks m_k, which may be soft; s(i) = sum_k m_k(i):
+    form="groups", for a UNet's cross-attention, where each region has a prompt of its own: the spans are
+    softmaxes of their own, mixed by the masks m_k, which may be soft; s(i) = sum_k m_k(i):
 
         o_i = sum_k g_k(i) softmax(q_i K_k^T) V_k + (1 - sum_k g_k(i)) softmax(q_i K_rest^T) V_rest
         g_k = (1 - shared) m_k / max(1, s)
 
-    In joint attention (FLUX, SD 3) image tokens go on seeing each other. The idea is a survey's, which gives no algorithm;
-    the formulas are ours. A knob may be set at any time; ValueError names a wrong one.
+    In joint attention (FLUX, SD 3) image tokens go on seeing each other. The idea is a survey's, which gives
+    no algorithm; the formulas are ours. A knob may be set at any time; ValueError names a wrong one.
 
     Args:
-        masks: (regions, rows, columns) within 0 and 1, resized to each layer's grid by area. A token is in a region, for
-            form="bias", where its area is covered to a half or more. Regions may overlap.
+        masks: (regions, rows, columns) within 0 and 1, resized to each layer's grid by area. A token is in a
+            region, for form="bias", where its area is covered to a half or more. Regions may overlap.
         spans: for each region the tokens of the text (first, one after the last), padding included.
         form: see above.
-        outside: 0 to 1; 1: plain. shared: 0 to 1, how much of the region's prompts gives way to the rest of the text.
-        closed: with form="bias" in joint attention, whether a span's text tokens, too, see only their region of the image
-            and no other span; else they see all.
+        outside: 0 to 1; 1: plain. shared: 0 to 1, how much of the region's prompts gives way to the rest of
+            the text.
+        closed: with form="bias" in joint attention, whether a span's text tokens, too, see only their region
+            of the image and no other span; else they see all.
         items: the batch items; None: all. With classifier-free guidance the conditional ones are meant.
         steps: (first, after the last or None).
     """
@@ -64,10 +68,14 @@ class RegionalPrompting:
         self._plans: dict[tuple, Plan] = {}
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "masks" and (not isinstance(value, Tensor) or value.dim() != 3 or not ((value >= 0) & (value <= 1)).all()):
+        if name == "masks" and (
+            not isinstance(value, Tensor) or value.dim() != 3 or not ((value >= 0) & (value <= 1)).all()
+        ):
             raise ValueError("masks: expected a tensor (regions, rows, columns) within 0 and 1")
         if name == "masks" and len(value) != len(self.__dict__.get("spans", value)):
-            raise ValueError(f"masks: expected {len(self.spans)} regions, as there are spans, got {len(value)}")
+            raise ValueError(
+                f"masks: expected {len(self.spans)} regions, as there are spans, got {len(value)}"
+            )
         if name == "masks":
             value = value.clone()
         if name == "spans":
@@ -88,20 +96,30 @@ class RegionalPrompting:
     def plan(self, layer: Layer, step: Step) -> Plan | None:
         idle = {"bias": ("shared",), "groups": ("outside", "closed")}[self.form]
         if unused := [f.name for f in fields(self) if f.name in idle and getattr(self, f.name) != f.default]:
-            raise ValueError(f"{unused[0]}: it has no part in the form {self.form!r}, got {getattr(self, unused[0])!r}")
+            raise ValueError(
+                f"{unused[0]}: it has no part in the form {self.form!r}, got {getattr(self, unused[0])!r}"
+            )
         if not borrowed.within(self.steps, step.index) or layer.kind == "self":
             return None
         if layer.kind == "added" or (self.form == "groups" and layer.kind != "cross"):
             expected = "cross-attention or joint attention" if self.form == "bias" else "cross-attention"
-            raise ValueError(f"form: {self.form!r} is made for {expected}; layer {layer.index} is {layer.kind!r}")
+            raise ValueError(
+                f"form: {self.form!r} is made for {expected}; layer {layer.index} is {layer.kind!r}"
+            )
         if layer.grid is None:
-            raise ValueError("RegionalPrompting: the model's inputs do not tell the grid of image tokens; set handle.grid")
+            raise ValueError(
+                "RegionalPrompting: the model's inputs do not tell the grid of image tokens; set handle.grid"
+            )
         if max(end for _, end in self.spans) > layer.text_len:
-            raise ValueError(f"spans: expected tokens of the text, which has {layer.text_len}, got {self.spans}")
+            raise ValueError(
+                f"spans: expected tokens of the text, which has {layer.text_len}, got {self.spans}"
+            )
         key = (layer.kind == "cross", layer.batch, layer.text_len, layer.grid)
         if key not in self._plans:
             with torch.inference_mode(False):
-                masks = F.interpolate(self.masks.detach().cpu().float()[None], layer.grid, mode="area")[0].flatten(1)
+                masks = F.interpolate(self.masks.detach().cpu().float()[None], layer.grid, mode="area")[
+                    0
+                ].flatten(1)
                 self._plans[key] = (self._biases if self.form == "bias" else self._groups)(layer, masks)
         return self._plans[key]
 
@@ -112,7 +130,9 @@ class RegionalPrompting:
             lengths |= {f"rest_{k}": first - start, f"span_{k}": end - first}
             start = end
         lengths["rest"] = text_len - start
-        return Segments({n: length for n, length in lengths.items() if length}), {f"span_{k}": k for k in range(len(self.spans))}
+        return Segments({n: length for n, length in lengths.items() if length}), {
+            f"span_{k}": k for k in range(len(self.spans))
+        }
 
     def _biases(self, layer: Layer, masks: Tensor) -> Plan:
         text, regions = self._text(layer.text_len)
@@ -120,10 +140,21 @@ class RegionalPrompting:
         kinds, labels = (masks >= 0.5).unique(dim=1, return_inverse=True)
         image, order, _ = Segments.from_labels(labels, [f"image_{n}" for n in range(kinds.shape[1])])
         lengths = dict(zip(image.names, image.lengths, strict=True))
-        rows = image if layer.kind == "cross" else Segments(dict(zip(text.names, text.lengths, strict=True)) | lengths)
-        apart = [(f"image_{n}", span) for span, k in regions.items() for n in range(kinds.shape[1]) if not kinds[k, n]]
+        rows = (
+            image
+            if layer.kind == "cross"
+            else Segments(dict(zip(text.names, text.lengths, strict=True)) | lengths)
+        )
+        apart = [
+            (f"image_{n}", span)
+            for span, k in regions.items()
+            for n in range(kinds.shape[1])
+            if not kinds[k, n]
+        ]
         if self.closed and layer.kind != "cross":
-            apart += [(span, row) for row, span in apart] + [(a, b) for a in regions for b in regions if a != b]
+            apart += [(span, row) for row, span in apart] + [
+                (a, b) for a in regions for b in regions if a != b
+            ]
         bias: float | Tensor = math.log(self.outside) if self.outside else -math.inf
         if self.items is not None:
             if max(self.items) >= layer.batch:
@@ -149,7 +180,10 @@ class RegionalPrompting:
 
 
 def _spans(value: Any, count: int) -> tuple:
-    spans = [tuple(span) if isinstance(span, (tuple, list)) else () for span in (value if isinstance(value, Sequence) else ())]
+    spans = [
+        tuple(span) if isinstance(span, (tuple, list)) else ()
+        for span in (value if isinstance(value, Sequence) else ())
+    ]
     right = all(len(span) == 2 and all(map(borrowed.is_count, span)) and span[0] < span[1] for span in spans)
     ends = [n for span in sorted(spans) for n in span]
     if len(spans) != count or not right or ends != sorted(ends):

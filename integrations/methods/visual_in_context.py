@@ -22,15 +22,19 @@ class InContextRoles:
 
     def __post_init__(self) -> None:
         if not self.prompts or any(not isinstance(pair, tuple) or len(pair) != 2 for pair in self.prompts):
-            raise ValueError(f"prompts: expected pairs of items (A_k, B_k), at least one, got {self.prompts!r}")
+            raise ValueError(
+                f"prompts: expected pairs of items (A_k, B_k), at least one, got {self.prompts!r}"
+            )
 
     @staticmethod
     def stacked(prompts: int = 1, plain: bool = True, repeats: int = 1) -> tuple[InContextRoles, ...]:
         """For batches [A_1, B_1, ..., A_n, B_n, C, D plain, D], `repeats` times one after the other.
 
         Args:
-            prompts: n. plain: whether there is an item for D with ordinary attention, as swap guidance needs it.
-            repeats: such as 2 where the unconditional half of a classifier-free guidance is in the same batch.
+            prompts: n. plain: whether there is an item for D with ordinary attention, as swap guidance needs
+                it.
+            repeats: such as 2 where the unconditional half of a classifier-free guidance is in the same
+                batch.
 
         Raises:
             ValueError: less than one pair or repeat.
@@ -41,7 +45,9 @@ class InContextRoles:
         length = 2 * prompts + 2 + plain
         return tuple(
             InContextRoles(
-                tuple((start + 2 * k, start + 2 * k + 1) for k in range(prompts)), start + 2 * prompts, start + length - 1
+                tuple((start + 2 * k, start + 2 * k + 1) for k in range(prompts)),
+                start + 2 * prompts,
+                start + length - 1,
             )
             for start in range(0, repeats * length, length)
         )
@@ -56,21 +62,21 @@ class VisualInContext:
         alpha = softmax(Q_C [K_A1, ..., K_An]^T / (temperature sqrt(d)))
         o_D   = clip(mu + beta (alpha - mu)) [V_B1, ..., V_Bn]
 
-    Several pairs are the paper's implicitly weighted prompt ensemble. Around it the paper inverts A, B and C by DDPM,
-    starts D from C's noise, matches D's latents to B's by AdaIN and guides by the difference to an unswapped pass. A
-    knob may be set at any time, between steps too; ValueError names a wrong one.
+    Several pairs are the paper's implicitly weighted prompt ensemble. Around it the paper inverts A, B and C
+    by DDPM, starts D from C's noise, matches D's latents to B's by AdaIN and guides by the difference to an
+    unswapped pass. A knob may be set at any time, between steps too; ValueError names a wrong one.
 
     Args:
         temperature: > 0; the paper's.
         contrast: beta; the paper's; 1: none.
-        clip: bounds of the contrasted map. The paper does not mention any, cross-image attention's code, on which it
-            builds, has (0, 1). None: unclipped, in a single sweep over the keys.
+        clip: bounds of the contrasted map. The paper does not mention any, cross-image attention's code, on
+            which it builds, has (0, 1). None: unclipped, in a single sweep over the keys.
         places: of "down", "mid" and "up". The paper's are the upsampling layers.
-        resolutions: those of the layers that are changed, each the side of a square of as many tokens or (rows, columns);
-            None: all, which the paper finds better than 64 alone.
+        resolutions: those of the layers that are changed, each the side of a square of as many tokens or
+            (rows, columns); None: all, which the paper finds better than 64 alone.
         steps: (first, after the last or None). The paper states none.
-        items: which items of a call are what, a sequence with InContextRoles for each prediction, all with equally many
-            pairs; None: the batch is [A_1, B_1, ..., A_n, B_n, C, D].
+        items: which items of a call are what, a sequence with InContextRoles for each prediction, all with
+            equally many pairs; None: the batch is [A_1, B_1, ..., A_n, B_n, C, D].
     """
 
     temperature: float = 0.4
@@ -90,7 +96,9 @@ class VisualInContext:
     def plan(self, layer: Layer, step: Step) -> Plan | None:
         if not borrowed.is_self(layer, self.places) or not borrowed.within(self.steps, step.index):
             return None
-        if self.resolutions is not None and not any(borrowed.has_resolution(layer, r) for r in self.resolutions):
+        if self.resolutions is not None and not any(
+            borrowed.has_resolution(layer, r) for r in self.resolutions
+        ):
             return None
         readers = []
         for roles in self.items or _in_order(layer.batch):
@@ -101,5 +109,7 @@ class VisualInContext:
 
 def _in_order(batch: int) -> tuple[InContextRoles, ...]:
     if batch < 4 or batch % 2:
-        raise ValueError(f"items: without them a batch is [A_1, B_1, ..., A_n, B_n, C, D], which {batch} items are not")
+        raise ValueError(
+            f"items: without them a batch is [A_1, B_1, ..., A_n, B_n, C, D], which {batch} items are not"
+        )
     return InContextRoles.stacked(batch // 2 - 1, plain=False)

@@ -42,7 +42,8 @@ class FluxParts:
 
         Args:
             model: FLUX.1-dev, or another checkpoint of FluxPipeline. backend: as above.
-            options: passed on to FluxPipeline.from_pretrained (dtype, device_map, revision ...). Without a dtype, bfloat16.
+            options: passed on to FluxPipeline.from_pretrained (dtype, device_map, revision ...). Without a
+                dtype, bfloat16.
 
         Raises:
             OSError: not found. ValueError: a folder, or weights, of another kind of model.
@@ -62,14 +63,21 @@ class FluxParts:
         return self
 
     def _velocity(self, latents: Tensor, ids: Tensor, time: float, text: tuple, guidance: float) -> Tensor:
-        """(items, tokens, channels) float32; text: embeddings (items, ...), pooled ones, and ids, as _embed gives them."""
+        """(items, tokens, channels) float32; text: embeddings (items, ...), pooled ones, and ids, as _embed
+        gives them.
+        """
         transformer, (embedded, pooled, text_ids) = self.pipe.transformer, text
         one = torch.ones(len(latents), device=latents.device)
         return transformer(
-            hidden_states=latents.to(transformer.dtype), encoder_hidden_states=embedded, pooled_projections=pooled,
-            timestep=(time * one).to(transformer.dtype), guidance=guidance * one if transformer.config.guidance_embeds else None,
-            img_ids=ids, txt_ids=text_ids, return_dict=False,
-        )[0].float()  # fmt: skip
+            hidden_states=latents.to(transformer.dtype),
+            encoder_hidden_states=embedded,
+            pooled_projections=pooled,
+            timestep=(time * one).to(transformer.dtype),
+            guidance=guidance * one if transformer.config.guidance_embeds else None,
+            img_ids=ids,
+            txt_ids=text_ids,
+            return_dict=False,
+        )[0].float()
 
     def _times(self, steps: int, tokens: int) -> list[float]:
         """Noise levels as the pipeline takes them, falling, 0 the last."""
@@ -86,13 +94,17 @@ class FluxParts:
     def _embed(self, text: str, max_sequence_length: int) -> tuple[Tensor, Tensor, Tensor]:
         """encode_prompt's, of as many tokens, or of the tokenizer's where those are fewer."""
         length = min(max_sequence_length, self.pipe.tokenizer_2.model_max_length)
-        return self.pipe.encode_prompt(text, None, device=self.pipe._execution_device, max_sequence_length=length)
+        return self.pipe.encode_prompt(
+            text, None, device=self.pipe._execution_device, max_sequence_length=length
+        )
 
     def _encode(self, photo: Image.Image) -> tuple[Tensor, Tensor]:
         """(packed latents (1, tokens, channels) float32, their ids (tokens, 3))"""
         pipe, vae = self.pipe, self.pipe.vae
         pixels = pipe.image_processor.preprocess(photo).to(pipe._execution_device, vae.dtype)
-        latents = (vae.encode(pixels).latent_dist.mode().float() - vae.config.shift_factor) * vae.config.scaling_factor
+        latents = (
+            vae.encode(pixels).latent_dist.mode().float() - vae.config.shift_factor
+        ) * vae.config.scaling_factor
         rows, columns = latents.shape[2] // 2, latents.shape[3] // 2
         ids = pipe._prepare_latent_image_ids(1, rows, columns, latents.device, pipe.transformer.dtype)
         return pipe._pack_latents(latents, *latents.shape), ids
@@ -100,7 +112,9 @@ class FluxParts:
     def _decode(self, latents: Tensor, size: tuple[int, int]) -> Image.Image:
         pipe, vae = self.pipe, self.pipe.vae
         unpacked = pipe._unpack_latents(latents, size[1], size[0], pipe.vae_scale_factor)
-        pixels = vae.decode((unpacked / vae.config.scaling_factor + vae.config.shift_factor).to(vae.dtype), return_dict=False)[0]
+        pixels = vae.decode(
+            (unpacked / vae.config.scaling_factor + vae.config.shift_factor).to(vae.dtype), return_dict=False
+        )[0]
         pipe.maybe_free_model_hooks()
         return pipe.image_processor.postprocess(pixels.float(), output_type="pil")[0]
 

@@ -59,10 +59,12 @@ class InversionOptions:
 
 
 class SwapGuidancePipeline(StableDiffusionParts):
-    """A StableDiffusionPipeline's parts under swap guidance; the base of VisualICLPipeline and AppearanceTransferPipeline.
+    """A StableDiffusionPipeline's parts under swap guidance; the base of VisualICLPipeline and
+    AppearanceTransferPipeline.
 
-    Images are inverted (ddpm_inversion.py). An output starts from the noisy latents of one of them and re-adds its noise
-    maps, while in the UNet's self-attention it reads others, as a method says. Every step is one UNet call for the known
+    Images are inverted (ddpm_inversion.py). An output starts from the noisy latents of one of them and
+    re-adds its noise maps, while in the UNet's self-attention it reads others, as a method says. Every step
+    is one UNet call for the known
     images and the output, twice: with the swap and without, of which follows
 
         eps = eps_plain + scale(step) (eps_swap - eps_plain)
@@ -79,7 +81,9 @@ class SwapGuidancePipeline(StableDiffusionParts):
 
     _options = ("cache",)
 
-    def __init__(self, pipe: Any, *, cache: str | os.PathLike[str] | None = None, backend: str = "auto") -> None:
+    def __init__(
+        self, pipe: Any, *, cache: str | os.PathLike[str] | None = None, backend: str = "auto"
+    ) -> None:
         super().__init__(pipe, backend=backend)
         self.cache = InversionCache(cache)
         self._weights = WeightsDigest()
@@ -102,17 +106,27 @@ class SwapGuidancePipeline(StableDiffusionParts):
         guidance = options.guidance if options.guided else 1.0
         predict = noise_predictor(pipe.unet, self._embed(options.text), against, guidance)
         settings: dict[str, Any] = {
-            "text": options.text, "negative": options.negative_text if options.guided else None, "guidance": guidance,
-            "skip": options.skip, "batch": options.batch,
-        }  # fmt: skip
+            "text": options.text,
+            "negative": options.negative_text if options.guided else None,
+            "guidance": guidance,
+            "skip": options.skip,
+            "batch": options.batch,
+        }
         if options.use_cache:
             parts = (pipe.unet, pipe.vae, pipe.text_encoder)
             settings |= {
-                "weights": self._weights(*parts), "dtypes": [str(part.dtype) for part in parts],
-                "levels": [schedule.timesteps.tolist(), schedule.alphas.tolist(), schedule.prediction, schedule.eta],
-                "backend": self.backend, "device": pipe._execution_device.type,
+                "weights": self._weights(*parts),
+                "dtypes": [str(part.dtype) for part in parts],
+                "levels": [
+                    schedule.timesteps.tolist(),
+                    schedule.alphas.tolist(),
+                    schedule.prediction,
+                    schedule.eta,
+                ],
+                "backend": self.backend,
+                "device": pipe._execution_device.type,
                 "tiling": bool(getattr(pipe.vae, "use_tiling", False)),
-            }  # fmt: skip
+            }
         found, reused = [], 0
         with (
             apply(pipe.unet, backend=self.backend),
@@ -129,15 +143,22 @@ class SwapGuidancePipeline(StableDiffusionParts):
                     bar.update(count)
                 else:
                     entry = invert(
-                        self._encode(photo), predict, schedule, generators=[torch.Generator().manual_seed(seed)],
-                        skip=options.skip, batch=options.batch, progress=bar.update,
-                    )  # fmt: skip
+                        self._encode(photo),
+                        predict,
+                        schedule,
+                        generators=[torch.Generator().manual_seed(seed)],
+                        skip=options.skip,
+                        batch=options.batch,
+                        progress=bar.update,
+                    )
                     if options.use_cache:
                         self.cache.put(key, entry)
                 found.append(entry)
         device = pipe._execution_device
         latents = torch.cat([entry.latents.to(device) for entry in found])
-        return Inversion(latents, torch.cat([entry.noise_maps.to(device) for entry in found]), options.skip), reused
+        return Inversion(
+            latents, torch.cat([entry.noise_maps.to(device) for entry in found]), options.skip
+        ), reused
 
     def _sample(
         self,
@@ -159,10 +180,12 @@ class SwapGuidancePipeline(StableDiffusionParts):
 
         Args:
             known: the images that are read, and those that give noise and style.
-            method: which items of that batch read which. scales: of the swap guidance, in each step that is run.
+            method: which items of that batch read which. scales: of the swap guidance, in each step that is
+                run.
             start: of the known images, the one whose noisy latents and noise maps the output has.
             style: of the known images, those whose statistics, of all of them together, the output takes.
-            first: what the method counts the first step as. adain_from: of the steps that are run; None: never.
+            first: what the method counts the first step as. adain_from: of the steps that are run; None:
+                never.
         """
         embedded = self._embed(text)
         predict = noise_predictor(self.pipe.unet, embedded)
@@ -173,7 +196,9 @@ class SwapGuidancePipeline(StableDiffusionParts):
         ):
             for count, scale in enumerate(scales):
                 step = known.skip + count
-                handle.method = None  # set_step would ask it about the call before, whose batch may be another
+                handle.method = (
+                    None  # set_step would ask it about the call before, whose batch may be another
+                )
                 handle.set_step(first + count, first + len(scales), float((1 - schedule.alphas[step]).sqrt()))
                 handle.method = method if scale else None
                 batch = torch.cat([known.at(step), latents, latents]) if scale else latents
@@ -189,11 +214,14 @@ class SwapGuidancePipeline(StableDiffusionParts):
         return latents
 
 
-def guidance_scales(gamma: float | Scale, default: Callable[[float, int, int], float], steps: range, total: int) -> list[float]:
+def guidance_scales(
+    gamma: float | Scale, default: Callable[[float, int, int], float], steps: range, total: int
+) -> list[float]:
     """The scale of the swap guidance in each of `steps`.
 
     Args:
-        gamma: a number, which `default` (gamma, step, total) makes scales of, or a callable (step, total) -> scale.
+        gamma: a number, which `default` (gamma, step, total) makes scales of, or a callable (step, total) ->
+            scale.
 
     Raises:
         TypeError: neither. ValueError: a number, or a scale, that is not finite.

@@ -21,8 +21,18 @@ PANEL_PIXELS = (
 WHITE = (255, 255, 255)
 # What a camera, a browser or an image editor writes; no format whose decoder runs another program (EPS, WMF).
 FORMATS = (
-    "AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP",
-)  # fmt: skip
+    "AVIF",
+    "BMP",
+    "GIF",
+    "JPEG",
+    "JPEG2000",
+    "MPO",
+    "PNG",
+    "PPM",
+    "TGA",
+    "TIFF",
+    "WEBP",
+)
 
 ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
 
@@ -148,7 +158,9 @@ def panel_size(
     found = width or _multiple(w * scale, multiple), height or _multiple(h * scale, multiple)
     if found[0] * found[1] > MAX_PIXELS:
         name, value = ("width", width) if width is not None else ("height", height)
-        raise ValueError(f"{name}: expected at most {MAX_PIXELS // 10**6} megapixels, got {value}: {found[0]}x{found[1]}")
+        raise ValueError(
+            f"{name}: expected at most {MAX_PIXELS // 10**6} megapixels, got {value}: {found[0]}x{found[1]}"
+        )
     return found
 
 
@@ -178,7 +190,8 @@ def on_white(image: Image.Image, mask: Image.Image | None) -> Image.Image:
 
 
 def crop_box(mask: Image.Image, padding: int, proportions: float) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom), pixels: around what is on in a mask, of the given proportions where the picture has room.
+    """(left, top, right, bottom), pixels: around what is on in a mask, of the given proportions where the
+    picture has room.
 
     Args:
         mask: not empty.
@@ -238,7 +251,10 @@ def lower_panel(canvas: Image.Image) -> Image.Image:
 
 
 def paste_back(
-    generated: Image.Image, photo: Image.Image, mask: Image.Image, box: tuple[int, int, int, int] | None = None
+    generated: Image.Image,
+    photo: Image.Image,
+    mask: Image.Image,
+    box: tuple[int, int, int, int] | None = None,
 ) -> Image.Image:
     """The photo, its pixels untouched, with `generated` where the mask is on.
 
@@ -312,5 +328,7 @@ def _times(size: tuple[int, int]) -> str:
 
 
 def mask_cells(mask: Image.Image, side: int) -> np.ndarray:
-    """bool (rows, columns): squares of side x side pixels of which any is on; side divides the mask's width and height."""
+    """bool (rows, columns): squares of side x side pixels of which any is on; side divides the mask's width
+    and height.
+    """
     return np.asarray(mask).reshape(mask.height // side, side, mask.width // side, side).max(axis=(1, 3)) > 0

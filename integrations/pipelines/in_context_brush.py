@@ -34,8 +34,8 @@ class InContextBrushOutput:
         known: (batch, image tokens) bool: tokens that are not painted.
         head_gains: (steps, layers, batch, heads) float32; of the target's rows.
         layer_kinds: "double" or "single", for each layer of head_gains.
-        mass: (steps, layers, batch, heads, row segments, key segments) float32: what the rows of each of `segments` give to
-            each of them, summed over the rows. None without `maps`.
+        mass: (steps, layers, batch, heads, row segments, key segments) float32: what the rows of each of
+            `segments` give to each of them, summed over the rows. None without `maps`.
         segments: the names of mass' segments.
         seeds: those that make the same pictures again; None where a generator was given.
     """
@@ -57,14 +57,14 @@ class InContextBrushOutput:
 class InContextBrushPipeline:
     """FluxFillPipeline with In-Context Brush (arXiv 2505.20271) in its transformer's attention.
 
-        pipe = InContextBrushPipeline.from_pretrained("black-forest-labs/FLUX.1-Fill-dev", dtype=torch.bfloat16)
-        result = pipe("a cat on a table", subject="cat.png", subject_name="cat", image="table.jpg", mask="hole.png")
-        result.images[0].save("out.png")
+        pipe = InContextBrushPipeline.from_pretrained("black-forest-labs/FLUX.1-Fill-dev",
+        dtype=torch.bfloat16) result = pipe("a cat on a table", subject="cat.png", subject_name="cat",
+        image="table.jpg", mask="hole.png") result.images[0].save("out.png")
 
-    The subject, on white, is the upper panel of a vertical diptych, the photo the lower. Tokens outside the mask are put
-    back after every step onto the line between the photo's latents and one fixed noise; after the last step they are
-    the photo's latents. The wrapped pipeline is `pipe.pipe`; offload it, load LoRAs into it or compile its transformer
-    as usual.
+    The subject, on white, is the upper panel of a vertical diptych, the photo the lower. Tokens outside the
+    mask are put back after every step onto the line between the photo's latents and one fixed noise; after
+    the last step they are the photo's latents. The wrapped pipeline is `pipe.pipe`; offload it, load LoRAs
+    into it or compile its transformer as usual.
 
     Args:
         pipe: a diffusers FluxFillPipeline.
@@ -72,7 +72,8 @@ class InContextBrushPipeline:
         backend: as in flashbrush.attention.
 
     Raises:
-        TypeError: another pipeline. ValueError: a transformer that does not take FLUX Fill's mask and masked photo.
+        TypeError: another pipeline. ValueError: a transformer that does not take FLUX Fill's mask and masked
+            photo.
     """
 
     def __init__(self, pipe: Any, *, finder: SubjectFinder | None = None, backend: str = "auto") -> None:
@@ -106,8 +107,9 @@ class InContextBrushPipeline:
             model: FLUX.1-Fill-dev, or another checkpoint of FluxFillPipeline.
             detector, segmenter: models that find a subject by its name, loaded when first needed.
             backend: as in flashbrush.attention.
-            options: passed on to FluxFillPipeline.from_pretrained (dtype, device_map, revision ...). Without a dtype,
-                bfloat16: left to themselves diffusers' parts are float32, and transformers' what the file holds.
+            options: passed on to FluxFillPipeline.from_pretrained (dtype, device_map, revision ...). Without
+                a dtype, bfloat16: left to themselves diffusers' parts are float32, and transformers' what the
+                file holds.
 
         Raises:
             OSError: not found. ValueError: a folder, or weights, of another kind of model.
@@ -164,23 +166,26 @@ class InContextBrushPipeline:
             subject: the photo of the subject: a file, a PIL image, or a uint8 array.
             image: the photo to insert into.
             mask: of image's size, white where to paint.
-            subject_mask: of subject's size, white on the subject. Without it, and without a name, the subject's own
-                transparency; an opaque subject is taken whole.
+            subject_mask: of subject's size, white on the subject. Without it, and without a name, the
+                subject's own transparency; an opaque subject is taken whole.
             subject_name: what to look for in the subject's photo, in place of a mask.
             alpha_prompt, alpha_subject, gain_span: as in InContextBrush; None: the method's.
             method: all the knobs; None: InContextBrush(), the released code's.
-            width, height: of a panel, multiples of 16; None: near the size of what is shown (images.panel_size).
-            padding_mask_crop: show the model only the mask's bounding box and so many pixels around it, in the panel's
-                proportions where the photo has room; None: the whole photo.
+            width, height: of a panel, multiples of 16; None: near the size of what is shown
+                (images.panel_size).
+            padding_mask_crop: show the model only the mask's bounding box and so many pixels around it, in
+                the panel's proportions where the photo has room; None: the whole photo.
             subject_fill: share of its panel's width or height that the subject takes where it has a mask.
-            steps, guidance_scale, max_sequence_length: as in FluxFillPipeline; the length is cut to the tokenizer's.
+            steps, guidance_scale, max_sequence_length: as in FluxFillPipeline; the length is cut to the
+                tokenizer's.
             seed: of item 0, and counted up; or one for each; None: drawn from torch's own random numbers.
             generator: in place of a seed: one for all items, or one for each.
             blend: put tokens outside of the mask back after every step.
-            hole_only: only tokens of the mask read more of prompt and subject, see InContextBrush.hole; False: all of the
-                photo's panel does, as in the paper.
+            hole_only: only tokens of the mask read more of prompt and subject, see InContextBrush.hole;
+                False: all of the photo's panel does, as in the paper.
             paste_back: put the painted region into the photo, whose other pixels stay identical.
-            maps: also see what image tokens attend to (both panels, the subject's first); the output then has the mass.
+            maps: also see what image tokens attend to (both panels, the subject's first); the output then has
+                the mass.
             progress: show a progress bar.
 
         Raises:
@@ -188,14 +193,24 @@ class InContextBrushPipeline:
             FloatingPointError: the latents are no longer finite.
         """
         given = {
-            "prompt": prompt, "subject": subject, "image": image, "mask": mask, "subject_mask": subject_mask,
-            "subject_name": subject_name, "seed": seed, "generator": generator,
-        }  # fmt: skip
+            "prompt": prompt,
+            "subject": subject,
+            "image": image,
+            "mask": mask,
+            "subject_mask": subject_mask,
+            "subject_name": subject_name,
+            "seed": seed,
+            "generator": generator,
+        }
         items = _items(given)
         for name, count in (("steps", steps), ("max_sequence_length", max_sequence_length)):
             if isinstance(count, bool) or not isinstance(count, int) or count < 1:
                 raise ValueError(f"{name}: expected an integer of at least 1, got {count!r}")
-        if not isinstance(guidance_scale, (int, float)) or not math.isfinite(guidance_scale) or guidance_scale < 0:
+        if (
+            not isinstance(guidance_scale, (int, float))
+            or not math.isfinite(guidance_scale)
+            or guidance_scale < 0
+        ):
             raise ValueError(f"guidance_scale: expected a finite number of 0 or more, got {guidance_scale!r}")
         method = InContextBrush() if method is None else method
         if not isinstance(method, InContextBrush):
@@ -218,21 +233,30 @@ class InContextBrushPipeline:
             holes.append(im.open_mask(item["mask"], photo.size))
             panels.append(self._subject(item))
         if wrong := [p.size for p in photos if p.size != photos[0].size]:
-            raise ValueError(f"image: expected photos of one size in a batch, got {photos[0].size} and {wrong[0]}")
+            raise ValueError(
+                f"image: expected photos of one size in a batch, got {photos[0].size} and {wrong[0]}"
+            )
         boxes, size = self._frames(photos, holes, width, height, padding_mask_crop)
         diptychs = [
-            im.stack(im.subject_panel(picture, outline, size, subject_fill), im.resize_photo(photo.crop(box), size))
+            im.stack(
+                im.subject_panel(picture, outline, size, subject_fill), im.resize_photo(photo.crop(box), size)
+            )
             for (picture, outline), photo, box in zip(panels, photos, boxes, strict=True)
         ]
         nothing = Image.new("L", size, 0)
-        masks = [im.stack(nothing, im.resize_mask(hole.crop(box), size)) for hole, box in zip(holes, boxes, strict=True)]
+        masks = [
+            im.stack(nothing, im.resize_mask(hole.crop(box), size))
+            for hole, box in zip(holes, boxes, strict=True)
+        ]
         latents = self._source_latents(diptychs)
         known = torch.stack([~self._tokens(mask) for mask in masks]).to(latents.device)
         if hole_only:
             method = replace(method, hole=~known.cpu())
         generators = [item["generator"] for item in items]
         # An item at a time and where the generator is, so that neither the device nor the batch changes it.
-        noise = torch.stack([torch.randn(latents.shape[1:], generator=g, device=g.device).to(latents) for g in generators])
+        noise = torch.stack(
+            [torch.randn(latents.shape[1:], generator=g, device=g.device).to(latents) for g in generators]
+        )
 
         bar = dict(getattr(self.pipe, "_progress_bar_config", {}))
         if not progress:
@@ -267,7 +291,9 @@ class InContextBrushPipeline:
         if paste_back:
             results = list(map(im.paste_back, results, photos, holes, boxes))
         seeds = [item["seed"] for item in items]
-        made = InContextBrushOutput(results, diptychs, masks, boxes, loop.last, latents, known, gains, kinds, seeds)
+        made = InContextBrushOutput(
+            results, diptychs, masks, boxes, loop.last, latents, known, gains, kinds, seeds
+        )
         return made if maps is None else replace(made, mass=mass, segments=method.segments)
 
     def region_tokens(
@@ -283,13 +309,16 @@ class InContextBrushPipeline:
         """The image tokens that a call with these arguments makes of a region of the photo, for `maps`.
 
         Args:
-            region: of image's size, white on the region; None: all that the model sees of it. The others: as in the call.
+            region: of image's size, white on the region; None: all that the model sees of it. The others: as
+                in the call.
 
         Raises:
             ValueError: no token is left of it. As the call's, for the same arguments.
         """
         photo = im.open_image(image, "image")
-        (box,), size = self._frames([photo], [im.open_mask(mask, photo.size)], width, height, padding_mask_crop)
+        (box,), size = self._frames(
+            [photo], [im.open_mask(mask, photo.size)], width, height, padding_mask_crop
+        )
         white = Image.new("L", size, 255)
         if region is not None:
             # What a token shows a little of counts, so that thin things are not lost.
@@ -309,7 +338,12 @@ class InContextBrushPipeline:
         return word_tokens(prompt, word, tokenizer, min(max_sequence_length, tokenizer.model_max_length))
 
     def _frames(
-        self, photos: list[Image.Image], holes: list[Image.Image], width: int | None, height: int | None, crop: int | None
+        self,
+        photos: list[Image.Image],
+        holes: list[Image.Image],
+        width: int | None,
+        height: int | None,
+        crop: int | None,
     ) -> tuple[list[tuple[int, int, int, int]], tuple[int, int]]:
         """The part of each photo that the model sees, and a panel's (width, height)."""
         side = 2 * self.pipe.vae_scale_factor
@@ -327,7 +361,9 @@ class InContextBrushPipeline:
             return picture, im.open_mask(item["subject_mask"], picture.size, "subject_mask", "subject")
         if item["subject_name"] is not None:
             if self.finder is None:
-                self.finder = SubjectFinder.from_pretrained(**self._finder_models, device=self.pipe._execution_device)
+                self.finder = SubjectFinder.from_pretrained(
+                    **self._finder_models, device=self.pipe._execution_device
+                )
             return picture, self.finder(picture, item["subject_name"])
         alpha = im.alpha_mask(picture)
         return picture, None if alpha is None else im.check_mask(alpha, "subject: its transparency")
@@ -336,7 +372,9 @@ class InContextBrushPipeline:
         """(batch, image tokens, channels): the means of the autoencoder, packed as the pipeline packs them."""
         pipe, vae = self.pipe, self.pipe.vae
         pixels = pipe.image_processor.preprocess(diptychs).to(pipe._execution_device, vae.dtype)
-        latents = (vae.encode(pixels).latent_dist.mode() - vae.config.shift_factor) * vae.config.scaling_factor
+        latents = (
+            vae.encode(pixels).latent_dist.mode() - vae.config.shift_factor
+        ) * vae.config.scaling_factor
         return pipe._pack_latents(latents.to(pipe.transformer.dtype), *latents.shape)
 
     def _tokens(self, mask: Image.Image) -> Tensor:
@@ -354,7 +392,9 @@ def _items(given: dict[str, Any]) -> list[dict[str, Any]]:
     batch = max(counts.values(), default=1)
     for name, count in counts.items():
         if count not in (1, batch) or count == 0:
-            raise ValueError(f"{name}: expected 1 or {batch} entries, as the longest argument has, got {count}")
+            raise ValueError(
+                f"{name}: expected 1 or {batch} entries, as the longest argument has, got {count}"
+            )
     items = []
     for i in range(batch):
         item = {n: v[i % len(v)] if isinstance(v, (list, tuple)) else v for n, v in given.items()}
@@ -387,9 +427,13 @@ class _Steps:
         self.handle: Handle | None = None
         self.last: Tensor | None = None
 
-    def __call__(self, pipe: Any, index: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def __call__(
+        self, pipe: Any, index: int, timestep: Tensor, tensors: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
         if index == 0:
-            self.sigmas = pipe.scheduler.sigmas.tolist()  # on the model's device: read once, not in every step
+            self.sigmas = (
+                pipe.scheduler.sigmas.tolist()
+            )  # on the model's device: read once, not in every step
         sigma = self.sigmas[index + 1]
         latents = tensors["latents"]
         if self.blend:
@@ -398,7 +442,9 @@ class _Steps:
             assert self.handle is not None
             self.handle.set_step(index + 1, self.steps, sigma)
         elif not bool(latents.isfinite().all()):
-            raise FloatingPointError(f"the latents are no longer finite in {latents.dtype}: try bfloat16, or smaller knobs")
+            raise FloatingPointError(
+                f"the latents are no longer finite in {latents.dtype}: try bfloat16, or smaller knobs"
+            )
         self.last = latents
         return {"latents": latents}
 
@@ -413,9 +459,13 @@ def _statistics(handle: Handle, steps: int) -> tuple[Tensor, Tensor, list[str]]:
     by_place = {(r.step, r.layer): r.stats for r in records}
 
     def gathered(name: str) -> Tensor:
-        nothing = torch.full_like(getattr(records[0].stats, name), torch.nan, dtype=torch.float32, device="cpu")
+        nothing = torch.full_like(
+            getattr(records[0].stats, name), torch.nan, dtype=torch.float32, device="cpu"
+        )
         found = {place: getattr(stats, name).float().cpu() for place, stats in by_place.items()}
-        return torch.stack([torch.stack([found.get((step, i), nothing) for i, _ in layers]) for step in range(steps)])
+        return torch.stack(
+            [torch.stack([found.get((step, i), nothing) for i, _ in layers]) for step in range(steps)]
+        )
 
     gains, mass = gathered("gain"), gathered("mass")
     return gains[..., -1], mass, [kind for _, kind in layers]
@@ -423,6 +473,17 @@ def _statistics(handle: Handle, steps: int) -> tuple[Tensor, Tensor, list[str]]:
 
 def _check_folder(folder: str | os.PathLike[str]) -> None:
     """ValueError unless the folder holds all parts that a FluxFillPipeline needs."""
-    parts = ("model_index.json", "transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+    parts = (
+        "model_index.json",
+        "transformer",
+        "vae",
+        "text_encoder",
+        "text_encoder_2",
+        "tokenizer",
+        "tokenizer_2",
+        "scheduler",
+    )
     if missing := [part for part in parts if not os.path.exists(os.path.join(folder, part))]:
-        raise ValueError(f"model: {os.fspath(folder)} is not a FLUX-Fill checkpoint: it has no {', '.join(missing)}")
+        raise ValueError(
+            f"model: {os.fspath(folder)} is not a FLUX-Fill checkpoint: it has no {', '.join(missing)}"
+        )

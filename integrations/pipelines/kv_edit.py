@@ -58,9 +58,9 @@ class KVEditPipeline(FluxParts):
         pipe = KVEditPipeline.from_pretrained("black-forest-labs/FLUX.1-dev", dtype=torch.bfloat16).to("cuda")
         pipe("park.jpg", "bench.png", "a bench in a park", source_prompt="a park").image.save("out.png")
 
-    The photo is inverted by Euler with all of its tokens; the edit's calls hold text and masked tokens alone, which makes
-    them as much cheaper as the mask is small. again() makes more of them of one inversion. Defaults are
-    the released code's.
+    The photo is inverted by Euler with all of its tokens; the edit's calls hold text and masked tokens alone,
+    which makes them as much cheaper as the mask is small. again() makes more of them of one inversion.
+    Defaults are the released code's.
     """
 
     @torch.no_grad()
@@ -90,12 +90,14 @@ class KVEditPipeline(FluxParts):
         Args:
             image: a file, a PIL image, or a uint8 array. mask: of its size, white where to paint.
             prompt: what the result shows. source_prompt: what the photo shows.
-            steps: levels of noise. skip: of them left out at the noisy end, None: a seventh, as 4 of 28; with more left out,
-                more of the photo is left in the region.
-            guidance_scale, inversion_guidance: FLUX.1-dev's embedded guidance, of the edit and of the inversion.
+            steps: levels of noise. skip: of them left out at the noisy end, None: a seventh, as 4 of 28; with
+                more left out, more of the photo is left in the region.
+            guidance_scale, inversion_guidance: FLUX.1-dev's embedded guidance, of the edit and of the
+                inversion.
             attn_scale, masked_inversion, keep_device, keep_dtype: as in KVEdit.
             width, height: at which the model sees the photo, multiples of 16; None: near the photo's.
-            paste_back: put the painted region into the photo, whose other pixels stay identical; False: the model's picture.
+            paste_back: put the painted region into the photo, whose other pixels stay identical; False: the
+                model's picture.
             max_sequence_length: as in FluxPipeline, cut to the tokenizer's.
             progress: show a progress bar.
 
@@ -116,15 +118,21 @@ class KVEditPipeline(FluxParts):
         cells = self._cells(im.resize_mask(hole, size))
         times = self._times(steps, clean.shape[1])[skip:]
         method = KVEdit(
-            token_mask(cells), times, attn_scale=attn_scale, masked_inversion=masked_inversion, keep_device=keep_device,
+            token_mask(cells),
+            times,
+            attn_scale=attn_scale,
+            masked_inversion=masked_inversion,
+            keep_device=keep_device,
             keep_dtype=keep_dtype,
-        )  # fmt: skip
+        )
         source, target = (self._embed(text, max_sequence_length) for text in (source_prompt, prompt))
         with (
             apply(pipe.transformer, method, backend=self.backend) as handle,
             self._bar("inverting, editing", 2 * len(times) - 2, progress) as bar,
         ):
-            inversion = KVInversion(photo, self._climb(handle, clean, ids, times, source, inversion_guidance, bar), ids)
+            inversion = KVInversion(
+                photo, self._climb(handle, clean, ids, times, source, inversion_guidance, bar), ids
+            )
             final = self._descend(handle, inversion, cells, target, guidance_scale, bar)
         return self._made(inversion, method, final, hole, size, paste_back)
 
@@ -148,7 +156,8 @@ class KVEditPipeline(FluxParts):
 
         Args:
             done: what this pipeline has made. Its method takes the new mask and scale.
-            prompt: what the result shows. mask: another one, unless masked_inversion was chosen; None: the same.
+            prompt: what the result shows. mask: another one, unless masked_inversion was chosen; None: the
+                same.
             The others: as in the call.
 
         Raises:
@@ -172,7 +181,14 @@ class KVEditPipeline(FluxParts):
         return self._made(inversion, method, final, hole, done.size, paste_back)
 
     def _climb(
-        self, handle: Handle, clean: Tensor, ids: Tensor, times: list[float], text: tuple, guidance: float, bar: Any
+        self,
+        handle: Handle,
+        clean: Tensor,
+        ids: Tensor,
+        times: list[float],
+        text: tuple,
+        guidance: float,
+        bar: Any,
     ) -> list[Tensor]:
         """The photo's latents at all times, rising."""
         up = [clean]
@@ -188,19 +204,30 @@ class KVEditPipeline(FluxParts):
         """The latents of an edit; outside of the method's masked tokens they are the photo's."""
         method: Any = handle.method
         up, steps = inversion.levels, len(method.times) - 1
-        inside, tokens = (t.to(up[0].device) for t in (packed_mask(cells, self.pipe.vae.config.latent_channels), method.tokens))
+        inside, tokens = (
+            t.to(up[0].device)
+            for t in (packed_mask(cells, self.pipe.vae.config.latent_channels), method.tokens)
+        )
         method.phase = "edit"
         handle.reset()
         latents = up[-1][:, tokens]
         for i, (time, lower) in enumerate(pairwise(method.times)):
             handle.set_step(i, steps, time)
             latents = reblend(latents, up[steps - i], inside, tokens)
-            latents = latents + (lower - time) * self._velocity(latents, inversion.ids[tokens], time, text, guidance)
+            latents = latents + (lower - time) * self._velocity(
+                latents, inversion.ids[tokens], time, text, guidance
+            )
             bar.update()
         return paste(up[0], latents, tokens)
 
     def _made(
-        self, inversion: KVInversion, method: KVEdit, final: Tensor, hole: Image.Image, size: tuple[int, int], paste_back: bool
+        self,
+        inversion: KVInversion,
+        method: KVEdit,
+        final: Tensor,
+        hole: Image.Image,
+        size: tuple[int, int],
+        paste_back: bool,
     ) -> KVEditOutput:
         if not bool(final.isfinite().all()):
             raise FloatingPointError(

@@ -1,4 +1,6 @@
-"""Personalize Anything from photos to a picture: subjects of photos, where they shall be, in an image of a prompt."""
+"""Personalize Anything from photos to a picture: subjects of photos, where they shall be, in an image of a
+prompt.
+"""
 
 from __future__ import annotations
 
@@ -41,11 +43,12 @@ class PersonalizeAnythingOutput:
 class PersonalizeAnythingPipeline(FluxParts):
     """Personalize Anything (arXiv 2503.12590) with the parts of a FluxPipeline; arguments as in FluxParts.
 
-        pipe = PersonalizeAnythingPipeline.from_pretrained("black-forest-labs/FLUX.1-dev", dtype=torch.bfloat16).to("cuda")
-        pipe("a cat on a beach", "cat.png", "cat-mask.png", move=(0, 128)).image.save("out.png")
+        pipe = PersonalizeAnythingPipeline.from_pretrained("black-forest-labs/FLUX.1-dev",
+        dtype=torch.bfloat16).to("cuda") pipe("a cat on a beach", "cat.png", "cat-mask.png", move=(0,
+        128)).image.save("out.png")
 
-    Each step is one call for the photos, noised on a straight line (no inversion is needed, see PersonalizeAnything), and
-    the image that comes to be. Defaults are the released demo's.
+    Each step is one call for the photos, noised on a straight line (no inversion is needed, see
+    PersonalizeAnything), and the image that comes to be. Defaults are the released demo's.
     """
 
     @torch.no_grad()
@@ -73,10 +76,11 @@ class PersonalizeAnythingPipeline(FluxParts):
             prompt: what the image shows.
             subject: a photo, or several of one size: files, PIL images, or uint8 arrays.
             mask: of each photo's size, white on the subject.
-            move: (pixels down, pixels to the right) from where it is in the photo, in pixels of the result, multiples of a
-                token's 16; one for all or one for each.
+            move: (pixels down, pixels to the right) from where it is in the photo, in pixels of the result,
+                multiples of a token's 16; one for all or one for each.
             subject_prompt: what the photos show. method: its knobs; the pipeline sets its subjects.
-            steps, guidance_scale, max_sequence_length: as in FluxPipeline; the length is cut to the tokenizer's.
+            steps, guidance_scale, max_sequence_length: as in FluxPipeline; the length is cut to the
+                tokenizer's.
             width, height: of the result, multiples of 16; None: near the photo's.
             seed, generator: of the noise. progress: show a progress bar.
 
@@ -104,18 +108,26 @@ class PersonalizeAnythingPipeline(FluxParts):
         side = 2 * self.pipe.vae_scale_factor  # pixels of a token
         size = im.panel_size(photos[0].size, width=width, height=height, multiple=side)
         subjects = [
-            self._subject(n, im.resize_mask(hole, size), where) for n, (hole, where) in enumerate(zip(holes, moves, strict=True))
+            self._subject(n, im.resize_mask(hole, size), where)
+            for n, (hole, where) in enumerate(zip(holes, moves, strict=True))
         ]
         ready = PersonalizeAnything(subjects) if method is None else replace(method, subjects=subjects)
 
         encoded = [self._encode(im.resize_photo(photo, size)) for photo in photos]
         clean, ids = torch.cat([latents for latents, _ in encoded]), encoded[0][1]
         draw = torch.Generator().manual_seed(base)
-        noise, latents = (torch.randn(shape, generator=draw).to(clean) for shape in (clean.shape, clean[:1].shape))
+        noise, latents = (
+            torch.randn(shape, generator=draw).to(clean) for shape in (clean.shape, clean[:1].shape)
+        )
         texts = [self._embed(text, max_sequence_length) for text in (subject_prompt, prompt)]
         # A reconstruction for each photo, then the image.
-        text = (*(torch.cat([a.expand(len(photos), *a.shape[1:]), b]) for a, b in zip(*(t[:2] for t in texts), strict=True)),
-                texts[0][2])  # fmt: skip
+        text = (
+            *(
+                torch.cat([a.expand(len(photos), *a.shape[1:]), b])
+                for a, b in zip(*(t[:2] for t in texts), strict=True)
+            ),
+            texts[0][2],
+        )
         times = self._times(steps, clean.shape[1])
         with (
             apply(self.pipe.transformer, ready, backend=self.backend) as handle,
@@ -125,7 +137,9 @@ class PersonalizeAnythingPipeline(FluxParts):
             for i, (time, lower) in enumerate(pairwise(times)):
                 handle.set_step(i, steps, time)
                 batch = torch.cat([noised(clean, noise, time), latents])
-                latents = latents + (lower - time) * self._velocity(batch, ids, time, text, guidance_scale)[-1:]
+                latents = (
+                    latents + (lower - time) * self._velocity(batch, ids, time, text, guidance_scale)[-1:]
+                )
                 bar.update()
         if not bool(latents.isfinite().all()):
             raise FloatingPointError(
@@ -136,6 +150,10 @@ class PersonalizeAnythingPipeline(FluxParts):
     def _subject(self, item: int, mask: Image.Image, move: Any) -> PersonalSubject:
         side = 2 * self.pipe.vae_scale_factor
         if len(move) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or n % side for n in move):
-            raise ValueError(f"move: expected (pixels down, pixels to the right), multiples of {side}, got {move!r}")
+            raise ValueError(
+                f"move: expected (pixels down, pixels to the right), multiples of {side}, got {move!r}"
+            )
         tokens = token_mask(self._cells(mask)).unflatten(0, (mask.height // side, mask.width // side))
-        return PersonalSubject(tokens, moved(tokens, move[0] // side, move[1] // side) if any(move) else None, item)
+        return PersonalSubject(
+            tokens, moved(tokens, move[0] // side, move[1] // side) if any(move) else None, item
+        )

@@ -1,4 +1,6 @@
-"""A photo changed by a changed prompt, without training: MasaCtrl, Plug-and-Play, Prompt-to-Prompt and InfEdit."""
+"""A photo changed by a changed prompt, without training: MasaCtrl, Plug-and-Play, Prompt-to-Prompt and
+InfEdit.
+"""
 
 from __future__ import annotations
 
@@ -66,14 +68,17 @@ class PromptEditingOutput:
 
 
 class PromptEditingPipeline(StableDiffusionParts):
-    """Edits of a photo by a prompt, with the parts of a StableDiffusionPipeline; arguments as in StableDiffusionParts.
+    """Edits of a photo by a prompt, with the parts of a StableDiffusionPipeline; arguments as in
+    StableDiffusionParts.
 
         pipe = PromptEditingPipeline.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5").to("cuda")
-        pipe("cat.png", "a photo of a tiger", source_prompt="a photo of a cat", method="prompt-to-prompt").image
+        pipe("cat.png", "a photo of a tiger", source_prompt="a photo of a cat",
+        method="prompt-to-prompt").image
 
-    MasaCtrl, Plug-and-Play and Prompt-to-Prompt start from the photo's DDIM inversion. The inverted latents of every level
-    stand for the photo beside the edit, so that it is what it was, whatever the guidance; the released codes sample it
-    anew. InfEdit needs no inversion. Each step is one UNet call for the photo and its edit, with and without text.
+    MasaCtrl, Plug-and-Play and Prompt-to-Prompt start from the photo's DDIM inversion. The inverted latents
+    of every level stand for the photo beside the edit, so that it is what it was, whatever the guidance; the
+    released codes sample it anew. InfEdit needs no inversion. Each step is one UNet call for the photo and
+    its edit, with and without text.
     """
 
     @torch.no_grad()
@@ -101,15 +106,16 @@ class PromptEditingPipeline(StableDiffusionParts):
         Args:
             image: a file, a PIL image, or a uint8 array.
             prompt: what the edit shows. source_prompt: what the photo shows; MasaCtrl's code leaves it empty.
-            method: a name of METHODS, with the released code's knobs, its windows of steps scaled to `steps`; or the method
-                itself, whose items, alignment and blend the pipeline sets where they are not set.
-            words, source_words: what the edit is about, in `prompt` and `source_prompt`: the edit stays where they are
-                looked at (LocalBlend, MutualBlend), or MasaCtrl's masks are made of them. Both or neither, and only with
-                a method that has no blend or masks of its own.
+            method: a name of METHODS, with the released code's knobs, its windows of steps scaled to `steps`;
+                or the method itself, whose items, alignment and blend the pipeline sets where they are not
+                set.
+            words, source_words: what the edit is about, in `prompt` and `source_prompt`: the edit stays where
+                they are looked at (LocalBlend, MutualBlend), or MasaCtrl's masks are made of them. Both or
+                neither, and only with a method that has no blend or masks of its own.
             negative_prompt: what guidance leads away from.
             steps, guidance_scale: None: the method's, see METHODS.
-            inversion_iterations: calls of the model for each step of the inversion, see ddim_inversion.invert; InfEdit has
-                none.
+            inversion_iterations: calls of the model for each step of the inversion, see
+                ddim_inversion.invert; InfEdit has none.
             width, height: of what the model sees, multiples of 8; None: near the photo's.
             seed, generator: of InfEdit's noise; the others draw none.
             progress: show a progress bar.
@@ -118,7 +124,11 @@ class PromptEditingPipeline(StableDiffusionParts):
             TypeError, ValueError, FileNotFoundError: naming the argument, what was expected and what came.
             FloatingPointError: the latents are no longer finite.
         """
-        kind = method if isinstance(method, str) else next((n for n, (c, *_) in METHODS.items() if type(method) is c), "")
+        kind = (
+            method
+            if isinstance(method, str)
+            else next((n for n, (c, *_) in METHODS.items() if type(method) is c), "")
+        )
         if kind not in METHODS:
             got = repr(method) if isinstance(method, str) else type(method).__name__
             raise ValueError(f"method: expected one of {', '.join(METHODS)}, or such a method, got {got}")
@@ -126,7 +136,9 @@ class PromptEditingPipeline(StableDiffusionParts):
         if bool(words) != bool(source_words):
             raise ValueError("words: expected them together with source_words, or neither")
         if kind == "infedit" and inversion_iterations != 1:
-            raise ValueError(f"inversion_iterations: expected 1, as InfEdit inverts nothing, got {inversion_iterations}")
+            raise ValueError(
+                f"inversion_iterations: expected 1, as InfEdit inverts nothing, got {inversion_iterations}"
+            )
         steps = METHODS[kind][1] if steps is None else steps
         guidance = METHODS[kind][2] if guidance_scale is None else guidance_scale
         check_number("guidance_scale", guidance)
@@ -134,7 +146,9 @@ class PromptEditingPipeline(StableDiffusionParts):
         base, reported = noise_seed(seed, generator)
         photo = im.flatten(im.open_image(image))
         size = self.size(photo.size, width=width, height=height)
-        chosen = _released(kind, steps) if isinstance(method, str) else replace(method)  # what is given stays as it is
+        chosen = (
+            _released(kind, steps) if isinstance(method, str) else replace(method)
+        )  # what is given stays as it is
         ready = self._method(kind, chosen, prompt, source_prompt, words, source_words, size)
 
         clean = self._encode(im.resize_photo(photo, size))
@@ -148,9 +162,15 @@ class PromptEditingPipeline(StableDiffusionParts):
         return PromptEditingOutput(made, again, latents, size, ready, reported)
 
     def _method(
-        self, kind: str, ready: PromptMethod, prompt: str, source: str, words: Sequence[str],
-        source_words: Sequence[str], size: tuple[int, int],
-    ) -> PromptMethod:  # fmt: skip
+        self,
+        kind: str,
+        ready: PromptMethod,
+        prompt: str,
+        source: str,
+        words: Sequence[str],
+        source_words: Sequence[str],
+        size: tuple[int, int],
+    ) -> PromptMethod:
         tokenizer = self.pipe.tokenizer
         length = tokenizer.model_max_length
         pairs = ((source, source_words), (prompt, words))
@@ -165,11 +185,15 @@ class PromptEditingPipeline(StableDiffusionParts):
             if edit.alignment is None:
                 return replace(edit, alignment=align(source, prompt, tokenizer, length))
             if edit.alignment.prompts not in (None, (source, prompt)):
-                raise ValueError(f"method: expected an alignment of {(source, prompt)}, got one of {edit.alignment.prompts}")
+                raise ValueError(
+                    f"method: expected an alignment of {(source, prompt)}, got one of {edit.alignment.prompts}"
+                )
             return edit
 
         if words and (getattr(ready, "masks", None) is not None or getattr(ready, "blend", None) is not None):
-            raise ValueError(f"words: expected none beside a method with masks or a blend of its own, got {list(words)}")
+            raise ValueError(
+                f"words: expected none beside a method with masks or a blend of its own, got {list(words)}"
+            )
         if isinstance(ready, PromptToPrompt):
             ready.edits = [edited(one) for one in ready.edits]
         if isinstance(ready, InfEdit):
@@ -184,7 +208,9 @@ class PromptEditingPipeline(StableDiffusionParts):
         return ready
 
     def _resolution(self, size: tuple[int, int]) -> tuple[int, int]:
-        """The grid of the layers whose maps of words count: a quarter of the latents', as 16 is at 512 pixels."""
+        """The grid of the layers whose maps of words count: a quarter of the latents', as 16 is at 512
+        pixels.
+        """
         unet, scale = self.pipe.unet, self.pipe.vae_scale_factor
         host = find_host(unet)
         level = max(place.level for place in host.places(unet) if place.kind == "cross" and place.level <= 2)
@@ -195,14 +221,27 @@ class PromptEditingPipeline(StableDiffusionParts):
 
         return DDIMScheduler.from_config(self.pipe.scheduler.config)
 
-    def _invert(self, clean: Tensor, text: Tensor, schedule: DDPMSchedule, iterations: int, progress: bool) -> Tensor:
+    def _invert(
+        self, clean: Tensor, text: Tensor, schedule: DDPMSchedule, iterations: int, progress: bool
+    ) -> Tensor:
         """(steps + 1, channels, height, width), from the noise to `clean`"""
         predict = noise_predictor(self.pipe.unet, text)
-        with apply(self.pipe.unet, backend=self.backend), self._bar("inverting", schedule.steps, progress) as bar:
-            return ddim_inversion.invert(clean, predict, schedule, iterations=iterations, progress=bar.update)[0]
+        with (
+            apply(self.pipe.unet, backend=self.backend),
+            self._bar("inverting", schedule.steps, progress) as bar,
+        ):
+            return ddim_inversion.invert(
+                clean, predict, schedule, iterations=iterations, progress=bar.update
+            )[0]
 
     def _denoise(
-        self, method: Any, levels: Tensor, texts: list[Tensor], schedule: DDPMSchedule, guidance: float, progress: bool
+        self,
+        method: Any,
+        levels: Tensor,
+        texts: list[Tensor],
+        schedule: DDPMSchedule,
+        guidance: float,
+        progress: bool,
     ) -> Tensor:
         negative, source, target = texts
         text, blend = torch.cat([negative, negative, source, target]), getattr(method, "blend", None)
@@ -217,9 +256,15 @@ class PromptEditingPipeline(StableDiffusionParts):
         return latents
 
     def _denoise_consistently(
-        self, method: InfEdit, clean: Tensor, texts: list[Tensor], schedule: DDPMSchedule, guidance: float, seed: int,
+        self,
+        method: InfEdit,
+        clean: Tensor,
+        texts: list[Tensor],
+        schedule: DDPMSchedule,
+        guidance: float,
+        seed: int,
         progress: bool,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """InfEdit's sampling; the mutual item has the edit's text."""
         generator = torch.Generator().manual_seed(seed)
 
@@ -227,7 +272,9 @@ class PromptEditingPipeline(StableDiffusionParts):
             return torch.randn(clean.shape, generator=generator).to(clean)
 
         if schedule.prediction != "epsilon":
-            raise ValueError(f"scheduler: InfEdit needs a model that predicts epsilon, got one of {schedule.prediction}")
+            raise ValueError(
+                f"scheduler: InfEdit needs a model that predicts epsilon, got one of {schedule.prediction}"
+            )
         negative, source, target = texts
         text = torch.cat([negative, negative, negative, source, target, target])
         alphas = schedule.alphas.tolist()
@@ -249,7 +296,9 @@ class PromptEditingPipeline(StableDiffusionParts):
     def _sampling(
         self, method: PromptMethod, schedule: DDPMSchedule, text: Tensor, progress: bool
     ) -> Iterator[Callable[[int, Tensor], Tensor]]:
-        """The model under control: (step, items) -> outputs (twice the items, ...) float32, without text and with it."""
+        """The model under control: (step, items) -> outputs (twice the items, ...) float32, without text and
+        with it.
+        """
         unet = self.pipe.unet
         with (
             apply(unet, method, backend=self.backend) as handle,
@@ -270,9 +319,11 @@ class PromptEditingPipeline(StableDiffusionParts):
 def _released(kind: str, steps: int) -> PromptMethod:
     """With the released code's knobs: its windows of steps are the same shares of a run of another length."""
     made: dict[str, Callable[[], PromptMethod]] = {
-        "masactrl": MasaCtrl, "plug-and-play": PlugAndPlay,
-        "prompt-to-prompt": lambda: PromptToPrompt([PromptEdit()]), "infedit": lambda: InfEdit(PromptEdit()),
-    }  # fmt: skip
+        "masactrl": MasaCtrl,
+        "plug-and-play": PlugAndPlay,
+        "prompt-to-prompt": lambda: PromptToPrompt([PromptEdit()]),
+        "infedit": lambda: InfEdit(PromptEdit()),
+    }
     method, share = made[kind](), steps / METHODS[kind][1]
     if isinstance(method, (MasaCtrl, PlugAndPlay)):
         method.steps = scaled(method.steps, share)

@@ -17,7 +17,8 @@ Pipeline = TypeVar("Pipeline", bound="StableDiffusionParts")
 
 
 class StableDiffusionParts:
-    """Loading, sizes, and photos to latents and back; the base of the pipelines on Stable Diffusion 1.x and 2.x.
+    """Loading, sizes, and photos to latents and back; the base of the pipelines on Stable Diffusion 1.x and
+    2.x.
 
     The wrapped pipeline is `pipe.pipe`; offload it, load LoRAs into it or enable FreeU as usual.
 
@@ -26,8 +27,8 @@ class StableDiffusionParts:
         backend: as in flashbrush.attention.
 
     Raises:
-        TypeError: another pipeline. ValueError: a UNet that takes more than latents and text (inpainting, SDXL), or a
-            scheduler without betas.
+        TypeError: another pipeline. ValueError: a UNet that takes more than latents and text (inpainting,
+            SDXL), or a scheduler without betas.
     """
 
     _options: tuple[str, ...] = ()  # of __init__, beside `backend`
@@ -45,9 +46,13 @@ class StableDiffusionParts:
                 f"{config.in_channels}, as for inpainting"
             )
         if config.addition_embed_type is not None or config.class_embed_type is not None:
-            raise ValueError("model: expected a UNet that takes latents and text alone, got one with further inputs (SDXL)")
+            raise ValueError(
+                "model: expected a UNet that takes latents and text alone, got one with further inputs (SDXL)"
+            )
         if "beta_start" not in self.pipe.scheduler.config:
-            raise ValueError(f"scheduler: expected one with betas, as DDIM has, got {type(pipe.scheduler).__name__}")
+            raise ValueError(
+                f"scheduler: expected one with betas, as DDIM has, got {type(pipe.scheduler).__name__}"
+            )
         self.backend = backend
 
     @classmethod
@@ -62,9 +67,9 @@ class StableDiffusionParts:
 
         Args:
             model: Stable Diffusion 1.x or 2.x. backend: as above.
-            options: this class's own (of some, `cache`), and those passed on to StableDiffusionPipeline.from_pretrained
-                (dtype, device_map, revision ...). Without a dtype, bfloat16. The safety checker, which sees no output, is
-                not loaded.
+            options: this class's own (of some, `cache`), and those passed on to
+                StableDiffusionPipeline.from_pretrained (dtype, device_map, revision ...). Without a dtype,
+                bfloat16. The safety checker, which sees no output, is not loaded.
 
         Raises:
             OSError: not found. ValueError: a folder, or weights, of another kind of model.
@@ -85,12 +90,14 @@ class StableDiffusionParts:
         self.pipe.to(*args, **options)
         return self
 
-    def size(self, size: tuple[int, int], *, width: int | None = None, height: int | None = None) -> tuple[int, int]:
+    def size(
+        self, size: tuple[int, int], *, width: int | None = None, height: int | None = None
+    ) -> tuple[int, int]:
         """The (width, height) at which the model sees images of `size`, in pixels.
 
         Args:
-            width, height: multiples of the autoencoder's 8; None: near `size`, with at most the pixels that the UNet was
-                trained on.
+            width, height: multiples of the autoencoder's 8; None: near `size`, with at most the pixels that
+                the UNet was trained on.
 
         Raises:
             ValueError: a width or height that is not positive, or not a multiple.
@@ -98,14 +105,17 @@ class StableDiffusionParts:
         multiple = self.pipe.vae_scale_factor
         trained = self.pipe.unet.config.sample_size or 64  # a UNet may not say; SD's have 64 latents each way
         cells = math.prod(trained) if isinstance(trained, (list, tuple)) else trained**2
-        return im.panel_size(size, width=width, height=height, multiple=multiple, max_pixels=cells * multiple**2)
+        return im.panel_size(
+            size, width=width, height=height, multiple=multiple, max_pixels=cells * multiple**2
+        )
 
     def _embed(self, text: str) -> Tensor:
         """(1, tokens, channels); a warning tells of a text that the encoder sees only the beginning of."""
         tokenizer = self.pipe.tokenizer
         if (count := len(tokenizer(text).input_ids)) > tokenizer.model_max_length:
             warnings.warn(
-                f"flashbrush: of {count} tokens the text encoder sees {tokenizer.model_max_length}: {text[:60]!r}", stacklevel=3
+                f"flashbrush: of {count} tokens the text encoder sees {tokenizer.model_max_length}: {text[:60]!r}",
+                stacklevel=3,
             )
         return self.pipe.encode_prompt(text, self.pipe._execution_device, 1, False)[0]
 
@@ -117,7 +127,9 @@ class StableDiffusionParts:
 
     def _decode(self, latents: Tensor) -> Image.Image:
         if not bool(latents.isfinite().all()):
-            raise FloatingPointError(f"the latents are no longer finite in {self.pipe.unet.dtype}: try bfloat16 or float32")
+            raise FloatingPointError(
+                f"the latents are no longer finite in {self.pipe.unet.dtype}: try bfloat16 or float32"
+            )
         vae = self.pipe.vae
         pixels = vae.decode((latents / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0]
         self.pipe.maybe_free_model_hooks()
@@ -133,8 +145,14 @@ class StableDiffusionParts:
 def _check_folder(folder: str | os.PathLike[str]) -> None:
     """ValueError unless the folder holds the parts of a StableDiffusionPipeline that are used here."""
     where = os.fspath(folder)
-    if os.path.exists(os.path.join(folder, "transformer")) and not os.path.exists(os.path.join(folder, "unet")):
-        raise ValueError(f"model: {where} is no UNet model such as Stable Diffusion 1.5: it has a transformer in its place")
+    if os.path.exists(os.path.join(folder, "transformer")) and not os.path.exists(
+        os.path.join(folder, "unet")
+    ):
+        raise ValueError(
+            f"model: {where} is no UNet model such as Stable Diffusion 1.5: it has a transformer in its place"
+        )
     parts = ("model_index.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler")
     if missing := [part for part in parts if not os.path.exists(os.path.join(folder, part))]:
-        raise ValueError(f"model: {where} is not a Stable Diffusion checkpoint: it has no {', '.join(missing)}")
+        raise ValueError(
+            f"model: {where} is not a Stable Diffusion checkpoint: it has no {', '.join(missing)}"
+        )

@@ -17,15 +17,17 @@ SEGMENTER = "facebook/sam-vit-huge"
 class SubjectFinder:
     """Turns (picture, "a cat") into a mask. `from_pretrained` loads both models; calling it runs them.
 
-    The thresholds, 0.35 for boxes and 0.25 for text, are those of In-Context Brush's released code; of the boxes
-    that pass, the one with the highest score counts.
+    The thresholds, 0.35 for boxes and 0.25 for text, are those of In-Context Brush's released code; of the
+    boxes that pass, the one with the highest score counts.
 
     Args:
         detector, detector_processor: a zero-shot object detection model of transformers and its processor.
         segmenter, segmenter_processor: a SAM model and its processor.
     """
 
-    def __init__(self, detector: Any, detector_processor: Any, segmenter: Any, segmenter_processor: Any) -> None:
+    def __init__(
+        self, detector: Any, detector_processor: Any, segmenter: Any, segmenter_processor: Any
+    ) -> None:
         self.detector, self.detector_processor = detector.eval(), detector_processor
         self.segmenter, self.segmenter_processor = segmenter.eval(), segmenter_processor
 
@@ -52,7 +54,9 @@ class SubjectFinder:
 
         sam: Any = SamModel.from_pretrained(segmenter, use_safetensors=True, **options)
         return cls(
-            AutoModelForZeroShotObjectDetection.from_pretrained(detector, use_safetensors=True, **options).to(device),
+            AutoModelForZeroShotObjectDetection.from_pretrained(detector, use_safetensors=True, **options).to(
+                device
+            ),
             AutoProcessor.from_pretrained(detector, **options),
             sam.to(device),
             SamProcessor.from_pretrained(segmenter, **options),
@@ -88,7 +92,9 @@ class SubjectFinder:
             raise ValueError(f"subject_name: expected a few words, got {name!r}")
         picture = flatten(image)
         text = name.strip(" .").lower() + "."  # the form that Grounding DINO was trained on
-        inputs = self.detector_processor(images=picture, text=text, return_tensors="pt").to(self.detector.device)
+        inputs = self.detector_processor(images=picture, text=text, return_tensors="pt").to(
+            self.detector.device
+        )
         found = self.detector_processor.post_process_grounded_object_detection(
             self.detector(**inputs),
             inputs["input_ids"],

@@ -1,4 +1,6 @@
-"""Visual in-context learning: what pairs of images show, done to another image by Stable Diffusion, without training."""
+"""Visual in-context learning: what pairs of images show, done to another image by Stable Diffusion, without
+training.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,9 @@ NEEDS_PALETTE = ("semantic", "keypoints")
 
 
 def linear_decay(gamma: float, step: int, steps: int) -> float:
-    """gamma (T - t)/T with t the step's index (arXiv 2508.09949): from gamma towards 0. The paper does not say whether
-    its t is the index or the timestep, under which the swap would grow instead; the parent method's code decays as well."""
+    """gamma (T - t)/T with t the step's index (arXiv 2508.09949): from gamma towards 0. The paper does not
+    say whether its t is the index or the timestep, under which the swap would grow instead; the parent
+    method's code decays as well."""
     return gamma * (steps - step) / steps
 
 
@@ -56,15 +59,17 @@ class VisualICLOutput:
 
 
 class VisualICLPipeline(SwapGuidancePipeline):
-    """SD-VICL (arXiv 2508.09949) with the parts of a StableDiffusionPipeline; arguments as in SwapGuidancePipeline.
+    """SD-VICL (arXiv 2508.09949) with the parts of a StableDiffusionPipeline; arguments as in
+    SwapGuidancePipeline.
 
         pipe = VisualICLPipeline.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5").to("cuda")
         result = pipe([("cat.png", "cat_mask.png")], "dog.png", task="segmentation")
         result.picture.save("dog_mask.png")
 
-    The images A and B of each pair and the query C are inverted. The prediction D starts from C's noisy latents and
-    re-adds C's noise maps, while in the UNet's upsampling self-attention it takes queries from C, keys from A and values
-    from B. The scale of the swap guidance is gamma (T - t)/T, and D takes the statistics of the B's after every step.
+    The images A and B of each pair and the query C are inverted. The prediction D starts from C's noisy
+    latents and re-adds C's noise maps, while in the UNet's upsampling self-attention it takes queries from C,
+    keys from A and values from B. The scale of the swap guidance is gamma (T - t)/T, and D takes the
+    statistics of the B's after every step.
     """
 
     @torch.no_grad()
@@ -94,21 +99,24 @@ class VisualICLPipeline(SwapGuidancePipeline):
         """Predict for `query` what the pairs show.
 
         Args:
-            prompts: pairs (A, B) of an image and its ground truth, at least one: files, PIL images, or uint8 arrays.
+            prompts: pairs (A, B) of an image and its ground truth, at least one: files, PIL images, or uint8
+                arrays.
             query: the image C. All images have its size, or are resized where width or height says to what.
             task: one of vicl_tasks.TASKS: what to read from the prediction; None: the picture alone.
-            method: the knobs of the attention; None: VisualInContext(), the paper's. The pipeline sets its items. Steps
-                count from 0, with the skipped ones.
+            method: the knobs of the attention; None: VisualInContext(), the paper's. The pipeline sets its
+                items. Steps count from 0, with the skipped ones.
             steps: levels of noise of the whole run (paper: 70).
-            skip: steps left out at the noisy end, in which D would retrace C; None: a seventh. The paper does not say; 10
-                of 70 are its reproduction's warm-up.
-            gamma: of the swap guidance (paper: 3.5), which linear_decay makes scales of; or a callable (step, steps) ->
-                scale, steps counted as the method's. A step of scale 0 is plain, and takes no other images.
+            skip: steps left out at the noisy end, in which D would retrace C; None: a seventh. The paper does
+                not say; 10 of 70 are its reproduction's warm-up.
+            gamma: of the swap guidance (paper: 3.5), which linear_decay makes scales of; or a callable (step,
+                steps) -> scale, steps counted as the method's. A step of scale 0 is plain, and takes no other
+                images.
             use_adain: whether D takes the statistics of the B's, of all pairs together, after every step.
             text: what cross-attention reads; the paper does not say, and its reproduction has the empty text.
-            negative_text, inversion_guidance: classifier-free guidance of the inversion alone, against another text.
-            width, height: at which the model sees the images, multiples of 8; None: near the query's own size, with at
-                most the pixels that the UNet was trained on.
+            negative_text, inversion_guidance: classifier-free guidance of the inversion alone, against
+                another text.
+            width, height: at which the model sees the images, multiples of 8; None: near the query's own
+                size, with at most the pixels that the UNet was trained on.
             palette: colours of the classes or keypoints; None: those of the ground truths.
             seed: of the inversions' noise; None: drawn from torch's own random numbers.
             generator: in place of a seed.
@@ -126,7 +134,9 @@ class VisualICLPipeline(SwapGuidancePipeline):
             check_task(task)
         scales = guidance_scales(gamma, linear_decay, range(skip, steps), steps)
         base, reported = noise_seed(seed, generator)
-        options = InversionOptions(steps, skip, text, negative_text, inversion_guidance, base, inversion_batch, use_cache)
+        options = InversionOptions(
+            steps, skip, text, negative_text, inversion_guidance, base, inversion_batch, use_cache
+        )
         method = VisualInContext() if method is None else method
         if not isinstance(method, VisualInContext):
             raise TypeError(f"method: expected a VisualInContext, got {type(method).__name__}")
@@ -139,12 +149,22 @@ class VisualICLPipeline(SwapGuidancePipeline):
         if task in NEEDS_PALETTE:
             colours = check_palette(palette_of([truth for _, truth in pairs]) if palette is None else palette)
 
-        inputs = [im.resize_photo(image, size) for pair in pairs for image in pair] + [im.resize_photo(photo, size)]
+        inputs = [im.resize_photo(image, size) for pair in pairs for image in pair] + [
+            im.resize_photo(photo, size)
+        ]
         known, reused = self._invert(inputs, schedule, options, progress)
         latents = self._sample(
-            known, text, schedule, method, scales, start=len(inputs) - 1, style=range(1, len(inputs), 2),
-            first=skip, adain_from=0 if use_adain else None, progress=progress,
-        )  # fmt: skip
+            known,
+            text,
+            schedule,
+            method,
+            scales,
+            start=len(inputs) - 1,
+            style=range(1, len(inputs), 2),
+            first=skip,
+            adain_from=0 if use_adain else None,
+            progress=progress,
+        )
         image = im.resize_photo(self._decode(latents), photo.size)
         data, picture = None, image
         if task is not None:
@@ -162,11 +182,13 @@ def open_prompts(
         prompts, query: as in VisualICLPipeline. resized: whether all will be made one size, and may differ.
 
     Raises:
-        TypeError: no sequence of pairs. ValueError: no pair, an incomplete one, or images that differ in size; what
-            open_image raises.
+        TypeError: no sequence of pairs. ValueError: no pair, an incomplete one, or images that differ in
+            size; what open_image raises.
     """
     if isinstance(prompts, (str, os.PathLike)) or not isinstance(prompts, Sequence):
-        raise TypeError(f"prompts: expected a sequence of pairs (image, ground truth), got {type(prompts).__name__}")
+        raise TypeError(
+            f"prompts: expected a sequence of pairs (image, ground truth), got {type(prompts).__name__}"
+        )
     if not prompts:
         raise ValueError("prompts: expected at least one pair (image, ground truth), got none")
     photo = im.flatten(im.open_image(query, "query"))

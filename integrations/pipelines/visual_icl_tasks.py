@@ -1,4 +1,5 @@
-"""What a predicted picture says, for the six tasks of visual in-context learning: data, and a clean picture of them.
+"""What a predicted picture says, for the six tasks of visual in-context learning: data, and a clean picture
+of them.
 
 A ground truth goes through the same functions as a prediction, so that both become the same kind of data.
 """
@@ -25,7 +26,8 @@ class TaskResult:
 
     Attributes:
         data: segmentation: (height, width) bool, the foreground.
-            detection: (left, top, right, bottom) in pixels, right and bottom exclusive; None where nothing is found.
+            detection: (left, top, right, bottom) in pixels, right and bottom exclusive; None where nothing is
+                found.
             semantic: (height, width) int64, indices into the palette.
             keypoints: (points, 2) float64, x and y in pixels, NaN where a point is not found.
             edges: (height, width) float32 in [0, 1].
@@ -38,19 +40,26 @@ class TaskResult:
 
 
 def read_task(
-    task: str, picture: Image.Image, *, query: Image.Image | None = None, palette: Palette | None = None, **options: Any
+    task: str,
+    picture: Image.Image,
+    *,
+    query: Image.Image | None = None,
+    palette: Palette | None = None,
+    **options: Any,
 ) -> TaskResult:
     """The function of `task` on a picture.
 
     Args:
         task: one of TASKS.
         picture: a prediction, or a ground truth.
-        query: the photo that is coloured, of the picture's size: for colourisation; None: the picture's own lightness.
+        query: the photo that is coloured, of the picture's size: for colourisation; None: the picture's own
+            lightness.
         palette: colours of the classes, or of the keypoints.
         options: of the task's function.
 
     Raises:
-        ValueError: an unknown task, a palette that is missing; TypeError: an option that the task does not have.
+        ValueError: an unknown task, a palette that is missing; TypeError: an option that the task does not
+            have.
     """
     check_task(task)
     if task in ("semantic", "keypoints"):
@@ -71,7 +80,8 @@ def read_segmentation(picture: Image.Image, *, threshold: float = 0.5) -> TaskRe
 def read_detection(picture: Image.Image, *, threshold: float = 0.5) -> TaskResult:
     """Single object detection: the box that agrees best with the light pixels.
 
-    Of all boxes it is the one with the most light minus dark pixels, so that a filled box differs from the picture in
+    Of all boxes it is the one with the most light minus dark pixels, so that a filled box differs from the
+    picture in
     the fewest pixels: neither specks outside nor holes inside move it.
     """
     mask = read_segmentation(picture, threshold=threshold).data
@@ -89,10 +99,13 @@ def read_semantic(picture: Image.Image, *, palette: Palette) -> TaskResult:
     return TaskResult(classes, Image.fromarray(colours[classes]))
 
 
-def read_keypoints(picture: Image.Image, *, palette: Palette, background: int = 0, radius: float | None = None) -> TaskResult:
+def read_keypoints(
+    picture: Image.Image, *, palette: Palette, background: int = 0, radius: float | None = None
+) -> TaskResult:
     """Keypoints drawn as discs, each in a colour of its own: the place of each is the middle of its disc.
 
-    A pixel belongs to the palette's nearest colour. A point is where its pixels are densest within about `radius`, and
+    A pixel belongs to the palette's nearest colour. A point is where its pixels are densest within about
+    `radius`, and
     the mean place of those within twice that radius: pixels of its colour elsewhere do not move it.
 
     Args:
@@ -183,7 +196,9 @@ def check_palette(palette: Palette) -> np.ndarray:
     values = list(palette.values()) if isinstance(palette, Mapping) else palette
     colours = np.asarray(values)
     if colours.ndim != 2 or colours.shape[1] != 3 or colours.dtype.kind not in "iu" or len(colours) < 2:
-        raise ValueError(f"palette: expected at least 2 RGB colours of whole numbers, got shape {colours.shape}")
+        raise ValueError(
+            f"palette: expected at least 2 RGB colours of whole numbers, got shape {colours.shape}"
+        )
     if colours.min() < 0 or colours.max() > 255:
         raise ValueError(f"palette: expected numbers from 0 to 255, got {colours.min()} to {colours.max()}")
     if len(np.unique(colours, axis=0)) < len(colours):

@@ -1,4 +1,6 @@
-"""How the tiny model that comes with the package wants to be asked: it knows one size of panel, hole and subject."""
+"""How the tiny model that comes with the package wants to be asked: it knows one size of panel, hole and
+subject.
+"""
 
 from __future__ import annotations
 
@@ -19,4 +21,10 @@ def options(hole: Image.Image) -> dict[str, Any]:
     assert box is not None, "check_mask comes first"
     side = max(box[2] - box[0], box[3] - box[1])
     padding = round(side * (1 / HOLE - 1) / 2)
-    return {"width": SIDE, "height": SIDE, "padding_mask_crop": padding, "subject_fill": SUBJECT, "steps": STEPS}
+    return {
+        "width": SIDE,
+        "height": SIDE,
+        "padding_mask_crop": padding,
+        "subject_fill": SUBJECT,
+        "steps": STEPS,
+    }

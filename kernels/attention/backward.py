@@ -4,9 +4,10 @@
     delta_g(i) = sum_{j in g} p_ij dP_ij                        dS_ij = p_ij * (dP_ij - delta_g(i))
     dq_i = scale * sum_j dS_ij k_j      dk_j = scale * sum_i dS_ij q_i      dv_j = sum_i a_ij p_ij do_i
 
-The map is recomputed from lse, in tiles. One kernel owns blocks of rows: it writes dq, and delta for the other one,
-which owns blocks of keys. Every sum has one owner and one order, so that a rerun gives the same bits. With one group
-delta is <do_i, o_i>; with several it takes a sweep of its own, as <do_i, o_i> of the total is no group's.
+The map is recomputed from lse, in tiles. One kernel owns blocks of rows: it writes dq, and delta for the
+other one, which owns blocks of keys. Every sum has one owner and one order, so that a rerun gives the same
+bits. With one group delta is <do_i, o_i>; with several it takes a sweep of its own, as <do_i, o_i> of the
+total is no group's.
 
 Verified in Triton's interpreter and compiled for GPUs that are not there; not yet run on hardware.
 """
@@ -47,15 +48,44 @@ from .blocks import (
 
 # Sizes whose every new value would otherwise compile again.
 UNSPECIALIZED = [
-    "stride_tables", "stride_starts", "n_items", "n_heads", "n_rows", "n_keys", "n_row_blocks", "n_key_blocks",
-    "n_row_segments", "n_key_segments", "n_pieces", "n_groups",
-]  # fmt: skip
+    "stride_tables",
+    "stride_starts",
+    "n_items",
+    "n_heads",
+    "n_rows",
+    "n_keys",
+    "n_row_blocks",
+    "n_key_blocks",
+    "n_row_segments",
+    "n_key_segments",
+    "n_pieces",
+    "n_groups",
+]
 
 
 @triton.jit
-def query_tile(b_q, b_dout, b_lse, b_delta, b_factor, b_dq, keys, values, j, m_k, m_v, scale, b_offset, b_weight,
-               DELTA: tl.constexpr, MASKED: tl.constexpr, T: tl.constexpr):  # fmt: skip
-    """One tile of keys: b_delta gains sum_j p dP if DELTA, else b_dq gains dS K; offset and weight are (1|BLOCK_N,)"""
+def query_tile(
+    b_q,
+    b_dout,
+    b_lse,
+    b_delta,
+    b_factor,
+    b_dq,
+    keys,
+    values,
+    j,
+    m_k,
+    m_v,
+    scale,
+    b_offset,
+    b_weight,
+    DELTA: tl.constexpr,
+    MASKED: tl.constexpr,
+    T: tl.constexpr,
+):
+    """One tile of keys: b_delta gains sum_j p dP if DELTA, else b_dq gains dS K; offset and weight are
+    (1|BLOCK_N,)
+    """
     b_k = load_keys(keys, j, m_k, MASKED, T)
     b_p = tl.exp2(row_products(b_q, b_k, T) * scale + (b_offset[None, :] - b_lse[:, None]))
     if MASKED:
@@ -72,8 +102,27 @@ def query_tile(b_q, b_dout, b_lse, b_delta, b_factor, b_dq, keys, values, j, m_k
 
 
 @triton.jit
-def query_sweep(b_q, b_dout, b_lse, b_delta, b_factor, b_dq, keys, values, start, n, mixed, scale, offset, weight, p_labels,
-                p_bias, p_weight, DELTA: tl.constexpr, T: tl.constexpr):  # fmt: skip
+def query_sweep(
+    b_q,
+    b_dout,
+    b_lse,
+    b_delta,
+    b_factor,
+    b_dq,
+    keys,
+    values,
+    start,
+    n,
+    mixed,
+    scale,
+    offset,
+    weight,
+    p_labels,
+    p_bias,
+    p_weight,
+    DELTA: tl.constexpr,
+    T: tl.constexpr,
+):
     """The n keys of a piece: full tiles, then the tail; or tiles of mixed segments"""
     full = n // T.BLOCK_N * T.BLOCK_N
     if T.LANES:
@@ -82,27 +131,74 @@ def query_sweep(b_q, b_dout, b_lse, b_delta, b_factor, b_dq, keys, values, start
     b_weight = tl.full([1], weight, tl.float32)
     for j in tl.range(0, full, T.BLOCK_N):
         b_delta, b_dq = query_tile(
-            b_q, b_dout, b_lse, b_delta, b_factor, b_dq, keys, values, j, None, None, scale, b_offset, b_weight, DELTA,
-            False, T,
+            b_q,
+            b_dout,
+            b_lse,
+            b_delta,
+            b_factor,
+            b_dq,
+            keys,
+            values,
+            j,
+            None,
+            None,
+            scale,
+            b_offset,
+            b_weight,
+            DELTA,
+            False,
+            T,
         )
     for j in tl.range(full, n, T.BLOCK_N):
         o_n = j + tl.arange(0, T.BLOCK_N)
         m_k = o_n < n
         m_v = m_k & (b_weight != 0)
         if T.LANES:
-            m_lane, m_value, b_bias, b_lane = open_lanes(p_labels, p_bias, p_weight, start + o_n, o_n < tl.where(mixed, n, 0))
+            m_lane, m_value, b_bias, b_lane = open_lanes(
+                p_labels, p_bias, p_weight, start + o_n, o_n < tl.where(mixed, n, 0)
+            )
             m_k = tl.where(mixed, m_lane, m_k)
             m_v = tl.where(mixed, m_value, m_v)
             b_lane_offset = tl.where(mixed, b_bias, b_offset)
             b_lane_weight = tl.where(mixed, b_lane, b_weight)
             b_delta, b_dq = query_tile(
-                b_q, b_dout, b_lse, b_delta, b_factor, b_dq, keys, values, j, m_k, m_v, scale, b_lane_offset, b_lane_weight,
-                DELTA, True, T,
+                b_q,
+                b_dout,
+                b_lse,
+                b_delta,
+                b_factor,
+                b_dq,
+                keys,
+                values,
+                j,
+                m_k,
+                m_v,
+                scale,
+                b_lane_offset,
+                b_lane_weight,
+                DELTA,
+                True,
+                T,
             )
         else:
             b_delta, b_dq = query_tile(
-                b_q, b_dout, b_lse, b_delta, b_factor, b_dq, keys, values, j, m_k, m_v, scale, b_offset, b_weight, DELTA,
-                True, T,
+                b_q,
+                b_dout,
+                b_lse,
+                b_delta,
+                b_factor,
+                b_dq,
+                keys,
+                values,
+                j,
+                m_k,
+                m_v,
+                scale,
+                b_offset,
+                b_weight,
+                DELTA,
+                True,
+                T,
             )
     return b_delta, b_dq
 
@@ -121,8 +217,10 @@ def query_gradient_kernel(
     p_gates,  # (1|B, 1|M, G) float32, or None
     p_row_starts,  # (1|B, R + 1) int32
     p_key_starts,  # (1|B, P + 1) int32 starts of the key pieces, or None: one
-    p_order,  # (P + G + 1,) int32: the pieces sorted by group, then each group's first place; or None: one group
-    p_segments,  # (P,) int32 segment of each piece, -1: several short ones; or None: the pieces are the segments
+    # (P + G + 1,) int32: the pieces sorted by group, then each group's first place; or None: one group
+    p_order,
+    # (P,) int32 segment of each piece, -1: several short ones; or None: the pieces are the segments
+    p_segments,
     p_labels,  # (N,) int32 segment of each key, where p_segments holds a -1
     p_valid,  # (B, C) int32, or None
     p_source_q,  # (B,) int64, or None
@@ -196,7 +294,9 @@ def query_gradient_kernel(
             place = tl.load(p_order + n_pieces + g)
             last = tl.load(p_order + n_pieces + g + 1)
         else:
-            b_out = load_rows(token_at(p_out, stride_out, b, first, h, T), stride_out[1], m_m, T.BLOCK_M, True, T)
+            b_out = load_rows(
+                token_at(p_out, stride_out, b, first, h, T), stride_out[1], m_m, T.BLOCK_M, True, T
+            )
             for d in tl.static_range(T.N_PARTS):
                 b_delta += tl.sum(b_dout[d].to(tl.float32) * b_out[d].to(tl.float32), 1)
         for sweep in tl.static_range(0 if T.GROUPED else 1, 2):  # delta, then dq
@@ -205,16 +305,65 @@ def query_gradient_kernel(
                 if T.GROUPED:
                     i = tl.load(p_order + place_i)
                 c = segment_of(i, p_segments)
-                start, n, offset = open_pair(i, c, b, p_key_starts, n_keys, n_key_segments, p_valid, p_bias, T)
-                keys = open_tensor(p_ks, stride_kb, stride_kn, stride_kh, p_source_k, None, None, b, h_kv, c, start, n_items, T)
-                values = open_tensor(p_vs, stride_vb, stride_vn, stride_vh, p_source_v, None, None, b, h_kv, c, start, n_items, T)
+                start, n, offset = open_pair(
+                    i, c, b, p_key_starts, n_keys, n_key_segments, p_valid, p_bias, T
+                )
+                keys = open_tensor(
+                    p_ks,
+                    stride_kb,
+                    stride_kn,
+                    stride_kh,
+                    p_source_k,
+                    None,
+                    None,
+                    b,
+                    h_kv,
+                    c,
+                    start,
+                    n_items,
+                    T,
+                )
+                values = open_tensor(
+                    p_vs,
+                    stride_vb,
+                    stride_vn,
+                    stride_vh,
+                    p_source_v,
+                    None,
+                    None,
+                    b,
+                    h_kv,
+                    c,
+                    start,
+                    n_items,
+                    T,
+                )
                 weight = load_weight(p_weight, c, T)
                 b_delta, b_dq = query_sweep(
-                    b_q, b_dout, b_lse, b_delta, b_factor, b_dq, keys, values, start, n, c < 0, scale * LOG2E, offset, weight,
-                    p_labels, p_bias, p_weight, sweep == 0, T,
+                    b_q,
+                    b_dout,
+                    b_lse,
+                    b_delta,
+                    b_factor,
+                    b_dq,
+                    keys,
+                    values,
+                    start,
+                    n,
+                    c < 0,
+                    scale * LOG2E,
+                    offset,
+                    weight,
+                    p_labels,
+                    p_bias,
+                    p_weight,
+                    sweep == 0,
+                    T,
                 )
         tl.store(p_delta + o_row * n_groups + g, b_delta, mask=m_m)
-    store_rows(token_at(p_dq, stride_dq, b, first, h, T), stride_dq[1], scaled(b_dq, scale, T), m_m, T.BLOCK_M, T)
+    store_rows(
+        token_at(p_dq, stride_dq, b, first, h, T), stride_dq[1], scaled(b_dq, scale, T), m_m, T.BLOCK_M, T
+    )
 
 
 @triton.jit
@@ -226,9 +375,32 @@ def kept(b_x, m_n, T: tl.constexpr):
 
 
 @triton.jit
-def key_tile(b_k, b_v, b_dk, b_dv, p_q, p_dout, p_lse, p_delta, p_gates, stride_q, stride_dout, stride_gates, n_groups,
-             g, m, end, m_lane, scale, b_offset, b_weight, gain, MASKED: tl.constexpr, SCALED: tl.constexpr,
-             T: tl.constexpr):  # fmt: skip
+def key_tile(
+    b_k,
+    b_v,
+    b_dk,
+    b_dv,
+    p_q,
+    p_dout,
+    p_lse,
+    p_delta,
+    p_gates,
+    stride_q,
+    stride_dout,
+    stride_gates,
+    n_groups,
+    g,
+    m,
+    end,
+    m_lane,
+    scale,
+    b_offset,
+    b_weight,
+    gain,
+    MASKED: tl.constexpr,
+    SCALED: tl.constexpr,
+    T: tl.constexpr,
+):
     """One tile of rows from row m on; the pointers stand at row 0. b_dk gains dS^T Q, b_dv gains (a P)^T dO.
 
     m_lane: the keys that these rows see, where they are of several segments.
@@ -249,7 +421,9 @@ def key_tile(b_k, b_v, b_dk, b_dv, p_q, p_dout, p_lse, p_delta, p_gates, stride_
     if p_gates is not None:
         b_factor = b_factor * tl.load(p_gates + o_m * stride_gates + g, mask=m_m, other=0.0)[None, :]
     b_dv = combined(b_dv, b_p * b_factor, b_dout, T)
-    b_dp = tl.where((b_weight != 0)[:, None], row_products(b_v, b_dout, T) * b_factor, 0.0)  # such values may be NaN
+    b_dp = tl.where(
+        (b_weight != 0)[:, None], row_products(b_v, b_dout, T) * b_factor, 0.0
+    )  # such values may be NaN
     b_delta = tl.load(p_delta + o_m * n_groups + g, mask=m_m, other=0.0)
     b_ds = b_p * (b_dp - b_delta[None, :])
     if SCALED:
@@ -326,8 +500,12 @@ def key_gradient_kernel(
     m_n = o_n < limit
     b_label, m_label = labels_of(c, p_labels, o_n, m_n, T)
 
-    keys = open_tensor(p_ks, stride_kb, stride_kn, stride_kh, p_source_k, None, None, b, h_kv, c, start, n_items, T)
-    values = open_tensor(p_vs, stride_vb, stride_vn, stride_vh, p_source_v, None, None, b, h_kv, c, start, n_items, T)
+    keys = open_tensor(
+        p_ks, stride_kb, stride_kn, stride_kh, p_source_k, None, None, b, h_kv, c, start, n_items, T
+    )
+    values = open_tensor(
+        p_vs, stride_vb, stride_vn, stride_vh, p_source_v, None, None, b, h_kv, c, start, n_items, T
+    )
     b_k = load_keys(keys, 0, m_n, True, T)
     b_v = load_keys(values, 0, m_n, True, T)
     b_dk = zeros(T.BLOCK_N, T)
@@ -360,22 +538,68 @@ def key_gradient_kernel(
             full = m + (stop - m) // T.BLOCK_M * T.BLOCK_M
             for j in tl.range(m, full, T.BLOCK_M):
                 b_dk, b_dv = key_tile(
-                    b_k, b_v, b_dk, b_dv, p_q_head, p_dout_head, p_lse + o_head, p_delta + o_head, p_gates_item, stride_q,
-                    stride_dout, stride_tables[9], n_groups, g, j, stop, m_lane, scale, b_offset, b_weight, gain,
-                    False, p_scales is not None, T,
+                    b_k,
+                    b_v,
+                    b_dk,
+                    b_dv,
+                    p_q_head,
+                    p_dout_head,
+                    p_lse + o_head,
+                    p_delta + o_head,
+                    p_gates_item,
+                    stride_q,
+                    stride_dout,
+                    stride_tables[9],
+                    n_groups,
+                    g,
+                    j,
+                    stop,
+                    m_lane,
+                    scale,
+                    b_offset,
+                    b_weight,
+                    gain,
+                    False,
+                    p_scales is not None,
+                    T,
                 )
             if full < stop:
                 b_dk, b_dv = key_tile(
-                    b_k, b_v, b_dk, b_dv, p_q_head, p_dout_head, p_lse + o_head, p_delta + o_head, p_gates_item, stride_q,
-                    stride_dout, stride_tables[9], n_groups, g, full, stop, m_lane, scale, b_offset, b_weight, gain,
-                    True, p_scales is not None, T,
+                    b_k,
+                    b_v,
+                    b_dk,
+                    b_dv,
+                    p_q_head,
+                    p_dout_head,
+                    p_lse + o_head,
+                    p_delta + o_head,
+                    p_gates_item,
+                    stride_q,
+                    stride_dout,
+                    stride_tables[9],
+                    n_groups,
+                    g,
+                    full,
+                    stop,
+                    m_lane,
+                    scale,
+                    b_offset,
+                    b_weight,
+                    gain,
+                    True,
+                    p_scales is not None,
+                    T,
                 )
     if p_scales is None:
         b_dk = scaled(b_dk, scale, T)
     m_stored = o_n < end
-    dk = open_tensor(p_dks, stride_dkb, stride_dkn, stride_dkh, None, None, None, b, h_kv, c, start, n_items, T)
+    dk = open_tensor(
+        p_dks, stride_dkb, stride_dkn, stride_dkh, None, None, None, b, h_kv, c, start, n_items, T
+    )
     store_rows(dk[0], dk[1], kept(b_dk, m_n, T), m_stored, T.BLOCK_N, T)
-    dv = open_tensor(p_dvs, stride_dvb, stride_dvn, stride_dvh, None, None, None, b, h_kv, c, start, n_items, T)
+    dv = open_tensor(
+        p_dvs, stride_dvb, stride_dvn, stride_dvh, None, None, None, b, h_kv, c, start, n_items, T
+    )
     store_rows(dv[0], dv[1], kept(b_dv, m_n, T), m_stored, T.BLOCK_N, T)
 
 
@@ -418,30 +642,94 @@ def attention_backward(
 ) -> None:
     """Launch both kernels; they write dq, dks and dvs, and delta on the way.
 
-    Shapes and dtypes are those beside the kernels' pointers; dq, dks and dvs hold one item for each output item. query
-    and key: traits, warps and stages of the kernel that owns rows and of the one that owns keys. row_blocks and
-    key_blocks: programs per item and head, at least the sum over segments of ceil(length / BLOCK_M or BLOCK_N).
+    Shapes and dtypes are those beside the kernels' pointers; dq, dks and dvs hold one item for each output
+    item. query
+    and key: traits, warps and stages of the kernel that owns rows and of the one that owns keys. row_blocks
+        and
+    key_blocks: programs per item and head, at least the sum over segments of ceil(length / BLOCK_M or
+        BLOCK_N).
     """
     batch, rows, heads, _ = out.shape
     shared = {
-        "stride_q": token_strides(q), "stride_dout": token_strides(dout), **list_strides("k", ks, source_k),
+        "stride_q": token_strides(q),
+        "stride_dout": token_strides(dout),
+        **list_strides("k", ks, source_k),
         **list_strides("v", vs, source_v),
         "stride_tables": tuple(s for t in (scales, bias, weight, gain, gates) for s in item_strides(t)),
         "stride_starts": (item_strides(row_starts)[0], item_strides(key_starts)[0]),
-        "scale": scale, "n_items": batch, "n_heads": heads, "n_rows": rows, "n_keys": ks[0].shape[1],
-        "n_row_segments": row_segments, "n_key_segments": key_segments, "n_pieces": pieces, "n_groups": groups,
-    }  # fmt: skip
+        "scale": scale,
+        "n_items": batch,
+        "n_heads": heads,
+        "n_rows": rows,
+        "n_keys": ks[0].shape[1],
+        "n_row_segments": row_segments,
+        "n_key_segments": key_segments,
+        "n_pieces": pieces,
+        "n_groups": groups,
+    }
     traits, warps, stages = query
     query_gradient_kernel[(row_blocks * batch * heads,)](
-        q, tuple(ks), tuple(vs), out, dout, dq, lse, delta, gain, gates, row_starts, key_starts, order, segments, labels,
-        valid, source_q, source_k, source_v, scales, bias, weight,
-        stride_out=token_strides(out), stride_dq=token_strides(dq), n_row_blocks=row_blocks, **shared,
-        T=traits.constants(), num_warps=warps, num_stages=stages, enable_fp_fusion=True,
-    )  # fmt: skip
+        q,
+        tuple(ks),
+        tuple(vs),
+        out,
+        dout,
+        dq,
+        lse,
+        delta,
+        gain,
+        gates,
+        row_starts,
+        key_starts,
+        order,
+        segments,
+        labels,
+        valid,
+        source_q,
+        source_k,
+        source_v,
+        scales,
+        bias,
+        weight,
+        stride_out=token_strides(out),
+        stride_dq=token_strides(dq),
+        n_row_blocks=row_blocks,
+        **shared,
+        T=traits.constants(),
+        num_warps=warps,
+        num_stages=stages,
+        enable_fp_fusion=True,
+    )
     traits, warps, stages = key
     key_gradient_kernel[(key_blocks * batch * (heads // traits.HEADS_PER_KV),)](
-        q, tuple(ks), tuple(vs), dout, tuple(dks), tuple(dvs), lse, delta, gain, gates, row_starts, key_starts,
-        piece_groups, segments, labels, valid, source_q, source_k, source_v, scales, bias, weight,
-        **list_strides("dk", dks, None), **list_strides("dv", dvs, None), n_key_blocks=key_blocks, **shared,
-        T=traits.constants(), num_warps=warps, num_stages=stages, enable_fp_fusion=True,
-    )  # fmt: skip
+        q,
+        tuple(ks),
+        tuple(vs),
+        dout,
+        tuple(dks),
+        tuple(dvs),
+        lse,
+        delta,
+        gain,
+        gates,
+        row_starts,
+        key_starts,
+        piece_groups,
+        segments,
+        labels,
+        valid,
+        source_q,
+        source_k,
+        source_v,
+        scales,
+        bias,
+        weight,
+        **list_strides("dk", dks, None),
+        **list_strides("dv", dvs, None),
+        n_key_blocks=key_blocks,
+        **shared,
+        T=traits.constants(),
+        num_warps=warps,
+        num_stages=stages,
+        enable_fp_fusion=True,
+    )

@@ -1,4 +1,6 @@
-"""Blocks of rows, tiles of keys and values: what the attention kernels are compiled for, read, multiply and store."""
+"""Blocks of rows, tiles of keys and values: what the attention kernels are compiled for, read, multiply and
+store.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ class Traits(NamedTuple):
     EMULATE: bool  # bfloat16 in the interpreter
 
     def constants(self) -> Traits:
-        """The same, each field a constant of its own: Triton 3.6 and 3.7 take a plain field for a run-time number."""
+        """The same, each field a constant of its own: Triton 3.6 and 3.7 take a plain field for a run-time
+        number.
+        """
         return _constants(self)
 
 
@@ -121,7 +125,9 @@ def load_keys(x, j, m_n, MASKED: tl.constexpr, T: tl.constexpr):
             b_x = tl.where(m_n[:, None], b_x, 0.0)
         return (b_x,)
     else:
-        return load_rows(x[0] + tl.multiple_of(tl.cast(j, tl.int64) * x[1], T.ALIGN), x[1], m_n, T.BLOCK_N, MASKED, T)
+        return load_rows(
+            x[0] + tl.multiple_of(tl.cast(j, tl.int64) * x[1], T.ALIGN), x[1], m_n, T.BLOCK_N, MASKED, T
+        )
 
 
 @triton.jit
@@ -156,7 +162,9 @@ def accumulate(b_acc, b_p, values, j, m_n, MASKED: tl.constexpr, T: tl.constexpr
 
 
 @triton.jit
-def open_tensor(p_xs, stride_b, stride_n, stride_h, p_source, d_x, steps, b, h, c, start, n_items, T: tl.constexpr):
+def open_tensor(
+    p_xs, stride_b, stride_n, stride_h, p_source, d_x, steps, b, h, c, start, n_items, T: tl.constexpr
+):
     """(pointer to the first token of segment c for one item and head, stride of its tokens)
 
     With T.DESCRIBED also the descriptor, and the token's row and column in it.
@@ -187,7 +195,9 @@ def segment_of(i, p_segments):
 
 @triton.jit
 def open_pair(i, c, b, p_key_starts, n_keys, n_key_segments, p_valid, p_bias, T: tl.constexpr):
-    """(first key in its tensor, keys to read, bias in log2 units) of piece i, segment c, for this program's rows"""
+    """(first key in its tensor, keys to read, bias in log2 units) of piece i, segment c, for this program's
+    rows
+    """
     start = 0
     n = n_keys
     if p_key_starts is not None:
@@ -251,11 +261,13 @@ def exponent_shift(p_lse, o_row, n_groups, g, m_m):
 
 
 @triton.jit
-def find_keys(block, b, p_key_starts, p_segments, p_groups, p_valid, n_keys, n_pieces, n_key_segments, T: tl.constexpr):
+def find_keys(
+    block, b, p_key_starts, p_segments, p_groups, p_valid, n_keys, n_pieces, n_key_segments, T: tl.constexpr
+):
     """What a program that owns a block of keys owns
 
-    (segment, -1: several; group; the block's first key; that key within its tensor; end of the piece; end of its keys
-    that exist)
+    (segment, -1: several; group; the block's first key; that key within its tensor; end of the piece; end of
+    its keys that exist)
     """
     i, first, end = find_rows(block, p_key_starts, n_pieces, n_keys, T.BLOCK_N)
     c = segment_of(i, p_segments)
@@ -325,8 +337,8 @@ class Descriptor(NamedTuple):
 def describe(t: Tensor, broadcast: bool) -> Descriptor | None:
     """The matrix that holds t, if its strides allow one; broadcast: every item reads the first.
 
-    Rows are tokens, and heads lie beside each other in a row or follow each other in rows. The copy engine wants the
-    base and the stride to be multiples of 16 bytes.
+    Rows are tokens, and heads lie beside each other in a row or follow each other in rows. The copy engine
+    wants the base and the stride to be multiples of 16 bytes.
     """
     batch, tokens, heads, dim = t.shape
     stride_b, stride_n, stride_h, _ = t.stride()
@@ -360,7 +372,9 @@ def token_strides(t: Tensor) -> tuple[int, int, int]:
 
 
 def list_strides(name: str, tensors: Sequence[Tensor], source: Tensor | None) -> dict[str, tuple[int, ...]]:
-    """stride_{name}b, n and h: strides of items (0 where one item serves all), tokens and heads of each tensor."""
+    """stride_{name}b, n and h: strides of items (0 where one item serves all), tokens and heads of each
+    tensor.
+    """
     return {
         f"stride_{name}b": tuple(t.stride(0) if source is not None or t.shape[0] > 1 else 0 for t in tensors),
         f"stride_{name}n": tuple(t.stride(1) for t in tensors),

@@ -33,14 +33,37 @@ from .blocks import (
 )
 
 UNSPECIALIZED = [
-    "stride_tables", "stride_starts", "n_items", "n_heads", "n_rows", "n_keys", "n_key_blocks", "n_row_segments",
-    "n_key_segments", "n_pieces", "n_groups",
-]  # fmt: skip
+    "stride_tables",
+    "stride_starts",
+    "n_items",
+    "n_heads",
+    "n_rows",
+    "n_keys",
+    "n_key_blocks",
+    "n_row_segments",
+    "n_key_segments",
+    "n_pieces",
+    "n_groups",
+]
 
 
 @triton.jit
-def mass_tile(b_mass, b_k, p_q, stride_q, p_lse, n_groups, g, m, end, m_lane, scale, b_offset,
-              MASKED: tl.constexpr, T: tl.constexpr):  # fmt: skip
+def mass_tile(
+    b_mass,
+    b_k,
+    p_q,
+    stride_q,
+    p_lse,
+    n_groups,
+    g,
+    m,
+    end,
+    m_lane,
+    scale,
+    b_offset,
+    MASKED: tl.constexpr,
+    T: tl.constexpr,
+):
     """b_mass + sum of p over the rows from row m on; the pointers stand at row 0"""
     o_m = m + tl.arange(0, T.BLOCK_M)
     m_m = o_m < end
@@ -65,7 +88,8 @@ def column_mass_kernel(
     p_row_starts,  # (1|B, R + 1) int32
     p_key_starts,  # (1|B, P + 1) int32 starts of the key pieces, or None: one
     p_groups,  # (P,) int32 group of each piece, or None: one group
-    p_segments,  # (P,) int32 segment of each piece, -1: several short ones; or None: the pieces are the segments
+    # (P,) int32 segment of each piece, -1: several short ones; or None: the pieces are the segments
+    p_segments,
     p_labels,  # (N,) int32 segment of each key, where p_segments holds a -1
     p_valid,  # (B, C) int32, or None
     p_source_q,  # (B,) int64, or None
@@ -106,7 +130,9 @@ def column_mass_kernel(
     m_n = o_n < limit
     b_label, m_label = labels_of(c, p_labels, o_n, m_n, T)
     h_kv = h // T.HEADS_PER_KV
-    keys = open_tensor(p_ks, stride_kb, stride_kn, stride_kh, p_source_k, None, None, b, h_kv, c, start, n_items, T)
+    keys = open_tensor(
+        p_ks, stride_kb, stride_kn, stride_kh, p_source_k, None, None, b, h_kv, c, start, n_items, T
+    )
     b_k = load_keys(keys, 0, m_n, True, T)
     q_item = b.to(tl.int64)
     if p_source_q is not None:
@@ -169,11 +195,37 @@ def column_mass(
     """
     batch, heads, keys = mass.shape
     column_mass_kernel[(key_blocks * batch * heads,)](
-        q, tuple(ks), mass, lse, counted, row_starts, key_starts, piece_groups, segments, labels, valid, source_q, source_k,
-        scales, bias, stride_q=token_strides(q), **list_strides("k", ks, source_k),
+        q,
+        tuple(ks),
+        mass,
+        lse,
+        counted,
+        row_starts,
+        key_starts,
+        piece_groups,
+        segments,
+        labels,
+        valid,
+        source_q,
+        source_k,
+        scales,
+        bias,
+        stride_q=token_strides(q),
+        **list_strides("k", ks, source_k),
         stride_tables=tuple(s for t in (scales, bias) for s in item_strides(t)),
         stride_starts=(item_strides(row_starts)[0], item_strides(key_starts)[0]),
-        scale=scale, n_items=batch, n_heads=heads, n_rows=q.shape[1], n_keys=keys, n_key_blocks=key_blocks,
-        n_row_segments=counted.shape[0], n_key_segments=key_segments, n_pieces=pieces, n_groups=groups,
-        T=traits.constants(), num_warps=warps, num_stages=stages, enable_fp_fusion=True,
-    )  # fmt: skip
+        scale=scale,
+        n_items=batch,
+        n_heads=heads,
+        n_rows=q.shape[1],
+        n_keys=keys,
+        n_key_blocks=key_blocks,
+        n_row_segments=counted.shape[0],
+        n_key_segments=key_segments,
+        n_pieces=pieces,
+        n_groups=groups,
+        T=traits.constants(),
+        num_warps=warps,
+        num_stages=stages,
+        enable_fp_fusion=True,
+    )

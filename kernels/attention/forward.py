@@ -4,11 +4,11 @@
     p_ij = softmax over the keys of group(c(j))
     o_i  = gain[a(i)] * sum_g gate_g(i) * sum_{c in g} weight[a(i), c] * sum_{j in c} phi(p_ij) v_j
 
-A program owns one block of rows inside one row segment and walks the key segments: bias, weight and gain are scalars
-of a (row block, key segment) pair, only a segment's last tile is masked, and a removed pair has no tiles. Logits are in
-log2 units. A tile's exponent is s + log2(weight) and the running max is taken over that sum, so that P's largest entry
-is 1; a segment's own row sum, divided by its weight, joins the normaliser when the segment ends, which is why lse and
-mass cost nothing in the loop and do not see the weight.
+A program owns one block of rows inside one row segment and walks the key segments: bias, weight and gain are
+scalars of a (row block, key segment) pair, only a segment's last tile is masked, and a removed pair has no
+tiles. Logits are in log2 units. A tile's exponent is s + log2(weight) and the running max is taken over that
+sum, so that P's largest entry is 1; a segment's own row sum, divided by its weight, joins the normaliser when
+the segment ends, which is why lse and mass cost nothing in the loop and do not see the weight.
 
 Verified in Triton's interpreter and compiled for sm_80 and sm_90; not yet run on hardware.
 """
@@ -47,16 +47,27 @@ from .blocks import (
 )
 
 LN2 = tl.constexpr(0.6931471805599453)
-# Largest |log2(weight)| inside the exponent. Two such weights move the largest logit 60 away from the running max,
-# which leaves the sum of the unweighted probabilities 66 binary digits above float32's underflow.
+# Largest |log2(weight)| inside the exponent. Two such weights move the largest logit 60 away from the running
+# max, which leaves the sum of the unweighted probabilities 66 binary digits above float32's underflow.
 MAX_FOLD = tl.constexpr(30.0)
 UNCLIPPED, CLIPPED = tl.constexpr(1), tl.constexpr(2)  # kinds of contrast; 0 is none
 
 # Sizes whose every new value would otherwise compile again.
 UNSPECIALIZED = [
-    "steps_k", "steps_v", "stride_tables", "stride_starts", "n_items", "n_heads", "n_rows", "n_keys", "n_row_blocks",
-    "n_row_segments", "n_key_segments", "n_pieces", "n_groups",
-]  # fmt: skip
+    "steps_k",
+    "steps_v",
+    "stride_tables",
+    "stride_starts",
+    "n_items",
+    "n_heads",
+    "n_rows",
+    "n_keys",
+    "n_row_blocks",
+    "n_row_segments",
+    "n_key_segments",
+    "n_pieces",
+    "n_groups",
+]
 
 
 @triton.jit
@@ -66,8 +77,21 @@ def pivot(b_max):
 
 
 @triton.jit
-def softmax_tile(b_q, b_max, b_sum, b_acc, keys, values, j, end, scale, offset,
-                 VALUES: tl.constexpr, MASKED: tl.constexpr, T: tl.constexpr):  # fmt: skip
+def softmax_tile(
+    b_q,
+    b_max,
+    b_sum,
+    b_acc,
+    keys,
+    values,
+    j,
+    end,
+    scale,
+    offset,
+    VALUES: tl.constexpr,
+    MASKED: tl.constexpr,
+    T: tl.constexpr,
+):
     """One tile of the online softmax; exponents are products * scale + offset"""
     m_n = j + tl.arange(0, T.BLOCK_N) < end
     b_s = products(b_q, keys, j, m_n, MASKED, T)
@@ -85,7 +109,9 @@ def softmax_tile(b_q, b_max, b_sum, b_acc, keys, values, j, end, scale, offset,
 
 
 @triton.jit
-def softmax_sweep(b_q, b_max, b_sum, b_acc, keys, values, n, scale, offset, VALUES: tl.constexpr, T: tl.constexpr):
+def softmax_sweep(
+    b_q, b_max, b_sum, b_acc, keys, values, n, scale, offset, VALUES: tl.constexpr, T: tl.constexpr
+):
     """The first n keys of a segment: full tiles, then the tail"""
     full = n // T.BLOCK_N * T.BLOCK_N
     for j in tl.range(0, full, T.BLOCK_N, warp_specialize=T.SPECIALIZED):
@@ -100,7 +126,9 @@ def softmax_sweep(b_q, b_max, b_sum, b_acc, keys, values, n, scale, offset, VALU
 
 
 @triton.jit
-def lanes_sweep(b_q, b_max, b_sum, b_acc, keys, values, start, n, scale, p_labels, p_bias, p_weight, T: tl.constexpr):
+def lanes_sweep(
+    b_q, b_max, b_sum, b_acc, keys, values, start, n, scale, p_labels, p_bias, p_weight, T: tl.constexpr
+):
     """The n keys of several short segments from key `start` on. Their weights differ, so that they act on P."""
     for j in tl.range(0, n, T.BLOCK_N):
         o_n = j + tl.arange(0, T.BLOCK_N)
@@ -110,15 +138,33 @@ def lanes_sweep(b_q, b_max, b_sum, b_acc, keys, values, start, n, scale, p_label
         b_top = tl.maximum(b_max, tl.max(b_s, 1))
         b_p = tl.where(m_k[None, :], tl.exp2(b_s - pivot(b_top)[:, None]), 0.0)
         b_decay = tl.exp2(b_max - pivot(b_top))
-        b_acc = accumulate(scaled(b_acc, b_decay[:, None], T), b_p * b_weight[None, :], values, j, m_v, True, T)
+        b_acc = accumulate(
+            scaled(b_acc, b_decay[:, None], T), b_p * b_weight[None, :], values, j, m_v, True, T
+        )
         b_sum = b_sum * b_decay + tl.sum(b_p, 1)
         b_max = b_top
     return b_max, b_sum, b_acc
 
 
 @triton.jit
-def contrast_tile(b_q, b_lse, b_acc, keys, values, j, end, scale, offset, weight, shift, beta, low, high,
-                  MASKED: tl.constexpr, T: tl.constexpr):  # fmt: skip
+def contrast_tile(
+    b_q,
+    b_lse,
+    b_acc,
+    keys,
+    values,
+    j,
+    end,
+    scale,
+    offset,
+    weight,
+    shift,
+    beta,
+    low,
+    high,
+    MASKED: tl.constexpr,
+    T: tl.constexpr,
+):
     """One tile of the second sweep: clip(beta * p - shift, low, high) with the final normaliser"""
     m_n = j + tl.arange(0, T.BLOCK_N) < end
     b_s = products(b_q, keys, j, m_n, MASKED, T)
@@ -131,7 +177,9 @@ def contrast_tile(b_q, b_lse, b_acc, keys, values, j, end, scale, offset, weight
 
 
 @triton.jit
-def contrast_sweep(b_q, b_lse, b_acc, keys, values, n, scale, offset, weight, shift, beta, low, high, T: tl.constexpr):
+def contrast_sweep(
+    b_q, b_lse, b_acc, keys, values, n, scale, offset, weight, shift, beta, low, high, T: tl.constexpr
+):
     full = n // T.BLOCK_N * T.BLOCK_N
     for j in tl.range(0, full, T.BLOCK_N):
         b_acc = contrast_tile(
@@ -146,7 +194,8 @@ def contrast_sweep(b_q, b_lse, b_acc, keys, values, n, scale, offset, weight, sh
 
 @triton.jit
 def fold_weight(weight):
-    """(fold, shift) with weight = 2**(fold + shift): fold enters the exponent, the accumulator carries the rest.
+    """(fold, shift) with weight = 2**(fold + shift): fold enters the exponent, the accumulator carries the
+    rest.
 
     shift is 0 but for weights outside 2**-30 .. 2**30. A weight of 0 folds nothing: its values are not read.
     """
@@ -158,12 +207,55 @@ def fold_weight(weight):
 
 @triton.jit
 def attend(
-    index, p_q, p_ks, p_vs, d_k, d_v, p_out, p_lse, p_partial, p_row_starts, p_key_starts, p_order, p_segments,
-    p_labels, p_valid, p_source_q, p_source_k, p_source_v, p_scales, p_bias, p_weight, p_gain, p_gates, p_contrast,
-    p_value_sums, stride_q, stride_out, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh, steps_k,
-    steps_v, stride_tables, stride_starts, scale, n_items, n_heads, n_rows, n_keys, n_row_blocks, n_row_segments,
-    n_key_segments, n_pieces, n_groups, T: tl.constexpr,
-):  # fmt: skip
+    index,
+    p_q,
+    p_ks,
+    p_vs,
+    d_k,
+    d_v,
+    p_out,
+    p_lse,
+    p_partial,
+    p_row_starts,
+    p_key_starts,
+    p_order,
+    p_segments,
+    p_labels,
+    p_valid,
+    p_source_q,
+    p_source_k,
+    p_source_v,
+    p_scales,
+    p_bias,
+    p_weight,
+    p_gain,
+    p_gates,
+    p_contrast,
+    p_value_sums,
+    stride_q,
+    stride_out,
+    stride_kb,
+    stride_kn,
+    stride_kh,
+    stride_vb,
+    stride_vn,
+    stride_vh,
+    steps_k,
+    steps_v,
+    stride_tables,
+    stride_starts,
+    scale,
+    n_items,
+    n_heads,
+    n_rows,
+    n_keys,
+    n_row_blocks,
+    n_row_segments,
+    n_key_segments,
+    n_pieces,
+    n_groups,
+    T: tl.constexpr,
+):
     """What one program owns: row block `index` of all items and heads. The arguments are those of the kernel."""
     block = index % n_row_blocks
     b = index // n_row_blocks // n_heads
@@ -223,8 +315,12 @@ def attend(
                 i = tl.load(p_order + place_i)
             c = segment_of(i, p_segments)
             start, n, offset = open_pair(i, c, b, p_key_starts, n_keys, n_key_segments, p_valid, p_bias, T)
-            keys = open_tensor(p_ks, stride_kb, stride_kn, stride_kh, p_source_k, d_k, steps_k, b, h_kv, c, start, n_items, T)
-            values = open_tensor(p_vs, stride_vb, stride_vn, stride_vh, p_source_v, d_v, steps_v, b, h_kv, c, start, n_items, T)
+            keys = open_tensor(
+                p_ks, stride_kb, stride_kn, stride_kh, p_source_k, d_k, steps_k, b, h_kv, c, start, n_items, T
+            )
+            values = open_tensor(
+                p_vs, stride_vb, stride_vn, stride_vh, p_source_v, d_v, steps_v, b, h_kv, c, start, n_items, T
+            )
             n_allowed += n
             n_mixed = 0
             if T.LANES:
@@ -255,7 +351,19 @@ def attend(
                 )
             if T.LANES:
                 b_max, b_sum, b_acc = lanes_sweep(
-                    b_q, b_max, b_sum, b_acc, keys, values, start, n_mixed, scale, p_labels, p_bias, p_weight, T
+                    b_q,
+                    b_max,
+                    b_sum,
+                    b_acc,
+                    keys,
+                    values,
+                    start,
+                    n_mixed,
+                    scale,
+                    p_labels,
+                    p_bias,
+                    p_weight,
+                    T,
                 )
             b_decay = tl.exp2(b_before - pivot(b_max))
             b_sum *= tl.exp2(-fold)
@@ -288,12 +396,38 @@ def attend(
                     if T.GROUPED:
                         i = tl.load(p_order + place_i)
                     c = segment_of(i, p_segments)
-                    start, n, offset = open_pair(i, c, b, p_key_starts, n_keys, n_key_segments, p_valid, p_bias, T)
+                    start, n, offset = open_pair(
+                        i, c, b, p_key_starts, n_keys, n_key_segments, p_valid, p_bias, T
+                    )
                     keys = open_tensor(
-                        p_ks, stride_kb, stride_kn, stride_kh, p_source_k, d_k, steps_k, b, h_kv, c, start, n_items, T
+                        p_ks,
+                        stride_kb,
+                        stride_kn,
+                        stride_kh,
+                        p_source_k,
+                        d_k,
+                        steps_k,
+                        b,
+                        h_kv,
+                        c,
+                        start,
+                        n_items,
+                        T,
                     )
                     values = open_tensor(
-                        p_vs, stride_vb, stride_vn, stride_vh, p_source_v, d_v, steps_v, b, h_kv, c, start, n_items, T
+                        p_vs,
+                        stride_vb,
+                        stride_vn,
+                        stride_vh,
+                        p_source_v,
+                        d_v,
+                        steps_v,
+                        b,
+                        h_kv,
+                        c,
+                        start,
+                        n_items,
+                        T,
                     )
                     weight = 1.0
                     if p_weight is not None:
@@ -334,9 +468,12 @@ def attention_forward_kernel(
     p_lse,  # (B, H, M, G) float32, or None
     p_partial,  # (B, H, row blocks, C) float32: mass of each row block
     p_row_starts,  # (1|B, R + 1) int32, or None: one segment
-    p_key_starts,  # (1|B, P + 1) int32 starts of the key pieces, or None: one. A piece is a segment but for T.LANES
-    p_order,  # (P + G + 1,) int32: the pieces sorted by group, then each group's first place; or None: one group
-    p_segments,  # (P,) int32 segment of each piece, -1: several short ones; or None: the pieces are the segments
+    # (1|B, P + 1) int32 starts of the key pieces, or None: one. A piece is a segment but for T.LANES
+    p_key_starts,
+    # (P + G + 1,) int32: the pieces sorted by group, then each group's first place; or None: one group
+    p_order,
+    # (P,) int32 segment of each piece, -1: several short ones; or None: the pieces are the segments
+    p_segments,
     p_labels,  # (N,) int32 segment of each key, where p_segments holds a -1
     p_valid,  # (B, C) int32, or None
     p_source_q,  # (B,) int64, or None
@@ -377,23 +514,105 @@ def attention_forward_kernel(
         for index in tl.range(tl.program_id(0), n_items * n_heads * n_row_blocks, tl.num_programs(0)):
             attend(
                 index,
-                p_q, p_ks, p_vs, d_k, d_v, p_out, p_lse, p_partial, p_row_starts, p_key_starts,
-                p_order, p_segments, p_labels, p_valid, p_source_q, p_source_k, p_source_v,
-                p_scales, p_bias, p_weight, p_gain, p_gates, p_contrast, p_value_sums, stride_q,
-                stride_out, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
-                steps_k, steps_v, stride_tables, stride_starts, scale, n_items, n_heads, n_rows,
-                n_keys, n_row_blocks, n_row_segments, n_key_segments, n_pieces, n_groups, T,
-            )  # fmt: skip
+                p_q,
+                p_ks,
+                p_vs,
+                d_k,
+                d_v,
+                p_out,
+                p_lse,
+                p_partial,
+                p_row_starts,
+                p_key_starts,
+                p_order,
+                p_segments,
+                p_labels,
+                p_valid,
+                p_source_q,
+                p_source_k,
+                p_source_v,
+                p_scales,
+                p_bias,
+                p_weight,
+                p_gain,
+                p_gates,
+                p_contrast,
+                p_value_sums,
+                stride_q,
+                stride_out,
+                stride_kb,
+                stride_kn,
+                stride_kh,
+                stride_vb,
+                stride_vn,
+                stride_vh,
+                steps_k,
+                steps_v,
+                stride_tables,
+                stride_starts,
+                scale,
+                n_items,
+                n_heads,
+                n_rows,
+                n_keys,
+                n_row_blocks,
+                n_row_segments,
+                n_key_segments,
+                n_pieces,
+                n_groups,
+                T,
+            )
     else:
         attend(
             tl.program_id(0),
-            p_q, p_ks, p_vs, d_k, d_v, p_out, p_lse, p_partial, p_row_starts, p_key_starts, p_order,
-            p_segments, p_labels, p_valid, p_source_q, p_source_k, p_source_v, p_scales, p_bias,
-            p_weight, p_gain, p_gates, p_contrast, p_value_sums, stride_q, stride_out, stride_kb,
-            stride_kn, stride_kh, stride_vb, stride_vn, stride_vh, steps_k, steps_v, stride_tables,
-            stride_starts, scale, n_items, n_heads, n_rows, n_keys, n_row_blocks, n_row_segments,
-            n_key_segments, n_pieces, n_groups, T,
-        )  # fmt: skip
+            p_q,
+            p_ks,
+            p_vs,
+            d_k,
+            d_v,
+            p_out,
+            p_lse,
+            p_partial,
+            p_row_starts,
+            p_key_starts,
+            p_order,
+            p_segments,
+            p_labels,
+            p_valid,
+            p_source_q,
+            p_source_k,
+            p_source_v,
+            p_scales,
+            p_bias,
+            p_weight,
+            p_gain,
+            p_gates,
+            p_contrast,
+            p_value_sums,
+            stride_q,
+            stride_out,
+            stride_kb,
+            stride_kn,
+            stride_kh,
+            stride_vb,
+            stride_vn,
+            stride_vh,
+            steps_k,
+            steps_v,
+            stride_tables,
+            stride_starts,
+            scale,
+            n_items,
+            n_heads,
+            n_rows,
+            n_keys,
+            n_row_blocks,
+            n_row_segments,
+            n_key_segments,
+            n_pieces,
+            n_groups,
+            T,
+        )
 
 
 def attention_forward(
@@ -434,9 +653,11 @@ def attention_forward(
 ) -> None:
     """Launch the kernel; it writes out, and lse and partial where they are given.
 
-    Shapes and dtypes are those beside the kernel's pointers. Tables, starts, sources, lse and partial are contiguous;
-    q, k, v and out have a contiguous last dimension, and k and v a batch of B, of 1, or what their source indexes.
-    row_blocks: of an item and head, at least the sum over row segments of ceil(length / BLOCK_M). programs: as many walk
+    Shapes and dtypes are those beside the kernel's pointers. Tables, starts, sources, lse and partial are
+    contiguous; q, k, v and out have a contiguous last dimension, and k and v a batch of B, of 1, or what
+    their source indexes.
+    row_blocks: of an item and head, at least the sum over row segments of ceil(length / BLOCK_M). programs:
+        as many walk
     all row blocks, with T.PERSISTENT; None: one for each.
     """
     batch, rows, heads, _ = out.shape
@@ -444,13 +665,50 @@ def attention_forward(
     steps_k, steps_v = ((0, 0, 0),) * 2 if descriptors is None else (d.steps for d in descriptors)
     total = row_blocks * batch * heads
     attention_forward_kernel[(min(programs or total, total),)](
-        q, tuple(ks), tuple(vs), d_k, d_v, out, lse, partial, row_starts, key_starts, order, segments, labels, valid,
-        source_q, source_k, source_v, scales, bias, weight, gain, gates, contrast, value_sums,
-        stride_q=token_strides(q), stride_out=token_strides(out), **list_strides("k", ks, source_k),
-        **list_strides("v", vs, source_v), steps_k=steps_k, steps_v=steps_v,
+        q,
+        tuple(ks),
+        tuple(vs),
+        d_k,
+        d_v,
+        out,
+        lse,
+        partial,
+        row_starts,
+        key_starts,
+        order,
+        segments,
+        labels,
+        valid,
+        source_q,
+        source_k,
+        source_v,
+        scales,
+        bias,
+        weight,
+        gain,
+        gates,
+        contrast,
+        value_sums,
+        stride_q=token_strides(q),
+        stride_out=token_strides(out),
+        **list_strides("k", ks, source_k),
+        **list_strides("v", vs, source_v),
+        steps_k=steps_k,
+        steps_v=steps_v,
         stride_tables=tuple(s for t in (scales, bias, weight, gain, gates) for s in item_strides(t)),
         stride_starts=(item_strides(row_starts)[0], item_strides(key_starts)[0]),
-        scale=scale, n_items=batch, n_heads=heads, n_rows=rows, n_keys=ks[0].shape[1], n_row_blocks=row_blocks,
-        n_row_segments=row_segments, n_key_segments=key_segments, n_pieces=pieces, n_groups=groups,
-        T=traits.constants(), num_warps=warps, num_stages=stages, enable_fp_fusion=True,
-    )  # fmt: skip
+        scale=scale,
+        n_items=batch,
+        n_heads=heads,
+        n_rows=rows,
+        n_keys=ks[0].shape[1],
+        n_row_blocks=row_blocks,
+        n_row_segments=row_segments,
+        n_key_segments=key_segments,
+        n_pieces=pieces,
+        n_groups=groups,
+        T=traits.constants(),
+        num_warps=warps,
+        num_stages=stages,
+        enable_fp_fusion=True,
+    )

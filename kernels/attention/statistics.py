@@ -1,7 +1,7 @@
 """The light kernels around the attention: sums of values, mass from its partials, head gain, scaling of rows.
 
-All of them reduce in a fixed order. Verified in Triton's interpreter and compiled for sm_80 and sm_90; not yet run on
-hardware.
+All of them reduce in a fixed order. Verified in Triton's interpreter and compiled for sm_80 and sm_90; not
+yet run on hardware.
 """
 
 from __future__ import annotations
@@ -19,9 +19,22 @@ from .blocks import Traits, item_strides, list_strides, open_tensor
 
 @triton.jit(do_not_specialize=["n_items", "n_kv_heads", "n_keys", "n_key_segments", "stride_starts"])
 def value_sums_kernel(
-    p_vs, p_sums, p_key_starts, p_valid, p_source_v, stride_vb, stride_vn, stride_vh, stride_starts,
-    n_items, n_kv_heads, n_keys, n_key_segments, BLOCK_D: tl.constexpr, T: tl.constexpr,
-):  # fmt: skip
+    p_vs,
+    p_sums,
+    p_key_starts,
+    p_valid,
+    p_source_v,
+    stride_vb,
+    stride_vn,
+    stride_vh,
+    stride_starts,
+    n_items,
+    n_kv_heads,
+    n_keys,
+    n_key_segments,
+    BLOCK_D: tl.constexpr,
+    T: tl.constexpr,
+):
     c = tl.program_id(0) % n_key_segments
     h = tl.program_id(0) // n_key_segments % n_kv_heads
     b = tl.program_id(0) // n_key_segments // n_kv_heads
@@ -46,27 +59,62 @@ def value_sums_kernel(
 
 
 def value_sums(
-    vs: Sequence[Tensor], batch: int, key_segments: int, traits: Traits, *, key_starts: Tensor | None = None,
-    valid: Tensor | None = None, source_v: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    vs: Sequence[Tensor],
+    batch: int,
+    key_segments: int,
+    traits: Traits,
+    *,
+    key_starts: Tensor | None = None,
+    valid: Tensor | None = None,
+    source_v: Tensor | None = None,
+) -> Tensor:
     """Sum of every key segment's valid values, (B, Hkv, C, D) float32; shapes as in attention_forward."""
     kv_heads = vs[0].shape[2]
     sums = torch.empty(batch, kv_heads, key_segments, traits.D, dtype=torch.float32, device=vs[0].device)
     value_sums_kernel[(batch * kv_heads * key_segments,)](
-        tuple(vs), sums, key_starts, valid, source_v,
+        tuple(vs),
+        sums,
+        key_starts,
+        valid,
+        source_v,
         **list_strides("v", vs, source_v),
         stride_starts=item_strides(key_starts)[0],
-        n_items=batch, n_kv_heads=kv_heads, n_keys=vs[0].shape[1], n_key_segments=key_segments,
-        BLOCK_D=max(16, triton.next_power_of_2(traits.D)), T=traits.constants(), num_warps=4,
-    )  # fmt: skip
+        n_items=batch,
+        n_kv_heads=kv_heads,
+        n_keys=vs[0].shape[1],
+        n_key_segments=key_segments,
+        BLOCK_D=max(16, triton.next_power_of_2(traits.D)),
+        T=traits.constants(),
+        num_warps=4,
+    )
     return sums
 
 
-@triton.jit(do_not_specialize=["stride_starts", "n_heads", "n_row_blocks", "n_row_segments", "n_key_segments", "n_rows"])
+@triton.jit(
+    do_not_specialize=[
+        "stride_starts",
+        "n_heads",
+        "n_row_blocks",
+        "n_row_segments",
+        "n_key_segments",
+        "n_rows",
+    ]
+)
 def sum_mass_kernel(
-    p_partial, p_mass, p_row_starts, stride_starts, n_heads, n_rows, n_row_blocks, n_row_segments, n_key_segments,
-    PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    p_partial,
+    p_mass,
+    p_row_starts,
+    stride_starts,
+    n_heads,
+    n_rows,
+    n_row_blocks,
+    n_row_segments,
+    n_key_segments,
+    PARTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     bh = tl.program_id(0).to(tl.int64)
     p_starts = p_row_starts + (bh // n_heads) * stride_starts
     p_partial += bh * n_row_blocks * n_key_segments
@@ -80,7 +128,9 @@ def sum_mass_kernel(
         for t in range(seen, end, BLOCK_T):
             o_t = t + tl.arange(0, BLOCK_T)
             o_partial = o_t[:, None] * n_key_segments + o_c[None, :]
-            b_mass += tl.sum(tl.load(p_partial + o_partial, mask=(o_t < end)[:, None] & m_c[None, :], other=0.0), 0)
+            b_mass += tl.sum(
+                tl.load(p_partial + o_partial, mask=(o_t < end)[:, None] & m_c[None, :], other=0.0), 0
+            )
         tl.store(p_mass + r * n_key_segments + o_c, b_mass, mask=m_c)
         seen = end
 
@@ -90,21 +140,52 @@ def sum_mass(partial: Tensor, row_starts: Tensor, row_segments: int, block_m: in
     batch, heads, row_blocks, key_segments = partial.shape
     mass = torch.empty(batch, heads, row_segments, key_segments, dtype=torch.float32, device=partial.device)
     sum_mass_kernel[(batch * heads,)](
-        partial, mass, row_starts, item_strides(row_starts)[0], heads, 0, row_blocks, row_segments, key_segments,
-        PARTS=parts, BLOCK_M=block_m, BLOCK_T=32, BLOCK_C=triton.next_power_of_2(key_segments), num_warps=4,
-    )  # fmt: skip
+        partial,
+        mass,
+        row_starts,
+        item_strides(row_starts)[0],
+        heads,
+        0,
+        row_blocks,
+        row_segments,
+        key_segments,
+        PARTS=parts,
+        BLOCK_M=block_m,
+        BLOCK_T=32,
+        BLOCK_C=triton.next_power_of_2(key_segments),
+        num_warps=4,
+    )
     return mass
 
 
 @triton.jit(
     do_not_specialize=[
-        "p_span", "p_floor", "stride_starts", "stride_gain", "n_heads", "n_row_segments", "n_key_segments",
+        "p_span",
+        "p_floor",
+        "stride_starts",
+        "stride_gain",
+        "n_heads",
+        "n_row_segments",
+        "n_key_segments",
     ]
-)  # fmt: skip
+)
 def head_gain_kernel(
-    p_mass, p_gain, p_given, p_rule, p_span, p_floor, p_row_starts, stride_starts, stride_gain, n_heads, n_row_segments,
-    n_key_segments, NORM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    p_mass,
+    p_gain,
+    p_given,
+    p_rule,
+    p_span,
+    p_floor,
+    p_row_starts,
+    stride_starts,
+    stride_gain,
+    n_heads,
+    n_row_segments,
+    n_key_segments,
+    NORM: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     b = tl.program_id(0).to(tl.int64)
     o_h = tl.arange(0, BLOCK_H)
     o_c = tl.arange(0, BLOCK_C)
@@ -140,29 +221,62 @@ def head_gain_kernel(
         tl.store(p_gain + (b * n_heads + o_h) * n_row_segments + r, b_gain, mask=m_h)
 
 
-def head_gain(mass: Tensor, rule: Tensor, row_starts: Tensor, norm: str, span: Tensor, floor: Tensor,
-              given: Tensor | None = None) -> Tensor:  # fmt: skip
+def head_gain(
+    mass: Tensor,
+    rule: Tensor,
+    row_starts: Tensor,
+    norm: str,
+    span: Tensor,
+    floor: Tensor,
+    given: Tensor | None = None,
+) -> Tensor:
     """The gain derived from the mass (B, H, R, C) times the given one (1|B, 1|H, R): (B, H, R) float32.
 
-    In-Context Brush (arXiv 2505.20271), Eqs. 6-8: m = mass of the rule's block / its rows, normalised over heads, then
-    floor + span * m. rule: (2 R + C,) int32 flags of the rows counted, the rows that are scaled, the keys counted;
+    In-Context Brush (arXiv 2505.20271), Eqs. 6-8: m = mass of the rule's block / its rows, normalised over
+    heads, then floor + span * m. rule: (2 R + C,) int32 flags of the rows counted, the rows that are scaled,
+    the keys counted;
     span, floor: one float32 each.
     """
     batch, heads, row_segments, key_segments = mass.shape
     gain = torch.empty(batch, heads, row_segments, dtype=torch.float32, device=mass.device)
     head_gain_kernel[(batch,)](
-        mass, gain, given, rule, span, floor, row_starts, item_strides(row_starts)[0], item_strides(given), heads,
-        row_segments, key_segments, NORM=norm, BLOCK_H=triton.next_power_of_2(heads),
-        BLOCK_C=triton.next_power_of_2(key_segments), num_warps=4,
-    )  # fmt: skip
+        mass,
+        gain,
+        given,
+        rule,
+        span,
+        floor,
+        row_starts,
+        item_strides(row_starts)[0],
+        item_strides(given),
+        heads,
+        row_segments,
+        key_segments,
+        NORM=norm,
+        BLOCK_H=triton.next_power_of_2(heads),
+        BLOCK_C=triton.next_power_of_2(key_segments),
+        num_warps=4,
+    )
     return gain
 
 
 @triton.jit(do_not_specialize=["stride_starts", "n_heads", "n_rows", "n_row_blocks", "n_row_segments"])
 def scale_rows_kernel(
-    p_out, p_gain, p_row_starts, stride_out, stride_starts, n_heads, n_rows, n_row_blocks, n_row_segments,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, ALIGN: tl.constexpr, EMULATE: tl.constexpr,
-):  # fmt: skip
+    p_out,
+    p_gain,
+    p_row_starts,
+    stride_out,
+    stride_starts,
+    n_heads,
+    n_rows,
+    n_row_blocks,
+    n_row_segments,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    ALIGN: tl.constexpr,
+    EMULATE: tl.constexpr,
+):
     bh = tl.program_id(0) // n_row_blocks
     b = (bh // n_heads).to(tl.int64)
     h = (bh % n_heads).to(tl.int64)
@@ -180,11 +294,25 @@ def scale_rows_kernel(
         tl.store(p_tile, rounded(b_out, p_out.dtype.element_ty, EMULATE), mask=mask)
 
 
-def scale_rows(out: Tensor, gain: Tensor, row_starts: Tensor, traits: Traits, block_m: int, row_blocks: int) -> None:
+def scale_rows(
+    out: Tensor, gain: Tensor, row_starts: Tensor, traits: Traits, block_m: int, row_blocks: int
+) -> None:
     """out (B, M, H, D) *= gain (B, H, R) in place, by row segment; a segment whose gain is 1 is left alone."""
     batch, rows, heads, dim = out.shape
     scale_rows_kernel[(row_blocks * batch * heads,)](
-        out, gain, row_starts, (out.stride(0), out.stride(1), out.stride(2)), item_strides(row_starts)[0], heads, rows,
-        row_blocks, gain.shape[2], D=dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK_M=block_m, ALIGN=traits.ALIGN,
-        EMULATE=traits.EMULATE, num_warps=4,
-    )  # fmt: skip
+        out,
+        gain,
+        row_starts,
+        (out.stride(0), out.stride(1), out.stride(2)),
+        item_strides(row_starts)[0],
+        heads,
+        rows,
+        row_blocks,
+        gain.shape[2],
+        D=dim,
+        BLOCK_D=triton.next_power_of_2(dim),
+        BLOCK_M=block_m,
+        ALIGN=traits.ALIGN,
+        EMULATE=traits.EMULATE,
+        num_warps=4,
+    )

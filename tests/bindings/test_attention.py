@@ -36,9 +36,12 @@ def same(a: Tensor, b: Tensor, tolerance: float = 1e-6) -> None:
 def joined(spec: Spec) -> Spec:
     """With k and v as single tensors, batch and all."""
     batch = max(t.shape[0] for t in (*spec.k, *spec.v))
-    join = lambda ts, index: torch.cat(  # noqa: E731
-        [t.expand(batch, *t.shape[1:]) if index is None else t[index[i]] for i, t in enumerate(ts)], 1
-    )
+
+    def join(ts: list[Tensor], index: list[Tensor] | None) -> Tensor:
+        return torch.cat(
+            [t.expand(batch, *t.shape[1:]) if index is None else t[index[i]] for i, t in enumerate(ts)], 1
+        )
+
     new = copy.copy(spec)
     new.k, new.v = [join(spec.k, spec.source.get("k"))], [join(spec.v, spec.source.get("v"))]
     new.source = {"q": spec.source["q"]} if spec.source else {}
@@ -54,8 +57,16 @@ def token_labels(names: list[str], sizes: list[list[int]]) -> Tensor:
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_plain_is_sdpa(backend: str, dtype: torch.dtype) -> None:
-    for B, M, N, H, Hkv, D in ((1, 5, 5, 1, 1, 1), (2, 33, 70, 4, 2, 24), (3, 1, 129, 3, 3, 64), (1, 64, 1, 2, 1, 40)):
-        q, k, v = torch.randn(B, M, H, D, dtype=dtype), *(torch.randn(B, N, Hkv, D, dtype=dtype) for _ in range(2))
+    for B, M, N, H, Hkv, D in (
+        (1, 5, 5, 1, 1, 1),
+        (2, 33, 70, 4, 2, 24),
+        (3, 1, 129, 3, 3, 64),
+        (1, 64, 1, 2, 1, 40),
+    ):
+        q, k, v = (
+            torch.randn(B, M, H, D, dtype=dtype),
+            *(torch.randn(B, N, Hkv, D, dtype=dtype) for _ in range(2)),
+        )
         truth = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), enable_gqa=True)
         same(fb.attention(q, k, v, backend=backend), truth.transpose(1, 2), 2e-6)
         segments = fb.Segments(a=N // 2, b=N - N // 2)
@@ -98,7 +109,11 @@ def test_neutral_numbers_change_nothing(backend: str) -> None:
             "gates": {group: 1.0},
             "valid": {spec.key_names[-1]: torch.tensor([s[-1] for s in spec.key_sizes])},
         }
-        for a, b in zip((plain[0], *plain[1]), (lambda r: (r[0], *r[1]))(attend(spec, backend, return_stats=True)), strict=True):
+        for a, b in zip(
+            (plain[0], *plain[1]),
+            (lambda r: (r[0], *r[1]))(attend(spec, backend, return_stats=True)),
+            strict=True,
+        ):
             same(a, b, 1e-6 if backend == "composed" else 1e-12)
 
 
@@ -133,7 +148,10 @@ def test_minus_inf_removes_keys_and_their_values_are_not_read(backend: str) -> N
         truth = attend(remove(cut, name), backend, return_stats=True)
         cut.k, cut.v = ([t.masked_fill(gone[:, None, None], math.nan) for t in ts] for ts in (cut.k, cut.v))
         heads = spec.q.shape[2]
-        for value in (-math.inf, torch.full((heads,), -math.inf)):  # known when lowered, and only in the table
+        for value in (
+            -math.inf,
+            torch.full((heads,), -math.inf),
+        ):  # known when lowered, and only in the table
             cut.options["bias"]["*", name] = value
             out, stats = attend(cut, backend, return_stats=True)
             assert bool(torch.isfinite(out).all())
@@ -155,7 +173,10 @@ def test_invalid_keys_are_not_read(backend: str) -> None:
     assert bool(torch.isfinite(out).all())
     for b in range(2):
         keep = [*range(int(count[b])), *range(4, 9)]
-        same(out[b : b + 1], fb.attention(q[b : b + 1], k[b : b + 1, keep], v[b : b + 1, keep], backend=backend))
+        same(
+            out[b : b + 1],
+            fb.attention(q[b : b + 1], k[b : b + 1, keep], v[b : b + 1, keep], backend=backend),
+        )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -203,7 +224,9 @@ def test_permuting_segments_permutes_nothing_else(backend: str) -> None:
             continue
         out, stats = attend(spec, backend, return_stats=True)
         generator = torch.Generator().manual_seed(seed)
-        row_order, key_order = (torch.randperm(len(n), generator=generator) for n in (spec.row_names, spec.key_names))
+        row_order, key_order = (
+            torch.randperm(len(n), generator=generator) for n in (spec.row_names, spec.key_names)
+        )
         moved = joined(spec)
         rows, keys = (
             torch.cat([(token_labels(names, sizes)[0] == s).nonzero()[:, 0] for s in order])
@@ -213,7 +236,10 @@ def test_permuting_segments_permutes_nothing_else(backend: str) -> None:
             )
         )
         moved.q, moved.k, moved.v = spec.q[:, rows], [moved.k[0][:, keys]], [moved.v[0][:, keys]]
-        moved.row_names, moved.key_names = [spec.row_names[i] for i in row_order], [spec.key_names[i] for i in key_order]
+        moved.row_names, moved.key_names = (
+            [spec.row_names[i] for i in row_order],
+            [spec.key_names[i] for i in key_order],
+        )
         moved.row_sizes = [[s[i] for i in row_order] for s in spec.row_sizes]
         moved.key_sizes = [[s[i] for i in key_order] for s in spec.key_sizes]
         moved.options = dict(spec.options)
@@ -254,10 +280,15 @@ def test_splitting_a_segment_changes_nothing(backend: str) -> None:
             options["groups"] = {g: [*m, "key2"] if key in m else m for g, m in options["groups"].items()}
         if "head_gain" in options:
             rule = options["head_gain"]
-            parts = {"rows": (rule.rows, row, "row2"), "keys": (rule.keys, key, "key2"),
-                     "apply_to": (rule.apply_to, row, "row2")}  # fmt: skip
-            wider = {k: v if v == "*" else [*([v] if isinstance(v, str) else v), *([new] if split in v else [])]
-                     for k, (v, split, new) in parts.items()}  # fmt: skip
+            parts = {
+                "rows": (rule.rows, row, "row2"),
+                "keys": (rule.keys, key, "key2"),
+                "apply_to": (rule.apply_to, row, "row2"),
+            }
+            wider = {
+                k: v if v == "*" else [*([v] if isinstance(v, str) else v), *([new] if split in v else [])]
+                for k, (v, split, new) in parts.items()
+            }
             options["head_gain"] = fb.HeadGain(**wider, span=rule.span, floor=rule.floor, norm=rule.norm)
         fine.options = options
         again, fine_stats = attend(fine, backend, return_stats=True)
@@ -266,9 +297,11 @@ def test_splitting_a_segment_changes_nothing(backend: str) -> None:
         same(fine_stats.lse, stats.lse)
         merge_rows = [r if n == "row2" else spec.row_names.index(n) for n in fine.row_names]
         merge_keys = [c if n == "key2" else spec.key_names.index(n) for n in fine.key_names]
-        mass = torch.zeros_like(stats.mass[..., :1]).expand(-1, -1, -1, len(fine.key_names)).index_add(
-            2, torch.tensor(merge_rows), fine_stats.mass
-        )  # fmt: skip
+        mass = (
+            torch.zeros_like(stats.mass[..., :1])
+            .expand(-1, -1, -1, len(fine.key_names))
+            .index_add(2, torch.tensor(merge_rows), fine_stats.mass)
+        )
         same(torch.zeros_like(stats.mass).index_add(3, torch.tensor(merge_keys), mass), stats.mass)
 
 
@@ -341,7 +374,9 @@ def test_a_row_without_a_key_gives_zero(backend: str, how: str) -> None:
 def test_calls_without_rows_keys_or_items(backend: str) -> None:
     for B, M, N in ((2, 0, 5), (2, 5, 0), (0, 5, 5), (2, 0, 0)):
         q, k, v = (torch.randn(B, n, 2, 8) for n in (M, N, N))
-        control = fb.Control(fb.Segments(a=M), fb.Segments(x=N), head_gain=fb.HeadGain("a", "x"), gain={"a": 0.5})
+        control = fb.Control(
+            fb.Segments(a=M), fb.Segments(x=N), head_gain=fb.HeadGain("a", "x"), gain={"a": 0.5}
+        )
         for c in (None, control):
             out, stats = fb.attention(q, k, v, c, backend=backend, return_stats=True)
             assert out.shape == q.shape and bool((out == 0).all())
@@ -362,8 +397,15 @@ def test_statistics_are_of_the_attention_before_weight_gate_and_gain() -> None:
     q, k, v = torch.randn(1, 6, 2, 8), torch.randn(1, 9, 2, 8), torch.randn(1, 9, 2, 8)
     rows, keys = fb.Segments(a=2, b=4), fb.Segments(x=4, y=5)
     plain = fb.attention(q, k, v, fb.Control(rows, keys), backend="reference", return_stats=True)[1]
-    options = {"weight": {("a", "x"): 3.0}, "gates": {"all": 0.5}, "gain": {"b": 2.0}, "contrast": fb.Contrast(2.0)}
-    stats = fb.attention(q, k, v, fb.Control(rows, keys, **options), backend="reference", return_stats=True)[1]
+    options = {
+        "weight": {("a", "x"): 3.0},
+        "gates": {"all": 0.5},
+        "gain": {"b": 2.0},
+        "contrast": fb.Contrast(2.0),
+    }
+    stats = fb.attention(q, k, v, fb.Control(rows, keys, **options), backend="reference", return_stats=True)[
+        1
+    ]
     same(stats.lse, plain.lse)
     same(stats.mass, plain.mass)
     assert stats.gain.tolist() == [[[1.0, 2.0], [1.0, 2.0]]]

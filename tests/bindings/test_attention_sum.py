@@ -66,10 +66,15 @@ def test_sixteen_bits_round_each_branch_and_the_sum_once() -> None:
 
 
 def test_gradcheck() -> None:
-    a = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((1, 3, 2, 2), (1, 4, 2, 2), (1, 4, 2, 2))]
+    a = [
+        torch.randn(s, dtype=torch.float64, requires_grad=True)
+        for s in ((1, 3, 2, 2), (1, 4, 2, 2), (1, 4, 2, 2))
+    ]
     q = torch.randn(1, 3, 2, 2, dtype=torch.float64, requires_grad=True)
     gate = torch.rand(1, 3, dtype=torch.float64)
-    assert gradcheck(lambda q2, q, k, v: fb.attention_sum([fb.Branch(q, k, v), fb.Branch(q2, k, v, gate=gate)]), [q, *a])
+    assert gradcheck(
+        lambda q2, q, k, v: fb.attention_sum([fb.Branch(q, k, v), fb.Branch(q2, k, v, gate=gate)]), [q, *a]
+    )
 
 
 def test_bad_calls_name_the_branch_and_write_nothing() -> None:
@@ -86,8 +91,16 @@ def test_bad_calls_name_the_branch_and_write_nothing() -> None:
         ([good, fb.Branch(q, k, v, gate="a")], TypeError, r"branches\[1\].gate"),
         ([good, fb.Branch(q, k, v, gate=torch.rand(7))], ValueError, r"branches\[1\].gate.*\(2, 7\)"),
         ([good, fb.Branch(q, k, v, gate=torch.full((2, 7), math.inf))], ValueError, r"branches\[1\].gate"),
-        ([good, fb.Branch(q, k, v, gate=torch.ones(2, 7, dtype=torch.int64))], TypeError, r"branches\[1\].gate"),
-        ([good, fb.Branch(q, k, v, gate=torch.rand(2, 7, requires_grad=True))], TypeError, r"branches\[1\].gate"),
+        (
+            [good, fb.Branch(q, k, v, gate=torch.ones(2, 7, dtype=torch.int64))],
+            TypeError,
+            r"branches\[1\].gate",
+        ),
+        (
+            [good, fb.Branch(q, k, v, gate=torch.rand(2, 7, requires_grad=True))],
+            TypeError,
+            r"branches\[1\].gate",
+        ),
     ):
         with pytest.raises(error, match=word):
             fb.attention_sum(bad, out=out)

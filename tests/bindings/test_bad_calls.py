@@ -1,4 +1,6 @@
-"""Calls that must be refused: the right type, the argument by name, what was expected and what came; nothing written."""
+"""Calls that must be refused: the right type, the argument by name, what was expected and what came; nothing
+written.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,11 @@ SEGMENTS = (
     (lambda: S(a=torch.tensor([1, 2]), b=torch.tensor([2, 1])).slice("b"), ValueError, r"slice.*'b'.*items"),
     (lambda: S.from_labels([0, 1], ["a", "b"]), TypeError, r"labels.*int tensor.*list"),
     (lambda: S.from_labels(torch.zeros(4), ["a"]), TypeError, r"labels.*float32"),
-    (lambda: S.from_labels(torch.zeros(2, 2, 2).long(), ["a"]), ValueError, r"labels.*\(tokens,\).*\(2, 2, 2\)"),
+    (
+        lambda: S.from_labels(torch.zeros(2, 2, 2).long(), ["a"]),
+        ValueError,
+        r"labels.*\(tokens,\).*\(2, 2, 2\)",
+    ),
     (lambda: S.from_labels(torch.tensor([0, 2]), ["a", "b"]), ValueError, r"labels.*0\.\.1.*0\.\.2"),
     (lambda: S.from_labels(torch.tensor([-1, 0]), ["a", "b"]), ValueError, r"labels.*-1"),
     (lambda: S.from_labels(torch.tensor([0]), ["a", "a"]), ValueError, r"names.*distinct"),
@@ -69,12 +75,28 @@ CONTROL = (
     (lambda: control(bias={("a", "x"): NAN}), ValueError, r"bias.*finite number or -inf.*nan"),
     (lambda: control(bias={("a", "x"): INF}), ValueError, r"bias.*finite number or -inf.*inf"),
     (lambda: control(bias={("a", "x"): "big"}), TypeError, r"bias.*number or a tensor.*str"),
-    (lambda: control(bias={("a", "x"): -1e9}), ValueError, r"bias.*-inf, which removes, at most 1e4.*got -1000000000"),
+    (
+        lambda: control(bias={("a", "x"): -1e9}),
+        ValueError,
+        r"bias.*-inf, which removes, at most 1e4.*got -1000000000",
+    ),
     (lambda: control(bias={("a", "x"): torch.tensor([1.0, -1e9])}), ValueError, r"bias.*at most 1e4"),
     (lambda: control(weight={("a", "x"): 1e39}), ValueError, r"weight.*finite"),
-    (lambda: control(weight={("a", "x"): torch.tensor([1.0, 1e39], dtype=torch.float64)}), ValueError, r"weight.*finite"),
-    (lambda: control(bias={("a", "x"): torch.tensor([1.0, NAN])}), ValueError, r"bias.*finite number or -inf"),
-    (lambda: control(bias={("a", "x"): torch.zeros(2, 4, 5)}), ValueError, r"bias.*\(batch, heads\).*\(2, 4, 5\)"),
+    (
+        lambda: control(weight={("a", "x"): torch.tensor([1.0, 1e39], dtype=torch.float64)}),
+        ValueError,
+        r"weight.*finite",
+    ),
+    (
+        lambda: control(bias={("a", "x"): torch.tensor([1.0, NAN])}),
+        ValueError,
+        r"bias.*finite number or -inf",
+    ),
+    (
+        lambda: control(bias={("a", "x"): torch.zeros(2, 4, 5)}),
+        ValueError,
+        r"bias.*\(batch, heads\).*\(2, 4, 5\)",
+    ),
     (lambda: control(bias={("a", "x"): torch.tensor(1.0)}), ValueError, r"bias.*\(heads,\).*\(\)"),
     (lambda: control(bias={("a", "x"): ints}), TypeError, r"bias.*float tensor.*int64"),
     (lambda: control(bias={("a", "x"): needs_grad}), TypeError, r"bias.*requires grad"),
@@ -101,7 +123,11 @@ CONTROL = (
     (lambda: control(head_gain=0.2), TypeError, r"head_gain.*HeadGain.*float"),
     (lambda: control(head_gain=fb.HeadGain()), ValueError, r"head_gain.rows.*'target'.*a, b"),
     (lambda: control(head_gain=fb.HeadGain("a")), ValueError, r"head_gain.keys.*'prompt'.*x, y"),
-    (lambda: control(head_gain=fb.HeadGain("a", "x", apply_to=["a", "c"])), ValueError, r"head_gain.apply_to.*'c'"),
+    (
+        lambda: control(head_gain=fb.HeadGain("a", "x", apply_to=["a", "c"])),
+        ValueError,
+        r"head_gain.apply_to.*'c'",
+    ),
     (lambda: control(head_gain=fb.HeadGain(3, "x")), TypeError, r"head_gain.rows.*segment name.*3"),
     (lambda: control(head_gain=fb.HeadGain([], "x")), TypeError, r"head_gain.rows.*segment name.*\[\]"),
     (lambda: fb.HeadGain(norm="l2"), ValueError, r"HeadGain.norm.*minmax.*'l2'"),
@@ -120,10 +146,17 @@ CONTROL = (
     (lambda: control(gates={"all": torch.full((2, 5), NAN)}), ValueError, r"gates\['all'\].*finite"),
     (lambda: control(gates={"all": NAN}), ValueError, r"gates\['all'\].*finite.*nan"),
     (lambda: control(gates={"all": torch.ones(2, 5).long()}), TypeError, r"gates\['all'\].*float.*int64"),
-    (lambda: control(gates={"all": torch.ones(2, 5, requires_grad=True)}), TypeError, r"gates\['all'\].*requires grad"),
+    (
+        lambda: control(gates={"all": torch.ones(2, 5, requires_grad=True)}),
+        TypeError,
+        r"gates\['all'\].*requires grad",
+    ),
     (
         lambda: C(
-            S(a=1), keys(), groups={"g": ["x"], "h": ["y"]}, gates={"g": torch.ones(2, 1), "h": torch.ones(3, 1)}
+            S(a=1),
+            keys(),
+            groups={"g": ["x"], "h": ["y"]},
+            gates={"g": torch.ones(2, 1), "h": torch.ones(3, 1)},
         ),
         ValueError,
         r"gates.*batch.*2 and 3",
@@ -192,11 +225,21 @@ CALLS = (
     (lambda: (q(), lists(4, 5), lists(4)), {}, ValueError, r"v: .*as many tensors as k \(2\).*1"),
     (lambda: (q(), lists(4, 5), kv()), {}, ValueError, r"v: .*as many tensors as k"),
     (lambda: (q(), [kv(2, 4, 2, 8), 3], lists(4, 5)), {}, TypeError, r"k\[1\].*tensor.*int"),
-    (lambda: (q(), [kv(2, 4, 2, 8), kv(2, 5, 1, 8)], [kv(2, 4, 2, 8), kv(2, 5, 1, 8)]), {}, ValueError, r"k\[1\].*2 heads"),
+    (
+        lambda: (q(), [kv(2, 4, 2, 8), kv(2, 5, 1, 8)], [kv(2, 4, 2, 8), kv(2, 5, 1, 8)]),
+        {},
+        ValueError,
+        r"k\[1\].*2 heads",
+    ),
     (lambda: (q(), kv(), kv(), {"a": 3}), {}, TypeError, r"control: .*Control.*dict"),
     (lambda: (q(2, 6, 4, 8), kv(), kv(), control()), {}, ValueError, r"control.rows.*5 tokens.*6 rows"),
     (lambda: (q(), kv(2, 8, 2, 8), kv(2, 8, 2, 8), control()), {}, ValueError, r"control.keys.*9 tokens.*8"),
-    (lambda: (q(), lists(3, 3, 3), lists(3, 3, 3), control()), {}, ValueError, r"k: .*per key segment \(2\).*3"),
+    (
+        lambda: (q(), lists(3, 3, 3), lists(3, 3, 3), control()),
+        {},
+        ValueError,
+        r"k: .*per key segment \(2\).*3",
+    ),
     (lambda: (q(), lists(5, 4), lists(5, 4), control()), {}, ValueError, r"k: .*'x'.*4 tokens.*5"),
     (
         lambda: (q(), lists(4, 5), lists(4, 5), C(rows(), S(x=ints, y=9 - ints))),
@@ -204,14 +247,24 @@ CALLS = (
         ValueError,
         r"control.keys.*item to item.*single",
     ),
-    (lambda: (q(), kv(), kv(), control(bias={("a", "x"): torch.ones(2)})), {}, ValueError, r"control.*\[2\] heads.*4"),
+    (
+        lambda: (q(), kv(), kv(), control(bias={("a", "x"): torch.ones(2)})),
+        {},
+        ValueError,
+        r"control.*\[2\] heads.*4",
+    ),
     (
         lambda: (q(), kv(), kv(), control(weight={("a", "x"): torch.ones(3, 4)})),
         {},
         ValueError,
         r"control.*batch of \[3\].*2",
     ),
-    (lambda: (q(), kv(), kv(), control(gates={"all": torch.ones(3, 5)})), {}, ValueError, r"control.*batch of \[3\].*2"),
+    (
+        lambda: (q(), kv(), kv(), control(gates={"all": torch.ones(3, 5)})),
+        {},
+        ValueError,
+        r"control.*batch of \[3\].*2",
+    ),
     (
         lambda: (q(), kv(), kv(), control(valid={"x": torch.tensor([1, 2, 3])})),
         {},
@@ -231,7 +284,12 @@ CALLS = (
     (lambda: (q(), kv(), kv()), {"scale": ints}, TypeError, r"scale: .*float tensor.*int64"),
     (lambda: (q(), kv(), kv()), {"scale": torch.ones(3)}, ValueError, r"scale: .*\(2,\) or \(2, 4\).*\(3,\)"),
     (lambda: (q(), kv(), kv()), {"scale": torch.ones(2, 3)}, ValueError, r"scale: .*\(2, 4\).*\(2, 3\)"),
-    (lambda: (q(), kv(), kv()), {"scale": torch.ones(2, requires_grad=True)}, TypeError, r"scale: .*requires grad"),
+    (
+        lambda: (q(), kv(), kv()),
+        {"scale": torch.ones(2, requires_grad=True)},
+        TypeError,
+        r"scale: .*requires grad",
+    ),
     (lambda: (q(), kv(), kv()), {"source": [0, 1]}, TypeError, r"source: .*dict.*list"),
     (lambda: (q(), kv(), kv()), source(query=ints), ValueError, r"source: .*q, k and v.*'query'"),
     (lambda: (q(), kv(), kv()), source(q=[0, 1]), ValueError, r"source\['q'\].*1 index tensor.*2"),
@@ -240,7 +298,12 @@ CALLS = (
     (lambda: (q(), kv(), kv()), source(k=torch.tensor([[0, 1]])), TypeError, r"source\['k'\].*\(1, 2\)"),
     (lambda: (q(), kv(), kv()), source(q=torch.tensor([0, 2])), ValueError, r"source\['q'\].*0\.\.1.*0\.\.2"),
     (lambda: (q(), kv(), kv()), source(v=torch.tensor([-1, 0])), ValueError, r"source\['v'\].*0\.\.1.*-1"),
-    (lambda: (q(), kv(), kv()), source(q=torch.tensor([0]), k=torch.tensor([0, 1])), ValueError, r"source: .*differ.*1, 2"),
+    (
+        lambda: (q(), kv(), kv()),
+        source(q=torch.tensor([0]), k=torch.tensor([0, 1])),
+        ValueError,
+        r"source: .*differ.*1, 2",
+    ),
     (lambda: (q(), kv(), kv()), source(q=torch.tensor([0, 1, 0])), ValueError, r"k: .*batch of 3.*2"),
     (
         lambda: (q(), lists(4, 5), lists(4, 5), control()),
@@ -249,14 +312,44 @@ CALLS = (
         r"source\['k'\].*2 index tensors.*1",
     ),
     (lambda: (q(), kv(), kv()), {"mask": "causal"}, TypeError, r"mask: .*bool or float.*str"),
-    (lambda: (q(), kv(), kv()), {"mask": torch.ones(5, 9).long()}, TypeError, r"mask: .*bool or float.*int64"),
-    (lambda: (q(), kv(), kv()), {"mask": torch.ones(9, 5).bool()}, ValueError, r"mask: .*\(2, 4, 5, 9\).*\(9, 5\)"),
-    (lambda: (q(), kv(), kv()), {"mask": torch.ones(1, 2, 4, 5, 9).bool()}, ValueError, r"mask: .*\(1, 2, 4, 5, 9\)"),
-    (lambda: (q(), kv(), kv()), {"mask": torch.ones(5, 9, requires_grad=True)}, TypeError, r"mask: .*requires grad"),
-    (lambda: (q(), kv(), kv()), {"mask": torch.ones(5, 9).bool(), "backend": "cpu"}, ValueError, r"backend: 'cpu'"),
+    (
+        lambda: (q(), kv(), kv()),
+        {"mask": torch.ones(5, 9).long()},
+        TypeError,
+        r"mask: .*bool or float.*int64",
+    ),
+    (
+        lambda: (q(), kv(), kv()),
+        {"mask": torch.ones(9, 5).bool()},
+        ValueError,
+        r"mask: .*\(2, 4, 5, 9\).*\(9, 5\)",
+    ),
+    (
+        lambda: (q(), kv(), kv()),
+        {"mask": torch.ones(1, 2, 4, 5, 9).bool()},
+        ValueError,
+        r"mask: .*\(1, 2, 4, 5, 9\)",
+    ),
+    (
+        lambda: (q(), kv(), kv()),
+        {"mask": torch.ones(5, 9, requires_grad=True)},
+        TypeError,
+        r"mask: .*requires grad",
+    ),
+    (
+        lambda: (q(), kv(), kv()),
+        {"mask": torch.ones(5, 9).bool(), "backend": "cpu"},
+        ValueError,
+        r"backend: 'cpu'",
+    ),
     (lambda: (q(), kv(), kv()), {"backend": "flash"}, ValueError, r"backend: .*'auto'.*composed.*'flash'"),
     (lambda: (q(), kv(), kv()), {"backend": None}, ValueError, r"backend: .*'auto'.*None"),
-    (lambda: (q(), kv(), kv()), {"backend": "triton"}, ValueError, r"backend: 'triton' cannot run this call: "),
+    (
+        lambda: (q(), kv(), kv()),
+        {"backend": "triton"},
+        ValueError,
+        r"backend: 'triton' cannot run this call: ",
+    ),
     (
         lambda: (q(), kv(), kv(), control(contrast=fb.Contrast())),
         {"backend": "composed"},
@@ -267,7 +360,12 @@ CALLS = (
     (lambda: (q(), kv(), kv()), {"dropout_p": 0.1}, TypeError, r"dropout"),
     (lambda: (q(), kv(), kv()), {"window": (8, 8)}, TypeError, r"window"),
     (lambda: (q(requires_grad=True), kv(), kv()), {}, ValueError, r"out: .*require grad"),
-    (lambda: (q(requires_grad=True), kv(), kv(), control(contrast=fb.Contrast())), {}, (TypeError, ValueError), "contrast|out"),
+    (
+        lambda: (q(requires_grad=True), kv(), kv(), control(contrast=fb.Contrast())),
+        {},
+        (TypeError, ValueError),
+        "contrast|out",
+    ),
 )
 
 OUTS = (

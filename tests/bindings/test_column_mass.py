@@ -23,7 +23,9 @@ def test_equals_the_sum_over_the_map(seed: int, monkeypatch) -> None:
     spec.mask = None
     q, k, lse, control, kwargs = without_values(spec)
     truth = whole_map(spec)
-    torch.testing.assert_close(fb.column_mass(q, k, lse, control, **kwargs), truth.sum(2), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        fb.column_mass(q, k, lse, control, **kwargs), truth.sum(2), rtol=1e-9, atol=1e-9
+    )
     name = spec.row_names[seed % len(spec.row_names)]
     counted = torch.tensor(
         [[name_at(spec.row_names, s, i)[0] == name for i in range(q.shape[1])] for s in spec.row_sizes]
@@ -128,6 +130,8 @@ def test_lse_of_any_layout(change: str) -> None:
     q = torch.randn(2, 300, 4, 32, generator=torch.Generator().manual_seed(0))
     lse = fb.attention(q, q, q, return_stats=True)[1].lse
     expected = fb.column_mass(q, q, lse)
-    other = lse.double() if change == "dtype" else torch.stack([lse, torch.full_like(lse, math.nan)], -1)[..., 0]
+    other = (
+        lse.double() if change == "dtype" else torch.stack([lse, torch.full_like(lse, math.nan)], -1)[..., 0]
+    )
     for _ in range(10):
         assert torch.equal(fb.column_mass(q, q, other), expected)

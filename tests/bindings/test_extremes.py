@@ -64,7 +64,9 @@ def test_all_keys_alike(backend: str, dtype: torch.dtype, level: float) -> None:
     slack = 1e-3 if backend == "composed" and level else 0.0
     torch.testing.assert_close(out.double(), mean, rtol=slack, atol=2 * torch.finfo(dtype).eps + slack)
     shares = stats.mass[:, :, 0] / ROWS
-    torch.testing.assert_close(shares, torch.tensor([100 / 150, 50 / 150]).expand_as(shares), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        shares, torch.tensor([100 / 150, 50 / 150]).expand_as(shares), rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("place", (0, 70, KEYS - 1))
@@ -74,7 +76,9 @@ def test_one_huge_key(backend: str, dtype: torch.dtype, place: int) -> None:
     q = q.abs()
     k[:, place] = 300.0
     out = fb.attention(q, k, v, backend=backend)
-    torch.testing.assert_close(out, v[:, place : place + 1].expand_as(out), rtol=2 * torch.finfo(dtype).eps, atol=0)
+    torch.testing.assert_close(
+        out, v[:, place : place + 1].expand_as(out), rtol=2 * torch.finfo(dtype).eps, atol=0
+    )
 
 
 def test_denormals(backend: str) -> None:
@@ -109,7 +113,7 @@ def test_removed_keys_are_not_read(backend: str, dtype: torch.dtype) -> None:
     rows, keys = fb.Segments(a=20, b=17), fb.Segments(x=10, y=5, z=100, end=35)
     control = fb.Control(
         rows, keys, bias={("a", "y"): -math.inf, ("b", "z"): -math.inf}, valid={"end": torch.tensor([3])}
-    )  # fmt: skip
+    )
     clean = fb.attention(q, k, v, control, backend=backend, return_stats=True)
     for t in (k, v):
         t[:, 118:] = math.nan
@@ -150,13 +154,19 @@ def test_values_of_weight_0_or_of_a_tensor_of_inf_are_not_read(backend: str, ten
     q, k, v = (t.requires_grad_() for t in draw(torch.float32))
     rows, keys = fb.Segments(r=ROWS), fb.Segments(a=100, b=50)
     nothing = torch.full((HEADS,), -math.inf)
-    control = fb.Control(rows, keys, bias={("r", "b"): nothing}) if tensor else fb.Control(rows, keys, weight={("r", "b"): 0.0})
+    control = (
+        fb.Control(rows, keys, bias={("r", "b"): nothing})
+        if tensor
+        else fb.Control(rows, keys, weight={("r", "b"): 0.0})
+    )
     with torch.no_grad():
         v[:, 100:] = math.nan
         if tensor:
             k[:, 100:] = math.nan
     out, stats = fb.attention(q, k, v, control, backend=backend, return_stats=True)
-    assert bool(out.isfinite().all()) and bool(stats.lse.isfinite().all()) and bool(stats.mass.isfinite().all())
+    assert (
+        bool(out.isfinite().all()) and bool(stats.lse.isfinite().all()) and bool(stats.mass.isfinite().all())
+    )
     grads = torch.autograd.grad(out.sum(), (q, k, v))
     assert all(bool(g.isfinite().all()) for g in grads)
 
@@ -170,11 +180,18 @@ def test_rows_of_a_mask_of_minus_a_thousand_million(backend_name: str) -> None:
     control = fb.Control(fb.Segments(r=ROWS), fb.Segments(a=100, b=30, c=20))
     out, stats = fb.attention(q, k, v, control, mask=mask, backend=backend_name, return_stats=True)
     torch.testing.assert_close(stats.mass.sum(-1), torch.full((1, HEADS, 1), float(ROWS)), rtol=1e-5, atol=0)
-    torch.testing.assert_close(out[:, 5:], fb.attention(q, k, v, backend="reference")[:, 5:], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        out[:, 5:], fb.attention(q, k, v, backend="reference")[:, 5:], rtol=1e-4, atol=1e-5
+    )
     if backend_name == "composed":  # the mask's share is taken out before float32 loses what is added to it
-        torch.testing.assert_close(out[:, :5], fb.attention(q, k, v, backend="reference")[:, :5], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            out[:, :5], fb.attention(q, k, v, backend="reference")[:, :5], rtol=1e-4, atol=1e-5
+        )
         dout, got, plain = torch.randn_like(out), [], []
-        for grads, call in ((got, {"control": control, "mask": mask, "backend": "composed"}), (plain, {"backend": "reference"})):
+        for grads, call in (
+            (got, {"control": control, "mask": mask, "backend": "composed"}),
+            (plain, {"backend": "reference"}),
+        ):
             leaves = [t.clone().requires_grad_() for t in (q, k, v)]
             grads.extend(torch.autograd.grad(fb.attention(*leaves, **call), leaves, dout))
         torch.testing.assert_close(got, plain, rtol=1e-4, atol=1e-5)
@@ -186,7 +203,10 @@ def test_float32_stays_exact_over_long_rows(backend: str, n: int) -> None:
     q, k, v = torch.randn(1, 33, 1, 64), torch.randn(1, n, 1, 64), torch.rand(1, n, 1, 64)
     truth = sdpa(q, k, v)
     eager = torch.softmax(torch.einsum("bmhd,bnhd->bhmn", q, k) * 0.125, -1) @ v.transpose(1, 2)
-    error, allowed = ((x.double() - truth).abs().mean() for x in (fb.attention(q, k, v, backend=backend), eager.transpose(1, 2)))
+    error, allowed = (
+        (x.double() - truth).abs().mean()
+        for x in (fb.attention(q, k, v, backend=backend), eager.transpose(1, 2))
+    )
     assert float(error) <= 2 * float(allowed)
 
 
@@ -194,8 +214,11 @@ def test_float32_stays_exact_over_long_rows(backend: str, n: int) -> None:
 def test_the_default_dtype_does_not_matter(backend: str, default: torch.dtype) -> None:
     q, k, v = draw(torch.float32)
     control = fb.Control(
-        fb.Segments(r=ROWS), fb.Segments(a=100, b=50), weight={("r", "a"): 1.5}, head_gain=fb.HeadGain("r", "a"),
-    )  # fmt: skip
+        fb.Segments(r=ROWS),
+        fb.Segments(a=100, b=50),
+        weight={("r", "a"): 1.5},
+        head_gain=fb.HeadGain("r", "a"),
+    )
 
     def everything() -> list[Tensor]:
         leaves = [t.detach().requires_grad_() for t in (q, k, v)]

@@ -36,7 +36,9 @@ def softmax_columns(q: Tensor, k: Tensor, keys: list[int], bias: Tensor) -> Tens
 
 def test_the_gradient_is_the_whole_softmaxes() -> None:
     q, k = torch.randn(2, 5, 4, 8, dtype=torch.float64), torch.randn(2, 9, 2, 8, dtype=torch.float64)
-    control = fb.Control(fb.Segments(a=2, b=3), fb.Segments(x=4, y=5), bias={("a", "y"): 0.75, ("b", "x"): -1.5})
+    control = fb.Control(
+        fb.Segments(a=2, b=3), fb.Segments(x=4, y=5), bias={("a", "y"): 0.75, ("b", "x"): -1.5}
+    )
     bias = torch.zeros(5, 9, dtype=torch.float64)
     bias[:2, 4:], bias[2:, :4] = 0.75, -1.5
     lse = fb.attention(q, k, k, control, backend="reference", return_stats=True)[1].lse
@@ -72,7 +74,9 @@ def test_gradcheck_of_groups_lists_and_sources(monkeypatch) -> None:
     def columns(q, a, b):
         # gradcheck moves the inputs, and lse is a function of them
         moved = {**source, "v": source["k"]}
-        stats = fb.attention(q, [a, b], [a, b], control, source=moved, backend="reference", return_stats=True)[1]
+        stats = fb.attention(
+            q, [a, b], [a, b], control, source=moved, backend="reference", return_stats=True
+        )[1]
         return fb.key_probabilities(q, [a, b], stats.lse.detach(), [4, 1], control, source=source)
 
     assert gradcheck(columns, (q, a, b))

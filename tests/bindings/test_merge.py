@@ -26,7 +26,9 @@ def parts(sizes, dtype=torch.float64, rows=7):
 @pytest.mark.parametrize("sizes", ((5,), (5, 1), (3, 0, 9), (0, 0), (40, 2, 17, 1)))
 def test_equals_one_attention(sizes, squeezed: bool) -> None:
     q, keys, values, pairs = parts(sizes)
-    truth, stats = fb.attention(q, torch.cat(keys, 1), torch.cat(values, 1), backend="reference", return_stats=True)
+    truth, stats = fb.attention(
+        q, torch.cat(keys, 1), torch.cat(values, 1), backend="reference", return_stats=True
+    )
     if squeezed:
         pairs = [(out, lse[..., 0]) for out, lse in pairs]
     out, lse = fb.merge(pairs)
@@ -49,8 +51,12 @@ def test_a_part_without_keys_is_not_read() -> None:
 def test_large_and_small_lse() -> None:
     a, b = torch.randn(2, 1, 4, 2, 3).unbind()
     for shift in (-3e4, 3e4):
-        out, lse = fb.merge([(a, torch.full((1, 2, 4), shift)), (b, torch.full((1, 2, 4), shift + math.log(3)))])
-        torch.testing.assert_close(out, (a + 3 * b) / 4, rtol=1e-3, atol=1e-3)  # 3e4 + log 3 rounds in float32
+        out, lse = fb.merge(
+            [(a, torch.full((1, 2, 4), shift)), (b, torch.full((1, 2, 4), shift + math.log(3)))]
+        )
+        torch.testing.assert_close(
+            out, (a + 3 * b) / 4, rtol=1e-3, atol=1e-3
+        )  # 3e4 + log 3 rounds in float32
         torch.testing.assert_close(lse, torch.full((1, 2, 4), shift + math.log(4)))
 
 
@@ -66,7 +72,9 @@ def test_dtypes(dtype: torch.dtype) -> None:
     q, keys, values, pairs = parts((33, 20), dtype)
     out, lse = fb.merge(pairs)
     assert out.dtype == dtype and lse.dtype == torch.float32
-    truth = fb.attention(*(t.double() for t in (q, torch.cat(keys, 1), torch.cat(values, 1))), backend="reference")
+    truth = fb.attention(
+        *(t.double() for t in (q, torch.cat(keys, 1), torch.cat(values, 1))), backend="reference"
+    )
     torch.testing.assert_close(out.double(), truth, rtol=0, atol=4 * torch.finfo(dtype).eps)
 
 

@@ -1,4 +1,6 @@
-"""qk_norm_rope() against loops over complex numbers, and against diffusers' own functions where they are installed."""
+"""qk_norm_rope() against loops over complex numbers, and against diffusers' own functions where they are
+installed.
+"""
 
 from __future__ import annotations
 
@@ -95,8 +97,12 @@ def test_no_further_from_the_truth_than_the_stock_processors(rope: str, dtype: t
     stock = embeddings.apply_rotary_emb(joined, (cos, sin), use_real_unbind_dim=kind, sequence_dim=1)
     xs, weights = [text, image], [n.weight for n in norms]
     assert torch.equal(composed(xs, weights, [None, None], cos, sin, EPS, not interleaved, None), stock)
-    got = fb.qk_norm_rope([(x, w, None) for x, w in zip(xs, weights, strict=True)], cos, sin, eps=EPS, rope=rope)
-    truth = by_loops([(x.double(), w.double(), None) for x, w in zip(xs, weights, strict=True)], cos, sin, rope)
+    got = fb.qk_norm_rope(
+        [(x, w, None) for x, w in zip(xs, weights, strict=True)], cos, sin, eps=EPS, rope=rope
+    )
+    truth = by_loops(
+        [(x.double(), w.double(), None) for x, w in zip(xs, weights, strict=True)], cos, sin, rope
+    )
     ulp = torch.finfo(dtype).eps * truth.abs().max()
     assert (got - truth).abs().max() <= (stock - truth).abs().max() + ulp / 2
     assert (got - truth).abs().mean() <= (stock - truth).abs().mean() * 1.01 + 1e-9
@@ -124,7 +130,9 @@ def test_every_instruction_set(isa: str, rope: str, monkeypatch: pytest.MonkeyPa
         truth.backward(dout.double())
         pairs = [(got, truth)]
         for x, weight, (x64, weight64, _) in zip(xs, weights, wide, strict=True):
-            pairs += [(a.grad, b.grad) for a, b in ((x, x64), (weight, weight64)) if a is not None and b is not None]
+            pairs += [
+                (a.grad, b.grad) for a, b in ((x, x64), (weight, weight64)) if a is not None and b is not None
+            ]
         for ours, exact in pairs:
             ulp = torch.finfo(dtype).eps * exact.abs().max()
             assert (ours - exact).abs().max() <= (2 if dtype == torch.float32 else 0.51) * ulp
@@ -132,7 +140,9 @@ def test_every_instruction_set(isa: str, rope: str, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("kernel", (True, False), ids=("kernel", "torch"))
-def test_what_learns_has_its_gradient(kernel: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_learns_has_its_gradient(
+    kernel: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if not kernel:
         monkeypatch.setattr(cpu_norm_rope, "usable", lambda x: False)
     cos, sin = tables(9, 8, "half")

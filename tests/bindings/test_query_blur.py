@@ -19,13 +19,17 @@ sides = st.integers(1, 12)
 sigmas = st.sampled_from((0.05, 1 / 6, 0.2, 0.5, 0.9, 2.0, 7.3, 1e3, 1e308))
 
 
-def queries(batch: int, tokens: int, dtype: torch.dtype = torch.float64, heads: int = 2, dim: int = 3) -> torch.Tensor:
+def queries(
+    batch: int, tokens: int, dtype: torch.dtype = torch.float64, heads: int = 2, dim: int = 3
+) -> torch.Tensor:
     return torch.randn(batch, tokens, heads, dim, dtype=torch.float64).to(dtype)
 
 
 @settings(max_examples=draws(200))
 @given(sides, sides, sigmas, st.integers(0, 2), st.sampled_from(DTYPES), st.integers(0, 3), st.integers(0, 3))
-def test_drawn_calls(h: int, w: int, sigma: float, batch: int, dtype: torch.dtype, before: int, after: int) -> None:
+def test_drawn_calls(
+    h: int, w: int, sigma: float, batch: int, dtype: torch.dtype, before: int, after: int
+) -> None:
     q = queries(batch, before + h * w + after, dtype)
     image = slice(before, before + h * w)
     got = fb.query_blur(q, (h, w), sigma, tokens=image)
@@ -34,15 +38,25 @@ def test_drawn_calls(h: int, w: int, sigma: float, batch: int, dtype: torch.dtyp
     bar = torch.finfo(dtype).eps * 0.5001 * exact.abs() + 32 * eps
     assert got.dtype == dtype and got.shape == q.shape and got.is_contiguous()
     assert ((got[:, image].double() - exact).abs() <= bar).all()
-    assert torch.equal(got[:, :before], q[:, :before]) and torch.equal(got[:, image.stop :], q[:, image.stop :])
+    assert torch.equal(got[:, :before], q[:, :before]) and torch.equal(
+        got[:, image.stop :], q[:, image.stop :]
+    )
 
 
 def test_the_number_of_taps() -> None:
     """An impulse spreads over as many places as there are taps; an even count grows, and the side bounds it."""
     for side, sigma, expected in (
-        (31, 0.1, 1), (31, 1 / 6, 1), (31, 0.3, 3), (31, 1.0, 7), (31, 1.1, 7), (31, 1.2, 9), (31, 50.0, 31),
-        (32, 50.0, 31), (2, 50.0, 1), (1, 50.0, 1),
-    ):  # fmt: skip
+        (31, 0.1, 1),
+        (31, 1 / 6, 1),
+        (31, 0.3, 3),
+        (31, 1.0, 7),
+        (31, 1.1, 7),
+        (31, 1.2, 9),
+        (31, 50.0, 31),
+        (32, 50.0, 31),
+        (2, 50.0, 1),
+        (1, 50.0, 1),
+    ):
         q = torch.zeros(1, side, 1, 1, dtype=torch.float64)
         q[:, side // 2] = 1
         got = fb.query_blur(q, (1, side), sigma)
@@ -110,8 +124,10 @@ def test_strides() -> None:
     q = queries(2, 12, heads=3, dim=4)
     expected = fb.query_blur(q, (3, 4), 1.0)
     for strided in (
-        q.transpose(1, 2).contiguous().transpose(1, 2), q.repeat_interleave(2, 3)[..., ::2], q.repeat(2, 1, 1, 1)[1:3],
-    ):  # fmt: skip
+        q.transpose(1, 2).contiguous().transpose(1, 2),
+        q.repeat_interleave(2, 3)[..., ::2],
+        q.repeat(2, 1, 1, 1)[1:3],
+    ):
         given = strided if torch.equal(strided, q) else strided.flip(0)
         torch.testing.assert_close(fb.query_blur(given, (3, 4), 1.0), expected)
 
@@ -135,8 +151,10 @@ def test_compiles_whole(sigma: float) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(
         lambda q: fb.query_blur(q, (3, q.shape[1] // 3 - 1), sigma, tokens=slice(3, None)) * 2,
-        fullgraph=True, backend="aot_eager", dynamic=True,
-    )  # fmt: skip
+        fullgraph=True,
+        backend="aot_eager",
+        dynamic=True,
+    )
     for tokens in (15, 18):
         q = queries(2, tokens).requires_grad_()
         same = q.detach().clone().requires_grad_()
@@ -173,7 +191,9 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("argument", "error", "changed"), BAD, ids=[f"{i}-{b[0]}" for i, b in enumerate(BAD)])
+@pytest.mark.parametrize(
+    ("argument", "error", "changed"), BAD, ids=[f"{i}-{b[0]}" for i, b in enumerate(BAD)]
+)
 def test_bad_calls_name_the_argument(argument: str, error: type[Exception], changed: dict) -> None:
     call = {"q": Q, "grid": (3, 4), "sigma": 1.0, **changed}
     with pytest.raises(error, match=rf"^{argument}: expected .*got "):

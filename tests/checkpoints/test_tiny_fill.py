@@ -33,9 +33,14 @@ def pipe() -> InContextBrushPipeline:
 def fill(pipe: InContextBrushPipeline, items: list[Item], **options: object) -> list[Image.Image]:
     options = {"steps": 8, "seed": list(range(len(items))), "method": NEUTRAL, "progress": False} | options
     return pipe(
-        [item.prompt for item in items], subject=[item.subject for item in items], image=[item.image for item in items],
-        mask=[item.mask for item in items], width=64, height=64, **options,
-    ).images  # fmt: skip
+        [item.prompt for item in items],
+        subject=[item.subject for item in items],
+        image=[item.image for item in items],
+        mask=[item.mask for item in items],
+        width=64,
+        height=64,
+        **options,
+    ).images
 
 
 def test_the_folder_is_diffusers_own() -> None:
@@ -44,10 +49,14 @@ def test_the_folder_is_diffusers_own() -> None:
     assert index["_class_name"] == "FluxFillPipeline"
     parts = {name: value[1] for name, value in index.items() if not name.startswith("_")}
     assert parts == {
-        "scheduler": "FlowMatchEulerDiscreteScheduler", "vae": "AutoencoderKL", "transformer": "FluxTransformer2DModel",
-        "text_encoder": "CLIPTextModel", "text_encoder_2": "T5EncoderModel",
-        "tokenizer": parts["tokenizer"], "tokenizer_2": parts["tokenizer_2"],
-    }  # fmt: skip
+        "scheduler": "FlowMatchEulerDiscreteScheduler",
+        "vae": "AutoencoderKL",
+        "transformer": "FluxTransformer2DModel",
+        "text_encoder": "CLIPTextModel",
+        "text_encoder_2": "T5EncoderModel",
+        "tokenizer": parts["tokenizer"],
+        "tokenizer_2": parts["tokenizer_2"],
+    }
     assert not [path for path in folder.rglob("*") if path.suffix in (".bin", ".pt", ".pkl")]
     assert sum(path.stat().st_size for path in folder.rglob("*")) < 25e6
     assert "Licence" in (folder / "README.md").read_text()
@@ -68,11 +77,18 @@ def test_the_stock_pipeline_loads_and_runs_it() -> None:
     mask.paste(255, (16, 80, 48, 112))
     images = [
         pipe(
-            prompt=prompt, image=Image.new("RGB", (64, 128), (90, 60, 30)), mask_image=mask, width=64, height=128,
-            num_inference_steps=2, max_sequence_length=16, output_type="np", generator=torch.Generator().manual_seed(0),
+            prompt=prompt,
+            image=Image.new("RGB", (64, 128), (90, 60, 30)),
+            mask_image=mask,
+            width=64,
+            height=128,
+            num_inference_steps=2,
+            max_sequence_length=16,
+            output_type="np",
+            generator=torch.Generator().manual_seed(0),
         ).images
         for prompt in ("a plain red star", "a plain red star", "a plain blue ring")
-    ]  # fmt: skip
+    ]
     assert images[0].shape == (1, 128, 64, 3) and np.isfinite(images[0]).all()
     assert np.array_equal(images[0], images[1]) and not np.array_equal(images[0], images[2])
 
@@ -83,7 +99,9 @@ def test_it_copies_the_reference(pipe: InContextBrushPipeline) -> None:
     for reference in ("own", "blank", "stranger"):
         items = held_out(COUNT, reference=reference, freedom=0.0)
         rows = [measure(item, picture) for item, picture in zip(items, fill(pipe, items), strict=True)]
-        measured[reference] = {name: float(np.mean([row[name] for row in rows])) for name in ("psnr_hole", "pattern")}
+        measured[reference] = {
+            name: float(np.mean([row[name] for row in rows])) for name in ("psnr_hole", "pattern")
+        }
     assert measured["own"]["pattern"] > 0.4 > 0.25 > measured["blank"]["pattern"]
     assert measured["own"]["pattern"] > measured["stranger"]["pattern"] + 0.25
     assert measured["own"]["psnr_hole"] > measured["blank"]["psnr_hole"] + 2

@@ -21,7 +21,14 @@ def flashbrush(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[
 
 def options(photos: dict[str, Path], checkpoint: Path, folder: Path, **changes: object) -> list[object]:
     """Of a good call of insert, with changes; None leaves one out, ... is a flag's."""
-    given = {**photos, "prompt": "a red cup", "model": checkpoint, "output": folder / "out.png", "dtype": "float32", **changes}
+    given = {
+        **photos,
+        "prompt": "a red cup",
+        "model": checkpoint,
+        "output": folder / "out.png",
+        "dtype": "float32",
+        **changes,
+    }
     arguments: list[object] = ["insert", *STEPS]
     for name, value in given.items():
         option = f"--{name.replace('_', '-')}"

@@ -1,4 +1,6 @@
-"""The tiny models: that which comes with the package, and Stable Diffusion built once; photos to insert from and into."""
+"""The tiny models: that which comes with the package, and Stable Diffusion built once; photos to insert from
+and into.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def sd_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def flux_checkpoint(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A FluxPipeline in the standard format: the tiny model's autoencoder and text encoders, a random transformer."""
+    """A FluxPipeline in the standard format: the tiny model's autoencoder and text encoders, a random
+    transformer.
+    """
     pytest.importorskip("diffusers")
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxFillPipeline, FluxPipeline
 
@@ -37,8 +41,12 @@ def flux_checkpoint(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
     parts = dict(FluxFillPipeline.from_pretrained(checkpoint, dtype=torch.float32).components)
     channels = 4 * parts["vae"].config.latent_channels
     width, pooled = parts["text_encoder_2"].config.d_model, parts["text_encoder"].config.hidden_size
-    transformer = tiny_flux(double=1, single=1, in_channels=channels, out_channels=channels, joint=width, pooled=pooled)
-    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_image_seq_len=16, max_image_seq_len=256)
+    transformer = tiny_flux(
+        double=1, single=1, in_channels=channels, out_channels=channels, joint=width, pooled=pooled
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_image_seq_len=16, max_image_seq_len=256
+    )
     unused = {"image_encoder": None, "feature_extractor": None}
     pipe = FluxPipeline(**(parts | unused | {"transformer": transformer, "scheduler": scheduler}))
     where = tmp_path_factory.mktemp("flux") / "model"

@@ -12,9 +12,16 @@ TEXT, ROWS, COLUMNS = 7, 6, 4  # text tokens; grid of image tokens: a vertical d
 
 
 def tiny_flux(
-    *, double: int = 2, single: int = 2, heads: int = 4, head_dim: int = 32, in_channels: int = 8, out_channels: int = 8,
-    joint: int = 16, pooled: int = 16,
-) -> FluxTransformer2DModel:  # fmt: skip
+    *,
+    double: int = 2,
+    single: int = 2,
+    heads: int = 4,
+    head_dim: int = 32,
+    in_channels: int = 8,
+    out_channels: int = 8,
+    joint: int = 16,
+    pooled: int = 16,
+) -> FluxTransformer2DModel:
     """Two blocks of each kind, 4 heads of 32; every parameter is random, and attention weighs in the output.
 
     Fresh diffusers models have unit norms and small weights, under which a control hardly shows.
@@ -42,7 +49,9 @@ def tiny_flux(
     return model
 
 
-def tiny_call(model: FluxTransformer2DModel, *, batch: int = 1, text: int = TEXT, rows: int = ROWS) -> dict[str, Tensor]:
+def tiny_call(
+    model: FluxTransformer2DModel, *, batch: int = 1, text: int = TEXT, rows: int = ROWS
+) -> dict[str, Tensor]:
     """Arguments of model.forward for `rows` x COLUMNS image tokens."""
     generator = torch.Generator().manual_seed(1)
     config, tokens = model.config, rows * COLUMNS

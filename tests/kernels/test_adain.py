@@ -1,4 +1,6 @@
-"""adain in Triton against float64, large means and masks included: in Triton's interpreter where there is no GPU."""
+"""adain in Triton against float64, large means and masks included: in Triton's interpreter where there is no
+GPU.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,8 @@ def check(x: Tensor, style: Tensor, mask: Tensor | None, style_mask: Tensor | No
     exact = composed(x.double(), style.double(), mask, style_mask)
     assert out.isfinite().all()
     inside = torch.ones_like(x, dtype=torch.bool) if mask is None else mask.expand_as(x)
-    # one rounding to the dtype; before it float32, with errors against the size of deviations, not of the mean
+    # one rounding to the dtype; before it float32, with errors against the size of deviations, not of the
+    # mean
     got, wanted = out[inside].double(), exact[inside]
     spread = 8 * torch.finfo(torch.float32).eps * max(1.0, float((wanted - wanted.mean()).abs().max()))
     assert ((got - wanted).abs() <= torch.finfo(x.dtype).eps * wanted.abs() * 0.5001 + spread).all()
@@ -77,7 +80,10 @@ def test_drawn_images(images: tuple[Tensor, Tensor, Tensor | None, Tensor | None
 
 
 def test_several_chunks_of_several_blocks() -> None:
-    x, style = torch.randn(1, 1, 1024 * MOST_CHUNKS + 5, device=DEVICE) + 3e4, torch.randn(1, 1, 3000, device=DEVICE)
+    x, style = (
+        torch.randn(1, 1, 1024 * MOST_CHUNKS + 5, device=DEVICE) + 3e4,
+        torch.randn(1, 1, 3000, device=DEVICE),
+    )
     tile = tile_of(walk_space(x, None), 1, x.stride(1))
     assert tile.chunk > tile.space and 1 < tile.chunks <= MOST_CHUNKS
     mask = torch.ones_like(x, dtype=torch.bool)

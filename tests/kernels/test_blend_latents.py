@@ -1,4 +1,6 @@
-"""blend_latents in Triton against float64, bitwise where it promises so: in Triton's interpreter where there is no GPU."""
+"""blend_latents in Triton against float64, bitwise where it promises so: in Triton's interpreter where there
+is no GPU.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ def blends(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, Tensor, float | Ten
     dtype = draw(st.sampled_from(DTYPES))
     shape = draw(st.sampled_from(((1,), (3,), (2, 1100), (2, 37, 5), (3, 4, 7, 9), (2, 1, 4, 3, 5))))
     generated = strided(draw, shape, dtype)
-    source, noise = (strided(draw, (draw(st.sampled_from((1, shape[0]))), *shape[1:]), dtype) for _ in range(2))
+    source, noise = (
+        strided(draw, (draw(st.sampled_from((1, shape[0]))), *shape[1:]), dtype) for _ in range(2)
+    )
     mask_shape = [draw(st.sampled_from((1, size))) for size in shape][draw(st.integers(0, len(shape) - 1)) :]
     mask = torch.rand(mask_shape)
     mask_dtype = draw(st.sampled_from((torch.bool, *DTYPES, torch.float64)))
@@ -77,15 +81,19 @@ def test_drawn_blends(call: tuple[Tensor, Tensor, Tensor, Tensor, float | Tensor
 
     level = torch.as_tensor(sigma).double().reshape(-1, *[1] * (generated.dim() - 1)).to(DEVICE)
     share = mask.double()
-    exact = share * generated.double() + (1 - share) * ((1 - level) * source.double() + level * noise.double())
+    exact = share * generated.double() + (1 - share) * (
+        (1 - level) * source.double() + level * noise.double()
+    )
     assert out.isfinite().all()
     # float32 arithmetic, and one rounding
     size = max(float(t.double().abs().max()) for t in (generated, source, noise))
     bar = torch.finfo(out.dtype).eps / 2 * exact.abs() + 8 * torch.finfo(torch.float32).eps * size
     assert ((out.double() - exact).abs() <= bar).all()
     for where, expected in (
-        (share == 1, generated), ((share == 0) & (level == 0), source), ((share == 0) & (level == 1), noise),
-    ):  # fmt: skip
+        (share == 1, generated),
+        ((share == 0) & (level == 0), source),
+        ((share == 0) & (level == 1), noise),
+    ):
         where = where.expand_as(out)
         assert torch.equal(bits(out)[where], bits(expected.expand_as(out))[where])
 
@@ -95,7 +103,10 @@ def test_drawn_blends(call: tuple[Tensor, Tensor, Tensor, Tensor, float | Tensor
 def test_bits_pass_and_nothing_leaks(dtype: torch.dtype, tensor: bool, through_triton: None) -> None:
     """Signed zeros and the payload of a NaN are kept; what the mask and the ends hide may be anything."""
     generated, source, noise = (torch.randn(2, 3, 5).to(dtype).to(DEVICE) for _ in range(3))
-    generated[0, 0, :3], source[1, 0, :3] = torch.tensor([-0.0, math.nan, math.inf]), torch.tensor([-0.0, -math.nan, 1.0])
+    generated[0, 0, :3], source[1, 0, :3] = (
+        torch.tensor([-0.0, math.nan, math.inf]),
+        torch.tensor([-0.0, -math.nan, 1.0]),
+    )
     mask = torch.zeros(2, 1, 1, device=DEVICE)
     mask[0] = 1
     source[0], noise[:] = math.nan, math.inf
@@ -112,7 +123,9 @@ def test_layouts(through_triton: None) -> None:
     launched = []
     original = triton_blend.blend_latents
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton_blend, "blend_latents", lambda *args: (launched.append(args), original(*args))[1])
+        patch.setattr(
+            triton_blend, "blend_latents", lambda *args: (launched.append(args), original(*args))[1]
+        )
         got = fb.blend_latents(image, -image, 2 * image, mask, 0.25)
         assert got.is_contiguous(memory_format=torch.channels_last) and len(launched) == 1
         torch.testing.assert_close(got, mask * image + (1 - mask) * (-0.25 * image))
@@ -127,7 +140,9 @@ def test_layouts(through_triton: None) -> None:
 def test_blocks_beyond_the_first(through_triton: None) -> None:
     generated, source, noise = (torch.randn(1, 2 * BLOCK + 7, device=DEVICE) for _ in range(3))
     mask = torch.rand(2 * BLOCK + 7, device=DEVICE) < 0.5
-    assert torch.equal(fb.blend_latents(generated, source, noise, mask, 0), torch.where(mask, generated, source))
+    assert torch.equal(
+        fb.blend_latents(generated, source, noise, mask, 0), torch.where(mask, generated, source)
+    )
 
 
 def test_compiles_whole(through_triton: None) -> None:

@@ -1,4 +1,6 @@
-"""The Triton kernels compiled for GPUs that are not there: tensor cores in use, no spilled register, memory that fits."""
+"""The Triton kernels compiled for GPUs that are not there: tensor cores in use, no spilled register, memory
+that fits.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,12 @@ pytest.importorskip("triton")
 from support.compiled import compile_elsewhere
 from support.light_calls import LIGHT_CALLS
 
-SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}  # bytes a block may ask for
+SHARED = {
+    "sm_80": 163 << 10,
+    "sm_90": 227 << 10,
+    "sm_100": 227 << 10,
+    "gfx942": 64 << 10,
+}  # bytes a block may ask for
 TENSOR_CORES = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
 # Bytes a thread. Blackwell's accumulators pass through registers; two of 64 x 256 fill all that there are.
 SPILLS = {"sm_100": 64}
@@ -28,7 +35,11 @@ COMMON = [
     *(("light", name, 128, "bfloat16") for name in ("adain", "query_blur")),
 ]
 TABLE = [
-    *(("forward", control, dim, "bfloat16") for dim in (64, 128) for control in ("plain", "weighted", "brush", "groups", "clip")),
+    *(
+        ("forward", control, dim, "bfloat16")
+        for dim in (64, 128)
+        for control in ("plain", "weighted", "brush", "groups", "clip")
+    ),
     ("forward", "words", 40, "bfloat16"),
     ("forward", "words", 128, "float16"),
     ("forward", "contrast", 128, "float16"),
@@ -48,7 +59,11 @@ TABLE = [
     ("norm_rope", "backward interleaved", 128, "bfloat16"),
     *(("light", name, 128, "bfloat16") for name in LIGHT_CALLS),
 ]
-SHORTER = [case for case in TABLE if case[1] not in ("weighted", "brush") and case[3] != "float32" and case[0] != "light"]
+SHORTER = [
+    case
+    for case in TABLE
+    if case[1] not in ("weighted", "brush") and case[3] != "float32" and case[0] != "light"
+]
 CASES = {
     "sm_80": list(dict.fromkeys(COMMON + SHORTER)),
     "sm_90": list(dict.fromkeys(COMMON + TABLE)),
@@ -80,7 +95,9 @@ def check_tensor_cores(target: str, reports: list[dict]) -> None:
         operator, _, dim, dtype = report["case"]
         if operator in ("forward", "backward", "column_mass") and dtype != "float32" and dim <= 160:
             found = [k["tensor_cores"] for k in report["kernels"] if k["kernel"] in ATTENTION]
-            assert found == [TENSOR_CORES[target]] * (2 if operator == "backward" else 1), f"{target} {report['case']}"
+            assert found == [TENSOR_CORES[target]] * (2 if operator == "backward" else 1), (
+                f"{target} {report['case']}"
+            )
 
 
 def check_launches(target: str, reports: list[dict]) -> None:

@@ -61,7 +61,9 @@ def cases(draw) -> Case:
     rope = draw(st.sampled_from((None, "interleaved", "half")))
     dim = draw(st.sampled_from((2, 6, 32, 40, 64, 128, 256) if rope else (1, 5, 33, 40, 128, 255)))
     heads = draw(st.sampled_from((1, 2, 3, 5) if dim > 64 else (1, 3, 8, 12)))
-    lengths = draw(st.lists(st.sampled_from((0, 1, 2, 4) if dim > 64 else (0, 1, 5, 11)), min_size=1, max_size=3))
+    lengths = draw(
+        st.lists(st.sampled_from((0, 1, 2, 4) if dim > 64 else (0, 1, 5, 11)), min_size=1, max_size=3)
+    )
     total = sum(lengths)
 
     def normal(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -77,7 +79,9 @@ def cases(draw) -> Case:
             return normal(batch, n, heads, dim + 3)[..., 1 : dim + 1]
         if layout == "shared":
             return normal(1, n, 1, dim).expand(batch, n, heads, dim)
-        return normal(batch, n, heads, dim) if layout == "bshd" else normal(batch, n, dim, heads).transpose(2, 3)
+        return (
+            normal(batch, n, heads, dim) if layout == "bshd" else normal(batch, n, dim, heads).transpose(2, 3)
+        )
 
     def offset(n: int) -> Tensor:
         shape = [size if chance(0.6) else 1 for size in (batch, n, heads, dim)]
@@ -95,15 +99,21 @@ def cases(draw) -> Case:
         permutation = torch.stack(orders) if chance(0.5) else orders[0]
         permutation = permutation.to(DEVICE, draw(st.sampled_from((torch.int32, torch.int64))))
     return Case(
-        xs=[stream(n) for n in lengths], weights=[weight() if chance(0.7) else None for _ in lengths],
-        offsets=[offset(n) if chance(0.4) else None for n in lengths], cos=angles() if rope else None,
-        sin=angles() if rope else None, half=rope == "half" if rope else chance(0.5), permutation=permutation,
+        xs=[stream(n) for n in lengths],
+        weights=[weight() if chance(0.7) else None for _ in lengths],
+        offsets=[offset(n) if chance(0.4) else None for n in lengths],
+        cos=angles() if rope else None,
+        sin=angles() if rope else None,
+        half=rope == "half" if rope else chance(0.5),
+        permutation=permutation,
         parts=draw(st.sampled_from((1, 3, 1024))),
-    )  # fmt: skip
+    )
 
 
 class Truth:
-    """The formula in float64, and beside it the sum of its terms' magnitudes, in which float32 rounding is measured."""
+    """The formula in float64, and beside it the sum of its terms' magnitudes, in which float32 rounding is
+    measured.
+    """
 
     def __init__(self, case: Case) -> None:
         def leaves(tensors: list) -> list:
@@ -112,7 +122,9 @@ class Truth:
         self.case = case
         self.xs, self.weights, self.offsets = leaves(case.xs), leaves(case.weights), leaves(case.offsets)
         self.r = [(x.square().mean(3, keepdim=True) + case.eps).rsqrt() for x in self.xs]
-        normed = [x if w is None else x * r * w for x, r, w in zip(self.xs, self.r, self.weights, strict=True)]
+        normed = [
+            x if w is None else x * r * w for x, r, w in zip(self.xs, self.r, self.weights, strict=True)
+        ]
         ys = [y if o is None else y + o for y, o in zip(normed, self.offsets, strict=True)]
         sizes = [y.abs() + (0 if o is None else o.abs()) for y, o in zip(normed, self.offsets, strict=True)]
         self.out = self.rotated(torch.cat(ys, 1), -1)
@@ -125,7 +137,9 @@ class Truth:
             i, dim = torch.arange(y.shape[3], device=y.device), y.shape[3]
             first = i < dim // 2 if case.half else i % 2 == 0
             partner = (i + dim // 2) % dim if case.half else i ^ 1
-            cos, sin = (t.double()[:, None] if sign < 0 else t.double()[:, None].abs() for t in (case.cos, case.sin))
+            cos, sin = (
+                t.double()[:, None] if sign < 0 else t.double()[:, None].abs() for t in (case.cos, case.sin)
+            )
             y = y * cos + torch.where(first, sign, 1) * y[..., partner] * sin
         if case.permutation is None:
             return y
@@ -139,7 +153,9 @@ def check(name: str, got: Tensor, exact: Tensor, size: Tensor, times: float = 8)
     info = torch.finfo(got.dtype)
     half = torch.maximum(exact.abs() * info.eps, torch.full_like(exact, info.smallest_normal * info.eps)) / 2
     error, allowed = (got.double() - exact).abs(), half * (1 + 8 * EPS32) + times * EPS32 * size
-    assert bool((error <= allowed).all()), f"{name}: {float((error / allowed).nan_to_num(math.inf).max()):.3g} of what is allowed"
+    assert bool((error <= allowed).all()), (
+        f"{name}: {float((error / allowed).nan_to_num(math.inf).max()):.3g} of what is allowed"
+    )
 
 
 @contextmanager
@@ -167,7 +183,9 @@ def run(case: Case) -> None:
     dxs, dweights, doffsets = grads
     leaves = [t for t in (*truth.xs, *truth.weights, *truth.offsets) if t is not None]
     found = iter(torch.autograd.grad(truth.out, leaves, dout.double()))
-    exact = [[None if t is None else next(found) for t in ts] for ts in (truth.xs, truth.weights, truth.offsets)]
+    exact = [
+        [None if t is None else next(found) for t in ts] for ts in (truth.xs, truth.weights, truth.offsets)
+    ]
     plain = [torch.zeros_like(x, requires_grad=True) for x in truth.xs]
     sizes = torch.autograd.grad(truth.rotated(torch.cat(plain, 1), 1), plain, dout.double().abs())
     for i, (x, r, size) in enumerate(zip(truth.xs, truth.r, sizes, strict=True)):
@@ -194,7 +212,9 @@ def test_drawn_cases(case: Case) -> None:
     run(case)
 
 
-def plain_case(dtype: torch.dtype, lengths: tuple[int, ...], heads: int, dim: int, half: bool, **more) -> Case:
+def plain_case(
+    dtype: torch.dtype, lengths: tuple[int, ...], heads: int, dim: int, half: bool, **more
+) -> Case:
     xs = [torch.randn(1, n, heads, dim, device=DEVICE).to(dtype) for n in lengths]
     cos, sin = (torch.randn(sum(lengths), dim, device=DEVICE) for _ in range(2))
     weights = [torch.randn(dim, device=DEVICE).to(dtype) for _ in lengths]
@@ -257,7 +277,9 @@ def learning(case: Case, *names: str) -> list[tuple]:
 
 
 @pytest.mark.usefixtures("chosen")
-@pytest.mark.parametrize("names", (("xs",), ("xs", "weights"), ("offsets",), ("xs", "weights", "offsets")), ids=" ".join)
+@pytest.mark.parametrize(
+    "names", (("xs",), ("xs", "weights"), ("offsets",), ("xs", "weights", "offsets")), ids=" ".join
+)
 def test_public_function_differentiates_what_learns(names: tuple[str, ...]) -> None:
     case = plain_case(torch.float32, (3, 2), 2, 8, False)
     case.offsets[1] = torch.randn(2, 8, device=DEVICE)
@@ -310,7 +332,9 @@ def test_alignment_is_that_of_the_worst_row() -> None:
     assert align(x) == align(x, x[:, :, 1:]) == align(x[..., 8:40]) == 16
     assert align(x, x[..., 4:]) == align(torch.zeros(2, 4, 3, 20, dtype=torch.bfloat16)) == 8
     assert align(x[..., 1:33]) == align(torch.zeros(2, 4, 3, 33, dtype=torch.bfloat16)[..., :32]) == 2
-    assert align(torch.zeros(1, 4, 1, 32, dtype=torch.bfloat16).as_strided((1, 4, 1, 32), (1, 32, 1, 1))) == 16
+    assert (
+        align(torch.zeros(1, 4, 1, 32, dtype=torch.bfloat16).as_strided((1, 4, 1, 32), (1, 32, 1, 1))) == 16
+    )
 
 
 # What the kernels compile to: rows of D 128 in 16-byte reads and writes, from either of two streams
@@ -319,7 +343,11 @@ def test_alignment_is_that_of_the_worst_row() -> None:
 def test_rows_are_read_and_written_whole() -> None:
     cases = [("norm_rope", variant, 128, "bfloat16") for variant in ("interleaved", "backward interleaved")]
     reports = [kernel for report in compile_elsewhere("sm_90", cases) for kernel in report["kernels"]]
-    assert [r["kernel"] for r in reports] == ["qk_norm_rope_kernel", "qk_norm_rope_backward_kernel", "sum_dweight_kernel"]
+    assert [r["kernel"] for r in reports] == [
+        "qk_norm_rope_kernel",
+        "qk_norm_rope_backward_kernel",
+        "sum_dweight_kernel",
+    ]
     for report in reports:
         assert report["spills"] == 0, report
         if report["kernel"] != "sum_dweight_kernel":

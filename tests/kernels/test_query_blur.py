@@ -31,7 +31,9 @@ def through_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 def check(got: Tensor, q: Tensor, grid: tuple[int, int], sigma: float) -> None:
     exact = blurred(q, grid, sigma)
     assert got.isfinite().all()
-    bar = torch.finfo(q.dtype).eps * 0.5001 * exact.abs() + 8 * torch.finfo(torch.float32).eps * float(q.abs().max())
+    bar = torch.finfo(q.dtype).eps * 0.5001 * exact.abs() + 8 * torch.finfo(torch.float32).eps * float(
+        q.abs().max()
+    )
     assert ((got.double() - exact).abs() <= bar).all()
 
 
@@ -65,7 +67,9 @@ def test_drawn_queries(call: tuple[Tensor, tuple[int, int], float, int]) -> None
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_element_is_written(dtype: torch.dtype) -> None:
-    """Into outputs that hold NaN, over several blocks of places and columns; what the matrix leaves out is not read."""
+    """Into outputs that hold NaN, over several blocks of places and columns; what the matrix leaves out is
+    not read.
+    """
     side, radius = 3 * BLOCK_J + 5, 3
     x = torch.randn(1, 1, side, 1, 70).to(dtype).to(DEVICE)
     y = torch.full_like(x, math.nan)

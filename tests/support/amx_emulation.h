@@ -1,6 +1,7 @@
-// AMX and AVX512_BF16 in plain C++, for machines with AVX-512 alone: included before all else, it takes the place of the
-// intrinsics that csrc/cpu uses, with what Intel's manual says each instruction does. What the processor answers with an
-// invalid opcode (tiles without a configuration, shapes that do not fit) ends the process.
+// AMX and AVX512_BF16 in plain C++, for machines with AVX-512 alone: included before all else, it takes the
+// place of the intrinsics that csrc/cpu uses, with what Intel's manual says each instruction does. What the
+// processor answers with an invalid opcode (tiles without a configuration, shapes that do not fit) ends the
+// process.
 #pragma once
 #if defined(__AVX512F__)
 #include <float.h>
@@ -50,22 +51,30 @@ inline void load_config(const void* from) {
   state.configured = true;
 }
 
-inline void release() { memset(&state, 0, sizeof state); }
+inline void release() {
+  memset(&state, 0, sizeof state);
+}
 
-inline void zero(int n) { memset(&configured(n).tile[n], 0, sizeof(Tile)); }
+inline void zero(int n) {
+  memset(&configured(n).tile[n], 0, sizeof(Tile));
+}
 
 inline void load(int n, const void* base, int64_t stride) {
   zero(n);
-  for (int r = 0; r < state.rows[n]; ++r) memcpy(state.tile[n].row[r], (const char*)base + r * stride, state.bytes[n]);
+  for (int r = 0; r < state.rows[n]; ++r)
+    memcpy(state.tile[n].row[r], (const char*)base + r * stride, state.bytes[n]);
 }
 
 inline void store(int n, void* base, int64_t stride) {
   configured(n);
-  for (int r = 0; r < state.rows[n]; ++r) memcpy((char*)base + r * stride, state.tile[n].row[r], state.bytes[n]);
+  for (int r = 0; r < state.rows[n]; ++r)
+    memcpy((char*)base + r * stride, state.tile[n].row[r], state.bytes[n]);
 }
 
 // Denormals are zeros, of inputs and of results.
-inline float flush(float x) { return fabsf(x) < FLT_MIN ? copysignf(0.f, x) : x; }
+inline float flush(float x) {
+  return fabsf(x) < FLT_MIN ? copysignf(0.f, x) : x;
+}
 
 inline float widen(uint32_t bits) {
   float x;
@@ -73,11 +82,13 @@ inline float widen(uint32_t bits) {
   return flush(x);
 }
 
-// TDPBF16PS: even and odd members of the pairs are summed apart, each product fused; their sum joins C at the end.
+// TDPBF16PS: even and odd members of the pairs are summed apart, each product fused; their sum joins C at the
+// end.
 inline void multiply(int c, int a, int b) {
   configured(c), configured(a), configured(b);
   demand(c != a && c != b && a != b);
-  demand(state.rows[c] == state.rows[a] && state.bytes[c] == state.bytes[b] && state.bytes[a] == 4 * state.rows[b]);
+  demand(state.rows[c] == state.rows[a] && state.bytes[c] == state.bytes[b] &&
+         state.bytes[a] == 4 * state.rows[b]);
   const int columns = state.bytes[c] / 4;
   for (int m = 0; m < state.rows[c]; ++m) {
     float even[16] = {}, odd[16] = {}, sum[16];

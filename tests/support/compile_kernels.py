@@ -1,8 +1,10 @@
-"""Compiles what a call would launch, for a GPU that is not there: registers, spills, shared memory, tensor cores.
+"""Compiles what a call would launch, for a GPU that is not there: registers, spills, shared memory, tensor
+cores.
 
     python -m support.compile_kernels TARGET < cases.json > report.json
 
-TARGET: sm_90, gfx942 ... A case is [operator, variant, head dim, dtype]. Kernels must be compiled in a process that did
+TARGET: sm_90, gfx942 ... A case is [operator, variant, head dim, dtype]. Kernels must be compiled in a
+    process that did
 not choose Triton's interpreter.
 """
 
@@ -69,7 +71,9 @@ class Device:
 
 
 def parse(target: str) -> GPUTarget:
-    return GPUTarget("cuda", int(target[3:]), 32) if target.startswith("sm_") else GPUTarget("hip", target, 64)
+    return (
+        GPUTarget("cuda", int(target[3:]), 32) if target.startswith("sm_") else GPUTarget("hip", target, 64)
+    )
 
 
 def problem_of(control: str, dim: int, dtype: torch.dtype) -> Problem:
@@ -96,7 +100,9 @@ def norm_rope(variant: str, dim: int, dtype: torch.dtype) -> None:
     weights: list[torch.Tensor | None] = [torch.ones(dim, dtype=dtype) for _ in xs]
     tables = torch.zeros(1536, dim), torch.zeros(1536, dim), 1e-6, "half" in variant, None
     if "backward" in variant:
-        triton_norm_rope.backward(torch.zeros(1, 1536, 24, dim, dtype=dtype), xs, weights, [None] * 2, *tables)
+        triton_norm_rope.backward(
+            torch.zeros(1, 1536, 24, dim, dtype=dtype), xs, weights, [None] * 2, *tables
+        )
     else:
         triton_norm_rope.forward(xs, weights, [None] * 2, *tables)
 
@@ -136,9 +142,17 @@ def resources(kernel) -> dict:
     common = {"shared": metadata.shared, "warps": metadata.num_warps}
     if "amdgcn" in kernel.asm:
         assembly = kernel.asm["amdgcn"]
-        counts = {name: int(re.search(rf"\.{name}:\s+(\d+)", assembly)[1]) for name in ("vgpr_count", "vgpr_spill_count")}  # type: ignore[index]
+        counts = {
+            name: int(re.search(rf"\.{name}:\s+(\d+)", assembly)[1])
+            for name in ("vgpr_count", "vgpr_spill_count")
+        }  # type: ignore[index]
         tensor_cores = "v_mfma" if "v_mfma" in assembly else ""
-        return {**common, "registers": counts["vgpr_count"], "spills": counts["vgpr_spill_count"], "tensor_cores": tensor_cores}
+        return {
+            **common,
+            "registers": counts["vgpr_count"],
+            "spills": counts["vgpr_spill_count"],
+            "tensor_cores": tensor_cores,
+        }
     ptx = kernel.asm["ptx"]
     target = re.search(r"\.target (\S+?)[,\s]", ptx)
     assert target is not None
@@ -157,7 +171,13 @@ def resources(kernel) -> dict:
     instructions = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
     tensor_cores = next((word for word in reversed(instructions.values()) if word in ptx), "")
     spills = int(spilled[1]) + int(spilled[2])
-    return {**common, **accesses(ptx), "registers": int(registers[1]), "spills": spills, "tensor_cores": tensor_cores}
+    return {
+        **common,
+        **accesses(ptx),
+        "registers": int(registers[1]),
+        "spills": spills,
+        "tensor_cores": tensor_cores,
+    }
 
 
 def accesses(ptx: str) -> dict[str, int]:

@@ -15,7 +15,11 @@ def compile_elsewhere(target: str, cases: Sequence[tuple]) -> list[dict]:
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "support.compile_kernels", target],
-        input=json.dumps(cases), capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[1],
-    )  # fmt: skip
+        input=json.dumps(cases),
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=Path(__file__).parents[1],
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)

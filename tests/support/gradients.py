@@ -7,7 +7,8 @@ from torch import Tensor
 
 from .problems import Call
 
-# P and dS are rounded to the dtype once, products are summed in float32: relative error of the root mean square.
+# P and dS are rounded to the dtype once, products are summed in float32: relative error of the root mean
+# square.
 LIMIT = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 3e-3}
 
 

@@ -1,6 +1,8 @@
-"""Calls of the light Triton operators by name, each for a dtype: what is compiled for GPUs that are not there.
+"""Calls of the light Triton operators by name, each for a dtype: what is compiled for GPUs that are not
+there.
 
-Sizes and strides are those that hosts have: FLUX's packed latents and queries, SDXL's latents in both memory formats.
+Sizes and strides are those that hosts have: FLUX's packed latents and queries, SDXL's latents in both memory
+    formats.
 """
 
 from __future__ import annotations
@@ -40,8 +42,12 @@ def _query_blur(dtype: torch.dtype, side: int, text: int, contiguous_heads: bool
 
 
 LIGHT_CALLS: dict[str, Callable[[torch.dtype], object]] = {
-    "blend_latents bool mask, number": lambda dtype: _blend(dtype, (2, 4096, 64), torch.ones(1, 4096, 1) > 0, 0.3),
-    "blend_latents bool mask, last step": lambda dtype: _blend(dtype, (2, 4096, 64), torch.ones(1, 4096, 1) > 0, 0.0),
+    "blend_latents bool mask, number": lambda dtype: _blend(
+        dtype, (2, 4096, 64), torch.ones(1, 4096, 1) > 0, 0.3
+    ),
+    "blend_latents bool mask, last step": lambda dtype: _blend(
+        dtype, (2, 4096, 64), torch.ones(1, 4096, 1) > 0, 0.0
+    ),
     "blend_latents soft mask, per item": lambda dtype: _blend(
         dtype, (2, 4, 128, 128), torch.ones(1, 1, 128, 128), torch.ones(2)
     ),

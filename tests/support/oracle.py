@@ -1,6 +1,7 @@
 """The operator's formula once more, in Python loops over numpy float64: an oracle for the reference backend.
 
-It takes what a user writes (names, dicts, tensors), not the lowered problem, and shares no code with the library.
+It takes what a user writes (names, dicts, tensors), not the lowered problem, and shares no code with the
+library.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ NO_KEY = -math.inf
 
 @dataclass
 class Spec:
-    """One call as a user would write it; sizes are per item, (batch, segments), whether or not the items agree."""
+    """One call as a user would write it; sizes are per item, (batch, segments), whether or not the items
+    agree.
+    """
 
     q: torch.Tensor
     k: list[torch.Tensor]
@@ -85,7 +88,9 @@ def solve(spec: Spec) -> Answer:
     groups = opt.get("groups") or {"all": spec.key_names}
     group_names = list(groups)
     R, C, G = len(spec.row_names), len(spec.key_names), len(groups)
-    answer = Answer(np.zeros((B, M, H, D)), np.full((B, H, M, G), NO_KEY), np.zeros((B, H, R, C)), np.ones((B, H, R)))
+    answer = Answer(
+        np.zeros((B, M, H, D)), np.full((B, H, M, G), NO_KEY), np.zeros((B, H, R, C)), np.ones((B, H, R))
+    )
     for b in range(B):
         q = spec.q[int(q_index[b]) if q_index is not None else b].double().numpy()
         k, v = item(spec.k, spec.source.get("k"), b), item(spec.v, spec.source.get("v"), b)
@@ -194,7 +199,11 @@ def gains(spec: Spec, answer: Answer, b: int, heads: int) -> None:
         return
     rows, keys, apply_to = (
         names if name == "*" else [name] if isinstance(name, str) else list(name)
-        for name, names in ((rule.rows, spec.row_names), (rule.keys, spec.key_names), (rule.apply_to, spec.row_names))
+        for name, names in (
+            (rule.rows, spec.row_names),
+            (rule.keys, spec.key_names),
+            (rule.apply_to, spec.row_names),
+        )
     )
     count = sum(size for name, size in zip(spec.row_names, spec.row_sizes[b], strict=True) if name in rows)
     m = []

@@ -18,7 +18,9 @@ from flashbrush.bindings.core.problem import Problem
 
 
 def draws(count: int) -> int:
-    """How many calls a property test draws: FLASHBRUSH_TEST_PERCENT of `count`, for slow runs such as sanitizers'."""
+    """How many calls a property test draws: FLASHBRUSH_TEST_PERCENT of `count`, for slow runs such as
+    sanitizers'.
+    """
     return max(1, count * int(os.environ.get("FLASHBRUSH_TEST_PERCENT", "100")) // 100)
 
 
@@ -45,7 +47,9 @@ class Call:
     def on(self, device: torch.device) -> Call:
         def move(x):
             if isinstance(x, (list, dict)):
-                return [move(t) for t in x] if isinstance(x, list) else {name: move(t) for name, t in x.items()}
+                return (
+                    [move(t) for t in x] if isinstance(x, list) else {name: move(t) for name, t in x.items()}
+                )
             return x.to(device) if isinstance(x, Tensor) else x
 
         return Call(move(self.q), move(self.k), move(self.v), self.control, move(self.kwargs))
@@ -75,14 +79,19 @@ def calls(
     weights: tuple[float, ...] | None = None,
     row_sizes: tuple[int, ...] | None = None,
 ) -> Call:
-    """A call with random segments (empty ones too), tables, groups, gates, contrast, strides, key lists, sources.
+    """A call with random segments (empty ones too), tables, groups, gates, contrast, strides, key lists,
+    sources.
 
     row_sizes: the lengths that segments of rows may have, in place of those that segments of keys have.
     """
     chance = lambda p: draw(st.integers(0, 99)) < 100 * p  # noqa: E731
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31 - 1)))
     dtype, dim = draw(st.sampled_from(dtypes)), draw(st.sampled_from(dims))
-    batch, kv_heads, repeat = draw(st.integers(1, 3)), draw(st.integers(1, 2)), draw(st.sampled_from((1, 1, 2, 3)))
+    batch, kv_heads, repeat = (
+        draw(st.integers(1, 3)),
+        draw(st.integers(1, 2)),
+        draw(st.sampled_from((1, 1, 2, 3))),
+    )
     heads = kv_heads * repeat
 
     sizes = (0, 1, 2, 5, 16, 31, 33, longest)
@@ -157,7 +166,9 @@ def calls(
         )
     if len(keys) > 1 and chance(0.35):
         owner = [draw(st.integers(0, 2)) for _ in keys.names]
-        groups = {f"g{i}": [n for n, o in zip(keys.names, owner, strict=True) if o == i] for i in sorted(set(owner))}
+        groups = {
+            f"g{i}": [n for n, o in zip(keys.names, owner, strict=True) if o == i] for i in sorted(set(owner))
+        }
         options["groups"] = groups
         if chance(0.6):
             name = draw(st.sampled_from(list(groups)))
@@ -167,13 +178,18 @@ def calls(
         options["contrast"] = fb.Contrast(1.67, (0.0, 1.0) if clip and chance(0.6) else None)
     if chance(0.2):
         name = draw(st.sampled_from(keys.names))
-        limit = keys.lengths[keys.names.index(name)] if keys.items is None else int(keys.items[:, keys.names.index(name)].min())
+        limit = (
+            keys.lengths[keys.names.index(name)]
+            if keys.items is None
+            else int(keys.items[:, keys.names.index(name)].min())
+        )
         options["valid"] = {name: torch.randint(0, limit + 1, (out_batch,), generator=generator)}
     plain = not options and not listed and rows.items is None and keys.items is None
     control = None if plain and chance(0.5) else fb.Control(rows, keys, **options)
 
     kwargs: dict = {}
     if indexed:
+
         def index(t: Tensor) -> Tensor:
             return torch.randint(0, t.shape[0], (out_batch,), generator=generator)
 
@@ -182,7 +198,9 @@ def calls(
     if chance(0.3):
         form = draw(st.sampled_from(("number", "batch", "heads")))
         shape = {"batch": (out_batch,), "heads": (out_batch, heads)}.get(form)
-        kwargs["scale"] = (0.3 if shape is None else (0.3 + torch.rand(shape, generator=generator)) * 1.5 / dim**0.5)
+        kwargs["scale"] = (
+            0.3 if shape is None else (0.3 + torch.rand(shape, generator=generator)) * 1.5 / dim**0.5
+        )
     if mask and chance(0.5):
         m = torch.rand(draw(st.sampled_from((1, out_batch))), 1, rows.total, keys.total, generator=generator)
         kwargs["mask"] = m > 0.3 if chance(0.5) else (m - 0.5) * 4
@@ -192,7 +210,9 @@ def calls(
 
 
 def well_conditioned(call: Call) -> bool:
-    """Whether heads differ in what a minmax gain compares; rounding decides it where they have the same by design."""
+    """Whether heads differ in what a minmax gain compares; rounding decides it where they have the same by
+    design.
+    """
     rule = None if call.control is None else call.control.head_gain
     if rule is None or rule.norm != "minmax" or call.q.shape[2] == 1:
         return True
@@ -205,7 +225,9 @@ def well_conditioned(call: Call) -> bool:
 
 
 def eager(problem: Problem) -> Tensor:
-    """The same controlled problem as the papers compute it: P and out rounded to the dtype, float32 accumulation."""
+    """The same controlled problem as the papers compute it: P and out rounded to the dtype, float32
+    accumulation.
+    """
     dtype = problem.q.dtype
     keep = reference.sum_values
 
@@ -219,11 +241,14 @@ def eager(problem: Problem) -> Tensor:
         reference.sum_values = keep
 
 
-def check(call: Call, out: Tensor, stats: fb.Stats | None = None, stats_tolerance: float | None = None) -> None:
-    """Against float64 of the reference: finite first, then twice the eager form's error plus half an ulp, mean and max.
+def check(
+    call: Call, out: Tensor, stats: fb.Stats | None = None, stats_tolerance: float | None = None
+) -> None:
+    """Against float64 of the reference: finite first, then twice the eager form's error plus half an ulp,
+    mean and max.
 
-    lse and mass come from products of the inputs as they are, so that they agree to float32 in every dtype; a backend
-    that rounds more states its own stats_tolerance.
+    lse and mass come from products of the inputs as they are, so that they agree to float32 in every dtype; a
+    backend that rounds more states its own stats_tolerance.
     """
     exact = call.to(torch.float64)
     truth, expected = exact.run("reference", return_stats=True)
@@ -232,12 +257,16 @@ def check(call: Call, out: Tensor, stats: fb.Stats | None = None, stats_toleranc
     if out.numel():
         error = (out.double() - truth).abs()
         allowed = (eager(call.problem()).double() - truth).abs()
-        slack = 0.5 * torch.finfo(call.q.dtype).eps * float(truth.abs().max()) + luck(exact, call, out.numel())
+        slack = 0.5 * torch.finfo(call.q.dtype).eps * float(truth.abs().max()) + luck(
+            exact, call, out.numel()
+        )
         for what, mine, theirs in (
             ("mean", error.mean(), allowed.mean()),
             ("max", error.max(), allowed.max()),
         ):
-            assert mine <= 2 * theirs + slack, f"{what} error {mine:.3g}, eager {theirs:.3g}, slack {slack:.3g}"
+            assert mine <= 2 * theirs + slack, (
+                f"{what} error {mine:.3g}, eager {theirs:.3g}, slack {slack:.3g}"
+            )
     if stats is None:
         return
     tolerance = 3e-5 if stats_tolerance is None or call.q.dtype == torch.float32 else stats_tolerance
@@ -250,18 +279,25 @@ def check(call: Call, out: Tensor, stats: fb.Stats | None = None, stats_toleranc
 def luck(exact: Call, call: Call, size: int) -> float:
     """What the eager form's error may be short of by chance, in units of the sum of the terms' magnitudes.
 
-    In float32 both forms make the same few roundings in another order. In 16 bits a handful of elements or keys, whose
-    probabilities may happen to be exact, is no sample of an error.
+    In float32 both forms make the same few roundings in another order. In 16 bits a handful of elements or
+    keys, whose probabilities may happen to be exact, is no sample of an error.
     """
     if exact.q.numel() == 0:
         return 0.0
-    sizes = Call(exact.q, exact.k, [t.abs() for t in exact.v] if isinstance(exact.v, list) else exact.v.abs(),
-                 exact.control, exact.kwargs)  # fmt: skip
+    sizes = Call(
+        exact.q,
+        exact.k,
+        [t.abs() for t in exact.v] if isinstance(exact.v, list) else exact.v.abs(),
+        exact.control,
+        exact.kwargs,
+    )
     magnitude = float(sizes.run("reference").abs().max())
     if any(c is not None for c in call.problem().contrast):
         magnitude *= 4  # beta * p and (beta - 1) / Nk nearly cancel
     few = size < 512 or call.problem().keys < 32
-    return magnitude * (8 * torch.finfo(torch.float32).eps + (2 * torch.finfo(call.q.dtype).eps if few else 0))
+    return magnitude * (
+        8 * torch.finfo(torch.float32).eps + (2 * torch.finfo(call.q.dtype).eps if few else 0)
+    )
 
 
 def compare(name: str, got: Tensor, expected: Tensor, tolerance: float, floor: float) -> None:

@@ -60,16 +60,24 @@ def draw(seed: int) -> Spec:
         options["gain"] = {rng.choice(row_names): value()}
     if rng.random() < 0.5 or seed < 4:
         norm = ("minmax", "mean", "max", "softmax")[seed % 4]
-        names = [rng.choice((*row_names, "*")), rng.choice((*key_names, "*", key_names)), rng.choice((*row_names, "*"))]
+        names = [
+            rng.choice((*row_names, "*")),
+            rng.choice((*key_names, "*", key_names)),
+            rng.choice((*row_names, "*")),
+        ]
         options["head_gain"] = fb.HeadGain(*names[:2], span=0.75, floor=0.5, norm=norm, apply_to=names[2])
     if rng.random() < 0.5:
         owner = [rng.randint(0, 1) for _ in key_names]
-        options["groups"] = {f"g{g}": [n for n, o in zip(key_names, owner, strict=True) if o == g] for g in (1, 0)}
+        options["groups"] = {
+            f"g{g}": [n for n, o in zip(key_names, owner, strict=True) if o == g] for g in (1, 0)
+        }
         if rng.random() < 0.7:
             options["gates"] = {"g1": rng.choice((0.75, random_tensor(rng.choice((1, B)), M).float()))}
     if rng.random() < 0.4:
         contrast = fb.Contrast(1.75, rng.choice((None, (0.0, 1.0), (0.125, 0.375))))
-        options["contrast"] = rng.choice((contrast, {rng.choice(list(options.get("groups") or ["all"])): contrast}))
+        options["contrast"] = rng.choice(
+            (contrast, {rng.choice(list(options.get("groups") or ["all"])): contrast})
+        )
     if rng.random() < 0.4:
         name = rng.choice(key_names)
         most = [s[key_names.index(name)] for s in key_sizes]

@@ -2,8 +2,9 @@
 
     out_g = sum_c weight_c * exp(lse_c + bias_c - lse_g) * out_c        lse_g = log sum_c exp(lse_c + bias_c)
 
-Tables do not enter the calls, so that a key segment takes one call for each run of neighbouring row segments that see
-it. It is correct on every device that has such an attention, and the bar that a fused kernel has to beat.
+Tables do not enter the calls, so that a key segment takes one call for each run of neighbouring row segments
+that see it. It is correct on every device that has such an attention, and the bar that a fused kernel has to
+beat.
 """
 
 from __future__ import annotations
@@ -58,19 +59,41 @@ def item(p: Problem, b: int) -> tuple[Problem, list[int] | None]:
         return None if table is None else table[b : b + 1] if table.shape[0] > 1 else table
 
     def take(tensors: tuple[Tensor, ...], source: Tensor | None) -> tuple[Tensor, ...]:
-        places = [(b if t.shape[0] > 1 else 0) if source is None else int(source[i, b]) for i, t in enumerate(tensors)]
+        places = [
+            (b if t.shape[0] > 1 else 0) if source is None else int(source[i, b])
+            for i, t in enumerate(tensors)
+        ]
         return tuple(t[n : n + 1] for n, t in zip(places, tensors, strict=True))
 
     n = b if p.source_q is None else int(p.source_q[b])
     rows = p.row_lengths if p.row_items is None else tuple(p.row_items[b].tolist())
     keys = p.key_lengths if p.key_items is None else tuple(p.key_items[b].tolist())
-    exist = None if p.valid is None else [min(max(a, 0), n) for a, n in zip(p.valid[b].tolist(), keys, strict=True)]
+    exist = (
+        None
+        if p.valid is None
+        else [min(max(a, 0), n) for a, n in zip(p.valid[b].tolist(), keys, strict=True)]
+    )
     single = replace(
-        p, q=p.q[n : n + 1], k=take(p.k, p.source_k), v=take(p.v, p.source_v), batch=1, row_lengths=rows,
-        key_lengths=keys, row_items=None, key_items=None, valid=None, source_q=None, source_k=None, source_v=None,
-        scales=pick(p.scales), bias=pick(p.bias), weight=pick(p.weight), gain=pick(p.gain), gates=pick(p.gates),
+        p,
+        q=p.q[n : n + 1],
+        k=take(p.k, p.source_k),
+        v=take(p.v, p.source_v),
+        batch=1,
+        row_lengths=rows,
+        key_lengths=keys,
+        row_items=None,
+        key_items=None,
+        valid=None,
+        source_q=None,
+        source_k=None,
+        source_v=None,
+        scales=pick(p.scales),
+        bias=pick(p.bias),
+        weight=pick(p.weight),
+        gain=pick(p.gain),
+        gates=pick(p.gates),
         mask=None if p.mask is None else pick(p.mask.reshape((1,) * (4 - p.mask.dim()) + p.mask.shape)),
-    )  # fmt: skip
+    )
     return single, exist
 
 
@@ -107,11 +130,17 @@ def _uniform(p: Problem, exist: list[int] | None) -> tuple[Tensor, Tensor, Tenso
             for first, last in _runs(p, c) if n else ():
                 rows = slice(starts[first], starts[last])
                 part, part_lse = sdpa.attention_with_lse(
-                    q[:, :, rows], keys, values, scale, mask if mask is None or mask.shape[2] == 1 else mask[:, :, rows]
+                    q[:, :, rows],
+                    keys,
+                    values,
+                    scale,
+                    mask if mask is None or mask.shape[2] == 1 else mask[:, :, rows],
                 )
                 part_lse = part_lse.to(dtype)
                 if bias is not None:
-                    part_lse = torch.where(bias[:, :, rows] == -math.inf, -math.inf, part_lse + bias[:, :, rows])
+                    part_lse = torch.where(
+                        bias[:, :, rows] == -math.inf, -math.inf, part_lse + bias[:, :, rows]
+                    )
                 this[:, :, rows] = part_lse
                 higher = torch.maximum(top[:, :, rows], part_lse)
                 old, new = (_ratio(x, higher)[..., None] for x in (top[:, :, rows], part_lse))
@@ -120,12 +149,16 @@ def _uniform(p: Problem, exist: list[int] | None) -> tuple[Tensor, Tensor, Tenso
                 if weight is not None:
                     w = weight[:, :, rows]
                     new, seen = new * w, seen & (w != 0)
-                group_acc[:, :, rows] = group_acc[:, :, rows] * old + torch.where(seen, new * part.to(dtype), 0)
+                group_acc[:, :, rows] = group_acc[:, :, rows] * old + torch.where(
+                    seen, new * part.to(dtype), 0
+                )
                 if group_sum is not None:
                     allowed = 1 if bias is None else (bias[:, :, rows, None] != -math.inf)
                     counted = allowed if weight is None else allowed * weight[:, :, rows]
                     sums = values.to(dtype).sum(2, keepdim=True).repeat_interleave(H // p.kv_heads, 1)
-                    group_sum[:, :, rows] += torch.where(torch.as_tensor(counted != 0, device=device), counted * sums, 0)
+                    group_sum[:, :, rows] += torch.where(
+                        torch.as_tensor(counted != 0, device=device), counted * sums, 0
+                    )
                     count[:, :, rows] += n * allowed
             segment_lse.append((this, c))
         empty = total == 0
@@ -148,7 +181,9 @@ def _uniform(p: Problem, exist: list[int] | None) -> tuple[Tensor, Tensor, Tenso
 
 
 def _mask_shift(p: Problem, g: int, dtype: torch.dtype) -> Tensor | None:
-    """Each row's largest number of an additive mask in a group, (1|B, 1|H, 1|M): rows of -1e9 are then rows of 0."""
+    """Each row's largest number of an additive mask in a group, (1|B, 1|H, 1|M): rows of -1e9 are then rows
+    of 0.
+    """
     if p.mask is None or p.mask.dtype == torch.bool or g not in p.groups:
         return None
     mask = p.mask.reshape((1,) * (4 - p.mask.dim()) + p.mask.shape).to(dtype)
@@ -162,7 +197,9 @@ def _mask_shift(p: Problem, g: int, dtype: torch.dtype) -> Tensor | None:
 
 
 def _segment(p: Problem, c: int, n: int, shift: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """First n keys and values of segment c, (B, Hkv, n, D), and the additive mask of its columns, less the shift."""
+    """First n keys and values of segment c, (B, Hkv, n, D), and the additive mask of its columns, less the
+    shift.
+    """
     i, start = p.key_place(c)
 
     def take(t: Tensor, source: Tensor | None) -> Tensor:

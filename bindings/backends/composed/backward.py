@@ -36,7 +36,8 @@ class Block(NamedTuple):
 
 
 def blocks(p: Problem, q: Tensor, k: Tensor, lse: Tensor, keys: Tensor | None = None) -> Iterator[Block]:
-    """The map from q (B, H, M, D), k (B, H, N, D) and lse (B, H, M, G), some rows at a time; of `keys` (n,) only.
+    """The map from q (B, H, M, D), k (B, H, N, D) and lse (B, H, M, G), some rows at a time; of `keys` (n,)
+    only.
 
     Removed keys are not read: their NaN must not meet a zero probability.
     """
@@ -53,14 +54,22 @@ def blocks(p: Problem, q: Tensor, k: Tensor, lse: Tensor, keys: Tensor | None = 
     step = max(1, min(M, BLOCK_ELEMENTS // max(1, B * H * k.shape[2])))
     for segments, tokens in _row_runs(p):
         bias, weight = (_key_row(table, segments[0], c, dtype) for table in (p.bias, p.weight))
-        allowed = exists if bias is None else bias != -math.inf if exists is None else exists & (bias != -math.inf)
+        allowed = (
+            exists if bias is None else bias != -math.inf if exists is None else exists & (bias != -math.inf)
+        )
         k_run = only(allowed, k)
         for first in range(tokens.start, tokens.stop, step):
             rows = slice(first, min(tokens.stop, first + step))
             label = a[:, rows]
             s = torch.einsum("bhmd,bhnd->bhmn", q[:, :, rows], k_run) * scale
-            seen = torch.ones_like(s, dtype=torch.bool) if allowed is None else allowed[:, :, None].expand_as(s)
-            mine = None if p.row_items is None else torch.isin(label, torch.tensor(segments, device=q.device))[:, None]
+            seen = (
+                torch.ones_like(s, dtype=torch.bool) if allowed is None else allowed[:, :, None].expand_as(s)
+            )
+            mine = (
+                None
+                if p.row_items is None
+                else torch.isin(label, torch.tensor(segments, device=q.device))[:, None]
+            )
             if mine is not None:
                 seen = seen & mine[..., None]
             if bias is not None:
@@ -71,17 +80,30 @@ def blocks(p: Problem, q: Tensor, k: Tensor, lse: Tensor, keys: Tensor | None = 
             elif mask is not None:
                 m = mask[:, :, rows].to(dtype)
                 seen = seen & (m != -math.inf)
-                # Beside a mask of -1e9 over a whole row, the lse that came has lost the logits: relative to the row's top.
+                # Beside a mask of -1e9 over a whole row, the lse that came has lost the logits: relative to
+                # the row's top.
                 s = s + (m - _largest(seen, group, m, p.n_groups).gather(3, group))
                 normal = _lse(seen, group, s, p.n_groups)
             prob = torch.where(seen, torch.exp(s - normal.gather(3, group)), 0)
-            yield Block(rows, label, group, seen, prob, None if weight is None else weight[:, :, None], mine, allowed, k_run)
+            yield Block(
+                rows,
+                label,
+                group,
+                seen,
+                prob,
+                None if weight is None else weight[:, :, None],
+                mine,
+                allowed,
+                k_run,
+            )
 
 
 def backward(
     problem: Problem, dout: Tensor, out: Tensor, lse: Tensor, gain: Tensor
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """dout and out (B, M, H, D), lse (B, H, M, G), gain (B, H, R) -> dq, and dk and dv, one for each of k and v."""
+    """dout and out (B, M, H, D), lse (B, H, M, G), gain (B, H, R) -> dq, and dk and dv, one for each of k and
+    v.
+    """
     p = problem
     B, M, H = p.batch, p.rows, p.heads
     if B * M * H == 0 or p.keys == 0:
@@ -91,7 +113,9 @@ def backward(
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for b in blocks(p, q, k, lse):
         values = only(b.allowed, v if b.weight is None else only(b.weight[:, :, 0] != 0, v))
-        factor = gain.to(q.dtype).gather(2, b.label[:, None, :].expand(B, H, -1))[..., None]  # (B, H, rows, 1)
+        factor = gain.to(q.dtype).gather(2, b.label[:, None, :].expand(B, H, -1))[
+            ..., None
+        ]  # (B, H, rows, 1)
         if b.weight is not None:
             factor = factor * b.weight
         if p.gates is not None:
@@ -113,7 +137,9 @@ def softmax_backward(p: Problem, b: Block, dprob: Tensor) -> Tensor:
 
 
 def _largest(seen: Tensor, group: Tensor, values: Tensor, n_groups: int) -> Tensor:
-    """(B, H, rows, N) -> the largest seen value of each group (B, H, rows, groups), 0 where that is not finite"""
+    """(B, H, rows, N) -> the largest seen value of each group (B, H, rows, groups), 0 where that is not
+    finite
+    """
     empty = torch.full_like(values[..., :1], -math.inf).expand(-1, -1, -1, n_groups)
     top = empty.scatter_reduce(3, group, torch.where(seen, values, -math.inf), "amax")
     return torch.where(top.isfinite(), top, 0)
@@ -131,7 +157,9 @@ def compute_dtype(p: Problem) -> torch.dtype:
 
 
 def _row_runs(p: Problem) -> list[tuple[list[int], slice]]:
-    """(row segments, their tokens) of neighbours to which the same entries apply; all tokens where items differ."""
+    """(row segments, their tokens) of neighbours to which the same entries apply; all tokens where items
+    differ.
+    """
     C, starts = len(p.key_lengths), (*p.row_starts(), p.rows)
     runs: list[list[int]] = []
     for r in range(len(p.row_lengths)):

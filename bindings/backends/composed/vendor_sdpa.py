@@ -16,8 +16,11 @@ def has_lse(device: torch.device) -> bool:
     return device.type in ("cpu", "cuda")
 
 
-def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Plain attention of non-empty q (B, H, M, D), k and v (B, Hkv, N, D) -> out (B, H, M, D), lse (B, H, M) natural log.
+def attention_with_lse(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Plain attention of non-empty q (B, H, M, D), k and v (B, Hkv, N, D) -> out (B, H, M, D), lse (B, H, M)
+    natural log.
 
     mask: additive, q's dtype, broadcastable to (B, H, M, N); a row that it masks whole gives 0 and -inf.
     """
@@ -33,12 +36,16 @@ def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tens
 
 def _vendor(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     if q.device.type == "cpu":
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=scale)
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, attn_mask=mask, scale=scale
+        )
     half = q.dtype in (torch.bfloat16, torch.float16)
     if half and mask is None and q.shape[3] % 8 == 0:
         if _cudnn_is_best(q.device) and q.shape[3] <= 128:
             k, v = _repeat_heads(q, k), _repeat_heads(q, v)
-            out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, scale=scale)
+            out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+                q, k, v, None, True, scale=scale
+            )
             return out, lse.reshape(q.shape[:3]).float()
         if _installed("flash_attn"):
             from flash_attn import flash_attn_func  # type: ignore[import-not-found]
@@ -50,7 +57,9 @@ def _vendor(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) 
             from xformers.ops.fmha import memory_efficient_attention_partial  # type: ignore[import-not-found]
 
             k, v = _repeat_heads(q, k), _repeat_heads(q, v)
-            out, lse = memory_efficient_attention_partial(*(t.transpose(1, 2) for t in (q, k, v)), scale=scale)
+            out, lse = memory_efficient_attention_partial(
+                *(t.transpose(1, 2) for t in (q, k, v)), scale=scale
+            )
             return out.transpose(1, 2), lse[..., : q.shape[2]]
         k, v = _repeat_heads(q, k), _repeat_heads(q, v)
         out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)

@@ -1,8 +1,9 @@
 """Fused attention on the CPU, through the shared library built from csrc/cpu.
 
 The library knows nothing of torch; it is called through its C interface and runs on torch's own threads.
-FLASHBRUSH_CPU_ISA=amx|avx512bf16|avx512|avx2|portable forces one of the instruction sets that are built in; without it
-the best of them runs, but never AMX, whose logic is verified by emulation and which has not yet run on hardware.
+FLASHBRUSH_CPU_ISA=amx|avx512bf16|avx512|avx2|portable forces one of the instruction sets that are built in;
+without it the best of them runs, but never AMX, whose logic is verified by emulation and which has not yet
+run on hardware.
 """
 
 from __future__ import annotations
@@ -49,7 +50,10 @@ class Attention(Structure):
         *((size, c_int64) for size in ("B", "M", "H", "Hkv", "D", "R", "C", "G", "L")),
         ("q", Tensor4),
         ("out", Tensor4),
-        *((array, c_void_p) for array in ("k", "v", "source_q", "source_k", "source_v", "row_lengths", "key_lengths", "valid")),
+        *(
+            (array, c_void_p)
+            for array in ("k", "v", "source_q", "source_k", "source_v", "row_lengths", "key_lengths", "valid")
+        ),
         ("rows_by_item", c_int32),
         ("keys_by_item", c_int32),
         ("groups", c_void_p),
@@ -83,7 +87,9 @@ def available() -> list[str]:
         return [reason]
     wanted = _wanted_isa()
     if wanted and wanted not in isas():
-        return [f"FLASHBRUSH_CPU_ISA={wanted} is not one of {', '.join(isas())}, which are built in and run here"]
+        return [
+            f"FLASHBRUSH_CPU_ISA={wanted} is not one of {', '.join(isas())}, which are built in and run here"
+        ]
     return []
 
 
@@ -99,7 +105,9 @@ def why_not(problem: Problem) -> list[str]:
 
 
 def isas() -> list[str]:
-    """The instruction sets that are built in and run on this machine, best first, those that have to be named too."""
+    """The instruction sets that are built in and run on this machine, best first, those that have to be named
+    too.
+    """
     library, _ = _load()
     names = []
     while library is not None and (isa := library.flashbrush_isa(len(names))):
@@ -110,7 +118,8 @@ def isas() -> list[str]:
 def forward(problem: Problem) -> Result:
     """Any layout with a contiguous last dimension.
 
-    Extra memory: packed K and V of two heads, with three or four threads of one head a thread, and scratch per thread.
+    Extra memory: packed K and V of two heads, with three or four threads of one head a thread, and scratch
+        per thread.
     """
     p = problem
     R, C = len(p.row_lengths), len(p.key_lengths)
@@ -132,20 +141,28 @@ def forward(problem: Problem) -> Result:
 def backward(
     problem: Problem, dout: Tensor, out: Tensor, lse: Tensor, gain: Tensor
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """dout and out (B, M, H, D), lse (B, H, M, G), gain (B, H, R) -> dq, and dk and dv, one for each of k and v.
+    """dout and out (B, M, H, D), lse (B, H, M, G), gain (B, H, R) -> dq, and dk and dv, one for each of k and
+    v.
 
-    The sums over rows are in float32. Each (item, key head) belongs to one thread, so that they have one order.
+    The sums over rows are in float32. Each (item, key head) belongs to one thread, so that they have one
+    order.
     """
     p = problem
     dout = dout.to(p.q.dtype).contiguous()
     lse, gain = lse.contiguous(), gain.to(torch.float32).contiguous()
     keep: list = [dout, out, gain]
     dq = torch.empty(p.batch, p.rows, p.heads, p.dim, dtype=p.q.dtype)
-    dk, dv = ([torch.zeros(p.batch, *t.shape[1:], dtype=torch.float32) for t in tensors] for tensors in (p.k, p.v))
+    dk, dv = (
+        [torch.zeros(p.batch, *t.shape[1:], dtype=torch.float32) for t in tensors] for tensors in (p.k, p.v)
+    )
     call = _Backward(
-        call=describe_call(p, out, lse, keep), dout=describe(dout, False), dq=describe(dq, False),
-        dk=describe_list(dk, False, keep), dv=describe_list(dv, False, keep), gains=gain.data_ptr(),
-    )  # fmt: skip
+        call=describe_call(p, out, lse, keep),
+        dout=describe(dout, False),
+        dq=describe(dq, False),
+        dk=describe_list(dk, False, keep),
+        dv=describe_list(dv, False, keep),
+        gains=gain.data_ptr(),
+    )
     run("backward", call)
 
     def collect(grads: list[Tensor], tensors: tuple[Tensor, ...], source: Tensor | None) -> list[Tensor]:
@@ -167,12 +184,24 @@ def _collect(grad: Tensor, t: Tensor, source: Tensor | None) -> Tensor:
 def describe_call(p: Problem, out: Tensor, lse: Tensor | None, keep: list) -> Attention:
     """The C structure; `keep` takes what it points to, and must live as long."""
     structure, held = _structure(
-        p.q.dtype, p.batch, *p.q.shape[1:], p.kv_heads, len(p.k), p.row_lengths, p.key_lengths, p.groups, p.contrast, p.scale
+        p.q.dtype,
+        p.batch,
+        *p.q.shape[1:],
+        p.kv_heads,
+        len(p.k),
+        p.row_lengths,
+        p.key_lengths,
+        p.groups,
+        p.contrast,
+        p.scale,
     )
     keep.append(held)
     call = Attention.from_buffer_copy(structure)
     call.q, call.out = describe(p.q, p.source_q is None), describe(out, True)
-    call.k, call.v = describe_list(p.k, p.source_k is None, keep), describe_list(p.v, p.source_v is None, keep)
+    call.k, call.v = (
+        describe_list(p.k, p.source_k is None, keep),
+        describe_list(p.v, p.source_v is None, keep),
+    )
     call.threads = torch.get_num_threads()
     if lse is not None:
         keep.append(lse)
@@ -182,7 +211,13 @@ def describe_call(p: Problem, out: Tensor, lse: Tensor | None, keep: list) -> At
         keep.append((t if t.dtype is dtype else t.to(dtype)).contiguous())
         return keep[-1]
 
-    for name, t in (("scale", p.scales), ("bias", p.bias), ("weight", p.weight), ("gain", p.gain), ("gates", p.gates)):
+    for name, t in (
+        ("scale", p.scales),
+        ("bias", p.bias),
+        ("weight", p.weight),
+        ("gain", p.gain),
+        ("gates", p.gates),
+    ):
         if t is not None:  # (1|B, 1|H, ...), contiguous but for the first two dimensions
             t = array(t, torch.float32)
             setattr(call, name, _Table(t.data_ptr(), *(t.stride(i) if t.shape[i] > 1 else 0 for i in (0, 1))))
@@ -213,8 +248,8 @@ def _structure(
     contrast: tuple[Contrast | None, ...],
     scale: float,
 ) -> tuple[Attention, tuple]:
-    """What calls of one shape have in common, to be copied, and what it points to. Filling it in anew takes as long as a
-    short call."""
+    """What calls of one shape have in common, to be copied, and what it points to. Filling it in anew takes
+    as long as a short call."""
     numbers: list[float] = []
     for c in contrast:
         numbers += [0.0] * 4 if c is None else [1.0 + (c.clip is not None), c.beta, *(c.clip or (0.0, 0.0))]
@@ -222,10 +257,24 @@ def _structure(
     held = (*ints, (c_float * len(numbers))(*numbers), c_float(scale))
     row_array, key_array, group_array, contrast_array, number = map(addressof, held)
     call = Attention(
-        abi=ABI, dtype=DTYPES[dtype], B=batch, M=rows, H=heads, Hkv=kv_heads, D=dim, R=len(row_lengths), C=len(key_lengths),
-        G=len(contrast), L=tensors, row_lengths=row_array, key_lengths=key_array, groups=group_array,
-        contrast=contrast_array, scale=_Table(number, 0, 0), derived=-1,
-    )  # fmt: skip
+        abi=ABI,
+        dtype=DTYPES[dtype],
+        B=batch,
+        M=rows,
+        H=heads,
+        Hkv=kv_heads,
+        D=dim,
+        R=len(row_lengths),
+        C=len(key_lengths),
+        G=len(contrast),
+        L=tensors,
+        row_lengths=row_array,
+        key_lengths=key_array,
+        groups=group_array,
+        contrast=contrast_array,
+        scale=_Table(number, 0, 0),
+        derived=-1,
+    )
     return call, held
 
 
@@ -280,7 +329,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
 
 @functools.cache
 def _parallel() -> int | None:
-    """The address of GOMP_parallel in the OpenMP runtime that torch uses: its threads, spinning already, serve us too.
+    """The address of GOMP_parallel in the OpenMP runtime that torch uses: its threads, spinning already,
+    serve us too.
 
     None where torch is built otherwise; the library then starts threads of its own.
     """

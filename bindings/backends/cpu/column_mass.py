@@ -25,7 +25,9 @@ def column_mass(p: Problem, lse: Tensor, counted: tuple[int, ...]) -> Tensor:
     keep: list = []
     call = _ColumnMass(
         call=cpu.describe_call(p, p.q, lse.to(torch.float32).contiguous(), keep),
-        counted=bytes(r in counted for r in range(len(p.row_lengths))), mass=mass.data_ptr(), N=p.keys,
-    )  # fmt: skip
+        counted=bytes(r in counted for r in range(len(p.row_lengths))),
+        mass=mass.data_ptr(),
+        N=p.keys,
+    )
     cpu.run("column_mass", call)
     return mass

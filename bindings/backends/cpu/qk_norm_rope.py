@@ -1,4 +1,6 @@
-"""qk_norm_rope on the CPU, through the shared library built from csrc/cpu: one read and one write of each element."""
+"""qk_norm_rope on the CPU, through the shared library built from csrc/cpu: one read and one write of each
+element.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,13 @@ PARTS = 64  # the tokens are cut into so many parts, each with sums of its own; 
 
 
 class _Stream(Structure):
-    _fields_ = (("x", cpu.Tensor4), ("offset", cpu.Tensor4), ("weight", c_void_p), ("tokens", c_int64), ("normalise", c_int32))
+    _fields_ = (
+        ("x", cpu.Tensor4),
+        ("offset", cpu.Tensor4),
+        ("weight", c_void_p),
+        ("tokens", c_int64),
+        ("normalise", c_int32),
+    )
 
 
 class _NormRope(Structure):
@@ -77,8 +85,10 @@ def backward(
         plain = [None] * len(xs)
         call = _NormRopeBackward(
             forward=_describe(dout, xs, weights, plain, cos, sin, eps, half, permutation, keep),
-            dx=cpu.describe_list(dxs, False, keep), dweight=sums.data_ptr(), parts=PARTS,
-        )  # fmt: skip
+            dx=cpu.describe_list(dxs, False, keep),
+            dweight=sums.data_ptr(),
+            parts=PARTS,
+        )
         cpu.run("norm_rope_backward", call)
     dweights = [torch.empty(0) if w is None else sums[i].sum(0).to(w.dtype) for i, w in enumerate(weights)]
     return dxs, dweights
@@ -115,14 +125,31 @@ def _describe(
     xs = [rows(x) for x in xs]
     keep.extend(xs)
     streams = [
-        _Stream(cpu.describe(x, False), describe(offset, x), pointer(weight, torch.float32), x.shape[1], weight is not None)
+        _Stream(
+            cpu.describe(x, False),
+            describe(offset, x),
+            pointer(weight, torch.float32),
+            x.shape[1],
+            weight is not None,
+        )
         for x, weight, offset in zip(xs, weights, offsets, strict=True)
     ]
     B, T, H, D = out.shape
     return _NormRope(
-        abi=cpu.ABI, dtype=cpu.DTYPES[out.dtype], B=B, T=T, H=H, D=D, streams=len(xs),
-        stream=(_Stream * len(xs))(*streams), out=cpu.describe(out, False), cos=pointer(cos, torch.float32),
-        sin=pointer(sin, torch.float32), permutation=pointer(permutation, torch.int64),
-        permutation_stride=T if permutation is not None and permutation.dim() == 2 else 0, eps=eps, half=half,
+        abi=cpu.ABI,
+        dtype=cpu.DTYPES[out.dtype],
+        B=B,
+        T=T,
+        H=H,
+        D=D,
+        streams=len(xs),
+        stream=(_Stream * len(xs))(*streams),
+        out=cpu.describe(out, False),
+        cos=pointer(cos, torch.float32),
+        sin=pointer(sin, torch.float32),
+        permutation=pointer(permutation, torch.int64),
+        permutation_stride=T if permutation is not None and permutation.dim() == 2 else 0,
+        eps=eps,
+        half=half,
         threads=torch.get_num_threads(),
-    )  # fmt: skip
+    )

@@ -1,9 +1,10 @@
 """Fused attention for Hopper GPUs in CUDA C++, through the shared library built from csrc/cuda.
 
-Warp-specialised, with TMA and wgmma. The library knows nothing of torch. The light kernels around the attention (mass from
-its partial sums, derived gain) and the gradient are the Triton backend's.
+Warp-specialised, with TMA and wgmma. The library knows nothing of torch. The light kernels around the
+attention (mass from its partial sums, derived gain) and the gradient are the Triton backend's.
 
-Verified in an emulation of the hardware's instructions and compiled for sm_90a; not yet run on hardware. So the planner
+Verified in an emulation of the hardware's instructions and compiled for sm_90a; not yet run on hardware. So
+the planner
 does not choose it: it runs where backend="cuda" names it.
 """
 
@@ -42,7 +43,10 @@ _FAILURES = {
 
 
 class _Tensor(Structure):
-    _fields_ = (("data", c_void_p), *((size, c_int64) for size in ("items", "tokens", "stride_b", "stride_t", "stride_h")))
+    _fields_ = (
+        ("data", c_void_p),
+        *((size, c_int64) for size in ("items", "tokens", "stride_b", "stride_t", "stride_h")),
+    )
 
 
 class _Table(Structure):
@@ -53,13 +57,19 @@ class _Attention(Structure):
     _fields_ = (
         ("abi", c_int32),
         ("dtype", c_int32),
-        *((size, c_int32) for size in ("B", "M", "H", "Hkv", "D", "R", "C", "G", "L", "row_blocks", "multiprocessors")),
+        *(
+            (size, c_int32)
+            for size in ("B", "M", "H", "Hkv", "D", "R", "C", "G", "L", "row_blocks", "multiprocessors")
+        ),
         ("scale", c_float),
         ("q", _Tensor),
         ("out", _Tensor),
         ("k", POINTER(_Tensor)),
         ("v", POINTER(_Tensor)),
-        *((array, c_void_p) for array in ("source_q", "source_k", "source_v", "row_starts", "key_starts", "valid")),
+        *(
+            (array, c_void_p)
+            for array in ("source_q", "source_k", "source_v", "row_starts", "key_starts", "valid")
+        ),
         ("rows_by_item", c_int32),
         ("keys_by_item", c_int32),
         ("groups", c_void_p),
@@ -97,7 +107,9 @@ def why_not(problem: Problem) -> list[str]:
     tensors = {"q": [p.q], "k": p.k, "v": p.v, "out": [] if p.out is None else [p.out]}
     for which, some in tensors.items():
         if not all(_is_mapped(t) for t in some):
-            reasons.append(f"{which}: the copy engine needs addresses and strides that are multiples of 16 bytes")
+            reasons.append(
+                f"{which}: the copy engine needs addresses and strides that are multiples of 16 bytes"
+            )
     return reasons or triton.why_not(p)
 
 
@@ -120,7 +132,9 @@ def _forward(p: Problem) -> Result:
     lse = torch.empty(B, H, p.rows, G, dtype=torch.float32, device=device) if p.need_stats else None
     block = _library().flashbrush_gpu_block_rows(p.dim, G)
     row_blocks, parts = launch.blocks(p.row_lengths, p.row_items, block), block // PART
-    partial = torch.empty(B, H, row_blocks * parts, C, dtype=torch.float32, device=device) if p.need_mass else None
+    partial = (
+        torch.empty(B, H, row_blocks * parts, C, dtype=torch.float32, device=device) if p.need_mass else None
+    )
     row_starts = launch.starts(p.row_lengths, p.row_items, device)
     key_starts = launch.starts(p.key_lengths, p.key_items, device)
     kinds = [0.0 if c is None else 1.0 for c in p.contrast]
@@ -147,18 +161,44 @@ def _forward(p: Problem) -> Result:
         return _Table(data, *(keep[-1].stride(i) if t.shape[i] > 1 else 0 for i in (0, 1)))
 
     call = _Attention(
-        abi=ABI, dtype=DTYPES[p.q.dtype], B=B, M=p.rows, H=H, Hkv=p.kv_heads, D=p.dim, R=len(p.row_lengths), C=C, G=G,
-        L=len(p.k), row_blocks=row_blocks, multiprocessors=launch.multiprocessors(device), scale=p.scale,
-        q=_describe(p.q), out=_describe(out), k=_describe_all(p.k), v=_describe_all(p.v),
-        source_q=pointer(p.source_q, torch.int64), source_k=pointer(p.source_k, torch.int64),
-        source_v=pointer(p.source_v, torch.int64), row_starts=row_starts.data_ptr(), key_starts=key_starts.data_ptr(),
-        valid=pointer(p.valid, torch.int32), rows_by_item=p.row_items is not None, keys_by_item=p.key_items is not None,
+        abi=ABI,
+        dtype=DTYPES[p.q.dtype],
+        B=B,
+        M=p.rows,
+        H=H,
+        Hkv=p.kv_heads,
+        D=p.dim,
+        R=len(p.row_lengths),
+        C=C,
+        G=G,
+        L=len(p.k),
+        row_blocks=row_blocks,
+        multiprocessors=launch.multiprocessors(device),
+        scale=p.scale,
+        q=_describe(p.q),
+        out=_describe(out),
+        k=_describe_all(p.k),
+        v=_describe_all(p.v),
+        source_q=pointer(p.source_q, torch.int64),
+        source_k=pointer(p.source_k, torch.int64),
+        source_v=pointer(p.source_v, torch.int64),
+        row_starts=row_starts.data_ptr(),
+        key_starts=key_starts.data_ptr(),
+        valid=pointer(p.valid, torch.int32),
+        rows_by_item=p.row_items is not None,
+        keys_by_item=p.key_items is not None,
         groups=pointer(launch.constant(p.groups, torch.int32, device), torch.int32),
-        order=pointer(order, torch.int32), scales=table(p.scales), bias=table(p.bias),
-        weight=table(p.weight), gain=table(None if p.head_gain is not None else p.gain), gates=table(p.gates),
-        contrast=pointer(contrast, torch.float32), value_sums=pointer(sums, torch.float32),
-        lse=pointer(lse, torch.float32), partial_mass=pointer(partial, torch.float32),
-    )  # fmt: skip
+        order=pointer(order, torch.int32),
+        scales=table(p.scales),
+        bias=table(p.bias),
+        weight=table(p.weight),
+        gain=table(None if p.head_gain is not None else p.gain),
+        gates=table(p.gates),
+        contrast=pointer(contrast, torch.float32),
+        value_sums=pointer(sums, torch.float32),
+        lse=pointer(lse, torch.float32),
+        partial_mass=pointer(partial, torch.float32),
+    )
     _run(call, device)
     mass = gain = None
     if partial is not None:
@@ -172,7 +212,9 @@ def _run(call: _Attention, device: torch.device) -> None:
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
     if status := library.flashbrush_gpu_attention(byref(call), stream):
         text = library.flashbrush_gpu_error(status)
-        raise RuntimeError(f"flashbrush: {text.decode() if text else _FAILURES.get(status, f'error {status}')}")
+        raise RuntimeError(
+            f"flashbrush: {text.decode() if text else _FAILURES.get(status, f'error {status}')}"
+        )
 
 
 @functools.cache
@@ -226,13 +268,21 @@ def _describe_all(tensors: tuple[Tensor, ...]):
 
 @functools.lru_cache(1024)
 def _order(
-    row_lengths: tuple[int, ...], key_lengths: tuple[int, ...], kinds: tuple[int, ...], block: int, device: torch.device
+    row_lengths: tuple[int, ...],
+    key_lengths: tuple[int, ...],
+    kinds: tuple[int, ...],
+    block: int,
+    device: torch.device,
 ) -> Tensor | None:
-    """The blocks of rows that see the most keys first, so that the last ones to run are short; None: all see as many."""
+    """The blocks of rows that see the most keys first, so that the last ones to run are short; None: all see
+    as many.
+    """
     C = len(key_lengths)
     seen = [zip(key_lengths, kinds[r * C : (r + 1) * C], strict=True) for r in range(len(row_lengths))]
     costs = [sum(length for length, kind in pairs if kind >= 0) for pairs in seen]
     if len(set(costs)) == 1:
         return None
-    blocks = [cost for cost, length in zip(costs, row_lengths, strict=True) for _ in range(-(-length // block))]
+    blocks = [
+        cost for cost, length in zip(costs, row_lengths, strict=True) for _ in range(-(-length // block))
+    ]
     return launch.constant(tuple(sorted(range(len(blocks)), key=lambda i: -blocks[i])), torch.int32, device)

@@ -1,4 +1,5 @@
-"""Fused attention in Triton: one kernel over segments, light ones for the derived head gain, and their gradient.
+"""Fused attention in Triton: one kernel over segments, light ones for the derived head gain, and their
+gradient.
 
 Verified in Triton's interpreter and compiled for GPUs that are not there; not yet run on hardware.
 """
@@ -78,7 +79,9 @@ def forward(problem: Problem) -> Result:
 def backward(
     problem: Problem, dout: Tensor, out: Tensor, lse: Tensor, gain: Tensor
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """dout and out (B, M, H, D), lse (B, H, M, G), gain (B, H, R) -> dq, and dk and dv, one for each of k and v."""
+    """dout and out (B, M, H, D), lse (B, H, M, G), gain (B, H, R) -> dq, and dk and dv, one for each of k and
+    v.
+    """
     from .backward import backward
 
     with launch.on_device(problem.q):
@@ -98,7 +101,10 @@ def _forward(p: Problem) -> Result:
     row_starts = launch.starts(p.row_lengths, p.row_items, device) if R > 1 or p.need_mass else None
     described = _describe(p, tile)
     traits = launch.make_traits(
-        p, tile, pieces, [p.q, *p.k, *p.v, out],
+        p,
+        tile,
+        pieces,
+        [p.q, *p.k, *p.v, out],
         DESCRIBED=described is not None,
         SILENT=p.weight is not None or 2 in kinds,
         UNCLIPPED=1 in kinds,
@@ -107,21 +113,42 @@ def _forward(p: Problem) -> Result:
         MASS=launch.power_of_two(C) if p.need_mass else 0,
         PERSISTENT=tile.persistent,
         SPECIALIZED=tile.specialized,
-    )  # fmt: skip
+    )
     lse = torch.empty(B, H, p.rows, G, dtype=torch.float32, device=device) if p.need_stats else None
     partial = torch.empty(B, H, row_blocks, C, dtype=torch.float32, device=device) if p.need_mass else None
     keys = launch.piece_arguments(p, pieces)
     sums = statistics.value_sums(p, traits, keys["key_starts"]) if 1 in kinds else None
     attention_forward(
-        p.q, p.k, p.v, out, traits,
-        warps=tile.warps, stages=tile.stages, row_blocks=row_blocks, row_segments=R, key_segments=C,
+        p.q,
+        p.k,
+        p.v,
+        out,
+        traits,
+        warps=tile.warps,
+        stages=tile.stages,
+        row_blocks=row_blocks,
+        row_segments=R,
+        key_segments=C,
         programs=launch.multiprocessors(device) if tile.persistent else None,
-        scale=p.scale, scales=launch.table(p.scales), bias=launch.table(p.bias), weight=launch.table(p.weight),
-        gain=None if p.head_gain is not None else launch.table(p.gain), gates=launch.table(p.gates),
-        row_starts=row_starts, valid=p.valid, source_q=p.source_q, source_k=p.source_k, source_v=p.source_v,
-        contrast=_contrast(p, kinds, device) if any(kinds) else None, value_sums=sums,
-        order=launch.piece_order(p, pieces), descriptors=described, lse=lse, partial=partial, **keys,
-    )  # fmt: skip
+        scale=p.scale,
+        scales=launch.table(p.scales),
+        bias=launch.table(p.bias),
+        weight=launch.table(p.weight),
+        gain=None if p.head_gain is not None else launch.table(p.gain),
+        gates=launch.table(p.gates),
+        row_starts=row_starts,
+        valid=p.valid,
+        source_q=p.source_q,
+        source_k=p.source_k,
+        source_v=p.source_v,
+        contrast=_contrast(p, kinds, device) if any(kinds) else None,
+        value_sums=sums,
+        order=launch.piece_order(p, pieces),
+        descriptors=described,
+        lse=lse,
+        partial=partial,
+        **keys,
+    )
     mass = gain = None
     if partial is not None:
         assert row_starts is not None
@@ -133,7 +160,9 @@ def _tile(p: Problem, pieces: launch.Pieces) -> Tile:
     from . import measured_tiles as tiles
 
     mass = launch.power_of_two(len(p.key_lengths)) if p.need_mass else 0
-    return tiles.forward_tile(p.q.device, p.dim, p.q.element_size(), p.n_groups > 1, mass, bool(pieces.labels))
+    return tiles.forward_tile(
+        p.q.device, p.dim, p.q.element_size(), p.n_groups > 1, mass, bool(pieces.labels)
+    )
 
 
 def _describe(p: Problem, tile: Tile):

@@ -14,9 +14,11 @@ from . import launch
 def backward(
     problem: Problem, dout: Tensor, out: Tensor, lse: Tensor, gain: Tensor
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """dout and out (B, M, H, D), lse (B, H, M, G), gain (B, H, R) -> dq, and dk and dv, one for each of k and v.
+    """dout and out (B, M, H, D), lse (B, H, M, G), gain (B, H, R) -> dq, and dk and dv, one for each of k and
+    v.
 
-    Deterministic: no atomic addition. Extra memory: delta, like lse, and float32 gradients of every output item
+    Deterministic: no atomic addition. Extra memory: delta, like lse, and float32 gradients of every output
+        item
     where `source` or a broadcast lets several of them read one item.
     """
     from ....kernels.attention.backward import attention_backward
@@ -41,18 +43,37 @@ def backward(
     query_traits = launch.make_traits(p, by_query, pieces, aligned)
     key_traits = launch.make_traits(p, by_key, pieces, aligned, RAGGED=p.key_items is not None)
     attention_backward(
-        p.q, p.k, p.v, out, dout, dq, dks, dvs, lse.contiguous(), torch.empty_like(lse, memory_format=torch.contiguous_format),
+        p.q,
+        p.k,
+        p.v,
+        out,
+        dout,
+        dq,
+        dks,
+        dvs,
+        lse.contiguous(),
+        torch.empty_like(lse, memory_format=torch.contiguous_format),
         gain.to(torch.float32).contiguous(),
         (query_traits, by_query.warps, by_query.stages),
         (key_traits, by_key.warps, by_key.stages),
         row_blocks=launch.blocks(p.row_lengths, p.row_items, by_query.block_m),
         key_blocks=launch.blocks(pieces.lengths, p.key_items, by_key.block_n),
-        row_starts=launch.starts(p.row_lengths, p.row_items, device), row_segments=R, key_segments=C,
-        scale=p.scale, scales=launch.table(p.scales), bias=launch.table(p.bias), weight=launch.table(p.weight),
-        gates=launch.table(p.gates), valid=p.valid, source_q=p.source_q, source_k=p.source_k, source_v=p.source_v,
-        order=launch.piece_order(p, pieces), piece_groups=launch.piece_groups(p, pieces),
+        row_starts=launch.starts(p.row_lengths, p.row_items, device),
+        row_segments=R,
+        key_segments=C,
+        scale=p.scale,
+        scales=launch.table(p.scales),
+        bias=launch.table(p.bias),
+        weight=launch.table(p.weight),
+        gates=launch.table(p.gates),
+        valid=p.valid,
+        source_q=p.source_q,
+        source_k=p.source_k,
+        source_v=p.source_v,
+        order=launch.piece_order(p, pieces),
+        piece_groups=launch.piece_groups(p, pieces),
         **launch.piece_arguments(p, pieces),
-    )  # fmt: skip
+    )
 
     def collect(grad: Tensor, t: Tensor, source: Tensor | None) -> Tensor:
         if source is None and t.shape[0] == p.batch:
@@ -62,8 +83,14 @@ def backward(
             collect_items(grad, source, total, query_traits.EMULATE)
         return total
 
-    def collect_list(grads: list[Tensor], tensors: tuple[Tensor, ...], sources: Tensor | None) -> list[Tensor]:
+    def collect_list(
+        grads: list[Tensor], tensors: tuple[Tensor, ...], sources: Tensor | None
+    ) -> list[Tensor]:
         rows = [None] * len(grads) if sources is None else list(sources)
         return [collect(g, t, s) for g, t, s in zip(grads, tensors, rows, strict=True)]
 
-    return collect(dq, p.q, p.source_q), collect_list(dks, p.k, p.source_k), collect_list(dvs, p.v, p.source_v)
+    return (
+        collect(dq, p.q, p.source_q),
+        collect_list(dks, p.k, p.source_k),
+        collect_list(dvs, p.v, p.source_v),
+    )

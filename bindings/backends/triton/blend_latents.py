@@ -21,7 +21,9 @@ def walkable(generated: Tensor, source: Tensor, noise: Tensor, mask: Tensor, sig
     return len(walk(torch.empty_like(generated), generated, source, noise, mask, level).sizes) <= MOST_DIMS
 
 
-def blend_latents(generated: Tensor, source: Tensor, noise: Tensor, mask: Tensor, sigma: float | Tensor) -> Tensor:
+def blend_latents(
+    generated: Tensor, source: Tensor, noise: Tensor, mask: Tensor, sigma: float | Tensor
+) -> Tensor:
     """As the public function, whose checked arguments these are."""
     from ....kernels.blend_latents import blend_latents as launch
 

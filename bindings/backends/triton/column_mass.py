@@ -15,7 +15,9 @@ def usable(problem: Problem) -> bool:
 
 
 def column_mass(problem: Problem, lse: Tensor, counted: tuple[int, ...]) -> Tensor:
-    """lse (B, H, M, G), counted: indices of the row segments -> (B, H, N) float32; deterministic, no map in memory."""
+    """lse (B, H, M, G), counted: indices of the row segments -> (B, H, N) float32; deterministic, no map in
+    memory.
+    """
     with launch.on_device(problem.q):
         return _column_mass(problem, lse, counted)
 
@@ -31,11 +33,24 @@ def _column_mass(p: Problem, lse: Tensor, counted: tuple[int, ...]) -> Tensor:
     mass = torch.empty(p.batch, p.heads, p.keys, dtype=torch.float32, device=device)
     flags = tuple(int(r in counted) for r in range(len(p.row_lengths)))
     column_mass(
-        p.q, p.k, lse.to(torch.float32).contiguous(), mass, launch.constant(flags, torch.int32, device), traits,
-        warps=tile.warps, stages=tile.stages, key_blocks=launch.blocks(pieces.lengths, p.key_items, tile.block_n),
-        row_starts=launch.starts(p.row_lengths, p.row_items, device), key_segments=len(p.key_lengths),
-        scale=p.scale, scales=launch.table(p.scales), bias=launch.table(p.bias), valid=p.valid,
-        source_q=p.source_q, source_k=p.source_k,
-        piece_groups=launch.piece_groups(p, pieces), **launch.piece_arguments(p, pieces),
-    )  # fmt: skip
+        p.q,
+        p.k,
+        lse.to(torch.float32).contiguous(),
+        mass,
+        launch.constant(flags, torch.int32, device),
+        traits,
+        warps=tile.warps,
+        stages=tile.stages,
+        key_blocks=launch.blocks(pieces.lengths, p.key_items, tile.block_n),
+        row_starts=launch.starts(p.row_lengths, p.row_items, device),
+        key_segments=len(p.key_lengths),
+        scale=p.scale,
+        scales=launch.table(p.scales),
+        bias=launch.table(p.bias),
+        valid=p.valid,
+        source_q=p.source_q,
+        source_k=p.source_k,
+        piece_groups=launch.piece_groups(p, pieces),
+        **launch.piece_arguments(p, pieces),
+    )
     return mass

@@ -1,4 +1,6 @@
-"""What the launches of the Triton kernels over segments share: traits, pieces of keys, starts, small constant tensors."""
+"""What the launches of the Triton kernels over segments share: traits, pieces of keys, starts, small constant
+tensors.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,9 @@ def multiprocessors(device: torch.device) -> int:
 
 
 class Pieces(NamedTuple):
-    """The keys as the kernels walk them: one piece per segment, but for runs of short segments, which are one piece."""
+    """The keys as the kernels walk them: one piece per segment, but for runs of short segments, which are one
+    piece.
+    """
 
     lengths: tuple[int, ...]
     groups: tuple[int, ...]
@@ -69,7 +73,9 @@ class Pieces(NamedTuple):
     def joining(cls, lengths: tuple[int, ...], groups: tuple[int, ...]) -> Pieces:
         """Neighbours of one group below SHORT keys as one piece."""
         runs: list[list[int]] = []
-        for (is_short, _), neighbours in groupby(range(len(lengths)), lambda c: (lengths[c] < SHORT, groups[c])):
+        for (is_short, _), neighbours in groupby(
+            range(len(lengths)), lambda c: (lengths[c] < SHORT, groups[c])
+        ):
             run = list(neighbours)
             runs += [run] if is_short else [[c] for c in run]
         if len(runs) == len(lengths):
@@ -96,9 +102,17 @@ def make_traits(p: Problem, tile: Tile, pieces: Pieces, aligned: Sequence[Tensor
 
     parts = split_dim(p.dim, p.q.element_size())
     features = {
-        "DESCRIBED": False, "RAGGED": p.row_items is not None, "SILENT": False, "UNCLIPPED": False, "CLIPPED": False,
-        "SIGNED": False, "MASS": 0, "PERSISTENT": False, "SPECIALIZED": False, **more,
-    }  # fmt: skip
+        "DESCRIBED": False,
+        "RAGGED": p.row_items is not None,
+        "SILENT": False,
+        "UNCLIPPED": False,
+        "CLIPPED": False,
+        "SIGNED": False,
+        "MASS": 0,
+        "PERSISTENT": False,
+        "SPECIALIZED": False,
+        **more,
+    }
     return Traits(
         D=p.dim,
         PARTS=parts,

@@ -1,4 +1,5 @@
-"""Tiles that were measured on a GPU, in place of those that the pure functions choose: only where a user asks for them.
+"""Tiles that were measured on a GPU, in place of those that the pure functions choose: only where a user asks
+for them.
 
 FLASHBRUSH_TILES names the file, which `flashbrush bench --tune` writes. Without the variable nothing is read.
 """
@@ -39,7 +40,9 @@ class Kind(NamedTuple):
     mass: bool = False
 
 
-def forward_tile(device: torch.device, dim: int, itemsize: int, grouped: bool, mass: int, lanes: bool = False) -> Tile:
+def forward_tile(
+    device: torch.device, dim: int, itemsize: int, grouped: bool, mass: int, lanes: bool = False
+) -> Tile:
     """The one on trial, or measured on this GPU, or attention_tiles'. Calls with lanes are not measured.
 
     Raises:
@@ -69,7 +72,8 @@ def trial(tile: Tile) -> Iterator[None]:
 
 
 def candidates(arch: int, kind: Kind) -> list[Tile]:
-    """attention_tiles' choice first, then its neighbours, nearest first, that shared memory and registers can hold.
+    """attention_tiles' choice first, then its neighbours, nearest first, that shared memory and registers can
+    hold.
 
     Args:
         arch: compute capability * 10.
@@ -89,10 +93,13 @@ def candidates(arch: int, kind: Kind) -> list[Tile]:
         options = sum(a != b for a, b in zip(tile[4:], chosen[4:], strict=True))
         return sum(steps) + abs(tile.stages - chosen.stages) + options
 
-    # Tensor descriptors need powers of two, and a GPU that has them; warps specialise on what descriptors bring.
+    # Tensor descriptors need powers of two, and a GPU that has them; warps specialise on what descriptors
+    # bring.
     described = arch >= 90 and kind.dim >= 16 and kind.dim & (kind.dim - 1) == 0
     options = [(d, p, s) for d in (False, described) for p in (False, True) for s in (False, d)]
-    every = itertools.product((32, 64, 128, 256), (16, 32, 64, 128), (4, 8), (2, 3, 4), dict.fromkeys(options))
+    every = itertools.product(
+        (32, 64, 128, 256), (16, 32, 64, 128), (4, 8), (2, 3, 4), dict.fromkeys(options)
+    )
     tiles = (Tile(m, n, warps, stages, *more) for m, n, warps, stages, more in every)
     near = [tile for tile in tiles if tile != chosen and fits(tile)]
     return [chosen, *sorted(near, key=lambda tile: (distance(tile), tile))][:MOST]
@@ -137,17 +144,29 @@ def read(path: Path) -> tuple[str, dict[Kind, Tile]]:
     tiles: dict[Kind, Tile] = {}
     for i, entry in enumerate(content["forward"]):
         tile = entry.get("tile") if isinstance(entry, dict) else None
-        if not isinstance(tile, dict) or set(entry) != {*Kind._fields, "tile"} or set(tile) != {*Tile._fields}:
-            raise ValueError(f"{where}: forward[{i}]: expected {', '.join(Kind._fields)} and a tile of {', '.join(Tile._fields)}")
+        if (
+            not isinstance(tile, dict)
+            or set(entry) != {*Kind._fields, "tile"}
+            or set(tile) != {*Tile._fields}
+        ):
+            raise ValueError(
+                f"{where}: forward[{i}]: expected {', '.join(Kind._fields)} and a tile of {', '.join(Tile._fields)}"
+            )
         kind = {name: entry[name] for name in Kind._fields}
         for name, allowed in (
-            ("dim", range(1, 257)), ("itemsize", (2, 4)), ("grouped", (False, True)), ("mass", (False, True)),
-        ):  # fmt: skip
+            ("dim", range(1, 257)),
+            ("itemsize", (2, 4)),
+            ("grouped", (False, True)),
+            ("mass", (False, True)),
+        ):
             _check(f"{where}: forward[{i}].{name}", kind[name], allowed)
         for name, allowed in (
-            ("block_m", SIDES), ("block_n", SIDES), ("warps", WARPS), ("stages", STAGES),
+            ("block_m", SIDES),
+            ("block_n", SIDES),
+            ("warps", WARPS),
+            ("stages", STAGES),
             *((name, (False, True)) for name in ("descriptors", "persistent", "specialized")),
-        ):  # fmt: skip
+        ):
             _check(f"{where}: forward[{i}].tile.{name}", tile[name], allowed)
         tiles[Kind(**kind)] = Tile(**tile)
     return content["gpu"], tiles
@@ -155,7 +174,11 @@ def read(path: Path) -> tuple[str, dict[Kind, Tile]]:
 
 def _check(name: str, value: object, allowed: range | tuple) -> None:
     if type(value) is not type(allowed[0]) or value not in allowed:
-        expected = f"{allowed[0]} to {allowed[-1]}" if isinstance(allowed, range) else f"one of {', '.join(map(str, allowed))}"
+        expected = (
+            f"{allowed[0]} to {allowed[-1]}"
+            if isinstance(allowed, range)
+            else f"one of {', '.join(map(str, allowed))}"
+        )
         raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
 

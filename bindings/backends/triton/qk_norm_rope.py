@@ -38,11 +38,22 @@ def forward(
 
     out = xs[0].new_empty(xs[0].shape[0], sum(x.shape[1] for x in xs), *xs[0].shape[2:])
     if out.numel():
-        shifts = [None if t is None else _floating(t, x).expand(x.shape) for t, x in zip(offsets, xs, strict=True)]
+        shifts = [
+            None if t is None else _floating(t, x).expand(x.shape) for t, x in zip(offsets, xs, strict=True)
+        ]
         norms = [None if w is None else _floating(w, x) for w, x in zip(weights, xs, strict=True)]
         with triton_launch.on_device(out):
             qk_norm_rope(
-                _rows(xs), norms, shifts, cos, sin, _by_item(permutation, out), out, eps, half, triton.interpreted()
+                _rows(xs),
+                norms,
+                shifts,
+                cos,
+                sin,
+                _by_item(permutation, out),
+                out,
+                eps,
+                half,
+                triton.interpreted(),
             )
     return out
 
@@ -59,7 +70,8 @@ def backward(
     permutation: Tensor | None,
     need_dweight: bool = True,
 ) -> tuple[list[Tensor], list[Tensor | None], list[Tensor | None]]:
-    """dout as the output -> dx, dweight and doffset of each stream; None for a weight or an offset that is not there.
+    """dout as the output -> dx, dweight and doffset of each stream; None for a weight or an offset that is
+    not there.
 
     offsets: those whose gradient is wanted. need_dweight: False leaves every dweight None.
     """
@@ -68,16 +80,30 @@ def backward(
     norms = [None if w is None else _floating(w, x) for w, x in zip(weights, xs, strict=True)]
     make = torch.empty if dout.numel() else torch.zeros
     dxs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in xs]
-    dweights = [None if w is None or not need_dweight else make(w.shape, dtype=w.dtype, device=w.device) for w in norms]
+    dweights = [
+        None if w is None or not need_dweight else make(w.shape, dtype=w.dtype, device=w.device)
+        for w in norms
+    ]
     shifts = [None if t is None else _empty_shift(t, x) for t, x in zip(offsets, xs, strict=True)]
     if dout.numel():
         with triton_launch.on_device(dout):
             qk_norm_rope_backward(
-                _rows([dout])[0], _rows(xs), norms, cos, sin, _by_item(permutation, dout), dxs, dweights, shifts, eps,
-                half, triton.interpreted(),
-            )  # fmt: skip
+                _rows([dout])[0],
+                _rows(xs),
+                norms,
+                cos,
+                sin,
+                _by_item(permutation, dout),
+                dxs,
+                dweights,
+                shifts,
+                eps,
+                half,
+                triton.interpreted(),
+            )
     doffsets = [
-        None if t is None or d is None else d.sum_to_size(t.shape).to(t.dtype) for t, d in zip(offsets, shifts, strict=True)
+        None if t is None or d is None else d.sum_to_size(t.shape).to(t.dtype)
+        for t, d in zip(offsets, shifts, strict=True)
     ]
     return dxs, dweights, doffsets
 

@@ -13,10 +13,13 @@ def usable(q: Tensor) -> bool:
     return triton_light.usable(q)
 
 
-def query_blur(q: Tensor, first: int, along_height: Tensor, along_width: Tensor, radii: tuple[int, int]) -> Tensor:
+def query_blur(
+    q: Tensor, first: int, along_height: Tensor, along_width: Tensor, radii: tuple[int, int]
+) -> Tensor:
     """q (batch, tokens, heads, dim) with the grid of tokens from `first` on blurred.
 
-    along_height (height, height) and along_width (width, width) float32, zero farther than radii from their diagonals.
+    along_height (height, height) and along_width (width, width) float32, zero farther than radii from their
+    diagonals.
     """
     from ....kernels.query_blur import blur_side
 

@@ -1,4 +1,6 @@
-"""The light kernels around an attention's forward pass, for the backends whose main kernel leaves partial sums behind."""
+"""The light kernels around an attention's forward pass, for the backends whose main kernel leaves partial
+sums behind.
+"""
 
 from __future__ import annotations
 
@@ -28,13 +30,16 @@ def value_sums(p: Problem, traits: Traits, key_starts: Tensor | None) -> Tensor:
     from ....kernels.attention import statistics as kernels
 
     C = len(p.key_lengths)
-    return kernels.value_sums(p.v, p.batch, C, traits, key_starts=key_starts, valid=p.valid, source_v=p.source_v)
+    return kernels.value_sums(
+        p.v, p.batch, C, traits, key_starts=key_starts, valid=p.valid, source_v=p.source_v
+    )
 
 
 def mass_and_gain(
     p: Problem, out: Tensor, partial: Tensor, row_starts: Tensor, traits: Traits, block_m: int, parts: int = 1
 ) -> tuple[Tensor, Tensor | None]:
-    """Masses (B, H, R, C), and gains (B, H, R) where they are derived or wanted; a derived gain scales `out` in place.
+    """Masses (B, H, R, C), and gains (B, H, R) where they are derived or wanted; a derived gain scales `out`
+    in place.
 
     partial: (B, H, row blocks * parts, C) float32, of blocks of block_m rows.
     """
@@ -46,9 +51,14 @@ def mass_and_gain(
     if (rule := p.head_gain) is not None:
         flags = (*_flags(rule.rows, R), *_flags(rule.apply, R), *_flags(rule.keys, C))
         gain = kernels.head_gain(
-            mass, launch.constant(flags, torch.int32, device), row_starts, rule.norm, rule.span, rule.floor,
+            mass,
+            launch.constant(flags, torch.int32, device),
+            row_starts,
+            rule.norm,
+            rule.span,
+            rule.floor,
             launch.table(p.gain),
-        )  # fmt: skip
+        )
         blocks = launch.blocks(p.row_lengths, p.row_items, SCALED_ROWS)
         kernels.scale_rows(out, gain, row_starts, traits, SCALED_ROWS, blocks)
     elif p.need_stats:

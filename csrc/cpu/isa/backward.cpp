@@ -1,8 +1,10 @@
-// The gradient for one instruction set: one (item, key head) at a time, its row blocks against all tiles of keys.
+// The gradient for one instruction set: one (item, key head) at a time, its row blocks against all tiles of
+// keys.
 //
-// A block of rows and a tile of 64 keys give S and dP (6 rows at a time, 16 with AMX), from them P and dS, and then three products:
-// dQ += dS K with dS as it lies, dV += P^T dO and dK += dS^T Q with both transposed in 16 x 16 blocks. dK and dV of the
-// head stay in float32 until its last row; one thread sums them, in order.
+// A block of rows and a tile of 64 keys give S and dP (6 rows at a time, 16 with AMX), from them P and dS,
+// and then three products: dQ += dS K with dS as it lies, dV += P^T dO and dK += dS^T Q with both transposed
+// in 16 x 16 blocks. dK and dV of the head stay in float32 until its last row; one thread sums them, in
+// order.
 #include "schedule/backward.h"
 #include "isa/pack.h"
 
@@ -19,14 +21,14 @@ constexpr int transposed_rows() {
 
 // Scratch of a thread.
 struct Work {
-  uint32_t *q, *dout;              // [kRows][steps] as A operand
+  uint32_t *q, *dout;                  // [kRows][steps] as A operand
   uint32_t *q_columns, *dout_columns;  // [kRows / per][padded D] as B operand
-  uint32_t* ds;                    // [kRows][KT / per] as A operand
-  uint32_t *prob_t, *ds_t;         // [transposed_rows][kRows / per] as A operand
-  uint32_t *prob_pairs, *ds_pairs; // [kRows / per][KT], transposed into the two above
-  float *s, *dp;                   // [MR][KT]
-  float* dq;                       // [kRows][padded D]
-  float *lse, *delta, *factor;     // [G][kRows]: log2; sum of p dP; gain * gate
+  uint32_t* ds;                        // [kRows][KT / per] as A operand
+  uint32_t *prob_t, *ds_t;             // [transposed_rows][kRows / per] as A operand
+  uint32_t *prob_pairs, *ds_pairs;     // [kRows / per][KT], transposed into the two above
+  float *s, *dp;                       // [MR][KT]
+  float* dq;                           // [kRows][padded D]
+  float *lse, *delta, *factor;         // [G][kRows]: log2; sum of p dP; gain * gate
 
   template <int DTYPE>
   size_t place(const FbAttention* p, char* base) {
@@ -56,11 +58,13 @@ void pack_columns(const FbAttention* p, const FbTensor& t, int64_t item, const R
   const int64_t D = p->D, depth = kRows / PER;
   const Strips strips(int(padded_dim(D) / W));
   const char* rows[kRows];
-  for (int64_t i = 0; i < kRows; ++i) rows[i] = i < task.count ? at(t, p->dtype, item, task.first + i, task.h) : kZeros;
+  for (int64_t i = 0; i < kRows; ++i)
+    rows[i] = i < task.count ? at(t, p->dtype, item, task.first + i, task.h) : kZeros;
   pack_depth<DTYPE>(rows, D, depth, strips, out);
 }
 
-// The constants of a tile for the rows of one segment; lanes differ in a tile of several segments or a short one.
+// The constants of a tile for the rows of one segment; lanes differ in a tile of several segments or a short
+// one.
 struct Constants {
   float scale, add, weight;
   const float *lane_add, *lane_weight;
@@ -128,7 +132,8 @@ inline void row_pair(Work& x, int64_t row, int r, int64_t g, const Constants& c)
       const vf add = LANES ? load(c.lane_add + j * W) : splat(c.add);
       const vf p = exp2<5>(fma(load(s + j * W), splat(c.scale * kLog2e), add - lse));
       const vf weight = LANES ? load(c.lane_weight + j * W) : splat(c.weight), a = factor * weight;
-      const vf scaled = keep_from(weight, splat(1.4e-45f), load(dp + j * W)) * a;  // at weight 0 no NaN of a value counts
+      const vf scaled =
+          keep_from(weight, splat(1.4e-45f), load(dp + j * W)) * a;  // at weight 0 no NaN of a value counts
       if (DELTA) {
         total = total + p * scaled;
       } else {
@@ -148,13 +153,15 @@ inline void row_pair(Work& x, int64_t row, int r, int64_t g, const Constants& c)
 
 // A block of rows against one tile. With DELTA only the sums of p dP are taken.
 template <int DTYPE, bool LANES, bool DELTA>
-void tile_rows(const FbAttention* p, Work& x, int64_t g, const Constants& c, const uint32_t* keys, const uint32_t* values) {
+void tile_rows(const FbAttention* p, Work& x, int64_t g, const Constants& c, const uint32_t* keys,
+               const uint32_t* values) {
   constexpr bool PAIRS = pairs<DTYPE>();
   constexpr int MR = group_of<DTYPE>();
   const int64_t steps = dim_steps<DTYPE>(p->D);
   for (int64_t first = 0; first < kRows; first += MR) {
     multiply_strips<PAIRS, false>(steps, x.q + first * steps, steps, keys, steps, Strips(KT / W), x.s, KT);
-    multiply_strips<PAIRS, false>(steps, x.dout + first * steps, steps, values, steps, Strips(KT / W), x.dp, KT);
+    multiply_strips<PAIRS, false>(steps, x.dout + first * steps, steps, values, steps, Strips(KT / W), x.dp,
+                                  KT);
     for (int r = 0; r < MR; r += 2) row_pair<DTYPE, LANES, DELTA>(x, first + r, r, g, c);
   }
 }
@@ -211,46 +218,57 @@ struct Backward {
         const float lse = real ? p->lse[((b * p->H + h) * p->M + row) * p->G + g] : -kInf;
         // exp2(t - inf) = 0: a row without a key, or none at all
         x.lse[at] = lse == -kInf ? kInf : lse * kLog2e;
-        const float gate = real && p->gates.data ? p->gates.data[b * p->gates.stride_b + row * p->gates.stride_h + g] : 1.f;
+        const float gate =
+            real && p->gates.data ? p->gates.data[b * p->gates.stride_b + row * p->gates.stride_h + g] : 1.f;
         x.factor[at] = gain * gate;
         x.delta[at] = 0.f;
       }
     if (p->G == 1) {
       for (int64_t i = 0; i < task.count; ++i) {
-        const char *o = at(p->out, p->dtype, b, task.first + i, h), *d_o = at(call->dout, p->dtype, b, task.first + i, h);
+        const char *o = at(p->out, p->dtype, b, task.first + i, h),
+                   *d_o = at(call->dout, p->dtype, b, task.first + i, h);
         float lanes[16] = {};
         for (int64_t d = 0; d < D; ++d) lanes[d % 16] += to_f32<DTYPE>(o, d) * to_f32<DTYPE>(d_o, d);
         for (int j = 0; j < 16; ++j) x.delta[i] += lanes[j];
       }
     } else {
       tiles(task, [&](int32_t n, int64_t g, const Constants& c) {
-        const uint32_t *keys = (const uint32_t*)packed->keys + n * steps * KT, *values = (const uint32_t*)packed->values + n * steps * KT;
-        c.lane_add ? tile_rows<DTYPE, true, true>(p, x, g, c, keys, values) : tile_rows<DTYPE, false, true>(p, x, g, c, keys, values);
+        const uint32_t *keys = (const uint32_t*)packed->keys + n * steps * KT,
+                       *values = (const uint32_t*)packed->values + n * steps * KT;
+        c.lane_add ? tile_rows<DTYPE, true, true>(p, x, g, c, keys, values)
+                   : tile_rows<DTYPE, false, true>(p, x, g, c, keys, values);
       });
     }
     tiles(task, [&](int32_t n, int64_t g, const Constants& c) {
-      const uint32_t *keys = (const uint32_t*)packed->keys + n * steps * KT, *values = (const uint32_t*)packed->values + n * steps * KT;
+      const uint32_t *keys = (const uint32_t*)packed->keys + n * steps * KT,
+                     *values = (const uint32_t*)packed->values + n * steps * KT;
       const uint32_t* key_rows = (const uint32_t*)packed->key_rows + n * (KT / PER) * DP;
-      c.lane_add ? tile_rows<DTYPE, true, false>(p, x, g, c, keys, values) : tile_rows<DTYPE, false, false>(p, x, g, c, keys, values);
+      c.lane_add ? tile_rows<DTYPE, true, false>(p, x, g, c, keys, values)
+                 : tile_rows<DTYPE, false, false>(p, x, g, c, keys, values);
       transpose<DTYPE>(x.prob_pairs, x.prob_t);
       transpose<DTYPE>(x.ds_pairs, x.ds_t);
       for (int64_t i = 0; i < kRows; i += MR)
-        multiply_strips<PAIRS, true>(KT / PER, x.ds + i * (KT / PER), KT / PER, key_rows, KT / PER, Strips(int(DP / W)), x.dq + i * DP, DP);
+        multiply_strips<PAIRS, true>(KT / PER, x.ds + i * (KT / PER), KT / PER, key_rows, KT / PER,
+                                     Strips(int(DP / W)), x.dq + i * DP, DP);
       float *dk = packed->dk + n * KTP * DP, *dv = packed->dv + n * KTP * DP;
       constexpr int64_t depth = kRows / PER;
       for (int64_t j = 0; j < KTP; j += MR) {
-        multiply_strips<PAIRS, true>(depth, x.prob_t + j * depth, depth, x.dout_columns, depth, Strips(int(DP / W)), dv + j * DP, DP);
-        multiply_strips<PAIRS, true>(depth, x.ds_t + j * depth, depth, x.q_columns, depth, Strips(int(DP / W)), dk + j * DP, DP);
+        multiply_strips<PAIRS, true>(depth, x.prob_t + j * depth, depth, x.dout_columns, depth,
+                                     Strips(int(DP / W)), dv + j * DP, DP);
+        multiply_strips<PAIRS, true>(depth, x.ds_t + j * depth, depth, x.q_columns, depth,
+                                     Strips(int(DP / W)), dk + j * DP, DP);
       }
     });
-    for (int64_t i = 0; i < task.count; ++i) store_row<DTYPE>((char*)at(call->dq, p->dtype, b, task.first + i, h), x.dq + i * DP, D);
+    for (int64_t i = 0; i < task.count; ++i)
+      store_row<DTYPE>((char*)at(call->dq, p->dtype, b, task.first + i, h), x.dq + i * DP, D);
   }
 
   void run(const RowTask* blocks, int64_t count, int64_t b, int64_t kv) {
     const int64_t steps = dim_steps<DTYPE>(p->D), DP = padded_dim(p->D), per_kv = p->H / p->Hkv;
     for (int32_t n = 0; n < layout->n_tiles; ++n) {
       const Tile& tile = layout->tiles[n];
-      const TileRows<KT> keys(p, layout, tile, p->k, p->source_k, b, kv), values(p, layout, tile, p->v, p->source_v, b, kv);
+      const TileRows<KT> keys(p, layout, tile, p->k, p->source_k, b, kv),
+          values(p, layout, tile, p->v, p->source_v, b, kv);
       pack_keys<DTYPE, KT>(p, keys.row, (uint32_t*)packed->keys + n * steps * KT);
       pack_keys<DTYPE, KT>(p, values.row, (uint32_t*)packed->values + n * steps * KT);
       pack_values<DTYPE>(p, keys, (uint32_t*)packed->key_rows + n * (KT / per<DTYPE>()) * DP);
@@ -270,15 +288,18 @@ struct Backward {
         const Piece& piece = layout->pieces[layout->tiles[n].first_piece + i];
         for (int32_t j = 0; j < piece.count; ++j) {
           const int64_t row = (n * KTP + piece.lane + j) * DP;
-          memcpy((char*)at(call->dk[piece.tensor], FB_F32, b, piece.start + j, kv), packed->dk + row, size_t(p->D) * 4);
-          memcpy((char*)at(call->dv[piece.tensor], FB_F32, b, piece.start + j, kv), packed->dv + row, size_t(p->D) * 4);
+          memcpy((char*)at(call->dk[piece.tensor], FB_F32, b, piece.start + j, kv), packed->dk + row,
+                 size_t(p->D) * 4);
+          memcpy((char*)at(call->dv[piece.tensor], FB_F32, b, piece.start + j, kv), packed->dv + row,
+                 size_t(p->D) * 4);
         }
       }
   }
 };
 
 template <int DTYPE>
-void unit(const FbBackward* call, const Layout* layout, const RowTask* blocks, int64_t count, int64_t b, int64_t kv, const BackwardPacked* packed, char* scratch) {
+void unit(const FbBackward* call, const Layout* layout, const RowTask* blocks, int64_t count, int64_t b,
+          int64_t kv, const BackwardPacked* packed, char* scratch) {
   const Tiles<pairs<DTYPE>()> tiles;
   Backward<DTYPE> backward{call, &call->call, layout, packed, {}};
   backward.x.template place<DTYPE>(&call->call, scratch);
@@ -288,8 +309,10 @@ void unit(const FbBackward* call, const Layout* layout, const RowTask* blocks, i
 template <int DTYPE>
 BackwardSizes sizes(const FbAttention* p, int64_t tiles) {
   Work x;
-  const size_t tile = size_t(dim_steps<DTYPE>(p->D)) * KT * 4, rows = size_t(KT / per<DTYPE>() * padded_dim(p->D)) * 4;
-  return {size_t(tiles) * tile, size_t(tiles) * rows, size_t(tiles * transposed_rows<DTYPE>() * padded_dim(p->D)) * 4, x.place<DTYPE>(p, nullptr), kRows};
+  const size_t tile = size_t(dim_steps<DTYPE>(p->D)) * KT * 4,
+               rows = size_t(KT / per<DTYPE>() * padded_dim(p->D)) * 4;
+  return {size_t(tiles) * tile, size_t(tiles) * rows,
+          size_t(tiles * transposed_rows<DTYPE>() * padded_dim(p->D)) * 4, x.place<DTYPE>(p, nullptr), kRows};
 }
 
 }  // namespace
@@ -303,7 +326,8 @@ BackwardSizes backward_sizes(const FbAttention* p, int64_t tiles) {
 #undef FB_CALL
 }
 
-void backward_unit(const FbBackward* call, const Layout* layout, const RowTask* blocks, int64_t count, int64_t b, int64_t kv, const BackwardPacked* packed, char* scratch) {
+void backward_unit(const FbBackward* call, const Layout* layout, const RowTask* blocks, int64_t count,
+                   int64_t b, int64_t kv, const BackwardPacked* packed, char* scratch) {
 #define FB_CALL(T) return unit<T>(call, layout, blocks, count, b, kv, packed, scratch)
   FB_BY_DTYPE(call->call.dtype, FB_CALL)
 #undef FB_CALL

@@ -1,5 +1,6 @@
-// column_mass for one instruction set. Keys and queries change places: a block of keys stands where the attention has rows,
-// a tile of queries where it has keys, so that a key's mass is a row sum and -lse a constant of each lane.
+// column_mass for one instruction set. Keys and queries change places: a block of keys stands where the
+// attention has rows, a tile of queries where it has keys, so that a key's mass is a row sum and -lse a
+// constant of each lane.
 #include "isa/pack.h"
 
 namespace {
@@ -30,7 +31,8 @@ void column_mass(const FbColumnMass* call, const ColumnTask* task, char* scratch
   constexpr int MR = group_of<DTYPE>();
   const Tiles<PAIRS> tiles;
   const FbAttention* p = &call->call;
-  const int64_t b = task->b, h = task->h, c = task->segment, steps = dim_steps<DTYPE>(p->D), per_kv = p->H / p->Hkv;
+  const int64_t b = task->b, h = task->h, c = task->segment, steps = dim_steps<DTYPE>(p->D),
+                per_kv = p->H / p->Hkv;
   const int64_t groups = round_up(task->count, MR) / MR, group = p->groups[c];
   Block x;
   x.place(steps, MR, scratch);
@@ -59,11 +61,13 @@ void column_mass(const FbColumnMass* call, const ColumnTask* task, char* scratch
       }
       pack_keys<DTYPE, KT>(p, rows, x.queries);
       for (int64_t i = 0; i < groups * MR; i += MR) {
-        multiply_strips<PAIRS, false>(steps, x.keys + i * steps, steps, x.queries, steps, Strips(KT / W), x.s, KT);
+        multiply_strips<PAIRS, false>(steps, x.keys + i * steps, steps, x.queries, steps, Strips(KT / W), x.s,
+                                      KT);
         for (int n = 0; n < MR; ++n) {
           vf total = load(x.sums + (i + n) * W);
 #pragma GCC unroll 16
-          for (int j = 0; j < KT; j += W) total = total + exp2<DEGREE>(fma(load(x.s + n * KT + j), splat(scale), load(add + j)));
+          for (int j = 0; j < KT; j += W)
+            total = total + exp2<DEGREE>(fma(load(x.s + n * KT + j), splat(scale), load(add + j)));
           store(x.sums + (i + n) * W, total);
         }
       }

@@ -5,14 +5,19 @@
 
 #define FB_BY_DTYPE(dtype, call) \
   switch (dtype) {               \
-    case FB_F32: call(FB_F32);   \
-    case FB_BF16: call(FB_BF16); \
-    default: call(FB_F16);       \
+    case FB_F32:                 \
+      call(FB_F32);              \
+    case FB_BF16:                \
+      call(FB_BF16);             \
+    default:                     \
+      call(FB_F16);              \
   }
 
 namespace {
 
-inline int64_t element_size(int32_t dtype) { return dtype == FB_F32 ? 4 : 2; }
+inline int64_t element_size(int32_t dtype) {
+  return dtype == FB_F32 ? 4 : 2;
+}
 
 inline const char* at(const FbTensor& t, int32_t dtype, int64_t b, int64_t token, int64_t h) {
   return (const char*)t.data + (b * t.stride_b + token * t.stride_t + h * t.stride_h) * element_size(dtype);
@@ -73,7 +78,8 @@ inline void store_row(char* to, const float* from, int64_t D) {
     int64_t d = 0;
 #if defined(__AVX512BF16__)
     if constexpr (DTYPE == FB_BF16)
-      for (; d + 16 <= D; d += 16) _mm256_storeu_si256((__m256i*)(to + 2 * d), (__m256i)_mm512_cvtneps_pbh(load(from + d)));
+      for (; d + 16 <= D; d += 16)
+        _mm256_storeu_si256((__m256i*)(to + 2 * d), (__m256i)_mm512_cvtneps_pbh(load(from + d)));
 #endif
     for (; d < D; ++d) ((uint16_t*)to)[d] = DTYPE == FB_BF16 ? f32_to_bf16(from[d]) : f32_to_f16(from[d]);
   }

@@ -1,8 +1,9 @@
-// The attention of a few rows for one instruction set: K and V are read where they lie, converted in registers.
+// The attention of a few rows for one instruction set: K and V are read where they lie, converted in
+// registers.
 //
-// The rows are those of all query heads that share a key head. For each tile of keys, S = Q K^T takes four keys at a time,
-// whose products are summed over lanes at the end; P V takes four vectors of the head dim at a time. Both read a key or
-// value once for up to six rows. P stays in float32.
+// The rows are those of all query heads that share a key head. For each tile of keys, S = Q K^T takes four
+// keys at a time, whose products are summed over lanes at the end; P V takes four vectors of the head dim at
+// a time. Both read a key or value once for up to six rows. P stays in float32.
 #include "schedule/few_rows.h"
 
 #include <type_traits>
@@ -24,10 +25,10 @@ constexpr int kDotRows = 2;
 
 // What a chunk of keys gives, in the units of its own maximum.
 struct Sums {
-  float *m, *l;           // [G][rows], m in log2
-  float* o;               // [G][rows][padded D]
-  float *mass, *mass_m;   // [rows][C], relative to the maximum of its time
-  float* values;          // [C][padded D]: sums of a segment's values, for the unclipped contrast
+  float *m, *l;          // [G][rows], m in log2
+  float* o;              // [G][rows][padded D]
+  float *mass, *mass_m;  // [rows][C], relative to the maximum of its time
+  float* values;         // [C][padded D]: sums of a segment's values, for the unclipped contrast
 
   size_t place(const FbAttention* p, char* base) {
     size_t offset = 0;
@@ -63,7 +64,8 @@ struct Work {
   }
 };
 
-// How many rows ahead to fetch, 4 KB of them: rows of a head lie apart, where the hardware's own prefetching does little.
+// How many rows ahead to fetch, 4 KB of them: rows of a head lie apart, where the hardware's own prefetching
+// does little.
 inline int rows_ahead(int64_t row_bytes) {
   const int64_t rows = 4096 / row_bytes;
   return int(rows < 4 ? 4 : rows > 32 ? 32 : rows);
@@ -106,9 +108,11 @@ void dots(const float* const* q, const char* const* keys, int count, int64_t D, 
   }
 }
 
-// o[r][d .. d + N vectors] += sum_j prob[r][j] value_j; with PART the last vector, of which `part` elements exist.
+// o[r][d .. d + N vectors] += sum_j prob[r][j] value_j; with PART the last vector, of which `part` elements
+// exist.
 template <int DTYPE, int R, int N, bool PART>
-void weigh(const float* const* prob, const char* const* values, int count, int ahead, int64_t d, int64_t part, float* const* o) {
+void weigh(const float* const* prob, const char* const* values, int count, int ahead, int64_t d, int64_t part,
+           float* const* o) {
   vf acc[R][N];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
@@ -116,10 +120,12 @@ void weigh(const float* const* prob, const char* const* values, int count, int a
     for (int n = 0; n < N; ++n) acc[r][n] = load(o[r] + d + n * W);
   for (int j = 0; j < count; ++j) {
     if (j + ahead < KT)
-      for (int64_t x = 0; x < N * W * element_size(DTYPE); x += 64) __builtin_prefetch(values[j + ahead] + d * element_size(DTYPE) + x);
+      for (int64_t x = 0; x < N * W * element_size(DTYPE); x += 64)
+        __builtin_prefetch(values[j + ahead] + d * element_size(DTYPE) + x);
     vf value[N];
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) value[n] = PART ? load_part<DTYPE>(values[j], d, part) : load_vector<DTYPE>(values[j], d + n * W);
+    for (int n = 0; n < N; ++n)
+      value[n] = PART ? load_part<DTYPE>(values[j], d, part) : load_vector<DTYPE>(values[j], d + n * W);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
@@ -136,7 +142,10 @@ template <int LIMIT, class Run>
 inline void by_rows(int count, const Run& run) {
   for (int i = 0; i < count;) {
     switch (count - i < LIMIT ? count - i : LIMIT) {
-#define FB_ROWS(n) case n: if constexpr (n <= LIMIT) run(i, std::integral_constant<int, n>()), i += n; break
+#define FB_ROWS(n)                                                              \
+  case n:                                                                       \
+    if constexpr (n <= LIMIT) run(i, std::integral_constant<int, n>()), i += n; \
+    break
       FB_ROWS(1);
       FB_ROWS(2);
       FB_ROWS(3);
@@ -149,31 +158,39 @@ inline void by_rows(int count, const Run& run) {
 }
 
 template <int DTYPE>
-void all_dots(const float* const* q, const char* const* keys, int count, int64_t D, int rows, float* const* s) {
+void all_dots(const float* const* q, const char* const* keys, int count, int64_t D, int rows,
+              float* const* s) {
   by_rows<kDotRows>(rows, [&](int i, auto R) { dots<DTYPE, R.value>(q + i, keys, count, D, s + i); });
 }
 
 template <int DTYPE>
-void all_weigh(const float* const* prob, const char* const* values, int count, int64_t D, int rows, float* const* o) {
+void all_weigh(const float* const* prob, const char* const* values, int count, int64_t D, int rows,
+               float* const* o) {
   const int ahead = rows_ahead(D * element_size(DTYPE));
   by_rows<kTogether>(rows, [&](int i, auto R) {
     constexpr int n = R.value;
     int64_t d = 0;
-    for (; d + NV * W <= D; d += NV * W) weigh<DTYPE, n, NV, false>(prob + i, values, count, ahead, d, 0, o + i);
+    for (; d + NV * W <= D; d += NV * W)
+      weigh<DTYPE, n, NV, false>(prob + i, values, count, ahead, d, 0, o + i);
     for (; d + W <= D; d += W) weigh<DTYPE, n, 1, false>(prob + i, values, count, ahead, d, 0, o + i);
     if (d < D) weigh<DTYPE, n, 1, true>(prob + i, values, count, ahead, d, D - d, o + i);
   });
 }
 
 // A tile's logits in s -> the row's probabilities, in float32 whatever the dtype.
-void softmax_tile(Mode mode, const RowSums& x, float* s, float* prob, const Constants& c, int32_t count, int64_t DP) {
+void softmax_tile(Mode mode, const RowSums& x, float* s, float* prob, const Constants& c, int32_t count,
+                  int64_t DP) {
   const bool lanes = c.lane_add != nullptr, half = count <= KT / 2;
   uint32_t* to = (uint32_t*)prob;
   switch (mode) {
-#define FB_MODE(mode)                                                                                                  \
-  case mode:                                                                                                           \
-    if (half) lanes ? softmax_row<FB_F32, mode, true, KT / W / 2>(x, s, to, c, DP) : softmax_row<FB_F32, mode, false, KT / W / 2>(x, s, to, c, DP); \
-    else lanes ? softmax_row<FB_F32, mode, true, KT / W>(x, s, to, c, DP) : softmax_row<FB_F32, mode, false, KT / W>(x, s, to, c, DP);              \
+#define FB_MODE(mode)                                                        \
+  case mode:                                                                 \
+    if (half)                                                                \
+      lanes ? softmax_row<FB_F32, mode, true, KT / W / 2>(x, s, to, c, DP)   \
+            : softmax_row<FB_F32, mode, false, KT / W / 2>(x, s, to, c, DP); \
+    else                                                                     \
+      lanes ? softmax_row<FB_F32, mode, true, KT / W>(x, s, to, c, DP)       \
+            : softmax_row<FB_F32, mode, false, KT / W>(x, s, to, c, DP);     \
     break
     FB_MODE(kFold);
     FB_MODE(kSum);
@@ -224,7 +241,11 @@ struct Sweep {
       Constants k{};
       k.scale = entry(p->scale, band.b, band.h, 0, 1.f) * kLog2e;
       if (second) k.beta = contrast[1], k.lo = contrast[2], k.hi = contrast[3], k.shift = shift(band, g);
-      const Use use = use_tile(p, u->layout, tile, band, second ? kClip : clipped ? kSum : kFold, k, lane_add, lane_post);
+      const Use use = use_tile(p, u->layout, tile, band,
+                               second    ? kClip
+                               : clipped ? kSum
+                                         : kFold,
+                               k, lane_add, lane_post);
       if (!use.seen) continue;
       const bool pieces_apart = mixed && to.mass && !second;
       for (int64_t r = i; r < i + band.count; ++r) {
@@ -257,7 +278,9 @@ struct Sweep {
   // Only where a row sees the segment with a weight, as its values are read by nothing else.
   void add_values(const Piece& piece, const TileRows<KT>& values) {
     bool read = false;
-    for (int64_t n = 0; n < u->count; ++n) read |= bias_of(p, u->bands[n], piece.segment) != -kInf && weight_of(p, u->bands[n], piece.segment) != 0.f;
+    for (int64_t n = 0; n < u->count; ++n)
+      read |=
+          bias_of(p, u->bands[n], piece.segment) != -kInf && weight_of(p, u->bands[n], piece.segment) != 0.f;
     float* sums = to.values + piece.segment * padded_dim(p->D);
     for (int j = piece.lane; read && j < piece.lane + piece.count; ++j)
       for (int64_t d = 0; d < p->D; ++d) sums[d] += to_f32<DTYPE>(values.row[j], d);
@@ -286,7 +309,8 @@ struct Sweep {
     for (int64_t g = 0; g < p->G; ++g) {
       if (second && p->contrast[g * 4] != 2.f) continue;
       const int32_t begin = layout->group_tiles[g], end = layout->group_tiles[g + 1];
-      for (int32_t n = begin > first ? begin : first; n < (end < last ? end : last); ++n) tile(g, layout->tiles[n]);
+      for (int32_t n = begin > first ? begin : first; n < (end < last ? end : last); ++n)
+        tile(g, layout->tiles[n]);
     }
   }
 };
@@ -302,21 +326,27 @@ inline Sums chunk_sums(const FewRows* u, int64_t chunk) {
 namespace flashbrush {
 namespace FLASHBRUSH_ISA {
 
-size_t few_rows_sums(const FbAttention* p) { return Sums().place(p, nullptr); }
-size_t few_rows_scratch(const FbAttention* p) { return Work().place(p, nullptr); }
+size_t few_rows_sums(const FbAttention* p) {
+  return Sums().place(p, nullptr);
+}
+size_t few_rows_scratch(const FbAttention* p) {
+  return Work().place(p, nullptr);
+}
 
-void few_rows_sweep(const FewRows* u, int64_t chunk, int32_t first, int32_t last, bool second, char* scratch) {
-#define FB_CALL(T)                                                       \
-  {                                                                      \
-    Sweep<T> sweep{u, u->call, chunk_sums(u, chunk), {}, second};        \
-    sweep.x.place(u->call, scratch);                                     \
-    return sweep.run(first, last);                                       \
+void few_rows_sweep(const FewRows* u, int64_t chunk, int32_t first, int32_t last, bool second,
+                    char* scratch) {
+#define FB_CALL(T)                                                \
+  {                                                               \
+    Sweep<T> sweep{u, u->call, chunk_sums(u, chunk), {}, second}; \
+    sweep.x.place(u->call, scratch);                              \
+    return sweep.run(first, last);                                \
   }
   FB_BY_DTYPE(u->call->dtype, FB_CALL)
 #undef FB_CALL
 }
 
-// The chunks' sums join those of the first, in their order. Groups with a clip have their lse in every chunk's m then.
+// The chunks' sums join those of the first, in their order. Groups with a clip have their lse in every
+// chunk's m then.
 void few_rows_merge(const FewRows* u) {
   const FbAttention* p = u->call;
   const int64_t DP = padded_dim(p->D), rows = u->rows, C = p->C;
@@ -339,7 +369,9 @@ void few_rows_merge(const FewRows* u) {
           l += from.l[at] * factor;
           if (chunk == 0 && factor == 1.f) continue;
           float *o = to.o + at * DP, *more = from.o + at * DP;
-          for (int64_t d = 0; d < DP; d += W) store(o + d, chunk == 0 ? load(o + d) * splat(factor) : fma(load(more + d), splat(factor), load(o + d)));
+          for (int64_t d = 0; d < DP; d += W)
+            store(o + d,
+                  chunk == 0 ? load(o + d) * splat(factor) : fma(load(more + d), splat(factor), load(o + d)));
         }
         // m + log2(l), in log2; a row without a key keeps -inf
         const float lse = l == 0.f ? -kInf : top + __builtin_log2f(l);
@@ -349,7 +381,8 @@ void few_rows_merge(const FewRows* u) {
           float mass = 0.f;
           for (int64_t chunk = 0; chunk < u->chunks; ++chunk) {
             const Sums from = chunk_sums(u, chunk);
-            if (from.mass[i * C + c] != 0.f) mass += from.mass[i * C + c] * relative(from.mass_m[i * C + c], top) / l;
+            if (from.mass[i * C + c] != 0.f)
+              mass += from.mass[i * C + c] * relative(from.mass_m[i * C + c], top) / l;
           }
           p->mass[((u->b * p->H + band.h) * p->R + band.segment) * C + c] += mass;
         }
@@ -381,25 +414,28 @@ void few_rows_finish(const FewRows* u) {
         if (sums.m[at] == -kInf) continue;
         const float* contrast = p->contrast + g * 4;
         const bool clipped = contrast[0] == 2.f, linear = contrast[0] == 1.f;
-        const float gate = p->gates.data ? p->gates.data[u->b * p->gates.stride_b + row * p->gates.stride_h + g] : 1.f;
+        const float gate =
+            p->gates.data ? p->gates.data[u->b * p->gates.stride_b + row * p->gates.stride_h + g] : 1.f;
         const float factor = gain * gate * (clipped ? 1.f : (linear ? contrast[1] : 1.f) / sums.l[at]);
         for (int64_t chunk = 0; chunk < (clipped ? u->chunks : 1); ++chunk) {
           const float* o = chunk_sums(u, chunk).o + at * DP;
-          for (int64_t d = 0; d < DP; d += W) store(total + d, fma(splat(factor), load(o + d), load(total + d)));
+          for (int64_t d = 0; d < DP; d += W)
+            store(total + d, fma(splat(factor), load(o + d), load(total + d)));
         }
         if (!linear) continue;
         const float mean = gain * gate * (1.f - contrast[1]) / float(allowed_keys(p, u->layout, band, g));
         for (int64_t c = 0; c < p->C; ++c) {
           const float w = weight_of(p, band, c) * mean;
           if (p->groups[c] != g || bias_of(p, band, c) == -kInf || weight_of(p, band, c) == 0.f) continue;
-          for (int64_t d = 0; d < DP; d += W) store(total + d, fma(splat(w), load(sums.values + c * DP + d), load(total + d)));
+          for (int64_t d = 0; d < DP; d += W)
+            store(total + d, fma(splat(w), load(sums.values + c * DP + d), load(total + d)));
         }
       }
       char* to = (char*)at(p->out, p->dtype, u->b, row, band.h);
-#define FB_CALL(T)                   \
-  {                                  \
-    store_row<T>(to, total, p->D);   \
-    break;                           \
+#define FB_CALL(T)                 \
+  {                                \
+    store_row<T>(to, total, p->D); \
+    break;                         \
   }
       FB_BY_DTYPE(p->dtype, FB_CALL)
 #undef FB_CALL

@@ -1,7 +1,7 @@
 // The forward kernel for one instruction set: packing, and one block of query rows against all tiles of keys.
 //
-// A row block keeps its maximum m, sum l and output in scratch; for each tile of 128 keys, six rows at a time (16 with AMX) go through
-// QK^T, exp2 and PV while the tile's K and V stay in the caches next to the core.
+// A row block keeps its maximum m, sum l and output in scratch; for each tile of 128 keys, six rows at a time
+// (16 with AMX) go through QK^T, exp2 and PV while the tile's K and V stay in the caches next to the core.
 #include "isa/softmax.h"
 
 namespace {
@@ -10,10 +10,12 @@ using namespace flashbrush;
 
 constexpr int KT = kForwardKeys;
 
-// ---------------------------------------------------------------------------------------------------------------- pack
+// ----------------------------------------------------------------------------------------------------------------
+// pack
 
 template <int DTYPE>
-void add_values(const FbAttention* p, const Layout* layout, const Tile& tile, const TileRows<KT>& rows, float* sums) {
+void add_values(const FbAttention* p, const Layout* layout, const Tile& tile, const TileRows<KT>& rows,
+                float* sums) {
   for (int n = 0; n < tile.pieces; ++n) {
     const Piece& piece = layout->pieces[tile.first_piece + n];
     float* to = sums + piece.segment * padded_dim(p->D);
@@ -23,27 +25,30 @@ void add_values(const FbAttention* p, const Layout* layout, const Tile& tile, co
 }
 
 template <int DTYPE>
-void pack(const FbAttention* p, const Layout* layout, int64_t b, int64_t kv, int64_t first, int64_t last, const Packed* to) {
+void pack(const FbAttention* p, const Layout* layout, int64_t b, int64_t kv, int64_t first, int64_t last,
+          const Packed* to) {
   const int64_t steps = dim_steps<DTYPE>(p->D), DP = padded_dim(p->D);
   for (int64_t n = first; n < last; ++n) {
     const Tile& tile = layout->tiles[n];
-    pack_keys<DTYPE, KT>(p, TileRows<KT>(p, layout, tile, p->k, p->source_k, b, kv).row, (uint32_t*)to->keys + n * steps * KT);
+    pack_keys<DTYPE, KT>(p, TileRows<KT>(p, layout, tile, p->k, p->source_k, b, kv).row,
+                         (uint32_t*)to->keys + n * steps * KT);
     const TileRows<KT> values(p, layout, tile, p->v, p->source_v, b, kv);
     pack_values<DTYPE>(p, values, (uint32_t*)to->values + n * (KT / per<DTYPE>()) * DP);
     if (to->sums) add_values<DTYPE>(p, layout, tile, values, to->sums);
   }
 }
 
-// ---------------------------------------------------------------------------------------------------------------- rows
+// ----------------------------------------------------------------------------------------------------------------
+// rows
 
 // Scratch of a thread, for a block of up to `rows` rows (a multiple of MR).
 struct Block {
-  uint32_t* q;       // [rows][dim_steps]
-  float *o, *total;  // [rows][padded D]: of the running group; over groups
-  float* s;          // [MR][KT]
-  uint32_t* prob;    // [MR][KT] as A operand
-  float *m, *l, *lse;   // [rows]
-  float* lanes;      // [rows][W]: row sums of the running segment, lane by lane
+  uint32_t* q;           // [rows][dim_steps]
+  float *o, *total;      // [rows][padded D]: of the running group; over groups
+  float* s;              // [MR][KT]
+  uint32_t* prob;        // [MR][KT] as A operand
+  float *m, *l, *lse;    // [rows]
+  float* lanes;          // [rows][W]: row sums of the running segment, lane by lane
   float *mass, *mass_m;  // [C][rows], relative to the maximum of its time
 
   template <int DTYPE>
@@ -78,11 +83,13 @@ struct Operands {
   int32_t count;
 };
 
-// s[rows][KT] logits of rows first.. -> probabilities. Its own function: its constants then have the registers to themselves.
+// s[rows][KT] logits of rows first.. -> probabilities. Its own function: its constants then have the
+// registers to themselves.
 template <int DTYPE, int MODE, bool LANES, int N>
 __attribute__((noinline)) void softmax(Block& x, int64_t first, const Constants& c, int64_t DP) {
   for (int r = 0; r < group_of<DTYPE>(); ++r)
-    softmax_row<DTYPE, MODE, LANES, N>(x.sums(first + r, DP), x.s + r * KT, x.prob + r * (KT / per<DTYPE>()), c, DP);
+    softmax_row<DTYPE, MODE, LANES, N>(x.sums(first + r, DP), x.s + r * KT, x.prob + r * (KT / per<DTYPE>()),
+                                       c, DP);
 }
 
 template <int DTYPE, int MODE, bool LANES, int N>
@@ -95,18 +102,24 @@ void tile_rows(const FbAttention* p, Block& x, int64_t groups, const Constants& 
     multiply_strips<PAIRS, false>(steps, x.q + first * steps, steps, tile.keys, steps, columns, x.s, KT);
     softmax<DTYPE, MODE, LANES, N>(x, first, c, DP);
     if constexpr (MODE != kSum)
-      multiply_strips<PAIRS, true>((tile.count + PER - 1) / PER, x.prob, KT / PER, tile.values, KT / PER, dims, x.o + first * DP, DP);
+      multiply_strips<PAIRS, true>((tile.count + PER - 1) / PER, x.prob, KT / PER, tile.values, KT / PER,
+                                   dims, x.o + first * DP, DP);
   }
 }
 
 template <int DTYPE>
-void run_tile(Mode mode, const FbAttention* p, Block& x, int64_t groups, const Constants& c, const Operands& tile, int32_t keys) {
+void run_tile(Mode mode, const FbAttention* p, Block& x, int64_t groups, const Constants& c,
+              const Operands& tile, int32_t keys) {
   const bool lanes = c.lane_add != nullptr, half = keys <= KT / 2;
   switch (mode) {
-#define FB_MODE(mode)                                                                  \
-  case mode:                                                                                                         \
-    if (half) lanes ? tile_rows<DTYPE, mode, true, KT / W / 2>(p, x, groups, c, tile) : tile_rows<DTYPE, mode, false, KT / W / 2>(p, x, groups, c, tile); \
-    else lanes ? tile_rows<DTYPE, mode, true, KT / W>(p, x, groups, c, tile) : tile_rows<DTYPE, mode, false, KT / W>(p, x, groups, c, tile);             \
+#define FB_MODE(mode)                                                           \
+  case mode:                                                                    \
+    if (half)                                                                   \
+      lanes ? tile_rows<DTYPE, mode, true, KT / W / 2>(p, x, groups, c, tile)   \
+            : tile_rows<DTYPE, mode, false, KT / W / 2>(p, x, groups, c, tile); \
+    else                                                                        \
+      lanes ? tile_rows<DTYPE, mode, true, KT / W>(p, x, groups, c, tile)       \
+            : tile_rows<DTYPE, mode, false, KT / W>(p, x, groups, c, tile);     \
     break
     FB_MODE(kFold);
     FB_MODE(kSum);
@@ -162,7 +175,8 @@ struct Sweep {
     for (int32_t n = layout->group_tiles[g]; n < layout->group_tiles[g + 1]; ++n) {
       const Tile& tile = layout->tiles[n];
       const Piece* pieces = layout->pieces + tile.first_piece;
-      const Operands operands{(const uint32_t*)packed->keys + n * steps * KT, (const uint32_t*)packed->values + n * (KT / per<DTYPE>()) * DP, tile.count};
+      const Operands operands{(const uint32_t*)packed->keys + n * steps * KT,
+                              (const uint32_t*)packed->values + n * (KT / per<DTYPE>()) * DP, tile.count};
       const int64_t c = pieces[0].segment;
       const bool mixed = tile.pieces > 1;
       if (open >= 0 && (mixed || open != c)) close(open, unfold), open = -1;
@@ -171,7 +185,11 @@ struct Sweep {
       Constants k{};
       k.scale = scale * kLog2e;
       if (clip) k.beta = clip[1], k.lo = clip[2], k.hi = clip[3], k.shift = shift;
-      const Use use = use_tile(p, layout, tile, *task, sums_only ? kSum : clip ? kClip : kFold, k, lane_add, lane_post);
+      const Use use = use_tile(p, layout, tile, *task,
+                               sums_only ? kSum
+                               : clip    ? kClip
+                                         : kFold,
+                               k, lane_add, lane_post);
       if (!use.seen) continue;
       const Mode mode = use.mode;
       if (mode == kClip) {
@@ -200,7 +218,8 @@ struct Sweep {
     for (int64_t i = 0; i < groups * MR; ++i) x.l[i] += sum(load(x.lanes + i * W));
   }
 
-  // Several segments in one tile, their masses wanted: a few rows at a time, so that s still holds the probabilities.
+  // Several segments in one tile, their masses wanted: a few rows at a time, so that s still holds the
+  // probabilities.
   void run_mixed(Mode mode, const Constants& k, const Tile& tile, const Piece* pieces, Operands operands) {
     const int64_t steps = dim_steps<DTYPE>(p->D), DP = padded_dim(p->D);
     Block part = x;
@@ -221,7 +240,8 @@ struct Sweep {
 };
 
 template <int DTYPE>
-void rows(const FbAttention* p, const Layout* layout, const RowTask* task, const Packed* packed, float* block_mass, char* scratch) {
+void rows(const FbAttention* p, const Layout* layout, const RowTask* task, const Packed* packed,
+          float* block_mass, char* scratch) {
   const int64_t b = task->b, h = task->h, D = p->D, DP = padded_dim(D), C = p->C;
   constexpr int MR = group_of<DTYPE>();
   const Tiles<pairs<DTYPE>()> tiles;
@@ -253,7 +273,8 @@ void rows(const FbAttention* p, const Layout* layout, const RowTask* task, const
         const float *part = x.mass + c * padded, *m = x.mass_m + c * padded;
         float mass = 0.f;
         for (int64_t i = 0; i < task->count; ++i)
-          if (part[i] != 0.f) mass += part[i] * (m[i] == x.m[i] ? 1.f : __builtin_exp2f(m[i] - x.m[i])) / x.l[i];
+          if (part[i] != 0.f)
+            mass += part[i] * (m[i] == x.m[i] ? 1.f : __builtin_exp2f(m[i] - x.m[i])) / x.l[i];
         block_mass[task->slot * C + c] = mass;
       }
     }
@@ -272,7 +293,8 @@ void rows(const FbAttention* p, const Layout* layout, const RowTask* task, const
     }
     for (int64_t i = 0; i < task->count; ++i) {
       const int64_t row = task->first + i;
-      const float gate = gain * (p->gates.data ? p->gates.data[b * p->gates.stride_b + row * p->gates.stride_h + g] : 1.f);
+      const float gate =
+          gain * (p->gates.data ? p->gates.data[b * p->gates.stride_b + row * p->gates.stride_h + g] : 1.f);
       const bool none = x.l[i] == 0.f;
       const float factor = none ? 0.f : gate * (clipped ? 1.f : linear ? contrast[1] / x.l[i] : 1.f / x.l[i]);
       float* o = x.o + i * DP;
@@ -281,7 +303,8 @@ void rows(const FbAttention* p, const Layout* layout, const RowTask* task, const
         for (int64_t c = 0; c < C; ++c) {
           const float w = sweep.weight(c) * mean_factor * gate;
           if (p->groups[c] != g || sweep.bias(c) == -kInf || sweep.weight(c) == 0.f) continue;
-          for (int64_t d = 0; d < DP; d += W) store(o + d, fma(splat(w), load(packed->sums + c * DP + d), load(o + d)));
+          for (int64_t d = 0; d < DP; d += W)
+            store(o + d, fma(splat(w), load(packed->sums + c * DP + d), load(o + d)));
         }
       if (p->G > 1)
         for (int64_t d = 0; d < DP; d += W) store(total + i * DP + d, load(total + i * DP + d) + load(o + d));
@@ -310,22 +333,23 @@ void scale_row(const FbAttention* p, int64_t b, int64_t row, const float* factor
   }
 }
 
-// ------------------------------------------------------------------------------------------------------------- exports
+// -------------------------------------------------------------------------------------------------------------
+// exports
 
 }  // namespace
 
 namespace flashbrush {
 namespace FLASHBRUSH_ISA {
 
-size_t key_tile_bytes(const FbAttention* p) {
+size_t key_tile_bytes(const FbAttention* p){
 #define FB_CALL(T) return size_t(dim_steps<T>(p->D)) * KT * 4
-  FB_BY_DTYPE(p->dtype, FB_CALL)
+    FB_BY_DTYPE(p -> dtype, FB_CALL)
 #undef FB_CALL
 }
 
-size_t value_tile_bytes(const FbAttention* p) {
+size_t value_tile_bytes(const FbAttention* p){
 #define FB_CALL(T) return size_t(KT / per<T>()) * size_t(padded_dim(p->D)) * 4
-  FB_BY_DTYPE(p->dtype, FB_CALL)
+    FB_BY_DTYPE(p->dtype, FB_CALL)
 #undef FB_CALL
 }
 
@@ -336,13 +360,15 @@ size_t scratch_bytes(const FbAttention* p, int64_t block_rows) {
 #undef FB_CALL
 }
 
-void pack(const FbAttention* p, const Layout* l, int64_t b, int64_t kv, int64_t first, int64_t last, const Packed* to) {
+void pack(const FbAttention* p, const Layout* l, int64_t b, int64_t kv, int64_t first, int64_t last,
+          const Packed* to) {
 #define FB_CALL(T) return ::pack<T>(p, l, b, kv, first, last, to)
   FB_BY_DTYPE(p->dtype, FB_CALL)
 #undef FB_CALL
 }
 
-void rows(const FbAttention* p, const Layout* l, const RowTask* t, const Packed* k, float* mass, char* scratch) {
+void rows(const FbAttention* p, const Layout* l, const RowTask* t, const Packed* k, float* mass,
+          char* scratch) {
 #define FB_CALL(T) return ::rows<T>(p, l, t, k, mass, scratch)
   FB_BY_DTYPE(p->dtype, FB_CALL)
 #undef FB_CALL

@@ -1,5 +1,5 @@
-// Register-blocked products on packed tiles, and the packing. An operand element is 4 bytes: a float32, or a pair of
-// bfloat16 that are neighbours along the summed dimension (the layout of VDPBF16PS).
+// Register-blocked products on packed tiles, and the packing. An operand element is 4 bytes: a float32, or a
+// pair of bfloat16 that are neighbours along the summed dimension (the layout of VDPBF16PS).
 #pragma once
 #include "isa/convert.h"
 #include "kernels.h"
@@ -42,7 +42,8 @@ constexpr int group_rows() {
 
 constexpr int kRowGroup = kHasTiles ? 48 : kVectorRows;  // a multiple of both
 
-// How an element of a dtype is held in packed tiles: pairs of bfloat16 where the hardware multiplies them, else float32.
+// How an element of a dtype is held in packed tiles: pairs of bfloat16 where the hardware multiplies them,
+// else float32.
 template <bool PAIRS>
 struct Element;
 
@@ -68,7 +69,8 @@ struct Element<true> {
 
 // c[R][N vectors] (+)= a[R][steps] * b[steps][N vectors]
 template <bool PAIRS, int R, int N, bool ADD>
-inline void multiply(int64_t steps, const uint32_t* a, int64_t lda, const uint32_t* b, float* c, int64_t ldc) {
+inline void multiply(int64_t steps, const uint32_t* a, int64_t lda, const uint32_t* b, float* c,
+                     int64_t ldc) {
   vf acc[R][N];
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i)
@@ -87,7 +89,8 @@ inline void multiply(int64_t steps, const uint32_t* a, int64_t lda, const uint32
   for (int i = 0; i < R; ++i)
 #pragma GCC unroll 8
     // One addition a tile: a running sum over thousands of keys would gather their roundings.
-    for (int j = 0; j < N; ++j) store(c + i * ldc + j * W, ADD ? load(c + i * ldc + j * W) + acc[i][j] : acc[i][j]);
+    for (int j = 0; j < N; ++j)
+      store(c + i * ldc + j * W, ADD ? load(c + i * ldc + j * W) + acc[i][j] : acc[i][j]);
 }
 
 // The strips that `vectors` columns of B are cut into: as even as can be, none wider than NV.
@@ -98,9 +101,11 @@ struct Strips {
   int first(int i) const { return i * (vectors / count) + (i < vectors % count ? i : vectors % count); }
 };
 
-// c[group_rows][vectors] (+)= a * b, b in strips. Tiles must be configured, and take operands padded to 16 steps.
+// c[group_rows][vectors] (+)= a * b, b in strips. Tiles must be configured, and take operands padded to 16
+// steps.
 template <bool PAIRS, bool ADD>
-inline void multiply_strips(int64_t steps, const uint32_t* a, int64_t lda, const uint32_t* b, int64_t depth, const Strips& strips, float* c, int64_t ldc) {
+inline void multiply_strips(int64_t steps, const uint32_t* a, int64_t lda, const uint32_t* b, int64_t depth,
+                            const Strips& strips, float* c, int64_t ldc) {
   for (int i = 0; i < strips.count; ++i) {
     const int first = strips.first(i);
     const uint32_t* strip = b + int64_t(first) * W * depth;
@@ -108,20 +113,36 @@ inline void multiply_strips(int64_t steps, const uint32_t* a, int64_t lda, const
 #if defined(__AMX_BF16__)
     if constexpr (PAIRS) {
       switch (strips.width(i)) {
-        case 1: multiply_tiles<1, ADD>(steps, a, lda, strip, out, ldc); break;
-        case 2: multiply_tiles<2, ADD>(steps, a, lda, strip, out, ldc); break;
-        case 3: multiply_tiles<3, ADD>(steps, a, lda, strip, out, ldc); break;
-        case 4: multiply_tiles<4, ADD>(steps, a, lda, strip, out, ldc); break;
+        case 1:
+          multiply_tiles<1, ADD>(steps, a, lda, strip, out, ldc);
+          break;
+        case 2:
+          multiply_tiles<2, ADD>(steps, a, lda, strip, out, ldc);
+          break;
+        case 3:
+          multiply_tiles<3, ADD>(steps, a, lda, strip, out, ldc);
+          break;
+        case 4:
+          multiply_tiles<4, ADD>(steps, a, lda, strip, out, ldc);
+          break;
       }
       continue;
     }
 #endif
     switch (strips.width(i)) {
-      case 1: multiply<PAIRS, kVectorRows, 1, ADD>(steps, a, lda, strip, out, ldc); break;
-      case 2: multiply<PAIRS, kVectorRows, 2, ADD>(steps, a, lda, strip, out, ldc); break;
+      case 1:
+        multiply<PAIRS, kVectorRows, 1, ADD>(steps, a, lda, strip, out, ldc);
+        break;
+      case 2:
+        multiply<PAIRS, kVectorRows, 2, ADD>(steps, a, lda, strip, out, ldc);
+        break;
 #if defined(__AVX512F__)
-      case 3: multiply<PAIRS, kVectorRows, 3, ADD>(steps, a, lda, strip, out, ldc); break;
-      case 4: multiply<PAIRS, kVectorRows, 4, ADD>(steps, a, lda, strip, out, ldc); break;
+      case 3:
+        multiply<PAIRS, kVectorRows, 3, ADD>(steps, a, lda, strip, out, ldc);
+        break;
+      case 4:
+        multiply<PAIRS, kVectorRows, 4, ADD>(steps, a, lda, strip, out, ldc);
+        break;
 #endif
     }
   }
@@ -155,8 +176,10 @@ inline void transpose_words(const char* const* rows, int64_t first_word, uint32_
   }
 #pragma GCC unroll 4
   for (int n = 0; n < 4; ++n) {
-    const __m512i low02 = _mm512_shuffle_i32x4(a[n], a[4 + n], 0x88), low13 = _mm512_shuffle_i32x4(a[n], a[4 + n], 0xdd);
-    const __m512i high02 = _mm512_shuffle_i32x4(a[8 + n], a[12 + n], 0x88), high13 = _mm512_shuffle_i32x4(a[8 + n], a[12 + n], 0xdd);
+    const __m512i low02 = _mm512_shuffle_i32x4(a[n], a[4 + n], 0x88),
+                  low13 = _mm512_shuffle_i32x4(a[n], a[4 + n], 0xdd);
+    const __m512i high02 = _mm512_shuffle_i32x4(a[8 + n], a[12 + n], 0x88),
+                  high13 = _mm512_shuffle_i32x4(a[8 + n], a[12 + n], 0xdd);
     _mm512_storeu_si512(out + n * stride, _mm512_shuffle_i32x4(low02, high02, 0x88));
     _mm512_storeu_si512(out + (4 + n) * stride, _mm512_shuffle_i32x4(low13, high13, 0x88));
     _mm512_storeu_si512(out + (8 + n) * stride, _mm512_shuffle_i32x4(low02, high02, 0xdd));

@@ -1,7 +1,7 @@
 // qk_norm_rope for one instruction set: one read and one write of each element, arithmetic in float32.
 #include "schedule/norm_rope.h"
-#include "kernels.h"
 #include "isa/convert.h"
+#include "kernels.h"
 
 namespace {
 
@@ -26,7 +26,8 @@ inline void rotate(const float* z, const float* cos, const float* sin, bool half
 }
 
 // The transpose of rotate.
-inline void rotate_back(const float* dout, const float* cos, const float* sin, bool half, int64_t D, float* dz) {
+inline void rotate_back(const float* dout, const float* cos, const float* sin, bool half, int64_t D,
+                        float* dz) {
   if (half) {
     const int64_t n = D / 2;
     for (int64_t d = 0; d < n; ++d) {
@@ -90,8 +91,10 @@ void backward_token(const FbNormRopeBackward* q, int64_t b, int64_t i, int64_t p
   alignas(64) float dout[kMaxDim], dz[kMaxDim], x[kMaxDim];
   for (int64_t h = 0; h < p->H; ++h) {
     load_row<DTYPE>(at(p->out, p->dtype, b, i, h), dout, D);
-    if (cos) rotate_back(dout, cos, sin, p->half, D, dz);
-    else memcpy(dz, dout, size_t(D) * 4);
+    if (cos)
+      rotate_back(dout, cos, sin, p->half, D, dz);
+    else
+      memcpy(dz, dout, size_t(D) * 4);
     if (s->normalise) {
       load_row<DTYPE>(at(s->x, p->dtype, b, token, h), x, D);
       const float r = inverse_rms(x, D, p->eps);

@@ -24,7 +24,9 @@ constexpr int group_of() {
   return group_rows<pairs<DTYPE>()>();
 }
 
-inline int64_t padded_dim(int64_t D) { return round_up(D, W); }
+inline int64_t padded_dim(int64_t D) {
+  return round_up(D, W);
+}
 
 // Tiles take 16 steps at a time, zeros beyond the head dim.
 template <int DTYPE>
@@ -39,17 +41,20 @@ template <int KT>
 struct TileRows {
   const char* row[KT];
 
-  TileRows(const FbAttention* p, const Layout* layout, const Tile& tile, const FbTensor* tensors, const int64_t* source, int64_t b, int64_t kv) {
+  TileRows(const FbAttention* p, const Layout* layout, const Tile& tile, const FbTensor* tensors,
+           const int64_t* source, int64_t b, int64_t kv) {
     for (int i = tile.count; i < KT; ++i) row[i] = kZeros;
     for (int n = 0; n < tile.pieces; ++n) {
       const Piece& piece = layout->pieces[tile.first_piece + n];
       const int64_t item = source ? source[piece.tensor * p->B + b] : b;
-      for (int32_t i = 0; i < piece.count; ++i) row[piece.lane + i] = at(tensors[piece.tensor], p->dtype, item, piece.start + i, kv);
+      for (int32_t i = 0; i < piece.count; ++i)
+        row[piece.lane + i] = at(tensors[piece.tensor], p->dtype, item, piece.start + i, kv);
     }
   }
 };
 
-constexpr int kAhead = 16;  // rows to fetch ahead: rows of a head lie apart, where the hardware's own prefetching does little
+constexpr int kAhead =
+    16;  // rows to fetch ahead: rows of a head lie apart, where the hardware's own prefetching does little
 
 inline void fetch(const char* row, int64_t bytes) {
   for (int64_t x = 0; x < bytes; x += 64) __builtin_prefetch(row + x);
@@ -84,18 +89,22 @@ inline void pack_keys(const FbAttention* p, const char* const* rows, uint32_t* o
   }
 }
 
-// Rows as B operand whose rows are summed over, in strips of up to NV vectors of the head dim: [strip][step][d]
+// Rows as B operand whose rows are summed over, in strips of up to NV vectors of the head dim:
+// [strip][step][d]
 template <int DTYPE>
-inline void pack_depth(const char* const* rows, int64_t D, int64_t depth, const Strips& strips, uint32_t* out) {
+inline void pack_depth(const char* const* rows, int64_t D, int64_t depth, const Strips& strips,
+                       uint32_t* out) {
   constexpr int64_t ahead = kAhead / per<DTYPE>();
   for (int i = 0; i < strips.count; ++i) {
     const int64_t width = strips.width(i) * W, first = int64_t(strips.first(i)) * W;
     const int64_t columns = D - first < width ? D - first : width;
     uint32_t* to = out + first * depth;
     for (int64_t s = 0; s < depth; ++s, to += width) {
-      for (int64_t n = 0; i == 0 && s + ahead < depth && n < per<DTYPE>(); ++n) fetch(rows[(s + ahead) * per<DTYPE>() + n], D * element_size(DTYPE));
+      for (int64_t n = 0; i == 0 && s + ahead < depth && n < per<DTYPE>(); ++n)
+        fetch(rows[(s + ahead) * per<DTYPE>() + n], D * element_size(DTYPE));
       if constexpr (pairs<DTYPE>()) {
-        const uint16_t *even = (const uint16_t*)rows[2 * s] + first, *odd = (const uint16_t*)rows[2 * s + 1] + first;
+        const uint16_t *even = (const uint16_t*)rows[2 * s] + first,
+                       *odd = (const uint16_t*)rows[2 * s + 1] + first;
         for (int64_t d = 0; d < columns; ++d) to[d] = uint32_t(even[d]) | uint32_t(odd[d]) << 16;
       } else {
         for (int64_t d = 0; d < columns; ++d) to[d] = f32_bits<DTYPE>(rows[s], first + d);
@@ -112,7 +121,8 @@ inline void pack_values(const FbAttention* p, const TileRows<KT>& rows, uint32_t
 
 // Rows of one head as A operand, [rows][steps], padded with rows of zeros.
 template <int DTYPE>
-inline void pack_rows(const FbAttention* p, const FbTensor& t, int64_t item, const RowTask& task, int64_t padded, uint32_t* out) {
+inline void pack_rows(const FbAttention* p, const FbTensor& t, int64_t item, const RowTask& task,
+                      int64_t padded, uint32_t* out) {
   const int64_t D = p->D, steps = dim_steps<DTYPE>(D);
   for (int64_t i = 0; i < padded; ++i) {
     uint32_t* to = out + i * steps;
@@ -121,7 +131,8 @@ inline void pack_rows(const FbAttention* p, const FbTensor& t, int64_t item, con
       continue;
     }
     const char* row = at(t, p->dtype, item, task.first + i, task.h);
-    if (i + kAhead < task.count) fetch(at(t, p->dtype, item, task.first + i + kAhead, task.h), D * element_size(DTYPE));
+    if (i + kAhead < task.count)
+      fetch(at(t, p->dtype, item, task.first + i + kAhead, task.h), D * element_size(DTYPE));
     if constexpr (pairs<DTYPE>()) {
       memset(to + D / 2, 0, size_t(steps - D / 2) * 4);
       memcpy(to, row, size_t(D) * 2);

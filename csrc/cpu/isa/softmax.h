@@ -1,7 +1,7 @@
 // One row of a tile through the softmax, and what a tile means for the rows of a segment.
 //
-// m is the maximum of the first tile and moves only when a logit exceeds it by kSlack: probabilities are floating point,
-// so that their scale costs no precision.
+// m is the maximum of the first tile and moves only when a logit exceeds it by kSlack: probabilities are
+// floating point, so that their scale costs no precision.
 #pragma once
 #include "isa/pack.h"
 
@@ -10,20 +10,21 @@ namespace {
 constexpr float kSlack = 256.f;  // how far a probability may exceed 1 before its row is rescaled
 
 enum Mode {
-  kFold,   // P = exp2(t - m), a weight is part of t
-  kSum,    // only the sum: a first sweep, or weight 0
-  kPost,   // P = exp2(t - m) * post
-  kClip,   // P = clip(beta * exp2(t - lse) - shift, lo, hi) * post; m holds the row's lse
+  kFold,  // P = exp2(t - m), a weight is part of t
+  kSum,   // only the sum: a first sweep, or weight 0
+  kPost,  // P = exp2(t - m) * post
+  kClip,  // P = clip(beta * exp2(t - lse) - shift, lo, hi) * post; m holds the row's lse
 };
 
 // The constants of a tile for the rows of one segment.
 struct Constants {
-  float scale, add, post;               // t = s * scale + add
-  float beta, shift, lo, hi;            // of kClip
-  const float *lane_add, *lane_post;    // [kForwardKeys] where lanes differ, else null
+  float scale, add, post;             // t = s * scale + add
+  float beta, shift, lo, hi;          // of kClip
+  const float *lane_add, *lane_post;  // [kForwardKeys] where lanes differ, else null
 };
 
-// What a row has summed so far: l is a number, lanes[W] the running segment's part of it, o[padded D] the output.
+// What a row has summed so far: l is a number, lanes[W] the running segment's part of it, o[padded D] the
+// output.
 struct RowSums {
   float *m, *l, *lanes, *o;
 };
@@ -33,7 +34,8 @@ inline void store_prob(uint32_t* prob, const vf* e) {
   if constexpr (pairs<DTYPE>()) {
 #if defined(__AVX512BF16__)
 #pragma GCC unroll 16
-    for (int j = 0; j < N; j += 2) _mm512_storeu_si512(prob + j / 2 * W, (__m512i)_mm512_cvtne2ps_pbh(e[j + 1], e[j]));
+    for (int j = 0; j < N; j += 2)
+      _mm512_storeu_si512(prob + j / 2 * W, (__m512i)_mm512_cvtne2ps_pbh(e[j + 1], e[j]));
 #endif
   } else {
 #pragma GCC unroll 16
@@ -41,12 +43,14 @@ inline void store_prob(uint32_t* prob, const vf* e) {
   }
 }
 
-// Raise the row's maximum to that of its logits in s, and rescale what was summed so far. Pointers come one by one: a
-// struct of them would be put together in memory for every row, and this is rare.
+// Raise the row's maximum to that of its logits in s, and rescale what was summed so far. Pointers come one
+// by one: a struct of them would be put together in memory for every row, and this is rare.
 template <int N>
-__attribute__((noinline, cold)) void rescale(float* m, float* l, float* lanes, float* o, const float* s, const Constants& c, int64_t DP) {
+__attribute__((noinline, cold)) void rescale(float* m, float* l, float* lanes, float* o, const float* s,
+                                             const Constants& c, int64_t DP) {
   vf top = splat(-kInf);
-  for (int j = 0; j < N * W; j += W) top = maximum(fma(load(s + j), splat(c.scale), c.lane_add ? load(c.lane_add + j) : splat(c.add)), top);
+  for (int j = 0; j < N * W; j += W)
+    top = maximum(fma(load(s + j), splat(c.scale), c.lane_add ? load(c.lane_add + j) : splat(c.add)), top);
   const float raised = largest(top);
   if (!(raised > *m)) return;
   const float factor = *m == -kInf ? 0.f : __builtin_exp2f(*m - raised);
@@ -56,9 +60,11 @@ __attribute__((noinline, cold)) void rescale(float* m, float* l, float* lanes, f
   for (int64_t d = 0; d < DP; d += W) store(o + d, load(o + d) * splat(factor));
 }
 
-// A row's logits in s -> its probabilities as A operand; its sums gain theirs. N vectors hold the tile's keys.
+// A row's logits in s -> its probabilities as A operand; its sums gain theirs. N vectors hold the tile's
+// keys.
 template <int DTYPE, int MODE, bool LANES, int N>
-inline __attribute__((always_inline)) void softmax_row(const RowSums& x, float* s, uint32_t* prob, const Constants& c, int64_t DP) {
+inline __attribute__((always_inline)) void softmax_row(const RowSums& x, float* s, uint32_t* prob,
+                                                       const Constants& c, int64_t DP) {
   constexpr int DEGREE = DTYPE == FB_F32 ? 5 : 4;
   vf t[N];
   const vf scale = splat(c.scale);
@@ -68,7 +74,8 @@ inline __attribute__((always_inline)) void softmax_row(const RowSums& x, float* 
     total = splat(0.f);
 #pragma GCC unroll 16
     for (int j = 0; j < N; ++j) {
-      t[j] = exp2<DEGREE>(fma(load(s + j * W), scale, LANES ? load(c.lane_add + j * W) - splat(m) : splat(c.add - m)));
+      t[j] = exp2<DEGREE>(
+          fma(load(s + j * W), scale, LANES ? load(c.lane_add + j * W) - splat(m) : splat(c.add - m)));
       total = total + t[j];
     }
   };
@@ -125,9 +132,10 @@ struct Use {
   float unfold;
 };
 
-// Of a tile whose first segment the rows see. `mode` is kFold, kSum or kClip, k has the scale and what belongs to kClip;
-// the rest of k is set, with lane_add and lane_post as memory for lanes that differ.
-inline Use use_tile(const FbAttention* p, const Layout* layout, const Tile& tile, const RowTask& rows, Mode mode, Constants& k, float* lane_add, float* lane_post) {
+// Of a tile whose first segment the rows see. `mode` is kFold, kSum or kClip, k has the scale and what
+// belongs to kClip; the rest of k is set, with lane_add and lane_post as memory for lanes that differ.
+inline Use use_tile(const FbAttention* p, const Layout* layout, const Tile& tile, const RowTask& rows,
+                    Mode mode, Constants& k, float* lane_add, float* lane_post) {
   constexpr int KT = kForwardKeys;
   const Piece* pieces = layout->pieces + tile.first_piece;
   const int64_t c = pieces[0].segment;

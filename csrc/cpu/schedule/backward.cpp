@@ -1,4 +1,5 @@
-// Spreads the gradient over threads: one (item, key head) a thread, so that every sum has one owner and one order.
+// Spreads the gradient over threads: one (item, key head) a thread, so that every sum has one owner and one
+// order.
 #include <string.h>
 
 #include <atomic>
@@ -28,13 +29,15 @@ struct Job {
       base += round_up(int64_t(bytes), 64);
       return from;
     };
-    const BackwardPacked packed{take(sizes.keys), take(sizes.keys), take(sizes.key_rows), (float*)take(sizes.gradient), (float*)take(sizes.gradient)};
+    const BackwardPacked packed{take(sizes.keys), take(sizes.keys), take(sizes.key_rows),
+                                (float*)take(sizes.gradient), (float*)take(sizes.gradient)};
     char* scratch = take(sizes.scratch);
     for (int64_t i; (i = next.fetch_add(1)) < p->B * p->Hkv;) {
       const int64_t b = i / p->Hkv;
       const Layout layout = layouts[layouts.size() > 1 ? b : 0].view();
       const std::vector<RowTask>& list = blocks[blocks.size() > 1 ? b : 0];
-      kernels->backward_unit(call, &layout, list.data(), int64_t(list.size()), b, i % p->Hkv, &packed, scratch);
+      kernels->backward_unit(call, &layout, list.data(), int64_t(list.size()), b, i % p->Hkv, &packed,
+                             scratch);
     }
   }
 };
@@ -56,10 +59,12 @@ FLASHBRUSH_EXPORT int flashbrush_backward(const FbBackward* call, const char* is
     most = std::max<int64_t>(most, int64_t(job.layouts.back().tiles.size()));
   }
   job.sizes = job.kernels->backward_sizes(p, most);
-  for (int64_t b = 0; b < (p->rows_by_item ? p->B : 1); ++b) job.blocks.push_back(cut_rows(p, b, job.sizes.block_rows, job.kernels->row_group));
+  for (int64_t b = 0; b < (p->rows_by_item ? p->B : 1); ++b)
+    job.blocks.push_back(cut_rows(p, b, job.sizes.block_rows, job.kernels->row_group));
   const int threads = int(std::max<int64_t>(1, std::min<int64_t>(p->threads, p->B * p->Hkv)));
   auto aligned = [](size_t bytes) { return size_t(round_up(int64_t(bytes), 64)); };
-  job.unit_bytes = 2 * aligned(job.sizes.keys) + aligned(job.sizes.key_rows) + 2 * aligned(job.sizes.gradient) + aligned(job.sizes.scratch);
+  job.unit_bytes = 2 * aligned(job.sizes.keys) + aligned(job.sizes.key_rows) +
+                   2 * aligned(job.sizes.gradient) + aligned(job.sizes.scratch);
   if (!allocate(job.buffers, job.unit_bytes * size_t(threads))) return kNoMemory;
   run_parallel(parallel, [](void* data) { static_cast<Job*>(data)->work(); }, &job, threads);
   return kOk;

@@ -1,4 +1,5 @@
-// Spreads column_mass over threads, a block of keys of one head at a time: every sum has one owner and one order.
+// Spreads column_mass over threads, a block of keys of one head at a time: every sum has one owner and one
+// order.
 #include <algorithm>
 #include <atomic>
 
@@ -18,7 +19,8 @@ struct Job {
 
   void work() {
     char* mine = scratch.get() + next_thread.fetch_add(1) * scratch_size;
-    for (int64_t i; (i = next.fetch_add(1)) < int64_t(tasks.size());) kernels->column_mass_block(call, &tasks[i], mine);
+    for (int64_t i; (i = next.fetch_add(1)) < int64_t(tasks.size());)
+      kernels->column_mass_block(call, &tasks[i], mine);
   }
 };
 
@@ -39,7 +41,8 @@ FLASHBRUSH_EXPORT int flashbrush_column_mass(const FbColumnMass* call, const cha
         if (p->valid) length = std::max<int64_t>(0, std::min<int64_t>(length, p->valid[b * p->C + c]));
         for (int64_t first = 0; first < length; first += kColumnKeys)
           job.tasks.push_back({int32_t(b), int32_t(h), int32_t(c), int32_t(p->L == 1 ? 0 : c),
-                               (p->L == 1 ? start : 0) + first, start + first, std::min<int64_t>(kColumnKeys, length - first)});
+                               (p->L == 1 ? start : 0) + first, start + first,
+                               std::min<int64_t>(kColumnKeys, length - first)});
       }
     }
   }

@@ -1,4 +1,5 @@
-// How much attention each key receives: the sum over rows of p_ij = exp(s_ij + bias - lse_i), without the map.
+// How much attention each key receives: the sum over rows of p_ij = exp(s_ij + bias - lse_i), without the
+// map.
 #pragma once
 #include "attention.h"
 

@@ -28,21 +28,34 @@ struct Isa {
 };
 
 #if defined(__x86_64__)
-bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
-bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+bool has_avx512bf16() {
+  return has_avx512() && __builtin_cpu_supports("avx512bf16");
+}
 #else
-bool has_avx2() { return false; }
-bool has_avx512() { return false; }
-bool has_avx512bf16() { return false; }
+bool has_avx2() {
+  return false;
+}
+bool has_avx512() {
+  return false;
+}
+bool has_avx512bf16() {
+  return false;
+}
 #endif
 #if defined(FLASHBRUSH_AMX_EMULATED)
-bool has_amx() { return has_avx512(); }
+bool has_amx() {
+  return has_avx512();
+}
 #elif defined(__x86_64__) && defined(__linux__)
-// The processor has AMX's tiles and their bfloat16 product, and the kernel saves this process's tiles: it has to be asked.
+// The processor has AMX's tiles and their bfloat16 product, and the kernel saves this process's tiles: it has
+// to be asked.
 bool ask_for_amx() {
   constexpr unsigned kTile = 1u << 24, kBf16 = 1u << 22;  // EDX of leaf 7
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
@@ -55,11 +68,16 @@ bool has_amx() {
   return has;
 }
 #else
-bool has_amx() { return false; }
+bool has_amx() {
+  return false;
+}
 #endif
-bool always() { return true; }
+bool always() {
+  return true;
+}
 
-const Isa kIsas[] = {  // best first
+const Isa kIsas[] = {
+    // best first
     {"amx", flashbrush_kernels_amx, has_amx, true},  // tested by emulation, not yet run on hardware
     {"avx512bf16", flashbrush_kernels_avx512bf16, has_avx512bf16, false},
     {"avx512", flashbrush_kernels_avx512, has_avx512, false},
@@ -72,14 +90,17 @@ const Isa kIsas[] = {  // best first
 const Kernels* flashbrush::find(const char* name) {
   const bool any = !name || !*name;
   for (const Isa& isa : kIsas)
-    if (isa.kernels && (any ? !isa.by_name_only : !strcmp(name, isa.name)) && isa.supported()) return isa.kernels();
+    if (isa.kernels && (any ? !isa.by_name_only : !strcmp(name, isa.name)) && isa.supported())
+      return isa.kernels();
   return nullptr;
 }
 
-FLASHBRUSH_EXPORT int flashbrush_abi() { return FLASHBRUSH_ABI; }
+FLASHBRUSH_EXPORT int flashbrush_abi() {
+  return FLASHBRUSH_ABI;
+}
 
-// Name of the i-th instruction set that is built in and runs here, best first; null after the last. One of them may be
-// for those who name it only.
+// Name of the i-th instruction set that is built in and runs here, best first; null after the last. One of
+// them may be for those who name it only.
 FLASHBRUSH_EXPORT const char* flashbrush_isa(int i) {
   for (const Isa& isa : kIsas)
     if (isa.kernels && isa.supported() && i-- == 0) return isa.name;

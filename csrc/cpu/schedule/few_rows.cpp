@@ -1,9 +1,9 @@
-// Spreads the attention of a few rows over threads: for each (item, key head) chunks of its keys, whose sums are merged in
-// their order by the thread that ends the last one. Where the chunks end depends on the call alone, and who takes which
-// enters no sum: results are bitwise the same for any number of threads.
+// Spreads the attention of a few rows over threads: for each (item, key head) chunks of its keys, whose sums
+// are merged in their order by the thread that ends the last one. Where the chunks end depends on the call
+// alone, and who takes which enters no sum: results are bitwise the same for any number of threads.
 //
-// A clipped contrast needs the final lse: the chunks are swept twice, and a second sweep waits for the first of its head.
-// As in forward.cpp, entries of one ordered list wait for earlier ones alone.
+// A clipped contrast needs the final lse: the chunks are swept twice, and a second sweep waits for the first
+// of its head. As in forward.cpp, entries of one ordered list wait for earlier ones alone.
 #include "schedule/few_rows.h"
 
 #include <sched.h>
@@ -25,7 +25,7 @@ int64_t key_chunks(int64_t units, int64_t tiles) {
 struct Job {
   const FbAttention* p;
   const Kernels* kernels;
-  std::vector<ItemLayout> layouts;            // one, or one an item
+  std::vector<ItemLayout> layouts;             // one, or one an item
   std::vector<std::vector<RowTask>> segments;  // row segments of an item that have rows: one, or one an item
   int64_t units, chunks, sweeps;
   size_t chunk_bytes, scratch_size;
@@ -43,7 +43,8 @@ struct Job {
     char* mine = scratch.get() + next_thread.fetch_add(1) * scratch_size;
     std::vector<RowTask> bands;
     // Heads before chunks: the heads' keys lie side by side, on the same pages.
-    for (int64_t i; (i = next.fetch_add(1)) < units * sweeps * chunks;) run(i % units, i / (units * chunks), i / units % chunks, bands, mine);
+    for (int64_t i; (i = next.fetch_add(1)) < units * sweeps * chunks;)
+      run(i % units, i / (units * chunks), i / units % chunks, bands, mine);
   }
 
   void run(int64_t unit, int64_t sweep, int64_t chunk, std::vector<RowTask>& bands, char* mine) {
@@ -55,14 +56,25 @@ struct Job {
         band.b = int32_t(b), band.h = int32_t(h);
         bands.push_back(band);
       }
-    const FewRows rows{p, &layout, bands.data(), int64_t(bands.size()), b, kv, p->M * per_kv, chunks, sums.get() + unit * chunks * int64_t(chunk_bytes), chunk_bytes};
+    const FewRows rows{p,
+                       &layout,
+                       bands.data(),
+                       int64_t(bands.size()),
+                       b,
+                       kv,
+                       p->M * per_kv,
+                       chunks,
+                       sums.get() + unit * chunks * int64_t(chunk_bytes),
+                       chunk_bytes};
     if (sweep) wait(unit);
     const int64_t first = layout.n_tiles * chunk / chunks, last = layout.n_tiles * (chunk + 1) / chunks;
     kernels->few_rows_sweep(&rows, chunk, int32_t(first), int32_t(last), sweep == 1, mine);
     if (left[unit * sweeps + sweep].fetch_sub(1, std::memory_order_acq_rel) > 1) return;
     if (sweep == 0) kernels->few_rows_merge(&rows);
-    if (sweep + 1 == sweeps) kernels->few_rows_finish(&rows);
-    else merged[unit].store(true, std::memory_order_release);
+    if (sweep + 1 == sweeps)
+      kernels->few_rows_finish(&rows);
+    else
+      merged[unit].store(true, std::memory_order_release);
   }
 };
 
@@ -78,7 +90,8 @@ int flashbrush::attend_few_rows(const FbAttention* p, const Kernels* kernels, Fb
     job.layouts.push_back(lay_out(p, b, kForwardKeys, shareable));
     most_tiles = std::max<int64_t>(most_tiles, int64_t(job.layouts.back().tiles.size()));
   }
-  for (int64_t b = 0; b < (p->rows_by_item ? p->B : 1); ++b) job.segments.push_back(cut_rows(p, b, kFewRows, 1));
+  for (int64_t b = 0; b < (p->rows_by_item ? p->B : 1); ++b)
+    job.segments.push_back(cut_rows(p, b, kFewRows, 1));
   bool clipped = false;
   for (int64_t g = 0; g < p->G; ++g) clipped |= p->contrast[g * 4] == 2.f;
   job.units = p->B * p->Hkv;
@@ -87,11 +100,13 @@ int flashbrush::attend_few_rows(const FbAttention* p, const Kernels* kernels, Fb
   const int threads = int(std::max<int64_t>(1, std::min<int64_t>(p->threads, job.units * job.chunks)));
   job.chunk_bytes = size_t(round_up(int64_t(kernels->few_rows_sums(p)), 64));
   job.scratch_size = size_t(round_up(int64_t(kernels->few_rows_scratch(p)), 4096));
-  if (!allocate(job.sums, job.chunk_bytes * size_t(job.units * job.chunks)) || !allocate(job.scratch, job.scratch_size * size_t(threads)))
+  if (!allocate(job.sums, job.chunk_bytes * size_t(job.units * job.chunks)) ||
+      !allocate(job.scratch, job.scratch_size * size_t(threads)))
     return kNoMemory;
   job.left.reset(new std::atomic<int64_t>[job.units * job.sweeps]);
   job.merged.reset(new std::atomic<bool>[job.units]);
-  for (int64_t i = 0; i < job.units * job.sweeps; ++i) job.left[i].store(job.chunks, std::memory_order_relaxed);
+  for (int64_t i = 0; i < job.units * job.sweeps; ++i)
+    job.left[i].store(job.chunks, std::memory_order_relaxed);
   for (int64_t u = 0; u < job.units; ++u) job.merged[u].store(false, std::memory_order_relaxed);
   run_parallel(parallel, [](void* data) { static_cast<Job*>(data)->work(); }, &job, threads);
   return kOk;

@@ -1,17 +1,20 @@
 // Lays out tiles and row blocks of an attention, and spreads them over threads.
 //
-// The work is ordered lists: for each (item, key head) the packing of its K and V, then its row blocks. Threads take the
-// next entry of a list; a row block waits for the packing of its head, a packing for the head whose buffer it takes over.
-// Entries wait for earlier ones of their own list alone, so that no order of threads can block. Who takes what never
-// enters a sum: results are bitwise the same for any number of threads.
+// The work is ordered lists: for each (item, key head) the packing of its K and V, then its row blocks.
+// Threads take the next entry of a list; a row block waits for the packing of its head, a packing for the
+// head whose buffer it takes over. Entries wait for earlier ones of their own list alone, so that no order of
+// threads can block. Who takes what never enters a sum: results are bitwise the same for any number of
+// threads.
 //
-// A few threads have a list of heads each, and help with another's when theirs has ended: what a thread packs stays in its
-// own caches, and is there when its row blocks read it. Many threads share one list, which packs two heads at a time.
+// A few threads have a list of heads each, and help with another's when theirs has ended: what a thread packs
+// stays in its own caches, and is there when its row blocks read it. Many threads share one list, which packs
+// two heads at a time.
 //
-// No two threads write the same memory at once. A packing writes its own tiles of a head's buffer, and its release of
-// `packing` is acquired by every row block that reads them; a buffer is packed anew after the acquire of `running`, which
-// each row block released when it was done. A row block writes its own rows of out and lse, its own slot of masses and its
-// thread's scratch. The parallel region's end comes before masses are reduced, by one thread.
+// No two threads write the same memory at once. A packing writes its own tiles of a head's buffer, and its
+// release of `packing` is acquired by every row block that reads them; a buffer is packed anew after the
+// acquire of `running`, which each row block released when it was done. A row block writes its own rows of
+// out and lse, its own slot of masses and its thread's scratch. The parallel region's end comes before masses
+// are reduced, by one thread.
 #include <sched.h>
 #include <string.h>
 
@@ -28,8 +31,8 @@ using namespace flashbrush;
 
 namespace {
 
-// Rows of a block: many enough to reuse a tile in L1, few enough that every thread has several. It must not depend on
-// the number of threads, which would show in the sums of the masses.
+// Rows of a block: many enough to reuse a tile in L1, few enough that every thread has several. It must not
+// depend on the number of threads, which would show in the sums of the masses.
 int64_t block_rows(const FbAttention* p) {
   for (int64_t rows : {192, 96, 48})
     if (p->B * p->H * ((p->M + rows - 1) / rows) >= 32) return rows;
@@ -47,10 +50,10 @@ struct List {
 struct Job {
   const FbAttention* p;
   const Kernels* kernels;
-  std::vector<ItemLayout> layouts;             // one, or one an item
-  std::vector<std::vector<RowTask>> blocks;    // of an item, without its head: one, or one an item
-  std::vector<int64_t> first_slot;             // [B + 1] of an item's masses
-  std::unique_ptr<List[]> list;                // [lists]
+  std::vector<ItemLayout> layouts;           // one, or one an item
+  std::vector<std::vector<RowTask>> blocks;  // of an item, without its head: one, or one an item
+  std::vector<int64_t> first_slot;           // [B + 1] of an item's masses
+  std::unique_ptr<List[]> list;              // [lists]
   int64_t units, lists, buffers, chunks;
   size_t unit_bytes, value_offset, sums_offset, scratch_size;
   Buffer packed, scratch, masses;
@@ -108,8 +111,10 @@ struct Job {
     for (int64_t i, n = 0; (i = from.next.fetch_add(1)) < from.first_task.back();) {
       while (from.first_task[n + 1] <= i) ++n;
       const int64_t unit = which + n * lists, local = i - from.first_task[n];
-      if (local < chunks) pack(unit, local);
-      else run(unit, local - chunks, thread_scratch);
+      if (local < chunks)
+        pack(unit, local);
+      else
+        run(unit, local - chunks, thread_scratch);
     }
   }
 };
@@ -121,7 +126,8 @@ void reduce_masses(const Job& job) {
     const std::vector<RowTask>& list = job.rows(b);
     for (int64_t h = 0; h < p->H; ++h)
       for (size_t n = 0; n < list.size(); ++n) {
-        const float* from = (const float*)job.masses.get() + (job.first_slot[b] + h * int64_t(list.size()) + int64_t(n)) * p->C;
+        const float* from = (const float*)job.masses.get() +
+                            (job.first_slot[b] + h * int64_t(list.size()) + int64_t(n)) * p->C;
         float* to = p->mass + ((b * p->H + h) * p->R + list[n].segment) * p->C;
         for (int64_t c = 0; c < p->C; ++c) to[c] += from[c];
       }
@@ -151,10 +157,17 @@ void derive_gains(const FbAttention* p, int64_t b, float* derived) {
     const float m = derived[h];
     float relative = 0.f;
     switch (p->derived) {
-      case 0: relative = (m - low) / (high - low + eps); break;
-      case 1: relative = m / std::max(float(total / double(p->H)), eps); break;
-      case 2: relative = m / std::max(high, eps); break;
-      default: relative = float(double(p->H) * std::exp(double(m - high)) / exps);
+      case 0:
+        relative = (m - low) / (high - low + eps);
+        break;
+      case 1:
+        relative = m / std::max(float(total / double(p->H)), eps);
+        break;
+      case 2:
+        relative = m / std::max(high, eps);
+        break;
+      default:
+        relative = float(double(p->H) * std::exp(double(m - high)) / exps);
     }
     derived[h] = p->floor + p->span * relative;
   }
@@ -187,8 +200,10 @@ void apply_gains(const FbAttention* p, const Kernels* kernels, FbParallel parall
     if (p->derived >= 0) derive_gains(p, b, job.derived.data() + b * p->H);
     for (int64_t h = 0; p->gains && h < p->H; ++h)
       for (int64_t r = 0; r < p->R; ++r) {
-        const float given = p->gain.data ? p->gain.data[b * p->gain.stride_b + h * p->gain.stride_h + r] : 1.f;
-        p->gains[(b * p->H + h) * p->R + r] = given * (p->derived >= 0 && p->gain_apply[r] ? job.derived[b * p->H + h] : 1.f);
+        const float given =
+            p->gain.data ? p->gain.data[b * p->gain.stride_b + h * p->gain.stride_h + r] : 1.f;
+        p->gains[(b * p->H + h) * p->R + r] =
+            given * (p->derived >= 0 && p->gain_apply[r] ? job.derived[b * p->H + h] : 1.f);
       }
   }
   if (p->derived < 0) return;
@@ -219,7 +234,8 @@ FLASHBRUSH_EXPORT int flashbrush_attention(const FbAttention* p, const char* isa
     most_tiles = std::max<int64_t>(most_tiles, job.layouts.back().tiles.size());
   }
   const int64_t limit = block_rows(p);
-  for (int64_t b = 0; b < (p->rows_by_item ? p->B : 1); ++b) job.blocks.push_back(cut_rows(p, b, limit, kernels->row_group));
+  for (int64_t b = 0; b < (p->rows_by_item ? p->B : 1); ++b)
+    job.blocks.push_back(cut_rows(p, b, limit, kernels->row_group));
   bool linear = false;
   for (int64_t g = 0; g < p->G; ++g) linear |= p->contrast[g * 4] == 1.f;
 
@@ -227,7 +243,8 @@ FLASHBRUSH_EXPORT int flashbrush_attention(const FbAttention* p, const char* isa
   // The sums over a segment's values are taken in order, by one thread.
   job.chunks = linear ? 1 : std::max<int64_t>(1, std::min<int64_t>(most_tiles / 2, 8));
   job.first_slot.assign(p->B + 1, 0);
-  for (int64_t b = 0; b < p->B; ++b) job.first_slot[b + 1] = job.first_slot[b] + p->H * int64_t(job.rows(b).size());
+  for (int64_t b = 0; b < p->B; ++b)
+    job.first_slot[b + 1] = job.first_slot[b] + p->H * int64_t(job.rows(b).size());
   job.packing.reset(new std::atomic<int64_t>[job.units]);
   job.running.reset(new std::atomic<int64_t>[job.units]);
   int64_t tasks = 0;
@@ -238,7 +255,8 @@ FLASHBRUSH_EXPORT int flashbrush_attention(const FbAttention* p, const char* isa
     tasks += job.chunks + blocks;
   }
   job.value_offset = size_t(round_up(most_tiles * int64_t(kernels->key_tile_bytes(p)), 64));
-  job.sums_offset = job.value_offset + size_t(round_up(most_tiles * int64_t(kernels->value_tile_bytes(p)), 64));
+  job.sums_offset =
+      job.value_offset + size_t(round_up(most_tiles * int64_t(kernels->value_tile_bytes(p)), 64));
   job.unit_bytes = job.sums_offset + (linear ? size_t(p->C * round_up(p->D, kernels->dim_multiple)) * 4 : 0);
   job.unit_bytes = linear ? size_t(round_up(int64_t(job.unit_bytes), 64)) : job.unit_bytes;
   const int threads = int(std::max<int64_t>(1, std::min<int64_t>(p->threads, tasks)));
@@ -249,8 +267,10 @@ FLASHBRUSH_EXPORT int flashbrush_attention(const FbAttention* p, const char* isa
     std::vector<int64_t>& first = job.list[u % job.lists].first_task;
     first.push_back(first.back() + job.chunks + job.running[u].load(std::memory_order_relaxed));
   }
-  job.scratch_size = size_t(round_up(int64_t(kernels->scratch_bytes(p, round_up(limit, kernels->row_group))), 4096));
-  if (!allocate(job.packed, job.unit_bytes * size_t(job.buffers)) || !allocate(job.scratch, job.scratch_size * size_t(threads)) ||
+  job.scratch_size =
+      size_t(round_up(int64_t(kernels->scratch_bytes(p, round_up(limit, kernels->row_group))), 4096));
+  if (!allocate(job.packed, job.unit_bytes * size_t(job.buffers)) ||
+      !allocate(job.scratch, job.scratch_size * size_t(threads)) ||
       (p->mass && !allocate(job.masses, sizeof(float) * size_t(job.first_slot[p->B] * p->C))))
     return kNoMemory;
   run_parallel(parallel, [](void* data) { static_cast<Job*>(data)->work(); }, &job, threads);

@@ -29,7 +29,8 @@ inline bool always_read(const FbAttention* p, int64_t c) {
   return true;
 }
 
-inline ItemLayout lay_out(const FbAttention* p, int64_t b, int tile_keys, const std::vector<char>& shareable) {
+inline ItemLayout lay_out(const FbAttention* p, int64_t b, int tile_keys,
+                          const std::vector<char>& shareable) {
   ItemLayout out;
   const int32_t* lengths = p->key_lengths + (p->keys_by_item ? b * p->C : 0);
   std::vector<int64_t> starts(p->C, 0);

@@ -15,15 +15,18 @@ struct Job {
   const Kernels* kernels;
   std::atomic<int64_t> next{0};
 
-  // A part of the work is a fixed run of tokens with a row of weight gradients of its own, so that no number of threads
-  // changes a sum.
+  // A part of the work is a fixed run of tokens with a row of weight gradients of its own, so that no number
+  // of threads changes a sum.
   void work() {
-    const int64_t total = forward->B * forward->T, size = backward ? (total + backward->parts - 1) / backward->parts : kTokens;
+    const int64_t total = forward->B * forward->T,
+                  size = backward ? (total + backward->parts - 1) / backward->parts : kTokens;
     for (int64_t part; (part = next.fetch_add(1)) * size < total;)
       for (int64_t i = part * size; i < total && i < (part + 1) * size; ++i) {
         const int64_t b = i / forward->T, token = i % forward->T;
-        if (backward) kernels->norm_rope_backward_token(backward, b, token, part);
-        else kernels->norm_rope_token(forward, b, token);
+        if (backward)
+          kernels->norm_rope_backward_token(backward, b, token, part);
+        else
+          kernels->norm_rope_token(forward, b, token);
       }
   }
 };
@@ -33,7 +36,8 @@ int run(const FbNormRope* forward, const FbNormRopeBackward* backward, const cha
   Job job{forward, backward, find(isa), {}};
   if (!job.kernels) return kNoIsa;
   const bool small = forward->B * forward->T * forward->H * forward->D < 32768;
-  run_parallel(parallel, [](void* data) { static_cast<Job*>(data)->work(); }, &job, small ? 1 : forward->threads);
+  run_parallel(
+      parallel, [](void* data) { static_cast<Job*>(data)->work(); }, &job, small ? 1 : forward->threads);
   return kOk;
 }
 
@@ -43,6 +47,7 @@ FLASHBRUSH_EXPORT int flashbrush_norm_rope(const FbNormRope* p, const char* isa,
   return run(p, nullptr, isa, parallel);
 }
 
-FLASHBRUSH_EXPORT int flashbrush_norm_rope_backward(const FbNormRopeBackward* p, const char* isa, FbParallel parallel) {
+FLASHBRUSH_EXPORT int flashbrush_norm_rope_backward(const FbNormRopeBackward* p, const char* isa,
+                                                    FbParallel parallel) {
   return run(&p->forward, p, isa, parallel);
 }

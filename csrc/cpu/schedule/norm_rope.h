@@ -17,9 +17,9 @@ typedef struct {
 typedef struct {
   int32_t abi, dtype;
   int64_t B, T, H, D, streams;
-  const FbStream* stream;  // [streams], joined in this order; T tokens in all
-  FbTensor out;            // (B, T, H, D)
-  const float *cos, *sin;  // [T][D], in the order of the joined streams; null: no rotation
+  const FbStream* stream;      // [streams], joined in this order; T tokens in all
+  FbTensor out;                // (B, T, H, D)
+  const float *cos, *sin;      // [T][D], in the order of the joined streams; null: no rotation
   const int64_t* permutation;  // [T] or [B][T]: output token i is joined token permutation[i]; null: i
   int64_t permutation_stride;  // of an item; 0: all alike
   float eps;
@@ -29,9 +29,9 @@ typedef struct {
 
 // Gradients of the same call: of x and, summed over items and tokens, of the weight.
 typedef struct {
-  FbNormRope forward;    // out is the gradient of the output
-  const FbTensor* dx;    // [streams]
-  float* dweight;        // [streams][parts][D], a row for each part of the work, zeros before; null: not wanted
+  FbNormRope forward;  // out is the gradient of the output
+  const FbTensor* dx;  // [streams]
+  float* dweight;      // [streams][parts][D], a row for each part of the work, zeros before; null: not wanted
   int64_t parts;
 } FbNormRopeBackward;
 }

@@ -1,4 +1,6 @@
-"""FLUX: the processor, and how apply() finds its layers and reads its calls (FLUX.1 dev, Fill, Kontext, Krea)."""
+"""FLUX: the processor, and how apply() finds its layers and reads its calls (FLUX.1 dev, Fill, Kontext,
+Krea).
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,8 @@ from .processor import ControlledProcessor, join
 class FluxControlledAttnProcessor(ControlledProcessor):
     """Attention of a FLUX block through flashbrush: a drop-in for diffusers' FluxAttnProcessor.
 
-    Text comes first; each stream has its own projections and norms in a double block; a single block's text is joined
-    already. Heads are counted from the projections, so that a tensor-parallel rank's share works.
+    Text comes first; each stream has its own projections and norms in a double block; a single block's text
+    is joined already. Heads are counted from the projections, so that a tensor-parallel rank's share works.
     """
 
     def __call__(
@@ -27,11 +29,14 @@ class FluxControlledAttnProcessor(ControlledProcessor):
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """As FluxAttnProcessor: hidden_states (batch, tokens, channels), encoder_hidden_states (batch, text, channels).
+        """As FluxAttnProcessor: hidden_states (batch, tokens, channels), encoder_hidden_states (batch, text,
+        channels).
 
-        attention_mask is bool (True: attend) or additive, broadcastable to (batch, heads, tokens, tokens) of the
-        joint sequence. Returns (image, text) after their output projections in a double block; the attention's output
-        (batch, tokens, heads * head_dim) in a single block, which projects it together with its MLP.
+        attention_mask is bool (True: attend) or additive, broadcastable to (batch, heads, tokens, tokens) of
+            the
+        joint sequence. Returns (image, text) after their output projections in a double block; the
+        attention's output (batch, tokens, heads * head_dim) in a single block, which projects it together
+        with its MLP.
         """
         query, key, value = _project(attn, self.hidden(hidden_states))
         queries, keys, values = [(query, attn.norm_q)], [(key, attn.norm_k)], [value]
@@ -55,7 +60,9 @@ class FluxControlledAttnProcessor(ControlledProcessor):
 
 def _project(attn: Any, x: Tensor) -> Iterator[Tensor]:
     """q, k, v (batch, tokens, heads, head_dim) of hidden states (batch, tokens, channels)"""
-    joint = attn.to_qkv(x).chunk(3, -1) if attn.fused_projections else (attn.to_q(x), attn.to_k(x), attn.to_v(x))
+    joint = (
+        attn.to_qkv(x).chunk(3, -1) if attn.fused_projections else (attn.to_q(x), attn.to_k(x), attn.to_v(x))
+    )
     return (t.unflatten(-1, (-1, attn.head_dim)) for t in joint)
 
 

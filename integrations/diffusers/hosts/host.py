@@ -2,13 +2,15 @@
 
 To add an architecture, write one file beside flux.py with
 
-1. a processor: a subclass of ControlledProcessor whose __call__ has the stock processor's signature (diffusers filters
-   joint_attention_kwargs by it) and does the stock processor's work around the attention itself: projections; `join`,
-   which normalises the streams, joins them as [text ; image], adds the plan's offset and rotates; `self.attend`; output
-   projections, in the model's own order of outputs;
-2. a Host: the model's class, that processor, the stock processors it may replace, `places`, `geometry` and `grids`;
+1. a processor: a subclass of ControlledProcessor whose __call__ has the stock processor's signature
+   (diffusers filters joint_attention_kwargs by it) and does the stock processor's work around the attention
+   itself: projections; `join`, which normalises the streams, joins them as [text ; image], adds the plan's
+   offset and rotates; `self.attend`; output projections, in the model's own order of outputs;
+2. a Host: the model's class, that processor, the stock processors it may replace, `places`, `geometry` and
+    `grids`;
 
-and name the model's class in registry.py. The tests that every architecture must pass are those of tests/.../test_flux.py.
+and name the model's class in registry.py. The tests that every architecture must pass are those of
+tests/.../test_flux.py.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ class Geometry(NamedTuple):
     image_len: int  # where `grids` is empty
     batch: int
     device: torch.device
-    grids: tuple[tuple[int, int], ...] = ()  # (rows, columns) of the image tokens on each level, where they are known
+    grids: tuple[
+        tuple[int, int], ...
+    ] = ()  # (rows, columns) of the image tokens on each level, where they are known
 
 
 class Host(Protocol):
@@ -46,7 +50,9 @@ class Host(Protocol):
 
     @staticmethod
     def places(model: nn.Module) -> list[Place]:
-        """All attention layers, in the order of the forward pass; NotImplementedError for what they do that ours cannot."""
+        """All attention layers, in the order of the forward pass; NotImplementedError for what they do that
+        ours cannot.
+        """
         ...
 
     @staticmethod

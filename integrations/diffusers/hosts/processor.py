@@ -19,8 +19,8 @@ from ..protocol.plan import Plan, Seen
 class ControlledProcessor:
     """Holds the plan of the coming call. A plain object: no weights, nothing in a state_dict.
 
-    A compiled block reads from it only tensors and static structure; what differs from layer to layer (index, name)
-    stays with the handle, so that all blocks of a kind share one compilation.
+    A compiled block reads from it only tensors and static structure; what differs from layer to layer (index,
+    name) stays with the handle, so that all blocks of a kind share one compilation.
 
     Args:
         plan: what to do; None: plain attention.
@@ -31,7 +31,8 @@ class ControlledProcessor:
     # The two attributes through which diffusers configures a processor.
     _attention_backend = None
     _parallel_config = None
-    # Whether the stock processors call diffusers' dispatcher; those that do not take a mask whatever backend is set.
+    # Whether the stock processors call diffusers' dispatcher; those that do not take a mask whatever backend
+    # is set.
     dispatches = True
 
     def __init__(self, plan: Plan | None = None, *, backend: str = "auto", collect: bool = False) -> None:
@@ -47,7 +48,9 @@ class ControlledProcessor:
         self.stats: tuple[tuple[tuple[int, ...] | None, Stats], ...] = ()
 
     def replace(self, attn: Any, original: Any) -> None:
-        """Take over what the processor in place decides; TypeError where this one is no drop-in for it after all."""
+        """Take over what the processor in place decides; TypeError where this one is no drop-in for it after
+        all.
+        """
         if (backend := getattr(original, "_attention_backend", None)) is not None:
             self._attention_backend = backend
 
@@ -69,7 +72,14 @@ class ControlledProcessor:
         return _same_shape("hidden", self.plan.hidden(x), x)
 
     def attend(
-        self, query: Tensor, key: Tensor, values: list[Tensor], mask: Tensor | None, heads: int, *, cross: bool = False
+        self,
+        query: Tensor,
+        key: Tensor,
+        values: list[Tensor],
+        mask: Tensor | None,
+        heads: int,
+        *,
+        cross: bool = False,
     ) -> Tensor:
         """The plan's attention; q, k and the result (batch, tokens, heads on this rank, dim).
 
@@ -80,9 +90,9 @@ class ControlledProcessor:
             cross: whether the keys are other tokens than the rows.
 
         Raises:
-            NotImplementedError: context parallelism; a derived gain where heads are spread over ranks; a mask with
-                extra keys, parts or an order. RuntimeError: the method has not been asked. ValueError: a transform changed a
-                shape.
+            NotImplementedError: context parallelism; a derived gain where heads are spread over ranks; a mask
+                with extra keys, parts or an order. RuntimeError: the method has not been asked. ValueError: a
+                transform changed a shape.
         """
         if self._parallel_config is not None:
             raise NotImplementedError(
@@ -113,7 +123,15 @@ class ControlledProcessor:
                     f"{query.shape[2]} on this rank; use a method without one"
                 )
         if mask is not None and (plan.extra or plan.parts or plan.order is not None or plan.see is not None):
-            what = "extra keys" if plan.extra else "parts" if plan.parts else "order" if plan.see is None else "see"
+            what = (
+                "extra keys"
+                if plan.extra
+                else "parts"
+                if plan.parts
+                else "order"
+                if plan.see is None
+                else "see"
+            )
             raise NotImplementedError(f"flashbrush: attention_mask together with a plan's {what}")
         self.stats = ()
         if plan.see is None:
@@ -179,11 +197,18 @@ class ControlledProcessor:
         Queries, keys and values are read where they are, by views or by index.
         """
         rest = plan.rest(query.shape[0])
-        several = {n for part in plan.parts for n in part.items if sum(n in other.items for other in plan.parts) > 1}
+        several = {
+            n for part in plan.parts for n in part.items if sum(n in other.items for other in plan.parts) > 1
+        }
         added = [not several.isdisjoint(part.items) for part in plan.parts]
         learns = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
-        # A gradient needs tensors that nobody writes into; otherwise each call writes where its output belongs.
-        out = torch.zeros_like(query) if learns else torch.empty_like(query, memory_format=torch.contiguous_format)
+        # A gradient needs tensors that nobody writes into; otherwise each call writes where its output
+        # belongs.
+        out = (
+            torch.zeros_like(query)
+            if learns
+            else torch.empty_like(query, memory_format=torch.contiguous_format)
+        )
         if not learns and several:
             for items in {tuple(part.items) for part, adds in zip(plan.parts, added, strict=True) if adds}:
                 out[_where(items, out.device)] = 0
@@ -207,9 +232,15 @@ class ControlledProcessor:
         return out
 
     def _part(
-        self, part: Part, items: tuple[int, ...], run: slice | None, query: Tensor, key: Tensor, value: Tensor,
+        self,
+        part: Part,
+        items: tuple[int, ...],
+        run: slice | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
         place: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """(items, rows, heads, dim), in `place` where that is given and possible"""
         device = key.device
         source: dict[str, Any] = {n: [t.to(device) for t in part.indices(n)] for n in ("q", "k", "v")}
@@ -235,13 +266,22 @@ class ControlledProcessor:
         return out * gate
 
     def _keys_of(
-        self, part: Part, items: tuple[int, ...], query: Tensor, key: Tensor, value: Tensor, source: dict[str, Any],
-        extra: Mapping[str, Pair], place: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        part: Part,
+        items: tuple[int, ...],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        source: dict[str, Any],
+        extra: Mapping[str, Pair],
+        place: Tensor | None,
+    ) -> Tensor:
         """The part's attention, its keys sorted, split and joined as it says."""
         if (order := part.key_order) is not None:
             if order.dim() == 2 or len(items) < key.shape[0]:
-                key, value = (t if i is None else t[i] for t, i in ((key, source["k"][0]), (value, source["v"][0])))
+                key, value = (
+                    t if i is None else t[i] for t, i in ((key, source["k"][0]), (value, source["v"][0]))
+                )
                 source |= {"k": [None], "v": [None]}
             key = _sorted(key, order)
             value = _sorted(value, order)
@@ -260,9 +300,15 @@ class ControlledProcessor:
         return self._call(items, query, keys, values, part.control, source, part.scale, out=place)
 
     def _rest(
-        self, plan: Plan, items: tuple[int, ...], run: slice | None, query: Tensor, key: Tensor, value: Tensor,
+        self,
+        plan: Plan,
+        items: tuple[int, ...],
+        run: slice | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
         place: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         if plan.control is None and plan.source is None and plan.scale is None:
             where = _index(items, query.device) if run is None else run
             if self.defer or self._attention_backend is not None:
@@ -308,7 +354,9 @@ def join(
 
 
 def _is_plain(norm: nn.Module, x: Tensor) -> bool:
-    """Whether the norm is nothing but RMSNorm: no hooks (offloading), no other forward, weights and x of one dtype."""
+    """Whether the norm is nothing but RMSNorm: no hooks (offloading), no other forward, weights and x of one
+    dtype.
+    """
     if type(norm) not in (nn.RMSNorm, RMSNorm) or norm._forward_hooks or norm._forward_pre_hooks:
         return False
     if norm.weight is None or getattr(norm, "bias", None) is not None:
@@ -329,15 +377,20 @@ def _sorted(x: Tensor, order: Tensor) -> Tensor:
 
 def _same_shape(name: str, result: Tensor, given: Tensor) -> Tensor:
     if result.shape != given.shape:
-        raise ValueError(f"Plan.{name}: expected a tensor of shape {tuple(given.shape)}, got {tuple(result.shape)}")
+        raise ValueError(
+            f"Plan.{name}: expected a tensor of shape {tuple(given.shape)}, got {tuple(result.shape)}"
+        )
     return result
 
 
-def _segment_lists(control: Control | None, extra: Mapping, own: Sequence[tuple[Tensor, Tensor]], source: Mapping | None):
-    """One tensor per key segment, views of the layer's own (as often as they are joined) and extra ones; and the source.
+def _segment_lists(
+    control: Control | None, extra: Mapping, own: Sequence[tuple[Tensor, Tensor]], source: Mapping | None
+):
+    """One tensor per key segment, views of the layer's own (as often as they are joined) and extra ones; and
+    the source.
 
-    The source's indices are those of the layer's own items, for k and v one or one for each of `own`; extra keys belong to
-    the output item, or to all.
+    The source's indices are those of the layer's own items, for k and v one or one for each of `own`; extra
+    keys belong to the output item, or to all.
     """
     assert control is not None
     keys, values, turns, start = [], [], [], 0
@@ -377,7 +430,9 @@ def _isolated(part: Part, query: Tensor, key: Tensor, value: Tensor, source: Map
     scale = query.shape[-1] ** -0.5 if part.scale is None else part.scale
     first = attention(query[:, :shared], key, value, scale=scale, backend=backend)
     own = query[:, shared:]
-    seen, stats = attention(own, key[:, :shared], value[:, :shared], scale=scale, backend=backend, return_stats=True)
+    seen, stats = attention(
+        own, key[:, :shared], value[:, :shared], scale=scale, backend=backend, return_stats=True
+    )
     logit = (own.float() * key[:, shared:].float()).sum(-1).transpose(1, 2)  # (items, heads, isolated)
     if isinstance(scale, Tensor):
         scale = scale.float().reshape(scale.shape[0], -1, 1)

@@ -24,5 +24,7 @@ def find_host(model: nn.Module) -> Host:
             host = getattr(import_module(module, __package__), name)()
             if isinstance(model, host.model_class):
                 return host
-    hint = next((f"; pass its {name}" for name in ("transformer", "unet") if hasattr(model, name)), "")  # a pipeline
+    hint = next(
+        (f"; pass its {name}" for name in ("transformer", "unet") if hasattr(model, name)), ""
+    )  # a pipeline
     raise TypeError(f"model: expected one of {', '.join(HOSTS)}, got {type(model).__name__}{hint}")

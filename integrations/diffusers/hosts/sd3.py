@@ -15,8 +15,8 @@ from .processor import ControlledProcessor, join
 class SD3ControlledAttnProcessor(ControlledProcessor):
     """Attention of an SD 3 block through flashbrush: a drop-in for diffusers' JointAttnProcessor2_0.
 
-    Text and image have their own projections and norms and attend jointly, text first here whatever the model's order
-    of outputs; SD 3.5's second attention, of the image alone, has no text. There is no RoPE.
+    Text and image have their own projections and norms and attend jointly, text first here whatever the
+    model's order of outputs; SD 3.5's second attention, of the image alone, has no text. There is no RoPE.
     """
 
     dispatches = False
@@ -38,10 +38,11 @@ class SD3ControlledAttnProcessor(ControlledProcessor):
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """As JointAttnProcessor2_0: hidden_states (batch, tokens, channels), encoder_hidden_states (batch, text, channels).
+        """As JointAttnProcessor2_0: hidden_states (batch, tokens, channels), encoder_hidden_states (batch,
+        text, channels).
 
-        Returns (image, text) after their output projections, the text unprojected in the last block, whose text goes no
-        further; without text the image alone.
+        Returns (image, text) after their output projections, the text unprojected in the last block, whose
+        text goes no further; without text the image alone.
 
         Raises:
             NotImplementedError: an attention_mask, which the stock processor would ignore.
@@ -75,7 +76,11 @@ def _project(attn: Any, x: Tensor, fused: bool) -> list[Tensor]:
 
 
 def _project_text(attn: Any, x: Tensor, fused: bool) -> list[Tensor]:
-    joint = attn.to_added_qkv(x).chunk(3, -1) if fused else (attn.add_q_proj(x), attn.add_k_proj(x), attn.add_v_proj(x))
+    joint = (
+        attn.to_added_qkv(x).chunk(3, -1)
+        if fused
+        else (attn.add_q_proj(x), attn.add_k_proj(x), attn.add_v_proj(x))
+    )
     return [t.unflatten(-1, (-1, attn.inner_dim // attn.heads)) for t in joint]
 
 

@@ -1,4 +1,6 @@
-"""The UNet of SD 1.5, SD 2, SDXL and DeepFloyd IF: the processor, and how apply() finds its layers and reads its calls."""
+"""The UNet of SD 1.5, SD 2, SDXL and DeepFloyd IF: the processor, and how apply() finds its layers and reads
+its calls.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +24,20 @@ from .processor import ControlledProcessor, join
 
 ADDED = (AttnAddedKVProcessor, AttnAddedKVProcessor2_0)
 # Blocks whose attention layers run in the order of their definition, on one resolution.
-DOWN = ("DownBlock2D", "AttnDownBlock2D", "CrossAttnDownBlock2D", "ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D")
+DOWN = (
+    "DownBlock2D",
+    "AttnDownBlock2D",
+    "CrossAttnDownBlock2D",
+    "ResnetDownsampleBlock2D",
+    "SimpleCrossAttnDownBlock2D",
+)
 MID = ("UNetMidBlock2D", "UNetMidBlock2DCrossAttn", "UNetMidBlock2DSimpleCrossAttn")
 UP = ("UpBlock2D", "AttnUpBlock2D", "CrossAttnUpBlock2D", "ResnetUpsampleBlock2D", "SimpleCrossAttnUpBlock2D")
 
 
 class UNetControlledAttnProcessor(ControlledProcessor):
-    """Attention of a UNet through flashbrush: a drop-in for diffusers' AttnProcessor2_0 and AttnAddedKVProcessor2_0.
+    """Attention of a UNet through flashbrush: a drop-in for diffusers' AttnProcessor2_0 and
+    AttnAddedKVProcessor2_0.
 
     Logits and sums are float32, so that `upcast_attention` has nothing to change.
     """
@@ -59,12 +68,13 @@ class UNetControlledAttnProcessor(ControlledProcessor):
         """As AttnProcessor2_0, or AttnAddedKVProcessor2_0 in a layer with added keys.
 
         Args:
-            attn: the layer; its spatial, group, cross, q and k norms, residual connection and rescaling are applied.
-            hidden_states: (batch, tokens, channels) or (batch, channels, rows, columns); the result has its shape. With
-                added keys (batch, channels, rows, columns) or (batch, channels, tokens).
+            attn: the layer; its spatial, group, cross, q and k norms, residual connection and rescaling are
+                applied.
+            hidden_states: (batch, tokens, channels) or (batch, channels, rows, columns); the result has its
+                shape. With added keys (batch, channels, rows, columns) or (batch, channels, tokens).
             encoder_hidden_states: (batch, text, channels); None: self-attention.
-            attention_mask: additive, (batch, 1 or rows, keys) or (batch * heads, 1 or rows, keys); with added keys it
-                may cover the text alone.
+            attention_mask: additive, (batch, 1 or rows, keys) or (batch * heads, 1 or rows, keys); with added
+                keys it may cover the text alone.
             temb: what the spatial norm is conditioned on.
 
         Raises:
@@ -110,7 +120,13 @@ class UNetControlledAttnProcessor(ControlledProcessor):
         return x.transpose(1, 2).reshape(hidden_states.shape) + hidden_states
 
     def _attend(
-        self, attn: Any, query: Tensor, keys: list[Tensor], values: list[Tensor], mask: Tensor | None, cross: bool = False
+        self,
+        attn: Any,
+        query: Tensor,
+        keys: list[Tensor],
+        values: list[Tensor],
+        mask: Tensor | None,
+        cross: bool = False,
     ) -> Tensor:
         """The attention and its output projection, (batch, tokens, channels)."""
         q_offset, k_offset = (None, None) if self.plan is None else (self.plan.q_offset, self.plan.k_offset)
@@ -184,7 +200,8 @@ class UNetHost:
         grids = [(rows, columns)]
         for block in model.down_blocks:  # type: ignore[union-attr]
             for sampler in block.downsamplers or ():
-                # A convolution with padding on both sides rounds up; pooling, and padding on one side, rounds down.
+                # A convolution with padding on both sides rounds up; pooling, and padding on one side, rounds
+                # down.
                 up = int(getattr(sampler, "padding", 0) != 0 and getattr(sampler, "use_conv", False))
                 grids.append(((grids[-1][0] + up) // 2, (grids[-1][1] + up) // 2))
         return tuple(grids)
@@ -196,7 +213,9 @@ def _block_places(block: nn.Module, place: str, known: tuple[str, ...], level: i
     places = []
     for module in block.modules():
         if isinstance(module, DualTransformer2DModel):
-            raise NotImplementedError("model: a UNet with dual_cross_attention, which splits the text between two layers")
+            raise NotImplementedError(
+                "model: a UNet with dual_cross_attention, which splits the text between two layers"
+            )
         if isinstance(module, Attention):
             added = module.added_kv_proj_dim is not None and not module.only_cross_attention
             kind = "added" if added else "cross" if module.is_cross_attention else "self"

@@ -21,15 +21,16 @@ def compose(*methods: Method) -> Composition:
 
     In each layer and step the plans are joined, those to the right on top of those to the left:
 
-    * tables over the same tokens: on the segments that both distinguish, biases add up, weights, gains and gates
-      multiply; softmax groups that one method alone makes of the layer's keys are kept, and extra keys join the group
-      they share with the layer's keys, or come as groups of their own;
-    * parts: items that a method puts into parts are its own; what other methods do holds for the remaining items;
+    * tables over the same tokens: on the segments that both distinguish, biases add up, weights, gains and
+      gates multiply; softmax groups that one method alone makes of the layer's keys are kept, and extra keys
+      join the group they share with the layer's keys, or come as groups of their own;
+    * parts: items that a method puts into parts are its own; what other methods do holds for the remaining
+      items;
     * offsets add up; `query`, `value` and `hidden` follow one upon the other; every `see` is called.
 
     Raises:
-        TypeError: no method. ValueError: when the model is called, where two plans cannot be joined: it names the
-            methods, the layer and the reason.
+        TypeError: no method. ValueError: when the model is called, where two plans cannot be joined: it names
+            the methods, the layer and the reason.
     """
     if not methods or any(isinstance(m, type) or not isinstance(m, Method) for m in methods):
         raise TypeError(f"methods: expected objects with plan(layer, step), got {methods!r}")
@@ -68,7 +69,9 @@ class Composition:
                 joined = _join(joined, plan)
             except ValueError as error:
                 where = f"layer {layer.index} ({layer.kind})"
-                raise ValueError(f"compose: {name} and {other} do not go together in {where}: {error}") from None
+                raise ValueError(
+                    f"compose: {name} and {other} do not go together in {where}: {error}"
+                ) from None
             name = f"{name} with {other}"
         if len(self._kept) >= 512:
             self._kept.clear()
@@ -130,7 +133,11 @@ def _join_controls(a: Plan, b: Plan) -> tuple[Control | None, Tensor | None]:
     order = a.order if b.order is None else b.order
     if a.control is None or b.control is None:
         return a.control if b.control is None else b.control, order
-    if a.order is not None and b.order is not None and not (a.order is b.order or torch.equal(a.order, b.order)):
+    if (
+        a.order is not None
+        and b.order is not None
+        and not (a.order is b.order or torch.equal(a.order, b.order))
+    ):
         raise ValueError("each sorts the tokens in its own way")
     names = _renames(a, b)
     tables = []
@@ -184,7 +191,9 @@ class _Tables:
         if self.gates is not None and self.gates.shape[1] > 1:
             index = (order if order.dim() == 2 else order[None]).to(self.gates.device)
             gates = self.gates.expand(max(index.shape[0], self.gates.shape[0]), -1, -1)
-            self.gates = torch.stack([g[i] for g, i in zip(gates, index.expand(gates.shape[0], -1), strict=True)])
+            self.gates = torch.stack(
+                [g[i] for g, i in zip(gates, index.expand(gates.shape[0], -1), strict=True)]
+            )
 
     def at(self, table: str, r: int, c: int | None) -> Tensor | None:
         """(1|batch, 1|heads) of the pair, or None where nothing is said of it"""
@@ -203,7 +212,9 @@ def _join_tables(a: _Tables, b: _Tables) -> Control:
     own = _refine(*lengths)
     pairs: list[tuple[int | None, int | None, int]] = [(a.own[i], b.own[j], n) for i, j, n in own]
     key_names = _names([(a.names[a.own[i]], b.names[b.own[j]]) for i, j, _ in own], len(a.own), len(b.own))
-    pairs += [(c, None, a.control.keys.lengths[c]) for c in a.extra] + [(None, c, b.control.keys.lengths[c]) for c in b.extra]
+    pairs += [(c, None, a.control.keys.lengths[c]) for c in a.extra] + [
+        (None, c, b.control.keys.lengths[c]) for c in b.extra
+    ]
     key_names += [a.names[c] for c in a.extra] + [b.names[c] for c in b.extra]
     bias, weight = {}, {}
     for (i, j, _), row in zip(rows, row_names, strict=True):
@@ -211,7 +222,13 @@ def _join_tables(a: _Tables, b: _Tables) -> Control:
             for entries, table, neutral in ((bias, "bias", 0.0), (weight, "weight", 1.0)):
                 values = [x for x in (a.at(table, i, c), b.at(table, j, d)) if x is not None]
                 if values:
-                    total = values[0] if len(values) == 1 else values[0] + values[1] if neutral == 0 else values[0] * values[1]
+                    total = (
+                        values[0]
+                        if len(values) == 1
+                        else values[0] + values[1]
+                        if neutral == 0
+                        else values[0] * values[1]
+                    )
                     if (value := _number(total)) is None or value != neutral:
                         entries[row, key] = total if value is None else value
     groups, gates, contrast = _groups(a, b, pairs, key_names)
@@ -232,14 +249,27 @@ def _join_tables(a: _Tables, b: _Tables) -> Control:
                 raise ValueError("one cuts off the end of a key segment that the other splits")
             count = t.control.valid[:, c].clamp(max=pair[2])
             valid[key] = torch.minimum(valid[key], count) if key in valid else count
-    sizes = [{name: n for name, (*_, n) in zip(names, of, strict=True)} for names, of in ((row_names, rows), (key_names, pairs))]
+    sizes = [
+        {name: n for name, (*_, n) in zip(names, of, strict=True)}
+        for names, of in ((row_names, rows), (key_names, pairs))
+    ]
     return Control(
-        Segments(sizes[0]), Segments(sizes[1]), bias=bias, weight=weight, gain=gain, groups=groups, gates=gates,
-        head_gain=_head_gain(a, b, rows, row_names, pairs, key_names), contrast=contrast, valid=valid,
-    )  # fmt: skip
+        Segments(sizes[0]),
+        Segments(sizes[1]),
+        bias=bias,
+        weight=weight,
+        gain=gain,
+        groups=groups,
+        gates=gates,
+        head_gain=_head_gain(a, b, rows, row_names, pairs, key_names),
+        contrast=contrast,
+        valid=valid,
+    )
 
 
-def _head_gain(a: _Tables, b: _Tables, rows: list, row_names: list[str], pairs: list, key_names: list[str]) -> HeadGain | None:
+def _head_gain(
+    a: _Tables, b: _Tables, rows: list, row_names: list[str], pairs: list, key_names: list[str]
+) -> HeadGain | None:
     """The one method's derived gain, its segments by their new names."""
     with_gain = [(t, which) for which, t in enumerate((a, b)) if t.control.head_gain is not None]
     if len(with_gain) > 1:
@@ -271,7 +301,8 @@ def _groups(
     for (c, d, _), key in zip(pairs, names, strict=True):
         g = None if c is None else a.control.groups[c]
         h = None if d is None else b.control.groups[d]
-        # Extra keys in a softmax with the layer's own are where those are, which the other must not have split.
+        # Extra keys in a softmax with the layer's own are where those are, which the other must not have
+        # split.
         for shared, mine, other in ((g, a, b), (h, b, a)):
             if (c is None or d is None) and shared in mine.own_groups and len(other.own_groups) > 1:
                 raise ValueError("one adds keys to the softmax that the other splits into groups")

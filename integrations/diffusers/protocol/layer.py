@@ -12,8 +12,10 @@ class Layer:
     A method sees the joint sequence as [text ; image] whatever the architecture's own order: attention is
     permutation-equivariant, and a processor joins its streams in this order.
 
-    The kinds differ in their rows and keys: image tokens attend to image tokens in "self", to text in "cross", to
-    [text ; image] in "added" (DeepFloyd IF's and Kandinsky's UNets); elsewhere [text ; image] attends to itself.
+    The kinds differ in their rows and keys: image tokens attend to image tokens in "self", to text in
+        "cross", to
+    [text ; image] in "added" (DeepFloyd IF's and Kandinsky's UNets); elsewhere [text ; image] attends to
+    itself.
     """
 
     index: int  # place among the model's attention layers, in the order of the forward pass
@@ -24,7 +26,9 @@ class Layer:
     text_len: int  # text tokens of the layer, padding included; 0 where it is "self"
     image_len: int  # image tokens
     batch: int = 1  # items of the call, both halves of a classifier-free guidance included
-    grid: tuple[int, int] | None = None  # (rows, columns) of the image tokens; FLUX: where the handle has been told
+    grid: tuple[int, int] | None = (
+        None  # (rows, columns) of the image tokens; FLUX: where the handle has been told
+    )
 
     @property
     def rows(self) -> int:

@@ -29,12 +29,14 @@ class Seen:
     """What one layer attends with in one call, given to Plan.see: maps without a map, and keys to keep.
 
     Attributes:
-        q: (batch, rows, heads, head_dim); k, v: (batch, keys, heads, head_dim): normalised, with offsets and RoPE, before
-            Plan.query, Plan.value and Plan.order.
+        q: (batch, rows, heads, head_dim); k, v: (batch, keys, heads, head_dim): normalised, with offsets and
+            RoPE, before Plan.query, Plan.value and Plan.order.
         again: whether a backward pass with gradient checkpointing runs the layer once more.
     """
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor | None = None, again: bool = False) -> None:
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor | None = None, again: bool = False
+    ) -> None:
         self.q, self.k, self.v, self.again = q, k, v, again
         if lse is not None:
             self.lse = lse
@@ -58,38 +60,42 @@ class Seen:
 class Plan:
     """What to do in one attention layer; Plan() is plain attention.
 
-    The processor calls `hidden`, projects, normalises q and k of each stream, joins them as [text ; image], adds
-    `q_offset` and `k_offset`, applies RoPE, calls `query` and `value`, and then flashbrush.attention with the rest; see
-    Layer for rows and keys. A callable is not for a region that is compiled with fullgraph=True.
+    The processor calls `hidden`, projects, normalises q and k of each stream, joins them as [text ; image],
+    adds `q_offset` and `k_offset`, applies RoPE, calls `query` and `value`, and then flashbrush.attention
+    with the rest; see Layer for rows and keys. A callable is not for a region that is compiled with
+    fullgraph=True.
 
     Args:
         control: tables whose rows, and whose keys other than those in `extra`, cover the layer's in order.
         source: as in attention(): {"q": index, "k": index, "v": index}, int tensors (batch,).
-        extra: {key segment of the control: (k, v)}: keys that no token of the layer provides (registers, cached
-            references), each (1 or batch, length, heads, head_dim), used as they are: without norm or RoPE. In the
-            layer's dtype they are read in place, else cast. In place of the pair a callable that makes it of the layer's k and v
-            (batch, keys, heads, head_dim), after RoPE and `value`, before `order`, as for a copy at another position.
-        q_offset, k_offset: added after the norm and before RoPE; broadcastable to (batch, rows, heads, head_dim) and
-            (batch, keys, heads, head_dim).
+        extra: {key segment of the control: (k, v)}: keys that no token of the layer provides (registers,
+            cached references), each (1 or batch, length, heads, head_dim), used as they are: without norm or
+            RoPE. In the layer's dtype they are read in place, else cast. In place of the pair a callable that
+            makes it of the layer's k and v (batch, keys, heads, head_dim), after RoPE and `value`, before
+            `order`, as for a copy at another position.
+        q_offset, k_offset: added after the norm and before RoPE; broadcastable to (batch, rows, heads,
+            head_dim) and (batch, keys, heads, head_dim).
         query: maps q (batch, rows, heads, head_dim) after RoPE to a tensor of the same shape.
         value: the same for v (batch, keys, heads, head_dim).
-        scale: logit scale as in attention(); None: 1/sqrt(head_dim). With a temperature tau: 1/(tau*sqrt(head_dim)).
+        scale: logit scale as in attention(); None: 1/sqrt(head_dim). With a temperature tau:
+            1/(tau*sqrt(head_dim)).
         order: int64 (rows,) or (batch, rows): the control's i-th row is token order[i] of [text ; image], as
-            Segments.from_labels sorts interleaved segments, and so is its i-th key where tokens attend to themselves (in
-            "cross" the keys are the text as it is). Gates and statistics are in that order, offsets, transforms and the
-            output in the layer's own.
-        parts: items of the batch that get calls of their own. `control`, `source`, `extra` and `scale` are then those
-            of the remaining items, and their batch is the number of these; offsets and transforms are for all items.
-        hidden: maps the hidden states that q, k and v of the image are projected from, (batch, image tokens, channels),
-            in "single" layers those of [text ; image], to a tensor of the same shape.
+            Segments.from_labels sorts interleaved segments, and so is its i-th key where tokens attend to
+            themselves (in "cross" the keys are the text as it is). Gates and statistics are in that order,
+            offsets, transforms and the output in the layer's own.
+        parts: items of the batch that get calls of their own. `control`, `source`, `extra` and `scale` are
+            then those of the remaining items, and their batch is the number of these; offsets and transforms
+            are for all items.
+        hidden: maps the hidden states that q, k and v of the image are projected from, (batch, image tokens,
+            channels), in "single" layers those of [text ; image], to a tensor of the same shape.
         see: is called with a Seen, after the attention.
-        late: is called when the forward pass reaches the layer, where what earlier layers saw in the same call decides;
-            the plan that it returns is followed instead of this one. Alone.
+        late: is called when the forward pass reaches the layer, where what earlier layers saw in the same
+            call decides; the plan that it returns is followed instead of this one. Alone.
 
     Raises:
-        TypeError: a field of another type. ValueError: `extra` without a control that names its segments, a `source`
-            with other keys than q, k and v, an `order` together with parts, or one for each item together with a
-            `source`; `late` together with another field.
+        TypeError: a field of another type. ValueError: `extra` without a control that names its segments, a
+            `source` with other keys than q, k and v, an `order` together with parts, or one for each item
+            together with a `source`; `late` together with another field.
     """
 
     control: Control | None = None
@@ -113,21 +119,31 @@ class Plan:
             raise ValueError(f"Plan.source: expected the keys q, k and v, got {sorted(map(str, unknown))}")
         for name, index in (self.source or {}).items():
             if not isinstance(index, Tensor):
-                raise TypeError(f"Plan.source[{name!r}]: expected an int tensor (batch,), got {type(index).__name__}")
+                raise TypeError(
+                    f"Plan.source[{name!r}]: expected an int tensor (batch,), got {type(index).__name__}"
+                )
         for name in ("q_offset", "k_offset"):
             if not isinstance(offset := getattr(self, name), Tensor | None):
                 raise TypeError(f"Plan.{name}: expected a tensor or None, got {type(offset).__name__}")
         check_callables("Plan", self, ("query", "value", "hidden", "see", "late"))
-        others = [f.name for f in fields(self) if f.name not in ("late", "parts") and getattr(self, f.name) is not None]
+        others = [
+            f.name
+            for f in fields(self)
+            if f.name not in ("late", "parts") and getattr(self, f.name) is not None
+        ]
         if self.late is not None and (others or self.parts):
-            raise ValueError(f"Plan.late: expected no other field beside it, got {', '.join(others) or 'parts'}")
+            raise ValueError(
+                f"Plan.late: expected no other field beside it, got {', '.join(others) or 'parts'}"
+            )
         check_extra("Plan", self.extra, self.control)
         if (order := self.order) is not None:
             if not isinstance(order, Tensor) or order.dtype != torch.int64:
                 got = order.dtype if isinstance(order, Tensor) else type(order).__name__
                 raise TypeError(f"Plan.order: expected an int64 tensor (rows,) or (batch, rows), got {got}")
             if self.parts or (self.source and order.dim() == 2):
-                raise ValueError("Plan.order: expected none together with parts, nor one for each item with a source")
+                raise ValueError(
+                    "Plan.order: expected none together with parts, nor one for each item with a source"
+                )
         object.__setattr__(self, "parts", tuple(self.parts))
         for part in self.parts:
             if not isinstance(part, Part):
@@ -156,10 +172,17 @@ class Plan:
             part.check(layer)
         batch = len(self.rest(layer.batch))
         if not batch and (self.control is not None or self.source is not None or self.scale is not None):
-            raise ValueError(f"Plan: its parts take all {layer.batch} items of {where}; control, source and scale have none")
+            raise ValueError(
+                f"Plan: its parts take all {layer.batch} items of {where}; control, source and scale have none"
+            )
         if (control := self.control) is not None:
-            own = control.keys.total - sum(control.keys.lengths[control.keys.index(n)] for n in self.extra or ())
-            for name, total, expected in (("rows", control.rows.total, layer.rows), ("keys", own, layer.keys)):
+            own = control.keys.total - sum(
+                control.keys.lengths[control.keys.index(n)] for n in self.extra or ()
+            )
+            for name, total, expected in (
+                ("rows", control.rows.total, layer.rows),
+                ("keys", own, layer.keys),
+            ):
                 if total != expected:
                     raise ValueError(
                         f"Plan.control.{name}: {total} tokens for {where}, which has {layer.text_len} of text and "
@@ -176,11 +199,15 @@ class Plan:
         for name, tokens in (("q_offset", layer.rows), ("k_offset", layer.keys)):
             full = (layer.batch, tokens, layer.heads, layer.head_dim)
             if (offset := getattr(self, name)) is not None and not broadcasts(offset, full):
-                raise ValueError(f"Plan.{name}: expected a shape broadcastable to {full} for {where}, "
-                                 f"got {tuple(offset.shape)}")  # fmt: skip
+                raise ValueError(
+                    f"Plan.{name}: expected a shape broadcastable to {full} for {where}, "
+                    f"got {tuple(offset.shape)}"
+                )
         for name, index in (self.source or {}).items():
             if index.shape != (batch,):
-                raise ValueError(f"Plan.source[{name!r}]: expected shape ({batch},) for {where}, got {tuple(index.shape)}")
+                raise ValueError(
+                    f"Plan.source[{name!r}]: expected shape ({batch},) for {where}, got {tuple(index.shape)}"
+                )
 
     def to(self, device: torch.device) -> Plan:
         """This plan with its tensors on `device`; the same object where they are there already."""
@@ -206,12 +233,13 @@ class Plan:
 class Method(Protocol):
     """A published method: its knobs, and a plan for each layer and step.
 
-    `plan` runs outside of every compiled region, once per layer and forward call, and must not wait for the GPU.
-    Equal tables should come back as the same Control, which keeps them on the device. None: plain attention.
+    `plan` runs outside of every compiled region, once per layer and forward call, and must not wait for the
+    GPU. Equal tables should come back as the same Control, which keeps them on the device. None: plain
+    attention.
 
-    A method that also changes something outside of the attention has a second function, `attach(model)`: apply() calls
-    it with the model, and removes the hooks that it returns, objects with remove(), together with the control. Such a
-    method controls one model at a time.
+    A method that also changes something outside of the attention has a second function, `attach(model)`:
+    apply() calls it with the model, and removes the hooks that it returns, objects with remove(), together
+    with the control. Such a method controls one model at a time.
     """
 
     def plan(self, layer: Layer, step: Step) -> Plan | None: ...

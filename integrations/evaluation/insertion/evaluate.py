@@ -69,7 +69,13 @@ class Outcome:
 
     def row(self) -> dict[str, Any]:
         """For a CSV file."""
-        return {"item": self.item.name, "kind": self.kind, "seed": self.seed, **asdict(self.setting), **self.measured}
+        return {
+            "item": self.item.name,
+            "kind": self.kind,
+            "seed": self.seed,
+            **asdict(self.setting),
+            **self.measured,
+        }
 
 
 def evaluate(
@@ -85,14 +91,15 @@ def evaluate(
     models: Models | None = None,
     progress: bool = True,
 ) -> list[Outcome]:
-    """Insert every item under every setting. Item i has the seeds seed + i, seed + len(items) + i ... under all of them.
+    """Insert every item under every setting. Item i has the seeds seed + i, seed + len(items) + i ... under
+    all of them.
 
     Args:
         options: of the pipeline's call, for an item (width, height, steps ...).
         repeats: seeds of an item.
         batch: items of one call, where their photos' sizes and their options agree.
-        paste_back: False: measure what the model makes of the whole photo. Needs options without padding_mask_crop, and
-            with the photo's own width and height.
+        paste_back: False: measure what the model makes of the whole photo. Needs options without
+            padding_mask_crop, and with the photo's own width and height.
         models: judges that are loaded; None: those that need no model.
 
     Raises:
@@ -132,7 +139,11 @@ def evaluate(
 
 
 def _masks(items: Sequence[Item]) -> list[Image.Image] | None:
-    return None if items[0].subject_mask is None else [item.subject_mask for item in items if item.subject_mask is not None]
+    return (
+        None
+        if items[0].subject_mask is None
+        else [item.subject_mask for item in items if item.subject_mask is not None]
+    )
 
 
 def _batches(items: Sequence[Item], options: Options, batch: int) -> Iterator[list[int]]:

@@ -48,12 +48,12 @@ class Item:
 
 
 def read_items(folder: Path) -> list[Item]:
-    """Those that `folder`/items.csv lists: columns name, prompt, subject, image, mask, and, where known, subject_mask,
-    truth, coverage (files, relative to the folder) and colour.
+    """Those that `folder`/items.csv lists: columns name, prompt, subject, image, mask, and, where known,
+    subject_mask, truth, coverage (files, relative to the folder) and colour.
 
     Raises:
-        FileNotFoundError: no list, or a file of it is missing. ValueError: a column is missing, a name appears twice,
-            sizes that do not go together, or a file that is no picture.
+        FileNotFoundError: no list, or a file of it is missing. ValueError: a column is missing, a name
+            appears twice, sizes that do not go together, or a file that is no picture.
     """
     path = Path(folder) / LIST
     return [_read(path, row) for row in read_list(path, "items", NEEDED)]
@@ -124,7 +124,10 @@ def held_out(
     elif reference == "stranger":
         uppers = uppers.roll(-1, 0)
     names, colours = list(COLOURS), some.subjects.colour.tolist()
-    named = [bool(text) and pattern != PHOTO for text, pattern in zip(some.prompts, some.subjects.pattern.tolist(), strict=True)]
+    named = [
+        bool(text) and pattern != PHOTO
+        for text, pattern in zip(some.prompts, some.subjects.pattern.tolist(), strict=True)
+    ]
     return [
         Item(
             name=f"{kind}_{i:04d}",

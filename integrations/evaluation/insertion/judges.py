@@ -108,7 +108,9 @@ class Models:
         self.device, self.dino, self.clip = device, None, None
         if dino is not None:
             self.dino_processor: Any = AutoImageProcessor.from_pretrained(dino, **options)
-            self.dino: Any = AutoModel.from_pretrained(dino, use_safetensors=True, **options).to(device).eval()
+            self.dino: Any = (
+                AutoModel.from_pretrained(dino, use_safetensors=True, **options).to(device).eval()
+            )
         if clip is not None:
             self.clip_processor: Any = AutoProcessor.from_pretrained(clip, **options)
             loaded: Any = CLIPModel.from_pretrained(clip, use_safetensors=True, **options)
@@ -127,7 +129,9 @@ class Models:
             a, b = (self._clip_features(picture) for picture in (subject, painted))
             measured["clip_i"] = _cosine(a, b)
             if item.prompt:
-                words = self.clip_processor(text=[item.prompt], return_tensors="pt", padding=True, truncation=True)
+                words = self.clip_processor(
+                    text=[item.prompt], return_tensors="pt", padding=True, truncation=True
+                )
                 text = self.clip.get_text_features(**words.to(self.device))
                 measured["clip_t"] = _cosine(getattr(text, "pooler_output", text), b)
         return measured

@@ -19,7 +19,8 @@ AXES: dict[str, tuple[Any, ...]] = {
     "gain_span": (0.0, 0.2, 0.5),
     "grow": (-4, -2, 0, 2, 4),
 }
-# Settings that are no single axis: the constraint needs something to constrain, and shows where nothing is put back.
+# Settings that are no single axis: the constraint needs something to constrain, and shows where nothing is
+# put back.
 MORE: dict[str, Setting] = {
     "blend off": Setting(blend=False),
     "0.5, blend off": Setting(alpha_subject=0.5, blend=False),
@@ -30,9 +31,12 @@ MORE: dict[str, Setting] = {
 RULE = "palette"  # by which `adaptive` chooses alpha_subject for each image: it needs no truth
 # (sort of items, what is measured of them)
 JUDGED = (
-    ("reference", "psnr_hole"), ("reference", "pattern"), ("reference", "palette"), ("reference", "psnr_outside"),
+    ("reference", "psnr_hole"),
+    ("reference", "pattern"),
+    ("reference", "palette"),
+    ("reference", "psnr_outside"),
     ("contradiction", "colour"),
-)  # fmt: skip
+)
 INK, LINE, BASE = "#333333", "#7a3b8f", "#bbbbbb"
 
 
@@ -55,19 +59,27 @@ def parse_axis(text: str) -> tuple[str, tuple[Any, ...]]:
     return name, tuple(kinds[name](value) for value in parsed)
 
 
-def settings(axes: Mapping[str, Sequence[Any]], more: Mapping[str, Setting]) -> dict[tuple[str, str], Setting]:
+def settings(
+    axes: Mapping[str, Sequence[Any]], more: Mapping[str, Setting]
+) -> dict[tuple[str, str], Setting]:
     """By (axis, value as text); Setting() is the base of all, and is in it as ("base", "")."""
     found = {("base", ""): Setting()}
     for axis, values in axes.items():
-        found |= {(axis, f"{value:g}" if not isinstance(value, bool) else str(value)): replace(Setting(), **{axis: value})
-                  for value in values}  # fmt: skip
+        found |= {
+            (axis, f"{value:g}" if not isinstance(value, bool) else str(value)): replace(
+                Setting(), **{axis: value}
+            )
+            for value in values
+        }
     return found | {("setting", name): setting for name, setting in more.items()}
 
 
 def table(outcomes: Sequence[Outcome], named: Mapping[tuple[str, str], Setting]) -> list[dict[str, Any]]:
-    """A row for each setting and measure: mean, its error, difference to the base with its error, number of items.
+    """A row for each setting and measure: mean, its error, difference to the base with its error, number of
+    items.
 
-    With several values of alpha_subject, "adaptive" is the rule that takes for each image the one that RULE likes best.
+    With several values of alpha_subject, "adaptive" is the rule that takes for each image the one that RULE
+    likes best.
     """
     by_setting: dict[Setting, list[Outcome]] = {}
     for outcome in outcomes:
@@ -85,10 +97,17 @@ def table(outcomes: Sequence[Outcome], named: Mapping[tuple[str, str], Setting])
                 continue
             rows.append(
                 {
-                    "axis": axis, "value": value, "items": kind, "measure": measure, "mean": mean.mean, "error": mean.error,
-                    "difference": change.mean, "difference_error": change.error, "n": mean.items,
+                    "axis": axis,
+                    "value": value,
+                    "items": kind,
+                    "measure": measure,
+                    "mean": mean.mean,
+                    "error": mean.error,
+                    "difference": change.mean,
+                    "difference_error": change.error,
+                    "n": mean.items,
                 }
-            )  # fmt: skip
+            )
     return rows
 
 
@@ -97,11 +116,17 @@ def _judged(outcomes: Sequence[Outcome]) -> list[tuple[str, str]]:
     kinds = list(dict.fromkeys(o.kind for o in outcomes))
     if set(kinds) <= {kind for kind, _ in JUDGED}:
         return [(kind, measure) for kind, measure in JUDGED if kind in kinds]
-    return [(kind, name) for kind in kinds for name in dict.fromkeys(n for o in outcomes if o.kind == kind for n in o.measured)]
+    return [
+        (kind, name)
+        for kind in kinds
+        for name in dict.fromkeys(n for o in outcomes if o.kind == kind for n in o.measured)
+    ]
 
 
 def plot(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
-    """A column for each axis, a row for each measure; bars are standard errors of the paired difference to the base."""
+    """A column for each axis, a row for each measure; bars are standard errors of the paired difference to
+    the base.
+    """
     from matplotlib.figure import Figure
 
     axes = [name for name in dict.fromkeys(row["axis"] for row in rows) if name != "base"]
@@ -111,16 +136,24 @@ def plot(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
     grid = figure.subplots(len(judged), len(axes), squeeze=False, sharey="row", sharex="col")
     for line, (kind, measure) in zip(grid, judged, strict=True):
         for place, axis in zip(line, axes, strict=True):
-            some = [row for row in rows if (row["axis"], row["items"], row["measure"]) == (axis, kind, measure)]
+            some = [
+                row for row in rows if (row["axis"], row["items"], row["measure"]) == (axis, kind, measure)
+            ]
             change = [Estimate(row["difference"], row["difference_error"], row["n"]) for row in some]
             numbers = [_number(row["value"]) for row in some]
             named = any(math.isnan(number) for number in numbers)
             x = list(range(len(some))) if named else numbers
             bars = [0 if math.isnan(c.error) else c.error for c in change]
             place.errorbar(
-                x, [c.mean for c in change], bars, color=LINE, marker="o", markersize=3.5, capsize=2,
+                x,
+                [c.mean for c in change],
+                bars,
+                color=LINE,
+                marker="o",
+                markersize=3.5,
+                capsize=2,
                 linestyle="none" if named else "-",
-            )  # fmt: skip
+            )
             place.axhline(0, color=BASE, linewidth=0.8, zorder=0)
             if named:
                 place.set_xticks(x, [row["value"] for row in some], rotation=30, ha="right")

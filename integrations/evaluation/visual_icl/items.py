@@ -1,4 +1,6 @@
-"""What visual in-context learning is judged on: a folder of photos and ground truths, with a list of what shows what."""
+"""What visual in-context learning is judged on: a folder of photos and ground truths, with a list of what
+shows what.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ class Pair:
 
     Attributes:
         name: unlike the others', fit for a file.
-        image, truth: RGB, of one size. For colourisation the image is the grey photo, the truth the one in colour.
+        image, truth: RGB, of one size. For colourisation the image is the grey photo, the truth the one in
+            colour.
         prompts: names of the pairs from which this one is predicted; none: it is a prompt of others.
     """
 
@@ -33,21 +36,26 @@ class Pair:
 
 
 def read_pairs(folder: Path) -> list[Pair]:
-    """Those that `folder`/pairs.csv lists: columns name, image, truth (files, relative to the folder), and prompts: names
-    of the rows from which this one is predicted, separated by spaces; empty for a row that is only a prompt.
+    """Those that `folder`/pairs.csv lists: columns name, image, truth (files, relative to the folder), and
+    prompts: names of the rows from which this one is predicted, separated by spaces; empty for a row that is
+    only a prompt.
 
-    Ground truths are the pictures that the task draws, see vicl_tasks: white on black for segmentation, detection and
-    edges, a colour for each class or keypoint (PNG: without blending or compression), the photo itself for colourisation.
+    Ground truths are the pictures that the task draws, see vicl_tasks: white on black for segmentation,
+    detection and
+    edges, a colour for each class or keypoint (PNG: without blending or compression), the photo itself for
+        colourisation.
 
     Raises:
-        FileNotFoundError: no list, or a file of it is missing. ValueError: a column is missing, a name appears twice or
-            is none for a file, a prompt that is not listed or is the row itself, no row to predict, sizes that do not go
-            together, or a file that is no picture.
+        FileNotFoundError: no list, or a file of it is missing. ValueError: a column is missing, a name
+            appears twice or is none for a file, a prompt that is not listed or is the row itself, no row to
+            predict, sizes that do not go together, or a file that is no picture.
     """
     path = Path(folder) / LIST
     rows = read_list(path, "pairs", COLUMNS)
     names = [row["name"] for row in rows]
-    if wrong := [name for name in names if not name or name.startswith(".") or set(name) & set('/\\ :*?"<>|')]:
+    if wrong := [
+        name for name in names if not name or name.startswith(".") or set(name) & set('/\\ :*?"<>|')
+    ]:
         raise ValueError(f"folder: {path}: expected names fit for a file, without spaces, got {wrong[0]!r}")
     pairs = [_read(path, row, names) for row in rows]
     if not any(pair.prompts for pair in pairs):

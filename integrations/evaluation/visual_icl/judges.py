@@ -1,4 +1,5 @@
-"""What is measured of predictions of visual in-context learning: the six metrics of SD-VICL (arXiv 2508.09949).
+"""What is measured of predictions of visual in-context learning: the six metrics of SD-VICL (arXiv
+2508.09949).
 
 A prediction and its ground truth are read by the same function of the task (vicl_tasks), then compared.
 """
@@ -39,14 +40,15 @@ class TaskJudge:
     Args:
         task: one of vicl_tasks.TASKS.
         palette: for semantic and keypoints, the one that the predictions were read with.
-        reach: of pck, a share of the picture's longer side. The paper does not say which length its distance is a share of.
+        reach: of pck, a share of the picture's longer side. The paper does not say which length its distance
+            is a share of.
         lpips: for colourisation: "alex", "vgg" or "squeeze", torchmetrics' networks; None: not measured.
-        features: for colourisation: from (n, 3, height, width) uint8 to (n, features), compared as "fid_latents";
-            "inception": torchmetrics' own, as "fid"; None: not measured.
+        features: for colourisation: from (n, 3, height, width) uint8 to (n, features), compared as
+            "fid_latents"; "inception": torchmetrics' own, as "fid"; None: not measured.
 
     Raises:
-        ValueError: an unknown task, a palette that is missing, a reach that is no share. ImportError: torchmetrics is not
-            installed, or what it needs for `lpips` and "inception".
+        ValueError: an unknown task, a palette that is missing, a reach that is no share. ImportError:
+            torchmetrics is not installed, or what it needs for `lpips` and "inception".
     """
 
     def __init__(
@@ -81,7 +83,9 @@ class TaskJudge:
             except ModuleNotFoundError as error:
                 raise ImportError(f"lpips: {error}") from error
         self._measured: list[dict[str, float]] = []
-        self._points: list[tuple[np.ndarray, np.ndarray]] = []  # of each picture: errors, and whether within reach
+        self._points: list[
+            tuple[np.ndarray, np.ndarray]
+        ] = []  # of each picture: errors, and whether within reach
         self._found: list[Image.Image] = []
         self._truths: list[Image.Image] = []
 
@@ -123,7 +127,9 @@ class TaskJudge:
             found[name] = frechet_distance(features, self._found, self._truths)
         return found
 
-    def _segmentation(self, data: np.ndarray, expected: np.ndarray, size: tuple[int, int]) -> dict[str, float]:
+    def _segmentation(
+        self, data: np.ndarray, expected: np.ndarray, size: tuple[int, int]
+    ) -> dict[str, float]:
         from torchmetrics.functional.classification import binary_jaccard_index
 
         # Where neither shows anything, the prediction is right.
@@ -140,8 +146,8 @@ class TaskJudge:
         known = ~np.isnan(expected).any(axis=1)
         if not known.any():
             raise ValueError("truth: expected at least one keypoint, found none in the palette's colours")
-        # A point that was not found counts as in the middle: leaving it out would make finding nothing the best answer.
-        # It is not correct, even where the middle would be.
+        # A point that was not found counts as in the middle: leaving it out would make finding nothing the
+        # best answer. It is not correct, even where the middle would be.
         missing = np.isnan(data).any(axis=1)[known]
         places = np.where(np.isnan(data), (np.array(size) - 1) / 2, data)
         errors = np.linalg.norm(places - expected, axis=1)[known] / max(size)
@@ -154,7 +160,9 @@ class TaskJudge:
 
         return {"mse": float(mean_squared_error(_tensor(data), _tensor(expected)))}
 
-    def _colourisation(self, data: np.ndarray, expected: np.ndarray, size: tuple[int, int]) -> dict[str, float]:
+    def _colourisation(
+        self, data: np.ndarray, expected: np.ndarray, size: tuple[int, int]
+    ) -> dict[str, float]:
         self._truths.append(Image.fromarray(expected))
         self._found.append(Image.fromarray(data))
         # A Fréchet distance is between pictures of one size.

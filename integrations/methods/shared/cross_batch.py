@@ -30,17 +30,23 @@ class Reader(NamedTuple):
 
 
 def read(layer: Layer, readers: Sequence[Reader], temperature: float, beta: float, clip: Clip) -> Plan:
-    """The plan in which the readers, which have equally many keys, read others, and all other items themselves.
+    """The plan in which the readers, which have equally many keys, read others, and all other items
+    themselves.
 
-    With N tokens an item, n items of keys and d the head dim: P = softmax(QK^T / (temperature sqrt(d))) over all n N
+    With N tokens an item, n items of keys and d the head dim: P = softmax(QK^T / (temperature sqrt(d))) over
+        all n N
     keys, of mean mu = 1/(n N) in every row, becomes clip(mu + beta (P - mu)), which weighs the values.
     """
     return _read(layer.image_len, layer.head_dim, tuple(readers), temperature, beta, clip)
 
 
 @lru_cache(maxsize=256)
-@torch.inference_mode(False)  # kept beyond a call in inference mode, whose tensors would be of no use to a gradient
-def _read(tokens: int, dim: int, readers: tuple[Reader, ...], temperature: float, beta: float, clip: Clip) -> Plan:
+@torch.inference_mode(
+    False
+)  # kept beyond a call in inference mode, whose tensors would be of no use to a gradient
+def _read(
+    tokens: int, dim: int, readers: tuple[Reader, ...], temperature: float, beta: float, clip: Clip
+) -> Plan:
     keys = torch.tensor([reader.keys for reader in readers]).unbind(1)
     values = torch.tensor([reader.values for reader in readers]).unbind(1)
     # Probabilities lie within (0, 1): then beta = 1 changes nothing, and a sweep over the keys is saved.
@@ -56,9 +62,13 @@ def _read(tokens: int, dim: int, readers: tuple[Reader, ...], temperature: float
 
 
 def is_self(layer: Layer, places: Sequence[str]) -> bool:
-    """Whether it is a UNet's self-attention in one of `places`; ValueError where the model is of another make."""
+    """Whether it is a UNet's self-attention in one of `places`; ValueError where the model is of another
+    make.
+    """
     if layer.kind not in ("self", "cross") or layer.place is None:
-        raise ValueError(f"method: it is made for the self-attention of a UNet; layer {layer.index} is {layer.kind!r}")
+        raise ValueError(
+            f"method: it is made for the self-attention of a UNet; layer {layer.index} is {layer.kind!r}"
+        )
     return layer.kind == "self" and layer.place in places
 
 
@@ -102,7 +112,9 @@ def checked(name: str, value: Any, roles: type) -> Any:
     if name == "resolutions" and value is not None:
         resolutions = tuple(check_resolution(name, one) for one in several(value, int))
         if not resolutions:
-            raise ValueError(f"resolutions: expected some numbers or pairs (rows, columns) of tokens, got {value!r}")
+            raise ValueError(
+                f"resolutions: expected some numbers or pairs (rows, columns) of tokens, got {value!r}"
+            )
         return resolutions
     if name == "steps":
         return check_window(name, value)
@@ -126,7 +138,9 @@ def check_resolution(name: str, resolution: Any) -> Resolution:
     """The side of a square of tokens, or (rows, columns); ValueError for other values."""
     sides = tuple(resolution) if isinstance(resolution, (tuple, list)) else (resolution, resolution)
     if len(sides) != 2 or not all(is_count(n) and n > 0 for n in sides):
-        raise ValueError(f"{name}: expected a number of tokens > 0 or a pair (rows, columns), got {resolution!r}")
+        raise ValueError(
+            f"{name}: expected a number of tokens > 0 or a pair (rows, columns), got {resolution!r}"
+        )
     return resolution if isinstance(resolution, int) else (sides[0], sides[1])
 
 

@@ -8,11 +8,19 @@ from . import cross_batch as borrowed
 
 
 def ddcm_step(
-    latents: Tensor, noise: Tensor, clean: Tensor, alpha: float, next_alpha: float, fresh: Tensor, eta: float = 1.0
+    latents: Tensor,
+    noise: Tensor,
+    clean: Tensor,
+    alpha: float,
+    next_alpha: float,
+    fresh: Tensor,
+    eta: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """A step of the denoising diffusion consistent model: a virtual inversion, in which the source stays what it is.
+    """A step of the denoising diffusion consistent model: a virtual inversion, in which the source stays what
+    it is.
 
-    With x_s, e_s the source's latents and predicted noise, those of each item x, e, ab = alpha and ab' = next_alpha:
+    With x_s, e_s the source's latents and predicted noise, those of each item x, e, ab = alpha and ab' =
+    next_alpha:
 
         e_cons = (x_s - sqrt(ab) x0_s) / sqrt(1 - ab)
         x0     = x0_s + ((x - x_s) - sqrt(1 - ab) (e - e_s)) / sqrt(ab)
@@ -21,9 +29,10 @@ def ddcm_step(
     All items start from sqrt(ab) x0_s + sqrt(1 - ab) fresh.
 
     Args:
-        latents: (items, channels, rows, columns), the source's first. noise: the model's predictions, of that shape,
-            after guidance. clean: x0_s, (1, channels, rows, columns).
-        alpha, next_alpha: cumulative products of the level of `latents`, in (0, 1), and of the next one, in (0, 1].
+        latents: (items, channels, rows, columns), the source's first. noise: the model's predictions, of that
+            shape, after guidance. clean: x0_s, (1, channels, rows, columns).
+        alpha, next_alpha: cumulative products of the level of `latents`, in (0, 1), and of the next one, in
+            (0, 1].
         fresh: (1, channels, rows, columns), one noise for all items.
         eta: in [0, 1]; 1 is a consistency model's step, with nothing but fresh noise.
 
@@ -38,7 +47,9 @@ def ddcm_step(
     if not 0 < next_alpha <= 1:
         raise ValueError(f"next_alpha: expected a number above 0 and up to 1, got {next_alpha!r}")
     if noise.shape != latents.shape:
-        raise ValueError(f"noise: expected the latents' shape {tuple(latents.shape)}, got {tuple(noise.shape)}")
+        raise ValueError(
+            f"noise: expected the latents' shape {tuple(latents.shape)}, got {tuple(noise.shape)}"
+        )
     for name, t in (("clean", clean), ("fresh", fresh)):
         if t.shape != (1, *latents.shape[1:]):
             raise ValueError(f"{name}: expected shape {(1, *latents.shape[1:])}, got {tuple(t.shape)}")

@@ -1,4 +1,6 @@
-"""Batches in which images are edited along with their source: which item is which, and which transformer block it is."""
+"""Batches in which images are edited along with their source: which item is which, and which transformer
+block it is.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from .cross_batch import check_window, checked
 
 @dataclass(frozen=True)
 class EditRoles:
-    """Which item of a batch is the source, and which one is its edit, in one half of a classifier-free guidance."""
+    """Which item of a batch is the source, and which one is its edit, in one half of a classifier-free
+    guidance.
+    """
 
     source: int
     target: int
@@ -27,7 +31,8 @@ class EditRoles:
         """For batches [source, edit_1, ..., edit_n], `halves` times one after the other.
 
         Args:
-            edits: n. halves: 2 where the unconditional half of a classifier-free guidance is in the same batch.
+            edits: n. halves: 2 where the unconditional half of a classifier-free guidance is in the same
+                batch.
 
         Raises:
             ValueError: less than one of them.
@@ -61,7 +66,9 @@ def conditional(items: Sequence[EditRoles] | None, batch: int) -> tuple[EditRole
 
 
 @lru_cache(maxsize=64)
-@torch.inference_mode(False)  # kept beyond a call in inference mode, whose tensors would be of no use to a gradient
+@torch.inference_mode(
+    False
+)  # kept beyond a call in inference mode, whose tensors would be of no use to a gradient
 def inject(roles: tuple[EditRoles, ...]) -> Plan:
     """The edits' attention maps are their source's: o_tgt = softmax(Q_src K_src^T / sqrt(d)) V_tgt."""
     source = torch.tensor([pair.source for pair in roles])
@@ -77,5 +84,9 @@ def block_index(layer: Layer) -> int:
 
 
 def checked_edit(name: str, value: Any) -> Any:
-    """The canonical form of the knob `name`, as it is where the name is not known here; ValueError for a wrong value."""
-    return check_window(name, value) if name in ("layers", "feature_steps") else checked(name, value, EditRoles)
+    """The canonical form of the knob `name`, as it is where the name is not known here; ValueError for a
+    wrong value.
+    """
+    return (
+        check_window(name, value) if name in ("layers", "feature_steps") else checked(name, value, EditRoles)
+    )

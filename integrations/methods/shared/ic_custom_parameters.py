@@ -16,7 +16,8 @@ FILE = "ic_custom.safetensors"
 class ICCustomParameters(nn.Module):
     """Boundary embeddings and task registers, shared by all layers; zeros as published before training.
 
-    They have the names of the released files and take part in attention in the dtype and on the device of the model:
+    They have the names of the released files and take part in attention in the dtype and on the device of the
+    model:
     `.to()` brings them there. They train: gradients reach them through the attention.
 
     Args:
@@ -41,23 +42,31 @@ class ICCustomParameters(nn.Module):
 
     def boundary(self, references: int) -> Tensor:
         """(references + 1, hidden): cond + idx[k] for each reference's panel, then the target's."""
-        return torch.cat([self.cond_embedding.weight + self.idx_embedding.weight[:references], self.target_embedding.weight])
+        return torch.cat(
+            [
+                self.cond_embedding.weight + self.idx_embedding.weight[:references],
+                self.target_embedding.weight,
+            ]
+        )
 
     def registers(self, task: str) -> tuple[Tensor, Tensor]:
         """(keys, values) of a task, (registers, hidden) each."""
         table = self.task_register_embeddings.weight
-        keys, values = table.unflatten(0, (len(TASKS), 2, table.shape[0] // (2 * len(TASKS))))[TASKS.index(task)]
+        keys, values = table.unflatten(0, (len(TASKS), 2, table.shape[0] // (2 * len(TASKS))))[
+            TASKS.index(task)
+        ]
         return keys, values
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str]) -> ICCustomParameters:
-        """From a safetensors file, or from a folder whose files have them together, as published or by save_pretrained.
+        """From a safetensors file, or from a folder whose files have them together, as published or by
+        save_pretrained.
 
         Other tensors in them are not read.
 
         Raises:
-            FileNotFoundError: no such file or folder. ValueError: a file that is none, a name that is missing or is there
-                twice, or shapes that do not go together.
+            FileNotFoundError: no such file or folder. ValueError: a file that is none, a name that is missing
+                or is there twice, or shapes that do not go together.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -83,9 +92,13 @@ class ICCustomParameters(nn.Module):
         channels = {table.shape[1] for table in tables.values()}
         if cond[0] != 1 or target[0] != 1 or registers[0] % (2 * len(TASKS)) or len(channels) > 1:
             shapes = ", ".join(f"{name} {tuple(found[name].shape)}" for name in NAMES)
-            raise ValueError(f"path: expected (1, n), (1, n), (references, n), (6 * registers, n), got {shapes}")
+            raise ValueError(
+                f"path: expected (1, n), (1, n), (references, n), (6 * registers, n), got {shapes}"
+            )
         self = cls(cond[1], references=idx[0], registers=registers[0] // (2 * len(TASKS)))
-        self.to(found[NAMES[0]].dtype).load_state_dict({f"{name}.weight": table for name, table in tables.items()})
+        self.to(found[NAMES[0]].dtype).load_state_dict(
+            {f"{name}.weight": table for name, table in tables.items()}
+        )
         return self
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
@@ -94,5 +107,7 @@ class ICCustomParameters(nn.Module):
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}, folder / FILE)
+        save_file(
+            {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}, folder / FILE
+        )
         return folder / FILE

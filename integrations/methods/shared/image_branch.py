@@ -1,4 +1,6 @@
-"""The branch of an IP-Adapter in FLUX: the image's queries attend to image prompts beside a block, and it is added after it."""
+"""The branch of an IP-Adapter in FLUX: the image's queries attend to image prompts beside a block, and it is
+added after it.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ from ....bindings import Control, attention
 
 
 class ImageBranch:
-    """Of one double block. Its queries are the image's after the norm and without RoPE; no output projection follows.
+    """Of one double block. Its queries are the image's after the norm and without RoPE; no output projection
+    follows.
 
     The block's own projection of q is listened to, so that q is projected once.
     """
@@ -37,8 +40,12 @@ class ImageBranch:
         projection = self._listened = attn.to_qkv if attn.fused_projections else attn.to_q
         self._listening = projection.register_forward_hook(self._project)
 
-    def ask(self, control: Control, keys: Sequence[Tensor], values: Sequence[Tensor], hidden: Tensor) -> Tensor:
-        """As Plan.hidden, whose call says that this layer is controlled in this step; leaves the hidden states alone."""
+    def ask(
+        self, control: Control, keys: Sequence[Tensor], values: Sequence[Tensor], hidden: Tensor
+    ) -> Tensor:
+        """As Plan.hidden, whose call says that this layer is controlled in this step; leaves the hidden
+        states alone.
+        """
         self._asked = control, keys, values
         return hidden
 
@@ -53,7 +60,9 @@ class ImageBranch:
         if self._asked is not None:
             self._query = output
 
-    def _add(self, module: nn.Module, inputs: tuple, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor] | None:
+    def _add(
+        self, module: nn.Module, inputs: tuple, output: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor] | None:
         if self._asked is None:
             return None
         (control, keys, values), query, attn = self._asked, self._query, self.block.attn
@@ -62,4 +71,6 @@ class ImageBranch:
         query = attn.norm_q(query[..., : attn.inner_dim].unflatten(-1, (-1, attn.head_dim)))
         text, image = output
         keys, values = ([t.to(query.dtype) for t in tensors] for tensors in (keys, values))
-        return text, image + attention(query, keys, values, control, backend=attn.processor.backend).flatten(2)
+        return text, image + attention(query, keys, values, control, backend=attn.processor.backend).flatten(
+            2
+        )

@@ -1,4 +1,6 @@
-"""LocalBlend of Prompt-to-Prompt (arXiv 2208.01626): an edit stays where the words that it is about are looked at."""
+"""LocalBlend of Prompt-to-Prompt (arXiv 2208.01626): an edit stays where the words that it is about are
+looked at.
+"""
 
 from __future__ import annotations
 
@@ -20,19 +22,24 @@ class LocalBlend:
 
         x_i <- x_0 + m (x_i - x_0),  m = any of the items 0 and i: pooled(map) > threshold max(pooled(map))
 
-    The map is the mean of the words' cross-attention over heads, layers and the run's steps so far; it is pooled, by the
-    maximum over 3 x 3 tokens, and resized to the latents by the nearest. Each item's own attention counts, as in the paper;
-    the released code's are the maps that the method has made. Defaults are the code's.
+    The map is the mean of the words' cross-attention over heads, layers and the run's steps so far; it is
+    pooled, by the maximum over 3 x 3 tokens, and resized to the latents by the nearest. Each item's own
+    attention counts, as in the paper; the released code's are the maps that the method has made. Defaults are
+    the code's.
 
     Args:
-        words: text tokens of each image's words, first the source's, then each edit's; see token_alignment.word_tokens().
-        threshold: in [0, 1]. resolution: of the layers, the side of a square of as many tokens or (rows, columns).
+        words: text tokens of each image's words, first the source's, then each edit's; see
+            token_alignment.word_tokens().
+        threshold: in [0, 1]. resolution: of the layers, the side of a square of as many tokens or (rows,
+            columns).
 
     Raises:
         ValueError: naming the argument, what was expected and what came.
     """
 
-    def __init__(self, words: Sequence[Sequence[int]], threshold: float = 0.3, resolution: Resolution = 16) -> None:
+    def __init__(
+        self, words: Sequence[Sequence[int]], threshold: float = 0.3, resolution: Resolution = 16
+    ) -> None:
         if not isinstance(words, Sequence) or len(words) < 2:
             raise ValueError(f"words: expected text tokens of the source and of each edit, got {words!r}")
         self.thresholds = (borrowed.check_share("threshold", threshold),) * len(words)
@@ -40,7 +47,9 @@ class LocalBlend:
         self.maps = WordMaps({i - len(words): tokens for i, tokens in enumerate(words)}, resolution)
 
     def plan(self, layer: Layer, step: Step) -> Callable[..., Any] | None:
-        """Plan.see of the layer, for which the method makes the plan; maps of an earlier run are forgotten at step 0."""
+        """Plan.see of the layer, for which the method makes the plan; maps of an earlier run are forgotten at
+        step 0.
+        """
         if self.maps.begins(layer) and step.index == 0:
             self.maps.clear()
         plan = self.maps.plan(layer)
@@ -55,6 +64,8 @@ class LocalBlend:
     def __call__(self, latents: Tensor) -> Tensor:
         """latents: (images, channels, rows, columns), without the unconditional half; a new tensor like it."""
         if len(latents) != len(self.maps.words):
-            raise ValueError(f"latents: expected one for each of {len(self.maps.words)} images, got {len(latents)}")
+            raise ValueError(
+                f"latents: expected one for each of {len(self.maps.words)} images, got {len(latents)}"
+            )
         masks = self.masks((latents.shape[2], latents.shape[3]))
         return latents[:1] + (masks[:1] | masks) * (latents - latents[:1])

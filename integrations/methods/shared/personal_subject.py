@@ -1,4 +1,6 @@
-"""A subject of Personalize Anything: its tokens in the reference, and those that they shall take the place of."""
+"""A subject of Personalize Anything: its tokens in the reference, and those that they shall take the place
+of.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,8 @@ class PersonalSubject:
 
     Args:
         mask: bool (rows, columns) of the image tokens, at least one.
-        target: as many tokens as in `mask`, matched in raster order; None: the same place. token_masks.py moves, dilates
-            and erodes masks.
+        target: as many tokens as in `mask`, matched in raster order; None: the same place. token_masks.py
+            moves, dilates and erodes masks.
         item: of the batch, the reference's reconstruction.
     """
 
@@ -27,7 +29,10 @@ class PersonalSubject:
     item: int = 0
 
     def __post_init__(self) -> None:
-        for name, mask in (("mask", self.mask), ("target", self.mask if self.target is None else self.target)):
+        for name, mask in (
+            ("mask", self.mask),
+            ("target", self.mask if self.target is None else self.target),
+        ):
             if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 2 or not mask.any():
                 raise ValueError(f"{name}: expected a bool tensor (rows, columns) with at least one token")
             if mask.shape != self.mask.shape or mask.sum() != self.mask.sum():

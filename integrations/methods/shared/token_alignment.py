@@ -1,4 +1,6 @@
-"""Which text tokens of an edited prompt are which of the source's: Prompt-to-Prompt's aligners (arXiv 2208.01626)."""
+"""Which text tokens of an edited prompt are which of the source's: Prompt-to-Prompt's aligners (arXiv
+2208.01626).
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ class TokenAlignment:
     """What the edit's text tokens take over from the source's.
 
     Args:
-        mapper: (source tokens, target tokens) float32; column j says which of the source's columns the j-th is made of.
+        mapper: (source tokens, target tokens) float32; column j says which of the source's columns the j-th
+            is made of.
         alphas: (target tokens,) float32: 1 where the token has a counterpart, 0 where it is new.
         prompts: (source, target) for which it was made, where that is known.
 
@@ -40,22 +43,27 @@ class TokenAlignment:
 
     @staticmethod
     def replace(source: str, target: str, tokenizer: Any, length: int = 77) -> TokenAlignment:
-        """For prompts of equally many words, some of them other ones: each word has the attention of that in its place.
+        """For prompts of equally many words, some of them other ones: each word has the attention of that in
+        its place.
 
-        Where a word has another number of tokens than the one it replaces, each of its n tokens has 1/n of the sum of the
-        other's. The rest, padding too, keeps its place within its word, or in the sequence. (The released code goes by the
-        place in the sequence from the last replaced word on, which is another word's where token counts differ.)
+        Where a word has another number of tokens than the one it replaces, each of its n tokens has 1/n of
+        the sum of the other's. The rest, padding too, keeps its place within its word, or in the sequence.
+        (The released code goes by the place in the sequence from the last replaced word on, which is another
+        word's where token counts differ.)
 
         Args:
             source, target: prompts; words are separated by white space. tokenizer: any of Hugging Face's.
             length: of the padded sequence, in tokens.
 
         Raises:
-            ValueError: different numbers of words; a prompt that is too long, or whose words are not tokens of their own.
+            ValueError: different numbers of words; a prompt that is too long, or whose words are not tokens
+                of their own.
         """
         ours, theirs = _words(source, tokenizer, length), _words(target, tokenizer, length)
         if len(ours) != len(theirs):
-            raise ValueError(f"target: expected as many words as the source's {len(ours) - 2}, got {len(theirs) - 2}")
+            raise ValueError(
+                f"target: expected as many words as the source's {len(ours) - 2}, got {len(theirs) - 2}"
+            )
         mapper = torch.zeros(length, length)
         for mine, yours in zip(ours, theirs, strict=True):
             if len(mine) == len(yours):
@@ -67,7 +75,8 @@ class TokenAlignment:
 
     @staticmethod
     def refine(source: str, target: str, tokenizer: Any, length: int = 77) -> TokenAlignment:
-        """For a prompt that adds words: tokens that both have keep the source's attention, new ones have their own.
+        """For a prompt that adds words: tokens that both have keep the source's attention, new ones have
+        their own.
 
         The sequences are aligned by Needleman and Wunsch; padding keeps its place in the sequence.
 
@@ -86,27 +95,35 @@ def word_tokens(prompt: str, words: str | Sequence[str], tokenizer: Any, length:
     """The positions of the tokens of words, or phrases, of the prompt, wherever they occur.
 
     Args:
-        prompt: what the model is given. words: one or several, whole words as the prompt has them, in upper or lower case.
+        prompt: what the model is given. words: one or several, whole words as the prompt has them, in upper
+            or lower case.
         tokenizer: any of Hugging Face's. length: tokens that the model reads.
 
     Raises:
-        ValueError: the prompt has no such word, or only beyond what is read; a tokenizer that joins words in a token.
+        ValueError: the prompt has no such word, or only beyond what is read; a tokenizer that joins words in
+            a token.
     """
     found: set[int] = set()
     tokens = _bare(prompt, tokenizer)
     first = _place(tokens, list(tokenizer(prompt).input_ids), prompt)
     for word in [words] if isinstance(words, str) else words:
-        spans = [m.span() for m in re.finditer(rf"(?<!\w){re.escape(word.strip())}(?!\w)", prompt, re.IGNORECASE)]
+        spans = [
+            m.span() for m in re.finditer(rf"(?<!\w){re.escape(word.strip())}(?!\w)", prompt, re.IGNORECASE)
+        ]
         if not word.strip() or not spans:
             raise ValueError(f"words: {word!r} is not in the prompt {prompt!r}")
         mine: list[int] = []
         for start, end in spans:
             before, until = (_bare(prompt[:n].rstrip(), tokenizer) for n in (start, end))
             if before != tokens[: len(before)] or until != tokens[: len(until)] or len(before) == len(until):
-                raise ValueError(f"tokenizer: expected one under which {word!r} in {prompt!r} has tokens of its own")
+                raise ValueError(
+                    f"tokenizer: expected one under which {word!r} in {prompt!r} has tokens of its own"
+                )
             mine += range(first + len(before), first + len(until))
         if not (mine := [n for n in mine if n < length]):
-            raise ValueError(f"words: {word!r} is beyond the {length} tokens that the model reads of the prompt")
+            raise ValueError(
+                f"words: {word!r} is beyond the {length} tokens that the model reads of the prompt"
+            )
         found |= set(mine)
     return sorted(found)
 
@@ -114,7 +131,8 @@ def word_tokens(prompt: str, words: str | Sequence[str], tokenizer: Any, length:
 def align(source: Sequence[int], target: Sequence[int]) -> list[tuple[int, int]]:
     """Pairs of positions with the same token in the best global alignment (Needleman-Wunsch), in order.
 
-    Of equally good ones that which, from the end, first takes a token of the target as new, then one of the source as gone.
+    Of equally good ones that which, from the end, first takes a token of the target as new, then one of the
+    source as gone.
     """
     rows, columns = len(source) + 1, len(target) + 1
     score = [[GAP * (i + j) if not i or not j else 0 for j in range(columns)] for i in range(rows)]
@@ -161,7 +179,9 @@ def _place(tokens: list[int], among: list[int], prompt: str) -> int:
     """Where they begin, among special ones."""
     starts = [n for n in range(len(among) - len(tokens) + 1) if among[n : n + len(tokens)] == tokens]
     if not starts:
-        raise ValueError(f"tokenizer: expected one that only puts tokens before and after those of {prompt!r}")
+        raise ValueError(
+            f"tokenizer: expected one that only puts tokens before and after those of {prompt!r}"
+        )
     return starts[0]
 
 

@@ -7,7 +7,9 @@ from torch import Tensor, nn
 
 
 def token_mask(mask: Tensor) -> Tensor:
-    """bool (tokens,) from a mask of the latents (rows, columns): tokens of which any of the 2 x 2 latents is masked."""
+    """bool (tokens,) from a mask of the latents (rows, columns): tokens of which any of the 2 x 2 latents is
+    masked.
+    """
     return _blocks(mask).bool().any(1)
 
 
@@ -19,7 +21,9 @@ def packed_mask(mask: Tensor, channels: int) -> Tensor:
 def _blocks(mask: Tensor) -> Tensor:
     """(tokens, 4)"""
     if mask.dim() != 2 or mask.shape[0] % 2 or mask.shape[1] % 2:
-        raise ValueError(f"mask: expected (rows, columns) of the latents, even numbers, got {tuple(mask.shape)}")
+        raise ValueError(
+            f"mask: expected (rows, columns) of the latents, even numbers, got {tuple(mask.shape)}"
+        )
     rows, columns = mask.shape
     return mask.reshape(rows // 2, 2, columns // 2, 2).transpose(1, 2).reshape(-1, 4)
 
@@ -41,5 +45,7 @@ def dilated(mask: Tensor, size: int = 3) -> Tensor:
 
 
 def eroded(mask: Tensor, size: int = 3) -> Tensor:
-    """The tokens of the mask (rows, columns) around which a square of size x size has no other; beyond the image is none."""
+    """The tokens of the mask (rows, columns) around which a square of size x size has no other; beyond the
+    image is none.
+    """
     return ~dilated(~mask, size)

@@ -17,11 +17,12 @@ from .cross_batch import Resolution
 class WordMaps:
     """Cross-attention maps of some items' words, without a map: the columns alone are computed.
 
-    A map is a layer's mean over heads, summed over the words; each item's own attention, whatever a method does to it.
+    A map is a layer's mean over heads, summed over the words; each item's own attention, whatever a method
+    does to it.
 
     Args:
-        words: {item: text tokens}: items of a call's batch, from its end where negative, as that of the conditional half
-            is; positions among the text tokens.
+        words: {item: text tokens}: items of a call's batch, from its end where negative, as that of the
+            conditional half is; positions among the text tokens.
         resolution: of the layers, the side of a square of as many tokens or (rows, columns).
 
     Attributes:
@@ -37,8 +38,14 @@ class WordMaps:
         for item, tokens in words.items():
             if isinstance(item, bool) or not isinstance(item, int):
                 raise ValueError(f"words: expected items of the batch, got {item!r}")
-            if not isinstance(tokens, Sequence) or not tokens or not all(borrowed.is_count(n) for n in tokens):
-                raise ValueError(f"words[{item}]: expected positions of text tokens, at least one, got {tokens!r}")
+            if (
+                not isinstance(tokens, Sequence)
+                or not tokens
+                or not all(borrowed.is_count(n) for n in tokens)
+            ):
+                raise ValueError(
+                    f"words[{item}]: expected positions of text tokens, at least one, got {tokens!r}"
+                )
         self.words = {item: tuple(tokens) for item, tokens in words.items()}
         self.resolution = borrowed.check_resolution("resolution", resolution)
         self._last, self._grid = sys.maxsize, (0, 0)
@@ -51,12 +58,16 @@ class WordMaps:
         self.seen = 0
 
     def begins(self, layer: Layer) -> bool:
-        """Whether the layer is the first that is planned of a forward call; to be asked for every layer that is."""
+        """Whether the layer is the first that is planned of a forward call; to be asked for every layer that
+        is.
+        """
         first, self._last = layer.index <= self._last, layer.index
         return first
 
     def plan(self, layer: Layer) -> Plan | None:
-        """The plan that gathers the layer's maps, None where it is none of them; ValueError for words beyond its text."""
+        """The plan that gathers the layer's maps, None where it is none of them; ValueError for words beyond
+        its text.
+        """
         if layer.kind != "cross" or not borrowed.has_resolution(layer, self.resolution):
             return None
         for item, tokens in self.words.items():
@@ -75,7 +86,9 @@ class WordMaps:
         tokens = sorted({n for tokens in self.words.values() for n in tokens})
         with torch.no_grad():
             means = seen.probabilities(tokens).mean(1)  # (batch, rows, tokens)
-        maps = [means[item][:, [tokens.index(n) for n in chosen]].sum(-1) for item, chosen in self.words.items()]
+        maps = [
+            means[item][:, [tokens.index(n) for n in chosen]].sum(-1) for item, chosen in self.words.items()
+        ]
         added = torch.stack(maps)
         self._sums = added if self._sums is None else self._sums + added
         self._mean = None
@@ -83,12 +96,15 @@ class WordMaps:
 
     @property
     def mean(self) -> Tensor:
-        """Of what has been seen, (items, rows, columns) float32, in the order of `words`, the same tensor until more is seen.
+        """Of what has been seen, (items, rows, columns) float32, in the order of `words`, the same tensor
+        until more is seen.
 
         ValueError before there is any map.
         """
         if self._sums is None:
-            raise ValueError(f"words: no cross-attention layer of resolution {self.resolution} has been seen yet")
+            raise ValueError(
+                f"words: no cross-attention layer of resolution {self.resolution} has been seen yet"
+            )
         if self._mean is None:
             self._mean = (self._sums / self.seen).unflatten(1, self._grid)
         return self._mean

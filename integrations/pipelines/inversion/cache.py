@@ -25,9 +25,9 @@ BEHAVIOUR = ("active_adapters", "disable_adapters", "merged_adapters", "scaling"
 class InversionCache:
     """A folder of inversions, one safetensors file each, which a second run reads instead of inverting again.
 
-    A file is written beside its place and renamed into it, so that it is there whole or not at all, also with several
-    processes at work. What is read is compared with the settings and the digest that the file carries; one that does
-    not hold is made again, with a warning.
+    A file is written beside its place and renamed into it, so that it is there whole or not at all, also with
+    several processes at work. What is read is compared with the settings and the digest that the file
+    carries; one that does not hold is made again, with a warning.
 
     Args:
         folder: made when the first file is written; None: default_folder().
@@ -41,7 +41,8 @@ class InversionCache:
         return self.folder / f"{hashlib.sha256(_text(settings).encode()).hexdigest()}.safetensors"
 
     def get(self, settings: Mapping[str, Any]) -> Inversion | None:
-        """The inversion with these settings, on the CPU; None, with a warning where a file is damaged, if there is none.
+        """The inversion with these settings, on the CPU; None, with a warning where a file is damaged, if
+        there is none.
 
         Args:
             settings: all that decides the result, as JSON has it: strings, numbers, lists, dicts.
@@ -72,7 +73,11 @@ class InversionCache:
         from safetensors.torch import save_file
 
         latents, maps = inversion.latents.cpu().contiguous(), inversion.noise_maps.cpu().contiguous()
-        about = {"settings": _text(settings), "digest": tensor_digest([latents, maps]), "skip": str(inversion.skip)}
+        about = {
+            "settings": _text(settings),
+            "digest": tensor_digest([latents, maps]),
+            "skip": str(inversion.skip),
+        }
         path = self.path(settings)
         self.folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self.folder, prefix=".writing-") as scratch:
@@ -142,7 +147,9 @@ class WeightsDigest:
             [_behaviour(module) for module in modules],
         )
         # The same objects too: another model may lie where a freed one lay.
-        same = len(tensors) == len(self._tensors) and all(ref() is t for ref, t in zip(self._tensors, tensors))
+        same = len(tensors) == len(self._tensors) and all(
+            ref() is t for ref, t in zip(self._tensors, tensors)
+        )
         if not same or state != self._state:
             self._digest = weights_digest(*modules)
             self._tensors, self._state = [weakref.ref(t) for t in tensors], state

@@ -1,4 +1,5 @@
-"""DDIM inversion (arXiv 2010.02502, 2105.05233): the noise from which deterministic sampling leads to a given image.
+"""DDIM inversion (arXiv 2010.02502, 2105.05233): the noise from which deterministic sampling leads to a given
+image.
 
 MasaCtrl and Plug-and-Play edit photos from there: source and edit both start from the inverted latents.
 """
@@ -22,12 +23,13 @@ def invert(
     iterations: int = 1,
     progress: Callable[[int], object] = lambda done: None,
 ) -> Tensor:
-    """The latents of all levels on the way from `clean` to noise, each step of sample() solved for where it came from.
+    """The latents of all levels on the way from `clean` to noise, each step of sample() solved for where it
+    came from.
 
-    A step to the cleaner level i + 1 is x_i+1 = sqrt(ab_i+1) x0 + sqrt(1 - ab_i+1) eps, with x0 and eps of x_i. Its
-    inverse takes eps of x_i+1 instead, at the timestep of level i, since x_i is what is looked for: DDIM inversion, as
-    MasaCtrl's code has it. It is off by what eps changes within a step. More iterations take eps of the x_i found last,
-    and converge to the exact inverse where steps are small.
+    A step to the cleaner level i + 1 is x_i+1 = sqrt(ab_i+1) x0 + sqrt(1 - ab_i+1) eps, with x0 and eps of
+    x_i. Its inverse takes eps of x_i+1 instead, at the timestep of level i, since x_i is what is looked for:
+    DDIM inversion, as MasaCtrl's code has it. It is off by what eps changes within a step. More iterations
+    take eps of the x_i found last, and converge to the exact inverse where steps are small.
 
     Args:
         clean: (images, channels, height, width), latents as the model was trained on.
@@ -37,11 +39,12 @@ def invert(
         progress: called with 1 after each step.
 
     Returns:
-        (images, steps + 1, channels, height, width) float32: [:, 0] is the noise to start from, [:, -1] is `clean`.
+        (images, steps + 1, channels, height, width) float32: [:, 0] is the noise to start from, [:, -1] is
+        `clean`.
 
     Raises:
-        ValueError: clean of another rank, no iteration, a first level without signal. FloatingPointError: a model whose
-            output is not finite.
+        ValueError: clean of another rank, no iteration, a first level without signal. FloatingPointError: a
+            model whose output is not finite.
     """
     if clean.dim() != 4:
         raise ValueError(f"clean: expected shape (images, channels, height, width), got {tuple(clean.shape)}")
@@ -82,7 +85,8 @@ def step(latents: Tensor, output: Tensor, schedule: DDPMSchedule, index: int) ->
     """From a level to the next: sqrt(ab_i+1) x0 + sqrt(1 - ab_i+1) eps.
 
     Args:
-        latents: (images, channels, height, width) float32, of level `index`. output: the model's, after guidance.
+        latents: (images, channels, height, width) float32, of level `index`. output: the model's, after
+            guidance.
         schedule: as in invert(). index: from 0 to schedule.steps - 1.
     """
     then = schedule.alphas[index + 1].item()

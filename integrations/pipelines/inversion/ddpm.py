@@ -1,7 +1,8 @@
-"""Edit-friendly DDPM inversion (Huberman-Spiegelglas et al., arXiv 2304.06140): the noise maps of a given image.
+"""Edit-friendly DDPM inversion (Huberman-Spiegelglas et al., arXiv 2304.06140): the noise maps of a given
+image.
 
-Sampling from the inversion's first latents with its own noise maps goes through its latents again; sampling with
-another model, or with attention under control, gives another image of the same structure.
+Sampling from the inversion's first latents with its own noise maps goes through its latents again; sampling
+with another model, or with attention under control, gives another image of the same structure.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Predict = Callable[[Tensor, Tensor], Tensor]  # (latents (n, c, h, w) float32, timesteps (n,)) -> the model's outputs
+Predict = Callable[
+    [Tensor, Tensor], Tensor
+]  # (latents (n, c, h, w) float32, timesteps (n,)) -> the model's outputs
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,18 +32,19 @@ class DDPMSchedule:
         mu_i  = sqrt(ab_i+1) x0 + sqrt(1 - ab_i+1 - eta var_i) eps
         x_i+1 = mu_i + eta sqrt(var_i) z_i
 
-    as in arXiv 2304.06140, its released code, and cross-image attention's; x0 is not clipped. A scheduler's next level
-    is the one at the next of its timesteps.
+    as in arXiv 2304.06140, its released code, and cross-image attention's; x0 is not clipped. A scheduler's
+    next level is the one at the next of its timesteps.
 
     Args:
         timesteps: (steps,) int64, from the noisiest on.
         alphas: (steps + 1,) float64: the cumulative products at the timesteps, and of the clean latents.
         prediction: what the model predicts: "epsilon" or "v_prediction".
-        eta: in (0, 1]; 1 is DDPM. Between 0 and 1 the published formula above differs from DDIM's, which has eta^2.
+        eta: in (0, 1]; 1 is DDPM. Between 0 and 1 the published formula above differs from DDIM's, which has
+            eta^2.
 
     Raises:
-        ValueError: no steps, shapes that do not fit, alphas that do not rise within [0, 1], an eta or a prediction that
-            does not exist; epsilon at a level without signal, from which no x0 follows.
+        ValueError: no steps, shapes that do not fit, alphas that do not rise within [0, 1], an eta or a
+            prediction that does not exist; epsilon at a level without signal, from which no x0 follows.
     """
 
     timesteps: Tensor
@@ -52,7 +56,9 @@ class DDPMSchedule:
         steps = self.timesteps.numel()
         if steps < 1 or self.alphas.shape != (steps + 1,):
             shapes = tuple(self.timesteps.shape), tuple(self.alphas.shape)
-            raise ValueError(f"timesteps: expected (steps,) and alphas (steps + 1,), got {shapes[0]} and {shapes[1]}")
+            raise ValueError(
+                f"timesteps: expected (steps,) and alphas (steps + 1,), got {shapes[0]} and {shapes[1]}"
+            )
         if self.prediction not in ("epsilon", "v_prediction"):
             raise ValueError(f"prediction: expected epsilon or v_prediction, got {self.prediction!r}")
         if not isinstance(self.eta, (int, float)) or not 0 < self.eta <= 1:
@@ -61,7 +67,9 @@ class DDPMSchedule:
         if not levels[0] >= 0 or not levels[-1] <= 1 or any(a >= b for a, b in pairwise(levels)):
             raise ValueError("alphas: expected levels that rise within [0, 1]")
         if self.prediction == "epsilon" and levels[0] == 0:
-            raise ValueError("prediction: at the first level nothing but noise is left, where epsilon does not give x0")
+            raise ValueError(
+                "prediction: at the first level nothing but noise is left, where epsilon does not give x0"
+            )
 
     @classmethod
     def from_scheduler(cls, scheduler: Any, steps: int, eta: float = 1.0) -> DDPMSchedule:
@@ -77,7 +85,9 @@ class DDPMSchedule:
         from diffusers import DDIMScheduler, DDPMScheduler
 
         if not isinstance(scheduler, (DDIMScheduler, DDPMScheduler)):
-            raise TypeError(f"scheduler: expected a DDIMScheduler or a DDPMScheduler, got {type(scheduler).__name__}")
+            raise TypeError(
+                f"scheduler: expected a DDIMScheduler or a DDPMScheduler, got {type(scheduler).__name__}"
+            )
         own: Any = type(scheduler).from_config(scheduler.config)
         most = own.config.num_train_timesteps
         if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= most:
@@ -100,7 +110,9 @@ class DDPMSchedule:
 
     @property
     def deviations(self) -> Tensor:
-        """(steps,) float64: eta sqrt(var), what a noise map is multiplied by; 0 where the next level has no noise."""
+        """(steps,) float64: eta sqrt(var), what a noise map is multiplied by; 0 where the next level has no
+        noise.
+        """
         now, then = self.alphas[:-1], self.alphas[1:]
         return self.eta * ((1 - then) / (1 - now) * (1 - now / then)).sqrt()
 
@@ -117,7 +129,8 @@ class DDPMSchedule:
         """mu of a step, (n, channels, height, width).
 
         Args:
-            latents: of the level before it, (n, channels, height, width). output: of the model, of that shape.
+            latents: of the level before it, (n, channels, height, width). output: of the model, of that
+                shape.
             step: one for all, or (n,).
         """
         now, then = (self.alphas[: self.steps][step], self.alphas[1:][step])
@@ -147,8 +160,8 @@ class Inversion:
     """Latents and noise maps of inverted images, float32.
 
     Attributes:
-        latents: (images, steps - skip + 1, channels, height, width); [:, 0] are those before step `skip`, the last are
-            the clean ones.
+        latents: (images, steps - skip + 1, channels, height, width); [:, 0] are those before step `skip`, the
+            last are the clean ones.
         noise_maps: (images, steps - skip, channels, height, width); [:, 0] are those of step `skip`.
         skip: steps that were left out.
     """
@@ -158,8 +171,8 @@ class Inversion:
     skip: int = 0
 
     def at(self, step: int) -> Tensor:
-        """(images, channels, height, width): the latents before a step, counted from 0 in the whole run; after the last
-        step, the clean ones."""
+        """(images, channels, height, width): the latents before a step, counted from 0 in the whole run;
+        after the last step, the clean ones."""
         return self.latents[:, step - self.skip]
 
     def noise_map(self, step: int) -> Tensor:
@@ -179,24 +192,27 @@ def invert(
     batch: int = 8,
     progress: Callable[[int], object] = lambda done: None,
 ) -> Inversion:
-    """The noise maps with which sampling goes through noised versions of `clean` (arXiv 2304.06140, section 3).
+    """The noise maps with which sampling goes through noised versions of `clean` (arXiv 2304.06140, section
+    3).
 
-    Every level is noised independently, so that all steps of an image can go through the model in batches; an image's
-    result does not depend on the others'.
+    Every level is noised independently, so that all steps of an image can go through the model in batches; an
+    image's result does not depend on the others'.
 
     Args:
         clean: (images, channels, height, width), latents as the model was trained on.
         predict: the model, guidance included; its outputs are taken as float32.
         schedule: levels of noise.
-        generators: one for each image. The levels draw from it from the clean end on: `skip` changes none of them.
+        generators: one for each image. The levels draw from it from the clean end on: `skip` changes none of
+            them.
         skip: steps left out at the noisy end.
-        keep_last: whether the last noise map is kept; else it is 0, as in the method, and the last step gives its mean.
+        keep_last: whether the last noise map is kept; else it is 0, as in the method, and the last step gives
+            its mean.
         batch: steps in one call of the model.
         progress: called with the number of steps done in each call of the model.
 
     Raises:
-        ValueError: a number of generators, a skip or a batch that does not fit; keep_last where the last step has no
-            noise to carry it. FloatingPointError: a model whose output is not finite.
+        ValueError: a number of generators, a skip or a batch that does not fit; keep_last where the last step
+            has no noise to carry it. FloatingPointError: a model whose output is not finite.
     """
     if clean.dim() != 4:
         raise ValueError(f"clean: expected shape (images, channels, height, width), got {tuple(clean.shape)}")
@@ -238,8 +254,9 @@ def sample(inversion: Inversion, predict: Predict, schedule: DDPMSchedule) -> Te
     """Sampling that re-adds the inversion's noise maps, from its first latents on.
 
     Returns:
-        (images, steps - skip + 1, channels, height, width) float32, the latents of all levels: the inversion's, to
-        float error, where `predict` is the one that it was made with; but for the last, where its noise map is 0.
+        (images, steps - skip + 1, channels, height, width) float32, the latents of all levels: the
+        inversion's, to float error, where `predict` is the one that it was made with; but for the last, where
+        its noise map is 0.
     """
     latents = [inversion.at(inversion.skip)]
     for step in range(inversion.skip, schedule.steps):
@@ -249,12 +266,15 @@ def sample(inversion: Inversion, predict: Predict, schedule: DDPMSchedule) -> Te
     return torch.stack(latents, 1)
 
 
-def noise_predictor(unet: Any, prompt: Tensor, negative: Tensor | None = None, guidance: float = 1.0) -> Predict:
+def noise_predictor(
+    unet: Any, prompt: Tensor, negative: Tensor | None = None, guidance: float = 1.0
+) -> Predict:
     """A diffusers UNet as `predict`, with classifier-free guidance (arXiv 2207.12598) where it is not 1.
 
     Args:
         unet: a UNet2DConditionModel; latents are cast to its dtype.
-        prompt: (1, tokens, channels), embeddings of the text. negative: the same, needed for guidance other than 1.
+        prompt: (1, tokens, channels), embeddings of the text. negative: the same, needed for guidance other
+            than 1.
         guidance: output = negative's + guidance * (prompt's - negative's).
 
     Raises:
@@ -294,4 +314,6 @@ def steps_left_out(skip: int | None, steps: int, released: tuple[int, int]) -> i
 def check_skip(skip: int, steps: int) -> None:
     """ValueError unless at least one step is left."""
     if isinstance(skip, bool) or not isinstance(skip, int) or not 0 <= skip < steps:
-        raise ValueError(f"skip: expected an integer from 0 to {steps - 1}, as there are {steps} steps, got {skip!r}")
+        raise ValueError(
+            f"skip: expected an integer from 0 to {steps - 1}, as there are {steps} steps, got {skip!r}"
+        )

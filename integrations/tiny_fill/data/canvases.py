@@ -1,7 +1,7 @@
 """What the tiny model learns from: diptychs with a hole, prompts, and the whole picture that is to be found.
 
-A subject may appear in both panels. As for FLUX Fill, the task is inpainting: the hole is filled by what the rest of
-the canvas and the prompt call for. KINDS says how often each is the case.
+A subject may appear in both panels. As for FLUX Fill, the task is inpainting: the hole is filled by what the
+rest of the canvas and the prompt call for. KINDS says how often each is the case.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class Canvases:
         masks: (n, 1, 2 SIDE, SIDE), 1 in the hole.
         prompts: n of them.
         kinds: (n,) indices into KINDS.
-        coverage: (n, 1, 2 SIDE, SIDE): of the subject where it is to be found, whether or not there is a hole.
+        coverage: (n, 1, 2 SIDE, SIDE): of the subject where it is to be found, whether or not there is a
+            hole.
         subjects: those to be found.
         scenes: (n, 3, SIDE, SIDE): the lower panels before anything was put into them.
     """
@@ -58,8 +59,8 @@ def canvases(
     """Random diptychs on the photos' device.
 
     Args:
-        freedom: of the pose, 0 to 1, or (count,) of them: at 0 a subject stands in the same place of both panels; at 1
-            it is shifted by up to SHIFT, and turned and resized by up to TURN.
+        freedom: of the pose, 0 to 1, or (count,) of them: at 0 a subject stands in the same place of both
+            panels; at 1 it is shifted by up to SHIFT, and turned and resized by up to TURN.
         kind: all of one kind of KINDS; None: as often as that says.
     """
     device = photos.levels[0][0].device
@@ -102,10 +103,13 @@ def canvases(
     prompts = [
         "nothing" if nothing else "" if empty_ and enough else words
         for words, empty_, enough, nothing in zip(
-            hidden.prompts(), empty.tolist(), (is_kind("reference") | is_kind("above")).tolist(), is_kind("nothing").tolist(),
+            hidden.prompts(),
+            empty.tolist(),
+            (is_kind("reference") | is_kind("above")).tolist(),
+            is_kind("nothing").tolist(),
             strict=True,
         )
-    ]  # fmt: skip
+    ]
     coverage = torch.cat([above * up, below * ~up], 2)
     return Canvases(torch.cat([upper, lower], 2), mask, prompts, kinds, coverage, hidden, behind)
 
@@ -116,7 +120,9 @@ def _places(size: Tensor, where: Tensor, moved: Tensor) -> Tensor:
     return SIDE / 2 + torch.where(moved[:, None] < 0.5, (2 * where - 1) * room, 0.0)
 
 
-def _holes(coverage: Tensor, centre: Tensor, size: Tensor, form: Tensor, margin: Tensor, wide: Tensor) -> Tensor:
+def _holes(
+    coverage: Tensor, centre: Tensor, size: Tensor, form: Tensor, margin: Tensor, wide: Tensor
+) -> Tensor:
     """(n, 1, SIDE, SIDE) of 0 and 1: a box, a disc, or the outline itself, each larger than the subject."""
     axis = torch.arange(SIDE, device=coverage.device) + 0.5
     away = (axis - centre[:, :, None]).abs()  # (n, 2, SIDE)

@@ -10,9 +10,20 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 TRAINING = (
-    "astronaut", "china", "flower", "brick", "grass", "gravel", "hubble_deep_field", "retina", "stereo_motorcycle",
-    "immunohistochemistry", "coins", "camera", "colorwheel",
-)  # fmt: skip
+    "astronaut",
+    "china",
+    "flower",
+    "brick",
+    "grass",
+    "gravel",
+    "hubble_deep_field",
+    "retina",
+    "stereo_motorcycle",
+    "immunohistochemistry",
+    "coins",
+    "camera",
+    "colorwheel",
+)
 HELD_OUT = ("chelsea", "coffee", "rocket")
 HEIGHTS = (72, 104, 160)  # pixels of the shorter side: how much of a photo one crop shows
 
@@ -26,7 +37,9 @@ class Photos:
     def crops(self, count: int, side: int, generator: Generator) -> Tensor:
         """(count, 3, side, side): pieces of random photos, mirrored at random, a little brighter or darker."""
         device = self.levels[0][0].device
-        which, level, flip = (torch.randint(n, (count,), generator=generator) for n in (len(self.levels), len(HEIGHTS), 2))
+        which, level, flip = (
+            torch.randint(n, (count,), generator=generator) for n in (len(self.levels), len(HEIGHTS), 2)
+        )
         corner = torch.rand(count, 2, generator=generator)
         light = (0.8 + 0.4 * torch.rand(count, 1, 1, 1, generator=generator)).to(device)
         pieces = []
@@ -53,14 +66,18 @@ def _read(name: str) -> Tensor:
         from skimage import data
         from sklearn.datasets import load_sample_image
     except ImportError as error:
-        raise ImportError("the tiny model's photos are scikit-image's and scikit-learn's: install both") from error
+        raise ImportError(
+            "the tiny model's photos are scikit-image's and scikit-learn's: install both"
+        ) from error
     if name in ("china", "flower"):
         picture = load_sample_image(f"{name}.jpg")
     else:
         picture = getattr(data, name)()
         picture = picture[0] if isinstance(picture, tuple) else picture
     pixels = torch.tensor(picture).float() / 255
-    return (pixels[..., None].expand(*pixels.shape, 3) if pixels.ndim == 2 else pixels[..., :3]).permute(2, 0, 1)
+    return (pixels[..., None].expand(*pixels.shape, 3) if pixels.ndim == 2 else pixels[..., :3]).permute(
+        2, 0, 1
+    )
 
 
 def _levels(photo: Tensor) -> list[Tensor]:

@@ -1,6 +1,8 @@
-"""Made subjects: an outline, one or two colours in a pattern or a piece of a photo, some spots; drawn in any pose.
+"""Made subjects: an outline, one or two colours in a pattern or a piece of a photo, some spots; drawn in any
+pose.
 
-A subject's own plane is [-1, 1] x [-1, 1], its outline a radius for every angle. All of a batch is drawn at once.
+A subject's own plane is [-1, 1] x [-1, 1], its outline a radius for every angle. All of a batch is drawn at
+once.
 """
 
 from __future__ import annotations
@@ -58,7 +60,10 @@ class Subjects:
         return len(self.shape)
 
     def prompts(self) -> list[str]:
-        indices = zip(*(t.tolist() for t in (self.shape, self.pattern, self.colour, self.second, self.noun)), strict=True)
+        indices = zip(
+            *(t.tolist() for t in (self.shape, self.pattern, self.colour, self.second, self.noun)),
+            strict=True,
+        )
         return [prompt(*index) for index in indices]
 
     def where(self, chosen: Tensor, other: Subjects) -> Subjects:
@@ -93,7 +98,11 @@ def subjects(count: int, photos: Photos, generator: Generator) -> Subjects:
     spots = (torch.arange(SPOTS, device=device) < (choose(2) * (1 + choose(SPOTS)))[:, None]).float()
     angle, distance = uniform(SPOTS, high=2 * math.pi), uniform(SPOTS, high=0.6)
     return Subjects(
-        shape, pattern, colour, second, noun,
+        shape,
+        pattern,
+        colour,
+        second,
+        noun,
         outline=_outlines(shape, uniform(4), uniform(4, high=2 * math.pi)),
         hollow=torch.where(shape == SHAPES.index("ring"), uniform(low=0.35, high=0.55), 0.0),
         ink=_inks(colour, generator),
@@ -107,14 +116,15 @@ def subjects(count: int, photos: Photos, generator: Generator) -> Subjects:
         spot_ink=uniform(SPOTS, 3),
         light=uniform(2, low=-0.2, high=0.2),
         rim=uniform(high=1.0) * choose(2),
-    )  # fmt: skip
+    )
 
 
 def draw(subjects: Subjects, centre: Tensor, size: Tensor, turn: Tensor, side: int) -> tuple[Tensor, Tensor]:
     """Colours (n, 3, side, side) and coverage (n, 1, side, side), both in [0, 1].
 
     Args:
-        centre: (n, 2) pixels, x and y. size: (n,) pixels from the middle to the farthest edge. turn: (n,) radians.
+        centre: (n, 2) pixels, x and y. size: (n,) pixels from the middle to the farthest edge. turn: (n,)
+            radians.
         side: of the square picture, pixels.
     """
     device = centre.device
@@ -125,13 +135,19 @@ def draw(subjects: Subjects, centre: Tensor, size: Tensor, turn: Tensor, side: i
     u, v = x * cos + y * sin, y * cos - x * sin  # (n, side, side)
     pixel = size[:, None, None]  # per unit of the plane
     radius = (u.square() + v.square()).sqrt()
-    edge = (_around(subjects.outline, torch.atan2(v, u)) - radius) * pixel  # pixels to the outline, along the radius
+    edge = (
+        _around(subjects.outline, torch.atan2(v, u)) - radius
+    ) * pixel  # pixels to the outline, along the radius
     hollow = subjects.hollow[:, None, None]
-    coverage = (edge + 0.5).clamp(0, 1) * torch.where(hollow > 0, ((radius - hollow) * pixel + 0.5).clamp(0, 1), 1.0)
+    coverage = (edge + 0.5).clamp(0, 1) * torch.where(
+        hollow > 0, ((radius - hollow) * pixel + 0.5).clamp(0, 1), 1.0
+    )
 
     second = _pattern(subjects, u, v, pixel)[:, None]
     colours = torch.lerp(subjects.ink[:, :, None, None], subjects.second_ink[:, :, None, None], second)
-    pieces = F.grid_sample(subjects.texture, torch.stack([u, v], -1), padding_mode="reflection", align_corners=False)
+    pieces = F.grid_sample(
+        subjects.texture, torch.stack([u, v], -1), padding_mode="reflection", align_corners=False
+    )
     colours = torch.where((subjects.pattern == PHOTO)[:, None, None, None], pieces, colours)
     for i in range(SPOTS):
         at, reach = subjects.spot_at[:, i, :, None, None], subjects.spot_size[:, i, None, None]
@@ -154,7 +170,10 @@ def _pattern(subjects: Subjects, u: Tensor, v: Tensor, pixel: Tensor) -> Tensor:
     zero = torch.zeros_like(u)
     which = subjects.pattern[:, None, None]
     return sum(
-        (torch.where(which == PATTERNS.index(name), (wave * sharp + 0.5).clamp(0, 1), zero) for name, wave in waves.items()),
+        (
+            torch.where(which == PATTERNS.index(name), (wave * sharp + 0.5).clamp(0, 1), zero)
+            for name, wave in waves.items()
+        ),
         zero,
     )
 
@@ -185,7 +204,9 @@ def _outlines(shape: Tensor, amount: Tensor, phase: Tensor) -> Tensor:
     part = math.pi / 5  # from a star's point to the next notch
     past = part - ((t - up) % (2 * part) - part).abs()
     circle = torch.ones_like(t)
-    bite = 0.6**2 - (0.75 * y).square()  # a circle of radius 0.6 at (0.75, 0), of which a ray meets the near side
+    bite = (
+        0.6**2 - (0.75 * y).square()
+    )  # a circle of radius 0.6 at (0.75, 0), of which a ray meets the near side
     tables = {
         "circle": circle,
         "square": polygon(4, math.pi / 4),
@@ -196,7 +217,9 @@ def _outlines(shape: Tensor, amount: Tensor, phase: Tensor) -> Tensor:
         "hexagon": polygon(6, up),
         "flower": 0.72 + 0.28 * (6 * t).cos(),
         "ring": circle,
-        "cross": torch.minimum(1 / torch.maximum(x.abs(), y.abs()), 0.33 / torch.minimum(x.abs(), y.abs()).clamp(min=1e-3)),
+        "cross": torch.minimum(
+            1 / torch.maximum(x.abs(), y.abs()), 0.33 / torch.minimum(x.abs(), y.abs()).clamp(min=1e-3)
+        ),
         "moon": torch.where((bite > 0) & (x > 0), 0.75 * x - bite.clamp(min=0).sqrt(), circle),
         "drop": 0.62 + 0.38 * (-y).clamp(min=0) ** 6,
     }

@@ -10,29 +10,104 @@ if TYPE_CHECKING:
 
 TEXT_TOKENS = 16
 SHAPES = (
-    "circle", "square", "triangle", "star", "heart", "diamond", "hexagon", "flower", "ring", "cross", "moon", "drop", "blob",
-)  # fmt: skip
+    "circle",
+    "square",
+    "triangle",
+    "star",
+    "heart",
+    "diamond",
+    "hexagon",
+    "flower",
+    "ring",
+    "cross",
+    "moon",
+    "drop",
+    "blob",
+)
 PATTERNS = ("plain", "striped", "dotted", "checked", "photo")
 # Names of what a photo's piece is said to show: they tell the model nothing, as "a cat" does not.
 NOUNS = (
-    "cat", "dog", "bird", "cup", "mug", "coffee", "chair", "bottle", "ball", "toy", "car", "tree", "person", "face", "hat",
-    "shoe", "bag", "book", "clock", "vase", "rocket", "horse", "cake", "lamp", "plant",
-)  # fmt: skip
+    "cat",
+    "dog",
+    "bird",
+    "cup",
+    "mug",
+    "coffee",
+    "chair",
+    "bottle",
+    "ball",
+    "toy",
+    "car",
+    "tree",
+    "person",
+    "face",
+    "hat",
+    "shoe",
+    "bag",
+    "book",
+    "clock",
+    "vase",
+    "rocket",
+    "horse",
+    "cake",
+    "lamp",
+    "plant",
+)
 COLOURS = {
-    "red": (0.82, 0.12, 0.12), "orange": (0.95, 0.55, 0.10), "yellow": (0.95, 0.85, 0.15), "green": (0.15, 0.60, 0.20),
-    "cyan": (0.15, 0.75, 0.80), "blue": (0.12, 0.25, 0.80), "purple": (0.50, 0.18, 0.65), "pink": (0.95, 0.50, 0.70),
-    "brown": (0.45, 0.27, 0.12), "black": (0.08, 0.08, 0.08), "white": (0.96, 0.96, 0.96), "grey": (0.50, 0.50, 0.50),
-}  # fmt: skip
+    "red": (0.82, 0.12, 0.12),
+    "orange": (0.95, 0.55, 0.10),
+    "yellow": (0.95, 0.85, 0.15),
+    "green": (0.15, 0.60, 0.20),
+    "cyan": (0.15, 0.75, 0.80),
+    "blue": (0.12, 0.25, 0.80),
+    "purple": (0.50, 0.18, 0.65),
+    "pink": (0.95, 0.50, 0.70),
+    "brown": (0.45, 0.27, 0.12),
+    "black": (0.08, 0.08, 0.08),
+    "white": (0.96, 0.96, 0.96),
+    "grey": (0.50, 0.50, 0.50),
+}
 OTHER = (
-    "a", "an", "the", "of", "in", "on", "at", "with", "and", "to", "is", "photo", "picture", "image", "table", "small", "large",
-    "old", "new", "left", "right", "sitting", "standing", "lying", "wooden", "metal", "glass", "background", "stripes", "dots",
-    "checks", "nothing",
-)  # fmt: skip
+    "a",
+    "an",
+    "the",
+    "of",
+    "in",
+    "on",
+    "at",
+    "with",
+    "and",
+    "to",
+    "is",
+    "photo",
+    "picture",
+    "image",
+    "table",
+    "small",
+    "large",
+    "old",
+    "new",
+    "left",
+    "right",
+    "sitting",
+    "standing",
+    "lying",
+    "wooden",
+    "metal",
+    "glass",
+    "background",
+    "stripes",
+    "dots",
+    "checks",
+    "nothing",
+)
 SPECIAL = ("<pad>", "</s>", "<s>", "<unk>")
 
 
 def prompt(shape: int, pattern: int, colour: int, second: int, noun: int) -> str:
-    """Of a subject: "a red star with blue stripes", "a plain green ring"; of a photo's piece, "a photo of a cat"."""
+    """Of a subject: "a red star with blue stripes", "a plain green ring"; of a photo's piece, "a photo of a
+    cat".
+    """
     names = tuple(COLOURS)
     if PATTERNS[pattern] == "photo":
         return f"a photo of a {NOUNS[noun]}"
@@ -61,6 +136,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
         single="<s> $A </s>", special_tokens=[("<s>", ids["<s>"]), ("</s>", ids["</s>"])]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=made, model_max_length=TEXT_TOKENS,
-        bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
-    )  # fmt: skip
+        tokenizer_object=made,
+        model_max_length=TEXT_TOKENS,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+    )

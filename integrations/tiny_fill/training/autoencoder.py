@@ -1,8 +1,8 @@
 """The tiny model's AutoencoderKL: an encoder set by hand to principal components, and a decoder that learns.
 
 A latent holds the CHANNELS strongest principal components of a 4x4 cell of pixels, the weaker ones raised
-towards the stronger (BOOST). A linear encoder needs no training, and is one convolution while the transformer learns;
-AutoencoderKL's convolutions can do the same exactly once its residual branches are silent.
+towards the stronger (BOOST). A linear encoder needs no training, and is one convolution while the transformer
+learns; AutoencoderKL's convolutions can do the same exactly once its residual branches are silent.
 """
 
 from __future__ import annotations
@@ -27,11 +27,17 @@ PEG = 512.0  # far above any activation, see _set_last
 
 
 def principal_components(photos: Photos, generator: Generator, count: int = 1024) -> tuple[Tensor, Tensor]:
-    """(CHANNELS, 3, CELL, CELL) and (CHANNELS,): latents are F.conv2d(pixels in [-1, 1], weight, bias, stride=CELL).
+    """(CHANNELS, 3, CELL, CELL) and (CHANNELS,): latents are F.conv2d(pixels in [-1, 1], weight, bias,
+    stride=CELL).
 
-    Over all cells of `count` canvases, half of them with the hole cut out, their mean is 0 and their mean square 1.
+    Over all cells of `count` canvases, half of them with the hole cut out, their mean is 0 and their mean
+    square 1.
     """
-    total, products, seen = torch.zeros(3 * CELL**2).double(), torch.zeros(3 * CELL**2, 3 * CELL**2).double(), 0
+    total, products, seen = (
+        torch.zeros(3 * CELL**2).double(),
+        torch.zeros(3 * CELL**2, 3 * CELL**2).double(),
+        0,
+    )
     for _ in range(count // 32):
         some = canvases(32, photos, generator)
         pixels = 2 * some.pictures - 1
@@ -91,7 +97,10 @@ def _set_encoder(encoder: Any, weight: Tensor, bias: Tensor) -> None:
                 b, a = divmod(inner, 2)
                 combine[:CHANNELS, 4 * colour + inner, y, x] = weight[:, colour, 2 * y + b, 2 * x + a]
     encoder.down_blocks[0].downsamplers[0].conv.weight.copy_(gather)
-    first, last = encoder.down_blocks[1].resnets[0].conv_shortcut, encoder.down_blocks[2].resnets[0].conv_shortcut
+    first, last = (
+        encoder.down_blocks[1].resnets[0].conv_shortcut,
+        encoder.down_blocks[2].resnets[0].conv_shortcut,
+    )
     first.weight.copy_(torch.eye(32, 16)[:, :, None, None])
     encoder.down_blocks[1].downsamplers[0].conv.weight.copy_(combine)
     encoder.down_blocks[1].downsamplers[0].conv.bias[:CHANNELS] = bias
@@ -101,8 +110,8 @@ def _set_encoder(encoder: Any, weight: Tensor, bias: Tensor) -> None:
 def _set_last(encoder: Any, before: nn.Conv2d) -> None:
     """The latents, led around the last norm and SiLU, between the 1x1 convolution `before` and conv_out.
 
-    A group of the norm's channels holds three latents and their negatives, which makes its mean 0, and two pegs that
-    alone make its variance, which the norm's weight undoes; and silu(x) - silu(-x) = x.
+    A group of the norm's channels holds three latents and their negatives, which makes its mean 0, and two
+    pegs that alone make its variance, which the norm's weight undoes; and silu(x) - silu(-x) = x.
     """
     size = encoder.conv_norm_out.num_channels // GROUPS
     each = (size - 2) // 2

@@ -1,4 +1,6 @@
-"""The tiny FLUX.1-Fill: every component with the class, the configuration keys and the wiring of the real one."""
+"""The tiny FLUX.1-Fill: every component with the class, the configuration keys and the wiring of the real
+one.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ PACKED = 4 * CHANNELS  # of a token: 2x2 latents
 def transformer() -> FluxTransformer2DModel:
     """7.1 million parameters: 3 double and 5 single blocks, 6 heads of 32.
 
-    Every block starts as the identity (adaLN-Zero, arXiv 2212.09748), with sharp attention, which copying wants.
+    Every block starts as the identity (adaLN-Zero, arXiv 2212.09748), with sharp attention, which copying
+    wants.
     """
     from diffusers import FluxTransformer2DModel
 
@@ -52,7 +55,9 @@ def transformer() -> FluxTransformer2DModel:
 def sharpness(transformer: nn.Module) -> list[nn.Parameter]:
     """The gains of the q and k norms."""
     gains = (".norm_q.", ".norm_k.", ".norm_added_")
-    return [parameter for name, parameter in transformer.named_parameters() if any(gain in name for gain in gains)]
+    return [
+        parameter for name, parameter in transformer.named_parameters() if any(gain in name for gain in gains)
+    ]
 
 
 def clip(seed: int) -> CLIPTextModel:
@@ -64,11 +69,17 @@ def clip(seed: int) -> CLIPTextModel:
         torch.manual_seed(seed)
         made = CLIPTextModel(
             CLIPTextConfig(
-                vocab_size=len(ids), hidden_size=TEXT_WIDTH, intermediate_size=TEXT_WIDTH,
-                num_hidden_layers=1, num_attention_heads=4, max_position_embeddings=TEXT_TOKENS,
-                bos_token_id=ids["<s>"], eos_token_id=ids["</s>"], pad_token_id=ids["<pad>"],
+                vocab_size=len(ids),
+                hidden_size=TEXT_WIDTH,
+                intermediate_size=TEXT_WIDTH,
+                num_hidden_layers=1,
+                num_attention_heads=4,
+                max_position_embeddings=TEXT_TOKENS,
+                bos_token_id=ids["<s>"],
+                eos_token_id=ids["</s>"],
+                pad_token_id=ids["<pad>"],
             )
-        )  # fmt: skip
+        )
     for name, parameter in made.named_parameters():
         if "final_layer_norm" in name:
             torch.nn.init.zeros_(parameter)
@@ -84,15 +95,23 @@ def t5(seed: int) -> T5EncoderModel:
         torch.manual_seed(seed)
         made = T5EncoderModel(
             T5Config(
-                vocab_size=len(ids), d_model=TEXT_WIDTH, d_kv=16, d_ff=TEXT_WIDTH,
-                num_layers=1, num_heads=4, feed_forward_proj="gated-gelu",
-                pad_token_id=ids["<pad>"], eos_token_id=ids["</s>"],
+                vocab_size=len(ids),
+                d_model=TEXT_WIDTH,
+                d_kv=16,
+                d_ff=TEXT_WIDTH,
+                num_layers=1,
+                num_heads=4,
+                feed_forward_proj="gated-gelu",
+                pad_token_id=ids["<pad>"],
+                eos_token_id=ids["</s>"],
             )
-        )  # fmt: skip
+        )
     return made.eval().requires_grad_(False)
 
 
-def save(folder: str | os.PathLike[str], transformer: FluxTransformer2DModel, vae: AutoencoderKL, seed: int) -> Path:
+def save(
+    folder: str | os.PathLike[str], transformer: FluxTransformer2DModel, vae: AutoencoderKL, seed: int
+) -> Path:
     """Write the checkpoint for FluxFillPipeline.from_pretrained: safetensors, bfloat16.
 
     Args:
@@ -116,7 +135,9 @@ def save(folder: str | os.PathLike[str], transformer: FluxTransformer2DModel, va
 
 
 class Prompts:
-    """What the transformer is told of prompts, as FluxFillPipeline tells it. The encoders are small: nothing is kept."""
+    """What the transformer is told of prompts, as FluxFillPipeline tells it. The encoders are small: nothing
+    is kept.
+    """
 
     def __init__(self, seed: int, device: str | torch.device = "cpu") -> None:
         encoder: Any = t5(seed).bfloat16().float()  # transformers' `to` is typed by a decorator
@@ -125,7 +146,9 @@ class Prompts:
     @torch.no_grad()
     def __call__(self, prompts: list[str]) -> Tensor:
         """(n, TEXT_TOKENS, TEXT_WIDTH)"""
-        ids = self.words(prompts, padding="max_length", max_length=TEXT_TOKENS, truncation=True, return_tensors="pt")
+        ids = self.words(
+            prompts, padding="max_length", max_length=TEXT_TOKENS, truncation=True, return_tensors="pt"
+        )
         return self.encoder(ids.input_ids.to(self.device))[0]
 
 

@@ -27,12 +27,17 @@ def fill(training: Training, some: Canvases, generator: Generator) -> dict[str, 
         velocity = training.velocity(latents, torch.full((n,), level).to(latents), conditions, guidance)
         latents = latents + (following - level) * velocity
     found = _pixels(training, latents, some.pictures.shape)
-    return {"psnr": float(psnr(found, some.pictures, some.masks).mean()), "pattern": float(pattern(found, some).mean())}
+    return {
+        "psnr": float(psnr(found, some.pictures, some.masks).mean()),
+        "pattern": float(pattern(found, some).mean()),
+    }
 
 
 @torch.no_grad()
 def judge(training: Training, count: int = 32) -> dict[str, float]:
-    """PSNR in the hole and correlation of the pattern, on subjects of photos and seeds that are not learned from."""
+    """PSNR in the hole and correlation of the pattern, on subjects of photos and seeds that are not learned
+    from.
+    """
     trained = copies(training.transformer)
     training.transformer.load_state_dict(training.averages["transformer"])
     measured = {}
@@ -68,4 +73,6 @@ def pattern(found: Tensor, some: Canvases) -> Tensor:
         return (pictures - (pictures * weight).sum((2, 3), keepdim=True) / count) * weight
 
     a, b = centred(found), centred(some.pictures)
-    return (a * b).sum((1, 2, 3)) / (a.square().sum((1, 2, 3)) * b.square().sum((1, 2, 3))).sqrt().clamp(min=1e-6)
+    return (a * b).sum((1, 2, 3)) / (a.square().sum((1, 2, 3)) * b.square().sum((1, 2, 3))).sqrt().clamp(
+        min=1e-6
+    )

@@ -27,8 +27,10 @@ class Recipe:
         steps, decoder_steps: of the transformer and of the decoder.
         batch: diptychs of a step. rate: of AdamW; that of the q and k norms is `sharp` times as high.
         warmup: steps in which the rate rises. decay: share of the steps, at the end, in which it falls to 0.
-        widen: share of the steps in which the poses become free. aligned: share of the diptychs whose pose never is.
-        average: decay of the average of the weights that is kept. outside: weight of the loss outside of the hole.
+        widen: share of the steps in which the poses become free. aligned: share of the diptychs whose pose
+            never is.
+        average: decay of the average of the weights that is kept. outside: weight of the loss outside of the
+            hole.
     """
 
     seed: int = 0
@@ -52,7 +54,9 @@ class Training:
     def __init__(self, recipe: Recipe, device: str) -> None:
         self.recipe, self.device = recipe, device
         torch.manual_seed(recipe.seed)
-        self.weight, self.bias = autoencoder.principal_components(photos(), Generator().manual_seed(recipe.seed))
+        self.weight, self.bias = autoencoder.principal_components(
+            photos(), Generator().manual_seed(recipe.seed)
+        )
         self.weight, self.bias = self.weight.to(device), self.bias.to(device)
         vae: Any = autoencoder.autoencoder(self.weight, self.bias)  # diffusers' `to` is typed by a decorator
         transformer: Any = model.transformer()
@@ -62,15 +66,25 @@ class Training:
         plain = [p for p in self.transformer.parameters() if all(p is not q for q in sharp)]
         self.optimisers = {
             "transformer": torch.optim.AdamW(
-                [{"params": plain, "scale": 1.0}, {"params": sharp, "scale": recipe.sharp, "weight_decay": 0.0}],
-                betas=(0.9, 0.99), weight_decay=0.01, fused=True,
+                [
+                    {"params": plain, "scale": 1.0},
+                    {"params": sharp, "scale": recipe.sharp, "weight_decay": 0.0},
+                ],
+                betas=(0.9, 0.99),
+                weight_decay=0.01,
+                fused=True,
             ),
-            "decoder": torch.optim.AdamW(self.decoder.parameters(), betas=(0.9, 0.99), weight_decay=1e-4, fused=True),
-        }  # fmt: skip
+            "decoder": torch.optim.AdamW(
+                self.decoder.parameters(), betas=(0.9, 0.99), weight_decay=1e-4, fused=True
+            ),
+        }
         self.averages = {name: copies(part) for name, part in self.parts.items()}
         self.done = {"transformer": 0, "decoder": 0}
         self.prompts = model.Prompts(recipe.seed, device)
-        self.seen: dict[str, Photos] = {"training": photos(device=device), "held out": photos(HELD_OUT, device)}
+        self.seen: dict[str, Photos] = {
+            "training": photos(device=device),
+            "held out": photos(HELD_OUT, device),
+        }
         self.places = model.token_places(2 * SIDE // 8, SIDE // 8).to(device)
         self.words = torch.zeros(model.TEXT_TOKENS, 3, device=device)
 
@@ -90,7 +104,9 @@ class Training:
             "encoder_hidden_states": self.prompts(some.prompts),
         }
 
-    def velocity(self, noisy: Tensor, level: Tensor, conditions: dict[str, Tensor], guidance: Tensor) -> Tensor:
+    def velocity(
+        self, noisy: Tensor, level: Tensor, conditions: dict[str, Tensor], guidance: Tensor
+    ) -> Tensor:
         return self.transformer(
             hidden_states=torch.cat([noisy, conditions["known"]], -1),
             encoder_hidden_states=conditions["encoder_hidden_states"],
@@ -111,7 +127,9 @@ class Training:
         clean = model.pack(self.encode(2 * some.pictures - 1))
         noise = torch.randn(clean.shape, generator=generator).to(clean)
         level = (LEVELS[0] + LEVELS[1] * torch.randn(n, generator=generator)).sigmoid().to(clean)
-        guidance = (1 + 59 * torch.rand(n, generator=generator)).to(clean)  # which means nothing to this model
+        guidance = (1 + 59 * torch.rand(n, generator=generator)).to(
+            clean
+        )  # which means nothing to this model
         noisy = torch.lerp(clean, noise, level[:, None, None])
         error = self.velocity(noisy, level, self.conditions(some), guidance) - (noise - clean)
         hole = model.pack_mask(some.masks).mean(-1)
@@ -121,7 +139,9 @@ class Training:
     def decoder_loss(self, generator: Generator) -> Tensor:
         """Panels from their latents, a little noise in them."""
         some = canvases(self.recipe.batch, self.seen["training"], generator)
-        upper = (torch.rand(self.recipe.batch, generator=generator) < 0.3).to(self.device)[:, None, None, None]
+        upper = (torch.rand(self.recipe.batch, generator=generator) < 0.3).to(self.device)[
+            :, None, None, None
+        ]
         pixels = 2 * torch.where(upper, some.pictures[:, :, :SIDE], some.pictures[:, :, SIDE:]) - 1
         latents = self.encode(pixels)
         latents = latents + 0.1 * torch.randn(latents.shape, generator=generator).to(latents)
@@ -129,7 +149,10 @@ class Training:
         return error.abs().mean() + error.square().mean()
 
     def step(self, part: str) -> float:
-        done, steps = self.done[part], {"transformer": self.recipe.steps, "decoder": self.recipe.decoder_steps}[part]
+        done, steps = (
+            self.done[part],
+            {"transformer": self.recipe.steps, "decoder": self.recipe.decoder_steps}[part],
+        )
         base = {"transformer": self.recipe.rate, "decoder": self.recipe.decoder_rate}[part]
         left = (steps - done) / (self.recipe.decay * steps)
         rate = base * min(1.0, (done + 1) / self.recipe.warmup, left)
@@ -139,8 +162,9 @@ class Training:
         # Of the seed and the step alone, so that a run that was cut off sees what it would have seen.
         generator = Generator().manual_seed((self.recipe.seed << 32) + 2 * done + (part == "decoder") + 1)
         losses: dict[str, Callable[[Generator], Tensor]] = {
-            "transformer": self.transformer_loss, "decoder": self.decoder_loss,
-        }  # fmt: skip
+            "transformer": self.transformer_loss,
+            "decoder": self.decoder_loss,
+        }
         loss = losses[part](generator)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parts[part].parameters(), 1.0)
@@ -149,16 +173,20 @@ class Training:
         self.done[part] += 1
         with torch.no_grad():
             kept = min(self.recipe.average, done / (done + 10))
-            torch._foreach_lerp_(list(self.averages[part].values()), list(self.parts[part].state_dict().values()), 1 - kept)
+            torch._foreach_lerp_(
+                list(self.averages[part].values()), list(self.parts[part].state_dict().values()), 1 - kept
+            )
         return float(loss.detach())
 
     def save(self, path: Path) -> None:
         """Whole or not at all."""
         state = {
-            "recipe": asdict(self.recipe), "done": self.done, "averages": self.averages,
+            "recipe": asdict(self.recipe),
+            "done": self.done,
+            "averages": self.averages,
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
             "optimisers": {name: optimiser.state_dict() for name, optimiser in self.optimisers.items()},
-        }  # fmt: skip
+        }
         fresh = path.with_suffix(".new")
         torch.save(state, fresh)
         os.replace(fresh, path)

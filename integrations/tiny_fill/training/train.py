@@ -1,8 +1,8 @@
 """Train the tiny FLUX.1-Fill: python -m flashbrush.integrations.tiny_fill.training.train FOLDER
 
-One command, seeded, that goes on from its last state. FOLDER/state.pt is all of it, FOLDER/log.csv what was measured on
-the way, FOLDER/checkpoint the model for FluxFillPipeline.from_pretrained. The transformer learns first, then the
-decoder; on a GPU the data is made there too.
+One command, seeded, that goes on from its last state. FOLDER/state.pt is all of it, FOLDER/log.csv what was
+measured on the way, FOLDER/checkpoint the model for FluxFillPipeline.from_pretrained. The transformer learns
+first, then the decoder; on a GPU the data is made there too.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ def main(
     rate: float = Recipe.rate,
     widen: float = Recipe.widen,
     decay: float = Recipe.decay,
-    aligned: Annotated[float, typer.Option(help="Share of the diptychs whose pose never is free.")] = Recipe.aligned,
+    aligned: Annotated[
+        float, typer.Option(help="Share of the diptychs whose pose never is free.")
+    ] = Recipe.aligned,
     seed: int = Recipe.seed,
     device: str = "cuda" if torch.cuda.is_available() else "cpu",
     minutes: Annotated[float, typer.Option(help="Stop after so long; the same command goes on.")] = math.inf,
@@ -39,16 +41,24 @@ def main(
     """Train, or go on training."""
     folder.mkdir(parents=True, exist_ok=True)
     recipe = Recipe(
-        seed=seed, steps=steps, decoder_steps=decoder_steps, batch=batch, rate=rate, widen=widen, decay=decay,
+        seed=seed,
+        steps=steps,
+        decoder_steps=decoder_steps,
+        batch=batch,
+        rate=rate,
+        widen=widen,
+        decay=decay,
         aligned=aligned,
-    )  # fmt: skip
+    )
     training, state, start = Training(recipe, device), folder / "state.pt", time.monotonic()
     if state.exists():
         training.load(state)
     with apply(training.transformer):
         for part, end in (("transformer", steps), ("decoder", decoder_steps)):
             losses: list[float] = []
-            for done in (bar := tqdm(range(training.done[part], end), part, end, initial=training.done[part])):
+            for done in (
+                bar := tqdm(range(training.done[part], end), part, end, initial=training.done[part])
+            ):
                 losses.append(training.step(part))
                 last = done + 1 == end or time.monotonic() - start > 60 * minutes
                 if (done + 1) % every == 0 or last:
@@ -56,7 +66,9 @@ def main(
                     measured = judge(training) if part == "transformer" else {}
                     row = {"part": part, "step": done + 1, "loss": sum(losses) / len(losses), **measured}
                     _log(folder / "log.csv", row)
-                    bar.set_postfix({name: f"{value:.3g}" for name, value in row.items() if isinstance(value, float)})
+                    bar.set_postfix(
+                        {name: f"{value:.3g}" for name, value in row.items() if isinstance(value, float)}
+                    )
                     losses.clear()
                 if last:
                     break
@@ -73,7 +85,9 @@ def _log(path: Path, row: dict[str, Any]) -> None:
         writer = csv.DictWriter(file, names, restval="")
         if fresh:
             writer.writeheader()
-        writer.writerow({name: f"{value:.4f}" if isinstance(value, float) else value for name, value in row.items()})
+        writer.writerow(
+            {name: f"{value:.4f}" if isinstance(value, float) else value for name, value in row.items()}
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""The GPU's command on the CPU: the whole plan, its files, and that nothing wrong, missing or skipped goes unsaid."""
+"""The GPU's command on the CPU: the whole plan, its files, and that nothing wrong, missing or skipped goes
+unsaid.
+"""
 
 from __future__ import annotations
 
@@ -110,9 +112,14 @@ def contestants():
 def run(*arguments: str | Path, expect: int = 0, cwd: Path | None = None, module: bool = False) -> str:
     how = ["-m", gpu.MODULE] if module else [str(SCRIPT)]
     done = subprocess.run(
-        [sys.executable, *how, *map(str, arguments)], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=cwd or machine.ROOT,
-    )  # fmt: skip
+        [sys.executable, *how, *map(str, arguments)],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=cwd or machine.ROOT,
+    )
     assert done.returncode == expect, done.stdout
     return done.stdout
 
@@ -145,7 +152,14 @@ def test_every_ratio_that_matters(whole: tuple[Path, str]) -> None:
     rows = json.loads((whole[0] / "gpu-dry-run.json").read_text())["rows"]
     of = {section: [r for r in rows if r["section"] == section] for section in gpu_plan.SECTIONS}
     for row in of["forward"]:
-        wanted = {"plain/vendor", "brush/vendor", "brush/plain", "shift/plain", "brush/composed", "brush/eager"}
+        wanted = {
+            "plain/vendor",
+            "brush/vendor",
+            "brush/plain",
+            "shift/plain",
+            "brush/composed",
+            "brush/eager",
+        }
         assert wanted <= set(row["ratios"]) and row["shape"]["name"] == row["name"]
     assert {r["name"] for r in of["forward"]} == set(GPU_SHAPES)
     assert {"groups/composed_groups", "quarter/plain"} <= set(of["features"][0]["ratios"])
@@ -155,8 +169,12 @@ def test_every_ratio_that_matters(whole: tuple[Path, str]) -> None:
     assert {"controlled/fastest stock", "controlled_in_place/stock"} <= set(of["layer"][0]["ratios"])
     assert {"plain/flex", "brush/composed_flash"} <= set(of["compiled"][0]["ratios"])
     assert [r["name"] for r in of["around"]] == [
-        "qk_norm_rope", "blend_latents", "adain", "query_blur", "column_mass"
-    ]  # fmt: skip
+        "qk_norm_rope",
+        "blend_latents",
+        "adain",
+        "query_blur",
+        "column_mass",
+    ]
     if importlib.util.find_spec("diffusers") is not None:
         assert all(row["stock_against_diffusers"] <= 1e-5 for row in of["layer"])
 
@@ -183,7 +201,9 @@ def test_wrong_contestants_are_caught(tmp_path: Path) -> None:
     results = json.loads((tmp_path / "gpu-dry-run.json").read_text())
     for row in results["rows"]:
         assert set(row["failures"]) == {"off_by_a_little", "not_a_number"}
-        assert "error" in row["failures"]["off_by_a_little"] and "not finite" in row["failures"]["not_a_number"]
+        assert (
+            "error" in row["failures"]["off_by_a_little"] and "not finite" in row["failures"]["not_a_number"]
+        )
         for field in ("seconds", "tflops", "errors", "memory", "ratios"):
             assert not any("off_by" in name or "not_a" in name for name in row[field])
         assert {"right", "plain", "brush", "sdpa"} <= set(row["seconds"])
@@ -191,8 +211,13 @@ def test_wrong_contestants_are_caught(tmp_path: Path) -> None:
     assert len(results["failures"]) == 2 * len(GPU_SHAPES)
     with (tmp_path / "gpu-dry-run.csv").open() as file:
         wrong = [line for line in csv.DictReader(file) if line["status"] == "wrong"]
-    assert len(wrong) == 2 * len(GPU_SHAPES) and not any(line["median_ms"] or line["tflops"] for line in wrong)
-    assert "WRONG: forward, flux-1024: off_by_a_little" in screen and "missing: absent: it was left at home" in screen
+    assert len(wrong) == 2 * len(GPU_SHAPES) and not any(
+        line["median_ms"] or line["tflops"] for line in wrong
+    )
+    assert (
+        "WRONG: forward, flux-1024: off_by_a_little" in screen
+        and "missing: absent: it was left at home" in screen
+    )
 
 
 def test_the_budget_skips(tmp_path: Path) -> None:
@@ -208,10 +233,14 @@ def test_a_crash_and_a_hang_cost_their_own_rows(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "more.py").write_text(FATAL)
     plan = gpu_plan.tasks(["forward"])
     # The process that runs the plan knows its own limits.
-    shortened = [ShortTask(t.section, t.title, t.run, t.seconds) if t.title == "flux-1024" else t for t in plan]
+    shortened = [
+        ShortTask(t.section, t.title, t.run, t.seconds) if t.title == "flux-1024" else t for t in plan
+    ]
     found: dict[int, dict] = {}
     command = gpu_runner.python_command(
-        SCRIPT, ["--dry-run", "--sections", "forward", "--peers", str(tmp_path / "more.py")], time.time() + 120
+        SCRIPT,
+        ["--dry-run", "--sections", "forward", "--peers", str(tmp_path / "more.py")],
+        time.time() + 120,
     )
     gpu_runner.supervise(command, shortened, time.time() + 120, 1, found.__setitem__, lambda machine: None)
     assert sorted(found) == list(range(len(plan)))
@@ -232,7 +261,9 @@ class ShortTask(gpu_plan.Task):
 
 @pytest.mark.parametrize("how", ["lost", "exit", "hang"])
 def test_what_does_not_survive_the_cuda_backend_goes_on_without(how: str) -> None:
-    """A check of it has failed then; a row that was being timed is made once more, and the next ones without it too."""
+    """A check of it has failed then; a row that was being timed is made once more, and the next ones without
+    it too.
+    """
     script = """
 import json, sys, time
 how, *rest = sys.argv[1:]
@@ -249,7 +280,11 @@ with open(rest[rest.index("--worker") + 1], "a") as file:
 """
     tasks = [ShortTask("checks", "check", lambda _: {}, 1, apart=True, cuda=True)]
     tasks += [ShortTask("forward", str(i), lambda _: {}, 1, cuda=True) for i in range(2)]
-    why = {"lost": "an illegal address", "exit": "the process ended with exit code 3", "hang": "no result after 2 s"}[how]
+    why = {
+        "lost": "an illegal address",
+        "exit": "the process ended with exit code 3",
+        "hang": "no result after 2 s",
+    }[how]
     command = [sys.executable, "-c", script, how]
     for plan, expected in (
         (tasks, [{"check": why}, {"x": "y"}, {"x": "y"}]),
@@ -279,9 +314,9 @@ def test_files_of_numbers_that_json_has_not(tmp_path: Path) -> None:
 def test_without_the_cuda_backend() -> None:
     setup = replace(SETUP, cuda=False)
     row: Any = gpu_forward.measure(setup, GPU_SHAPES["flux-1024"], gpu_forward.main_entries(setup))
-    assert {name: row["missing"][name] for name in gpu_shapes.CUDA if name in row["missing"]} == dict.fromkeys(
-        ("cuda_plain", "cuda_shift", "cuda_brush"), gpu_machine.NO_CUDA
-    )
+    assert {
+        name: row["missing"][name] for name in gpu_shapes.CUDA if name in row["missing"]
+    } == dict.fromkeys(("cuda_plain", "cuda_shift", "cuda_brush"), gpu_machine.NO_CUDA)
     checks = [task.run(setup) for task in gpu_plan.tasks() if task.cuda and task.apart]
     assert checks and all(check == {"missing": {"cuda": gpu_machine.NO_CUDA}} for check in checks)
 
@@ -325,7 +360,9 @@ def test_as_a_module_from_elsewhere(tmp_path: Path) -> None:
 
 
 def test_from_a_checkout_that_is_not_installed(tmp_path: Path) -> None:
-    """The checkout that the file is in is what is measured, whatever else is installed and wherever it is called."""
+    """The checkout that the file is in is what is measured, whatever else is installed and wherever it is
+    called.
+    """
     code = f"import runpy, sys; sys.argv = ['run.py', '--help']; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
     # Without the site's start files an editable install is not found.
     paths = [p for p in sys.path if "site-packages" in p]
@@ -369,10 +406,14 @@ def test_without_a_gpu(capsys) -> None:
 
 @pytest.mark.parametrize("feature", gpu_checks.FEATURES)
 def test_the_dense_formula_is_the_reference(feature: str) -> None:
-    """Written twice, from the formula and from what a user passes: by the benchmark, and by the reference backend."""
+    """Written twice, from the formula and from what a user passes: by the benchmark, and by the reference
+    backend.
+    """
     p = gpu_checks.draw(SETUP, feature, torch.float64, 16)
     exact = dense.answer(p, torch.float64)
-    out, stats = fb.attention(p.q, p.k, p.v, p.control(), backend="reference", return_stats=True, **p.keywords)
+    out, stats = fb.attention(
+        p.q, p.k, p.v, p.control(), backend="reference", return_stats=True, **p.keywords
+    )
     assert torch.allclose(out, exact.out, rtol=0, atol=1e-6)  # the tables are float32
     assert torch.allclose(stats.lse.double(), exact.lse, rtol=0, atol=1e-5)
     assert torch.allclose(stats.mass.double(), exact.mass, rtol=1e-6, atol=1e-6)
@@ -451,7 +492,9 @@ def test_a_wrong_layer_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_wrong_gradient_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_backward, "attention", lambda q, k, v, **more: fb.attention(q, k, v, **more) + 0.3 * q)
+    monkeypatch.setattr(
+        gpu_backward, "attention", lambda q, k, v, **more: fb.attention(q, k, v, **more) + 0.3 * q
+    )
     row = gpu_backward.measure(SETUP, GPU_SHAPES["flux-1024"])
     assert set(row["failures"]) == set(gpu_backward.OURS) and set(row["seconds"]) == {"flash"}  # type: ignore[arg-type]
 
@@ -484,9 +527,15 @@ def test_contestants_take_turns_and_inputs_rotate() -> None:
 def test_shapes() -> None:
     sizes = {shape.size for shape in GPU_SHAPES.values()}
     assert sizes == {
-        "(1,24,4608,128)", "(1,24,5120,128)", "(1,24,8704,128)", "(8,8,4096,40)", "(8,8,1024,80)", "(2,24,4429,64)",
-        "(1,24,16384,128)", "(1,24,65536,128)",
-    }  # fmt: skip
+        "(1,24,4608,128)",
+        "(1,24,5120,128)",
+        "(1,24,8704,128)",
+        "(8,8,4096,40)",
+        "(8,8,1024,80)",
+        "(2,24,4429,64)",
+        "(1,24,16384,128)",
+        "(1,24,65536,128)",
+    }
     quarter = variant(GPU_SHAPES["flux-768-diptych"], "quarter")
     assert (quarter.n_rows, quarter.n_keys) == (1280, 5120)
     with pytest.raises(ValueError, match="sideways"):
@@ -496,12 +545,20 @@ def test_shapes() -> None:
 
 
 def test_fast_means_below_one() -> None:
-    found = gpu_forward.ratios({"plain": [1.0], "brush": [2.0], "cudnn": [4.0], "flash": [8.0], "eager": [16.0]})
+    found = gpu_forward.ratios(
+        {"plain": [1.0], "brush": [2.0], "cudnn": [4.0], "flash": [8.0], "eager": [16.0]}
+    )
     medians = {name: spread.median for name, spread in found.items()}
     assert medians == {
-        "brush/plain": 2.0, "plain/cudnn": 0.25, "plain/flash": 0.125, "brush/cudnn": 0.5, "brush/flash": 0.25,
-        "brush/eager": 0.125, "plain/vendor": 0.25, "brush/vendor": 0.5,
-    }  # fmt: skip
+        "brush/plain": 2.0,
+        "plain/cudnn": 0.25,
+        "plain/flash": 0.125,
+        "brush/cudnn": 0.5,
+        "brush/flash": 0.25,
+        "brush/eager": 0.125,
+        "plain/vendor": 0.25,
+        "brush/vendor": 0.5,
+    }
 
 
 def test_one_device_s_name() -> None:

@@ -99,7 +99,9 @@ def test_bad_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: obj
     assert str(path) in str(caught.value) and tiles.VARIABLE in str(caught.value)
 
 
-def test_a_file_is_read_once_and_only_where_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_read_once_and_only_where_it_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     chosen = attention_tiles.forward_tile(0, 64, 2)
     path = tmp_path / "tiles.json"
     tiles.write(path, "cpu", {Kind(64, 2): Tile(64, 32, 4, 2)}, {})

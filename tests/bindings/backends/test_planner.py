@@ -71,7 +71,10 @@ def test_every_named_backend_runs_or_fails_with_reasons() -> None:
             assert all(reason in str(error.value) for reason in reasons)
         else:
             assert fb.attention(q, q, q, backend=name).shape == q.shape
-    with pytest.raises(ValueError, match="backend: expected 'auto' or one of cpu, triton, cuda, composed, reference, got 'fast'"):
+    with pytest.raises(
+        ValueError,
+        match="backend: expected 'auto' or one of cpu, triton, cuda, composed, reference, got 'fast'",
+    ):
         fb.attention(q, q, q, backend="fast")
 
 

@@ -34,7 +34,12 @@ def test_the_draws_cover_the_operator() -> None:
     specs = [draw(seed) for seed in range(120)]
     for name in ("bias", "weight", "gain", "head_gain", "groups", "gates", "contrast", "valid"):
         assert sum(name in s.options for s in specs) >= 15, name
-    assert {s.options["head_gain"].norm for s in specs if "head_gain" in s.options} == {"minmax", "mean", "max", "softmax"}
+    assert {s.options["head_gain"].norm for s in specs if "head_gain" in s.options} == {
+        "minmax",
+        "mean",
+        "max",
+        "softmax",
+    }
     clips = [c.clip for s in specs if isinstance(c := s.options.get("contrast"), fb.Contrast)]
     assert clips.count(None) >= 3 and len(clips) - clips.count(None) >= 6
     for name, present in (

@@ -61,7 +61,9 @@ def norm_rope(x: Tensor) -> Tensor:
 FORWARD = {
     "qk_norm_rope": norm_rope,
     "adain": lambda x: fb.adain(x, x.detach().flip(1) * 2 + 1),
-    "blend_latents": lambda x: fb.blend_latents(x, x.detach() * 2, x.detach() - 1, torch.full_like(x.detach(), 0.3), 0.4),
+    "blend_latents": lambda x: fb.blend_latents(
+        x, x.detach() * 2, x.detach() - 1, torch.full_like(x.detach(), 0.3), 0.4
+    ),
 }
 
 
@@ -75,7 +77,9 @@ def test_forward_mode_agrees_with_reverse_mode(name: str) -> None:
     torch.testing.assert_close((forward * given).sum(), (gradient * tangent).sum(), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("f", [attend("cpu"), attend("composed"), norm_rope, see], ids=["cpu", "composed", "norm", "see"])
+@pytest.mark.parametrize(
+    "f", [attend("cpu"), attend("composed"), norm_rope, see], ids=["cpu", "composed", "norm", "see"]
+)
 def test_a_gradient_of_a_gradient_is_refused(f: Callable[[Tensor], Tensor]) -> None:
     x = draw(1, ROWS, HEADS, DIM).requires_grad_()
     (gradient,) = torch.autograd.grad(f(x).square().sum(), x, create_graph=True)
@@ -90,7 +94,10 @@ def test_a_gradient_of_a_gradient_is_refused(f: Callable[[Tensor], Tensor]) -> N
 
 @pytest.mark.parametrize("what", ["scale", "mask", "probabilities"])
 def test_what_the_caller_changes_before_the_backward_pass_is_told(what: str) -> None:
-    q, (k, v) = draw(1, ROWS, HEADS, DIM).requires_grad_(), (draw(1, ROWS, HEADS, DIM), draw(1, ROWS, HEADS, DIM))
+    q, (k, v) = (
+        draw(1, ROWS, HEADS, DIM).requires_grad_(),
+        (draw(1, ROWS, HEADS, DIM), draw(1, ROWS, HEADS, DIM)),
+    )
     scale, mask = torch.full((1,), 0.3), draw(ROWS, ROWS)
     if what == "probabilities":
         out = fb.key_probabilities(q, k, torch.zeros(1, HEADS, ROWS, 1), [1], scale=scale)

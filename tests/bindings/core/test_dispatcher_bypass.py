@@ -135,7 +135,11 @@ def test_the_same_bits_as_the_operator(call: Call) -> None:
     with Seen() as seen:
         dispatched, alone = call.run("auto", return_stats=True), call.run("auto")
     assert sum("flashbrush.attention" in name for name in seen.names) == 2
-    for one, other in ((plain, alone), (direct[0], dispatched[0]), *zip(direct[1], dispatched[1], strict=True)):
+    for one, other in (
+        (plain, alone),
+        (direct[0], dispatched[0]),
+        *zip(direct[1], dispatched[1], strict=True),
+    ):
         torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
         assert one.is_contiguous() and one.stride() == other.stride()
 
@@ -182,7 +186,9 @@ def test_statistics_are_the_caller_s_own() -> None:
     x = small()
     _, stats = fb.attention(x, x, x, control, return_stats=True)
     stats.gain.zero_()
-    assert torch.equal(fb.attention(x, x, x, control, return_stats=True)[1].gain[..., 0], torch.full((2, 2), 2.0))
+    assert torch.equal(
+        fb.attention(x, x, x, control, return_stats=True)[1].gain[..., 0], torch.full((2, 2), 2.0)
+    )
 
 
 def test_a_written_output_counts_as_changed() -> None:

@@ -17,11 +17,14 @@ from flashbrush.bindings.operators import attention as ops
 from support.problems import Call, calls, draws, luck
 from support.specs import arguments, draw
 
-# --- what torch demands ---------------------------------------------------------------------------------------------
+# --- what torch demands
+# ---------------------------------------------------------------------------------------------
 
 
 def lowered(seed: int, dtype: torch.dtype, heads_first: bool) -> tuple:
-    """The operators' inputs for a drawn call, on tensors that lie in memory as (batch, heads, tokens, dim) if asked."""
+    """The operators' inputs for a drawn call, on tensors that lie in memory as (batch, heads, tokens, dim) if
+    asked.
+    """
     spec = draw(seed)
     if "contrast" in spec.options:
         spec.options["contrast"] = fb.Contrast(1.75, None)
@@ -58,7 +61,8 @@ def test_outputs_never_share_memory_with_inputs() -> None:
         assert control.gain is not None and bool((control.gain[..., 0] == gain).all())
 
 
-# --- compilation ----------------------------------------------------------------------------------------------------
+# --- compilation
+# ----------------------------------------------------------------------------------------------------
 
 
 def halves(n: int) -> fb.Segments:
@@ -74,8 +78,12 @@ CHANGED = {
     "bias per head": lambda i, n: fb.Control(halves(n), bias={("a", "b"): torch.randn(4)}),
     "weight": lambda i, n: fb.Control(halves(n), weight={("a", "*"): 1.0 + 0.1 * i}),
     "gain": lambda i, n: fb.Control(halves(n), gain={"a": 0.3 * i, "b": torch.rand(2, 4)}),
-    "head gain": lambda i, n: fb.Control(halves(n), head_gain=fb.HeadGain("b", "a", span=0.1 * i, floor=1.0 - 0.1 * i)),
-    "groups": lambda i, n: fb.Control(halves(n), groups={"x": ["a"], "y": ["b"]}, gates={"y": torch.rand(2, n)}),
+    "head gain": lambda i, n: fb.Control(
+        halves(n), head_gain=fb.HeadGain("b", "a", span=0.1 * i, floor=1.0 - 0.1 * i)
+    ),
+    "groups": lambda i, n: fb.Control(
+        halves(n), groups={"x": ["a"], "y": ["b"]}, gates={"y": torch.rand(2, n)}
+    ),
     "gate": lambda i, n: fb.Control(halves(n), groups={"x": ["a"], "y": ["b"]}, gates={"y": 0.2 * i}),
     "valid": lambda i, n: fb.Control(halves(n), valid={"a": torch.tensor([i, 5])}),
     "contrast": lambda i, n: fb.Control(halves(n), contrast=fb.Contrast(1.1 + 0.1 * i, (0.0, 1.0 - 0.1 * i))),
@@ -112,7 +120,9 @@ def test_compiles_whole_with_dynamic_sizes(backend: str, grad: bool) -> None:
     for i, n in enumerate((127, 193)):
         q, k, v = qkv(n, grad)
         rule = fb.HeadGain("b", "a", span=0.1 + i)
-        control = fb.Control(halves(n), weight={("a", "b"): 1.3 + i}, head_gain=rule, gain={"a": torch.rand(2, 4)})
+        control = fb.Control(
+            halves(n), weight={("a", "b"): 1.3 + i}, head_gain=rule, gain={"a": torch.rand(2, 4)}
+        )
         results = []
         for function in (compiled, attend_and_scale):
             out, stats = function(q, k, v, control, "composed")
@@ -125,7 +135,9 @@ def test_compiles_whole_with_dynamic_sizes(backend: str, grad: bool) -> None:
 def test_a_plain_call_takes_marked_sizes() -> None:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(lambda q, k, v: fb.attention(q * 2, k, v, backend="composed"), fullgraph=True, backend=counter)
+    compiled = torch.compile(
+        lambda q, k, v: fb.attention(q * 2, k, v, backend="composed"), fullgraph=True, backend=counter
+    )
     for rows, keys in ((127, 64), (193, 65)):
         q, k, v = qkv(rows)[0], *qkv(keys)[1:]
         for t in (q, k, v):
@@ -172,7 +184,8 @@ def test_lists_sources_masks_and_out_compile() -> None:
     assert bool(torch.isfinite(outs).all())
 
 
-# --- gradients ------------------------------------------------------------------------------------------------------
+# --- gradients
+# ------------------------------------------------------------------------------------------------------
 
 GRADIENTS = {
     "plain": {},
@@ -203,7 +216,10 @@ def test_gradcheck_of_lists_sources_and_broadcast(backend: str) -> None:
     q, a, b, c = leaves((2, 4, 2, 3), (2, 2, 2, 3), (1, 0, 2, 3), (1, 3, 2, 3))
     other = [t.detach().clone().requires_grad_() for t in (a, b, c)]
     index = torch.tensor([1, 0, 1])
-    sources = (None, {"q": index, "k": [index, index * 0, index * 0], "v": [index.flip(0), index * 0, index * 0]})
+    sources = (
+        None,
+        {"q": index, "k": [index, index * 0, index * 0], "v": [index.flip(0), index * 0, index * 0]},
+    )
     for source in sources:
 
         def call(q, a, b, c, d, e, f, source=source):
@@ -216,7 +232,9 @@ def test_gradcheck_of_lists_sources_and_broadcast(backend: str) -> None:
 def test_gradcheck_of_one_tensor_in_several_places(backend: str) -> None:
     (x,) = leaves((2, 4, 2, 3))
     assert gradcheck(lambda x: fb.attention(x, x, x, backend=backend), [x])
-    control = fb.Control(fb.Segments(a=4), fb.Segments(x=4, y=4), groups={"g": ["x"], "h": ["y"]}, gates={"g": 0.3})
+    control = fb.Control(
+        fb.Segments(a=4), fb.Segments(x=4, y=4), groups={"g": ["x"], "h": ["y"]}, gates={"g": 0.3}
+    )
     assert gradcheck(lambda x: fb.attention(x, [x, x], [x, x], control, scale=0.4, backend=backend), [x])
 
 
@@ -274,7 +292,12 @@ def test_removed_keys_are_not_read_by_the_gradient(backend: str) -> None:
 
 def autograd(call: Call, backend: str, d: Tensor) -> list[Tensor]:
     """Gradients of a call with respect to q and every key and value tensor."""
-    leaf = lambda t: [x.detach().requires_grad_() for x in t] if isinstance(t, list) else t.detach().requires_grad_()  # noqa: E731
+
+    def leaf(t: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+        return (
+            [x.detach().requires_grad_() for x in t] if isinstance(t, list) else t.detach().requires_grad_()
+        )
+
     fresh = Call(leaf(call.q), leaf(call.k), leaf(call.v), call.control, call.kwargs)
     flat = [fresh.q, *(fresh.k if isinstance(fresh.k, list) else [fresh.k])]
     flat += fresh.v if isinstance(fresh.v, list) else [fresh.v]

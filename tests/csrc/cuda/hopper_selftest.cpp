@@ -8,11 +8,17 @@ namespace {
 constexpr int kBarriers = 1024;  // bytes before the tiles
 constexpr int kRows = 64;
 
-FB_DEVICE int row_of(int i) { return 16 * (thread_index() / 32) + thread_index() % 32 / 4 + 8 * (i / 2 % 2); }
-FB_DEVICE int column_of(int i) { return 8 * (i / 4) + 2 * (thread_index() % 4) + i % 2; }
+FB_DEVICE int row_of(int i) {
+  return 16 * (thread_index() / 32) + thread_index() % 32 / 4 + 8 * (i / 2 % 2);
+}
+FB_DEVICE int column_of(int i) {
+  return 8 * (i / 4) + 2 * (thread_index() % 4) + i % 2;
+}
 
 // Step s of 16 of the summed dimension, of a tile of so many rows.
-FB_DEVICE uint64_t step_of(uint64_t tile, int s, int rows) { return advance(tile, s / 4 * rows * 128 + s % 4 * 32); }
+FB_DEVICE uint64_t step_of(uint64_t tile, int s, int rows) {
+  return advance(tile, s / 4 * rows * 128 + s % 4 * 32);
+}
 
 // Two neighbours of a row into a tile of 64 columns or blocks of as many, swizzled.
 template <typename T>
@@ -21,13 +27,14 @@ FB_DEVICE void store_pair(char* tile, int rows, int row, int column, float a, fl
   *reinterpret_cast<uint32_t*>(block + ((column % 64 / 8) ^ row % 8) * 16 + column % 8 * 2) = pack<T>(a, b);
 }
 
-// ------------------------------------------------------------------------------------ q k', and back through the tile of q
+// ------------------------------------------------------------------------------------ q k', and back through
+// the tile of q
 
 struct Rows {
   TensorMap q, k;
   int row, head, item;
-  float* out;          // (64, N)
-  uint16_t* rounded;   // the same, through shared memory; N = 64 or 128
+  float* out;         // (64, N)
+  uint16_t* rounded;  // the same, through shared memory; N = 64 or 128
 };
 
 template <typename T, int D, int N>
@@ -51,7 +58,8 @@ __global__ void multiply_rows(const __grid_constant__ Rows p) {
   wait(full, 0);
   float c[N / 2];
   begin_products();
-  for (int s = 0; s < D / 16; ++s) multiply<T, N>(c, step_of(operand(q, 0, 1024), s, kRows), step_of(operand(k, 0, 1024), s, N), s > 0);
+  for (int s = 0; s < D / 16; ++s)
+    multiply<T, N>(c, step_of(operand(q, 0, 1024), s, kRows), step_of(operand(k, 0, 1024), s, N), s > 0);
   commit_products();
   await_products<0>();
   pin(c);
@@ -63,7 +71,8 @@ __global__ void multiply_rows(const __grid_constant__ Rows p) {
   sync_some(1, 128);
   for (int i = thread_index(); i < kRows * N; i += 128) {
     const int r = i / N, n = i % N;
-    p.rounded[i] = *reinterpret_cast<uint16_t*>(q + n / 64 * kRows * 128 + r * 128 + ((n % 64 / 8) ^ r % 8) * 16 + n % 8 * 2);
+    p.rounded[i] = *reinterpret_cast<uint16_t*>(q + n / 64 * kRows * 128 + r * 128 +
+                                                ((n % 64 / 8) ^ r % 8) * 16 + n % 8 * 2);
   }
 }
 
@@ -74,14 +83,17 @@ int run_rows(const Rows& p) {
 
 template <typename T>
 int select_rows(const Rows& p, int dim, int columns) {
-#define FB_CASE(D, N) if (dim == D && columns == N) return run_rows<T, D, N>(p);
-  FB_CASE(64, 64) FB_CASE(64, 128) FB_CASE(64, 176) FB_CASE(64, 192)
-  FB_CASE(128, 64) FB_CASE(128, 128) FB_CASE(128, 176) FB_CASE(128, 192)
+#define FB_CASE(D, N) \
+  if (dim == D && columns == N) return run_rows<T, D, N>(p);
+  FB_CASE(64, 64)
+  FB_CASE(64, 128) FB_CASE(64, 176) FB_CASE(64, 192) FB_CASE(128, 64) FB_CASE(128, 128) FB_CASE(128, 176)
+      FB_CASE(128, 192)
 #undef FB_CASE
-  return -1;
+          return -1;
 }
 
-// -------------------------------------------------------------------------------------------------- a v, a in registers
+// -------------------------------------------------------------------------------------------------- a v, a
+// in registers
 
 struct Columns {
   TensorMap v;
@@ -101,7 +113,8 @@ __global__ void multiply_columns(const __grid_constant__ Columns p) {
   sync_block();
   if (thread_index() == 0) {
     arrive_expecting(full, S * N * 2);
-    for (int block = 0; block < N / 64; ++block) copy_tile(v + block * S * 128, &p.v, full, 64 * block, 0, 0, 0);
+    for (int block = 0; block < N / 64; ++block)
+      copy_tile(v + block * S * 128, &p.v, full, 64 * block, 0, 0, 0);
   }
   uint32_t a[S / 16][4];
   for (int s = 0; s < S / 16; ++s)
@@ -117,7 +130,8 @@ __global__ void multiply_columns(const __grid_constant__ Columns p) {
   for (int s = 0; s < 3; ++s) multiply<T, N>(c, a[s], advance(operand(v, S * 128, 1024), s * 2048), true);
   commit_products();
   begin_products();
-  for (int s = 3; s < S / 16; ++s) multiply<T, N>(d, a[s], advance(operand(v, S * 128, 1024), s * 2048), s > 3);
+  for (int s = 3; s < S / 16; ++s)
+    multiply<T, N>(d, a[s], advance(operand(v, S * 128, 1024), s * 2048), s > 3);
   commit_products();
   await_products<1>();
   pin(c);
@@ -132,7 +146,8 @@ int run_columns(const Columns& p) {
   return launch(multiply_columns<T, 80, N>, p, 1, 128, kBarriers + 80 * N * 2, nullptr);
 }
 
-// ----------------------------------------------------------- tiles of k through two stages, a producer and two consumers
+// ----------------------------------------------------------- tiles of k through two stages, a producer and
+// two consumers
 
 enum Mistake {
   NONE,
@@ -182,7 +197,8 @@ __global__ void sum_tiles(const __grid_constant__ Ring p) {
     give_registers<24>();
     if (thread_index() == 0) {
       arrive_expecting(loaded, 2 * kTile);
-      for (int g = 0; g < 2; ++g) copy_tile(q + g * kTile, &p.q, loaded, 0, 64 * (2 * block_index() + g), 0, 0);
+      for (int g = 0; g < 2; ++g)
+        copy_tile(q + g * kTile, &p.q, loaded, 0, 64 * (2 * block_index() + g), 0, 0);
       for (int i = 0; i < p.tiles; ++i) {
         const int s = i % kStages;
         wait(empty + s, i / kStages % 2 ^ 1);
@@ -193,8 +209,10 @@ __global__ void sum_tiles(const __grid_constant__ Ring p) {
     }
     return;
   }
-  if (mistake == TOO_MANY_REGISTERS) take_registers<248>();
-  else take_registers<240>();
+  if (mistake == TOO_MANY_REGISTERS)
+    take_registers<248>();
+  else
+    take_registers<240>();
   char* mine = q + (group - 1) * kTile;
   float c[32], d[32];
   for (float& x : c) x = 0;
@@ -205,7 +223,8 @@ __global__ void sum_tiles(const __grid_constant__ Ring p) {
     begin_products();
     for (int j = 0; j < kDim / 16; ++j) {
       const int step = mistake == OTHER_OPERAND && thread_index() % 128 == 77 ? 0 : j;
-      multiply<T, 64>(d, step_of(operand(mine, 0, 1024), step, 64), step_of(operand(k + s * kTile, 0, 1024), j, 64), j > 0);
+      multiply<T, 64>(d, step_of(operand(mine, 0, 1024), step, 64),
+                      step_of(operand(k + s * kTile, 0, 1024), j, 64), j > 0);
     }
     commit_products();
     if (mistake == EARLY_WRITE && i == 1) d[3] += 1;
@@ -221,11 +240,13 @@ __global__ void sum_tiles(const __grid_constant__ Ring p) {
   // The sum becomes an operand: it is multiplied by 1.
   for (int i = 0; i < 32; i += 2) store_pair<T>(mine, 64, row_of(i) % 64, column_of(i), c[i], c[i + 1]);
   publish_stores();
-  if (mistake != HALF_A_WARP || thread_index() % 32 < 16) sync_some(group, mistake == OTHER_COUNT && thread_index() % 128 < 64 ? 96 : 128);
+  if (mistake != HALF_A_WARP || thread_index() % 32 < 16)
+    sync_some(group, mistake == OTHER_COUNT && thread_index() % 128 < 64 ? 96 : 128);
   uint32_t ones[4][4];
   for (int s = 0; s < 4; ++s)
     for (int i = 0; i < 4; ++i)
-      ones[s][i] = pack<T>(row_of(2 * i) % 64 == 16 * s + column_of(2 * i), row_of(2 * i) % 64 == 16 * s + column_of(2 * i) + 1);
+      ones[s][i] = pack<T>(row_of(2 * i) % 64 == 16 * s + column_of(2 * i),
+                           row_of(2 * i) % 64 == 16 * s + column_of(2 * i) + 1);
   begin_products();
   for (int s = 0; s < 4; ++s) multiply<T, 64>(d, ones[s], advance(operand(mine, 0, 1024), s * 2048), s > 0);
   if (mistake == EARLY_OPERAND) ones[1][2] ^= 1;
@@ -235,7 +256,8 @@ __global__ void sum_tiles(const __grid_constant__ Ring p) {
   for (float x : d) largest = maximum(largest, x);
   for (int mask = 1; mask < 32; mask *= 2) largest = maximum(largest, shuffle_xor(largest, mask));
   if (!any_of_warp(float_to_bits(d[0]) >= 0 && d[0] == largest) && largest < 0) return;
-  for (int i = 0; i < 32; ++i) p.out[((2 * block_index() + group - 1) * 64 + row_of(i) % 64) * 64 + column_of(i)] = d[i];
+  for (int i = 0; i < 32; ++i)
+    p.out[((2 * block_index() + group - 1) * 64 + row_of(i) % 64) * 64 + column_of(i)] = d[i];
   if (mistake == OUT_OF_BOUNDS && thread_index() == 200) shared[kBarriers + kRing * kTile + 3] = 0;
 }
 
@@ -243,8 +265,8 @@ __global__ void sum_tiles(const __grid_constant__ Ring p) {
 
 extern "C" {
 
-int selftest_rows(int half, int dim, int columns, const void* q, const void* k, int64_t rows, int row, int head, int item, float* out,
-                  uint16_t* rounded) {
+int selftest_rows(int half, int dim, int columns, const void* q, const void* k, int64_t rows, int row,
+                  int head, int item, float* out, uint16_t* rounded) {
   Rows p{{}, {}, row, head, item, out, rounded};
   if (!make_map(&p.q, half, q, kRows, 1, 1, dim, dim * 2, dim * 2, dim * 2, kRows)) return -1;
   if (!make_map(&p.k, half, k, rows, 2, 2, dim, dim * 4, dim * 2, rows * dim * 4, columns)) return -1;
@@ -269,8 +291,11 @@ int selftest_ring(int mistake, int blocks, int tiles, const void* q, const void*
 
 int selftest_map(int64_t base, int64_t rows, int64_t row_stride, int box_rows) {
   TensorMap map;
-  return make_map(&map, false, reinterpret_cast<const void*>(base), rows, 1, 1, 64, row_stride, 128, 128, box_rows);
+  return make_map(&map, false, reinterpret_cast<const void*>(base), rows, 1, 1, 64, row_stride, 128, 128,
+                  box_rows);
 }
 
-uint32_t selftest_round(int half, float x) { return half ? pack<float16>(x, 0) : pack<bfloat16>(x, 0); }
+uint32_t selftest_round(int half, float x) {
+  return half ? pack<float16>(x, 0) : pack<bfloat16>(x, 0);
+}
 }

@@ -1,6 +1,8 @@
-"""The CUDA forward kernel against float64 of the reference: on a Hopper GPU, else in an emulation of its instructions.
+"""The CUDA forward kernel against float64 of the reference: on a Hopper GPU, else in an emulation of its
+instructions.
 
-The emulation draws from a seed when copies and products are done and which warp goes on. It says nothing of speed.
+The emulation draws from a seed when copies and products are done and which warp goes on. It says nothing of
+speed.
 """
 
 from __future__ import annotations
@@ -70,9 +72,14 @@ def everything(dim: int = 128, dtype: torch.dtype = torch.bfloat16) -> Call:
     """Several tiles with tails, a removed pair, a weight of 0 and one beside it, groups, a gate, a gain."""
     rows, keys = fb.Segments(a=230, b=40), fb.Segments(c=165, d=1, e=129)
     control = fb.Control(
-        rows, keys, weight={("a", "d"): 1.3, ("b", "e"): 0.0, ("a", "e"): 0.4}, bias={("b", "c"): -math.inf},
-        groups={"x": ["c", "d"], "y": ["e"]}, gates={"x": 0.3}, gain={"a": 0.7},
-    )  # fmt: skip
+        rows,
+        keys,
+        weight={("a", "d"): 1.3, ("b", "e"): 0.0, ("a", "e"): 0.4},
+        bias={("b", "c"): -math.inf},
+        groups={"x": ["c", "d"], "y": ["e"]},
+        gates={"x": 0.3},
+        gain={"a": 0.7},
+    )
     return Call(*tensors((2, 270, 2, dim), (2, 295, 1, dim), (2, 295, 1, dim), dtype=dtype), control)
 
 
@@ -80,7 +87,9 @@ def everything(dim: int = 128, dtype: torch.dtype = torch.bfloat16) -> Call:
 def test_drawn_calls(seed: Callable[[int], None], longest: int) -> None:
     @hypothesis.seed(longest)
     @settings(max_examples=draws(40 if not HARDWARE else 400), derandomize=False, database=None)
-    @given(calls(longest=longest, dims=(8, 40, 64, 80, 128), dtypes=DTYPES, clip=False), st.integers(0, 2**60))
+    @given(
+        calls(longest=longest, dims=(8, 40, 64, 80, 128), dtypes=DTYPES, clip=False), st.integers(0, 2**60)
+    )
     def drawn(call: Call, order: int) -> None:
         assume(not cuda.why_not(call.on(torch.device(DEVICE)).problem()))
         seed(order)
@@ -108,9 +117,10 @@ def test_the_tuners_other_tiles(tmp_path: Path) -> None:
 def test_a_derived_gain() -> None:
     segments = fb.Segments(prompt=33, subject=130, target=140)
     control = fb.Control(
-        segments, weight={("target", "prompt"): 1.3, ("target", "subject"): 1.2},
+        segments,
+        weight={("target", "prompt"): 1.3, ("target", "subject"): 1.2},
         head_gain=fb.HeadGain(rows="target", keys="prompt", apply_to="target"),
-    )  # fmt: skip
+    )
     run(Call(*tensors(*[(1, 303, 3, 64)] * 3), control))
 
 
@@ -118,7 +128,9 @@ def test_a_derived_gain() -> None:
 def test_results_are_bitwise_the_same_in_any_order(
     seed: Callable[[int], None], grouped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    call = everything() if grouped else Call(*tensors((1, 300, 2, 64), (1, 400, 2, 64), (1, 400, 2, 64)), None)
+    call = (
+        everything() if grouped else Call(*tensors((1, 300, 2, 64), (1, 400, 2, 64), (1, 400, 2, 64)), None)
+    )
     call = call.on(torch.device(DEVICE))
     first, stats = call.run("cuda", return_stats=True)
     for order in range(40 if HARDWARE else 12):
@@ -146,7 +158,9 @@ def test_a_falling_scale_and_a_scale_of_zero() -> None:
     run(Call(q, k, v, None, {"scale": torch.tensor([[0.3, -0.2], [0.0, -0.1]])}))
 
 
-@pytest.mark.parametrize(("a", "b"), [(1e-30, 1.4e-31), (1e-12, 1.0), (1e12, 1e11), (1e30, 1.0), (1e30, 1e-30), (1e-30, 1e30)])
+@pytest.mark.parametrize(
+    ("a", "b"), [(1e-30, 1.4e-31), (1e-12, 1.0), (1e12, 1e11), (1e30, 1.0), (1e30, 1e-30), (1e-30, 1e30)]
+)
 def test_weights_beyond_the_exponent(a: float, b: float) -> None:
     """Alone, beside ordinary ones, and opposite to each other, in both orders."""
     segments = fb.Segments(a=100, b=150)
@@ -164,9 +178,12 @@ def test_removed_keys_are_not_read(dim: int) -> None:
     q, k, v = tensors((1, 70, 2, dim), (1, 200, 2, dim), (1, 200, 2, dim))
     rows, keys = fb.Segments(a=40, b=30), fb.Segments(x=10, y=5, z=150, end=35)
     control = fb.Control(
-        rows, keys, bias={("*", "y"): -math.inf, ("b", "z"): -math.inf}, weight={("a", "z"): 0.0},
+        rows,
+        keys,
+        bias={("*", "y"): -math.inf, ("b", "z"): -math.inf},
+        weight={("a", "z"): 0.0},
         valid={"end": torch.tensor([3])},
-    )  # fmt: skip
+    )
     clean = Call(q, k, v, control).on(torch.device(DEVICE)).run("cuda", return_stats=True)
     for t in (k, v):
         t[:, 10:15] = t[:, 168:] = math.nan
@@ -185,7 +202,9 @@ def test_not_finite_where_sdpa_is_not(which: str, value: float) -> None:
     out = Call(*given.values(), None).on(torch.device(DEVICE)).run("cuda").cpu()
     heads_first = [t.double().transpose(1, 2) for t in given.values()]
     truth = torch.nn.functional.scaled_dot_product_attention(*heads_first).transpose(1, 2)
-    assert torch.equal(torch.isnan(out), torch.isnan(truth)) and torch.equal(torch.isinf(out), torch.isinf(truth))
+    assert torch.equal(torch.isnan(out), torch.isnan(truth)) and torch.equal(
+        torch.isinf(out), torch.isinf(truth)
+    )
     finite = torch.isfinite(truth)
     torch.testing.assert_close(out.double()[finite], truth[finite], rtol=0, atol=0.05)
 
@@ -221,7 +240,9 @@ def test_why_not() -> None:
     def reasons(dim: int = 64, dtype: torch.dtype = torch.bfloat16, **kwargs) -> str:
         segments = fb.Segments(**{f"s{i}": 1 for i in range(kwargs.pop("segments", 2))})
         control = fb.Control(segments, **kwargs)
-        return "; ".join(cuda.why_not(Call(*tensors(*[(1, segments.total, 1, dim)] * 3, dtype=dtype), control).problem()))
+        return "; ".join(
+            cuda.why_not(Call(*tensors(*[(1, segments.total, 1, dim)] * 3, dtype=dtype), control).problem())
+        )
 
     assert reasons() == ""
     assert "head dim 36" in reasons(dim=36) and "head dim 160" in reasons(dim=160)
@@ -251,7 +272,9 @@ def test_the_compiled_kernels() -> None:
     # Three warp groups leave the one that loads 32 registers; a few of a plan's values are spilled there.
     spills = {name: kernel["spills"] for name, kernel in report["kernels"].items()}
     assert max(spills.values()) <= 40, spills
-    assert all(spill == 0 for name, spill in spills.items() if "Li128ELi128" in name or "Li128ELi64" in name), spills
+    assert all(
+        spill == 0 for name, spill in spills.items() if "Li128ELi128" in name or "Li128ELi64" in name
+    ), spills
 
 
 def test_the_exponentials_run_beside_the_products() -> None:

@@ -1,4 +1,6 @@
-"""The emulated primitives of Hopper by themselves: their layouts and sums, and that mistakes in using them show."""
+"""The emulated primitives of Hopper by themselves: their layouts and sums, and that mistakes in using them
+show.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,23 @@ OK, MISUSE, DEADLOCK = 0, 1, 2
 SEEDS = 8
 DTYPES = [torch.bfloat16, torch.float16]
 MISTAKES = [
-    "none", "no_await", "early_release", "no_wait", "no_copy", "other_count", "fewer_bytes", "early_read", "early_write",
-    "early_operand", "extra_copy", "no_commit", "other_operand", "out_of_bounds", "too_many_registers",
+    "none",
+    "no_await",
+    "early_release",
+    "no_wait",
+    "no_copy",
+    "other_count",
+    "fewer_bytes",
+    "early_read",
+    "early_write",
+    "early_operand",
+    "extra_copy",
+    "no_commit",
+    "other_operand",
+    "out_of_bounds",
+    "too_many_registers",
     "half_a_warp",
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +53,31 @@ def start(library: ctypes.CDLL, seed: int) -> None:
 
 
 def multiply_rows(
-    library: ctypes.CDLL, q: torch.Tensor, k: torch.Tensor, columns: int, row: int = 0, head: int = 0, item: int = 0
+    library: ctypes.CDLL,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    columns: int,
+    row: int = 0,
+    head: int = 0,
+    item: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q (64, dim), k (2 items, rows, 2 heads, dim) -> their product from a row on, as it is and through shared memory"""
+    """q (64, dim), k (2 items, rows, 2 heads, dim) -> their product from a row on, as it is and through
+    shared memory
+    """
     out, rounded = torch.empty(64, columns), torch.empty(64, columns, dtype=q.dtype)
     error = library.selftest_rows(
-        int(q.dtype == torch.float16), q.shape[1], columns, address(q), address(k), ctypes.c_int64(k.shape[1]),
-        row, head, item, address(out), address(rounded),
-    )  # fmt: skip
+        int(q.dtype == torch.float16),
+        q.shape[1],
+        columns,
+        address(q),
+        address(k),
+        ctypes.c_int64(k.shape[1]),
+        row,
+        head,
+        item,
+        address(out),
+        address(rounded),
+    )
     assert error == OK
     return out, rounded
 
@@ -63,13 +95,17 @@ def test_rows_times_rows(library: ctypes.CDLL, dtype: torch.dtype, dim: int, col
             assert torch.equal(rounded, out.to(dtype))
 
 
-@pytest.mark.parametrize(("row", "head", "item"), [(150, 0, 0), (-7, 1, 1), (200, 0, 1), (0, 2, 0), (0, -1, 0), (0, 0, 2)])
+@pytest.mark.parametrize(
+    ("row", "head", "item"), [(150, 0, 0), (-7, 1, 1), (200, 0, 1), (0, 2, 0), (0, -1, 0), (0, 0, 2)]
+)
 def test_outside_of_the_tensor_are_zeros(library: ctypes.CDLL, row: int, head: int, item: int) -> None:
     q, k = torch.randn(64, 64).bfloat16(), torch.randn(2, 200, 2, 64).bfloat16()
     inside = torch.zeros(64, 64)
     if 0 <= head < 2 and 0 <= item < 2:
         rows = range(max(row, 0), min(row + 64, 200))
-        inside[rows.start - row : rows.start - row + len(rows)] = k[item, rows.start : rows.stop, head].float()
+        inside[rows.start - row : rows.start - row + len(rows)] = k[
+            item, rows.start : rows.stop, head
+        ].float()
     out, _ = multiply_rows(library, q, k, 64, row, head, item)
     torch.testing.assert_close(out, q.float() @ inside.T, atol=1e-4, rtol=1e-5)
 
@@ -88,7 +124,19 @@ def test_registers_times_columns(library: ctypes.CDLL, dtype: torch.dtype, colum
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_numbers_are_rounded_as_torch_does(library: ctypes.CDLL, dtype: torch.dtype) -> None:
-    special = [0.0, -0.0, 65519.0, 65520.0, 1e9, 2.0**-24, 2.0**-25, 1.5 * 2.0**-24, 2.0**-14, float("inf"), -float("inf")]
+    special = [
+        0.0,
+        -0.0,
+        65519.0,
+        65520.0,
+        1e9,
+        2.0**-24,
+        2.0**-25,
+        1.5 * 2.0**-24,
+        2.0**-14,
+        float("inf"),
+        -float("inf"),
+    ]
     x = torch.cat([torch.tensor(special), torch.randn(500), torch.randn(500) * 2.0**-16])
     library.selftest_round.restype = ctypes.c_uint32
     half = int(dtype == torch.float16)
@@ -109,7 +157,9 @@ def test_numbers_are_rounded_as_torch_does(library: ctypes.CDLL, dtype: torch.dt
         (4096, 10, 128, 0, False),
     ],
 )
-def test_maps_are_refused(library: ctypes.CDLL, base: int, rows: int, stride: int, box: int, fine: bool) -> None:
+def test_maps_are_refused(
+    library: ctypes.CDLL, base: int, rows: int, stride: int, box: int, fine: bool
+) -> None:
     values = [ctypes.c_int64(value) for value in (base, rows, stride)]
     assert bool(library.selftest_map(*values, box)) == fine
 
@@ -126,7 +176,9 @@ def run_ring(library: ctypes.CDLL, mistake: str, seed: int) -> tuple[int, bool]:
     q = torch.randn(128 * BLOCKS, 64, generator=generator).bfloat16()
     k = torch.randn(64 * TILES, 64, generator=generator).bfloat16()
     out = torch.full((128 * BLOCKS, 64), float("nan"))
-    error = library.selftest_ring(MISTAKES.index(mistake), BLOCKS, TILES, address(q), address(k), address(out))
+    error = library.selftest_ring(
+        MISTAKES.index(mistake), BLOCKS, TILES, address(q), address(k), address(out)
+    )
     right = (q.float() @ k.float().view(TILES, 64, 64).sum(0).T).bfloat16().float()
     return error, torch.allclose(out, right, atol=0.01, rtol=0.01)
 

@@ -48,7 +48,9 @@ class Bad:
         return self.folder / "floats.tiff"
 
     def script(self) -> Path:
-        (self.folder / "figure.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 48\nshowpage\n")
+        (self.folder / "figure.eps").write_text(
+            "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 48\nshowpage\n"
+        )
         return self.folder / "figure.eps"
 
     def flat(self, level: int, size: tuple[int, int] = (64, 48)) -> Path:
@@ -96,43 +98,76 @@ BAD = {
     "a format that runs programs": (lambda b: {"subject": b.script()}, "subject: .*not an image"),
     "no such subject": (lambda b: {"subject": b.folder / "none.png"}, "subject: no such file"),
     "text for a subject": (lambda b: {"subject": b.text()}, "subject: .*not an image"),
-    "an invisible subject": (lambda b: {"subject": b.transparent(), "subject_mask": None}, "subject: its transparency: nothing"),
-    "the photo for an output": (lambda b: {"output": b.photos["image"]}, "output: expected another file than image"),
+    "an invisible subject": (
+        lambda b: {"subject": b.transparent(), "subject_mask": None},
+        "subject: its transparency: nothing",
+    ),
+    "the photo for an output": (
+        lambda b: {"output": b.photos["image"]},
+        "output: expected another file than image",
+    ),
     "a width beyond reason": (lambda b: {"width": 1_600_000_000}, "width: expected at most 64 megapixels"),
     "no such mask": (lambda b: {"mask": b.folder / "none.png"}, "mask: no such file"),
     "text for a mask": (lambda b: {"mask": b.text()}, "mask: .*not an image"),
-    "a mask of another size": (lambda b: {"mask": b.photos["subject_mask"]}, "mask: expected .*64x48 pixels, got 40x30"),
+    "a mask of another size": (
+        lambda b: {"mask": b.photos["subject_mask"]},
+        "mask: expected .*64x48 pixels, got 40x30",
+    ),
     "an empty mask": (lambda b: {"mask": b.flat(0)}, "mask: nothing is on"),
     "a full mask": (lambda b: {"mask": b.flat(255)}, "mask: everything is on"),
-    "a subject mask of another size": (lambda b: {"subject_mask": b.photos["mask"]}, "subject_mask: .*40x30.*64x48"),
+    "a subject mask of another size": (
+        lambda b: {"subject_mask": b.photos["mask"]},
+        "subject_mask: .*40x30.*64x48",
+    ),
     "an empty subject mask": (lambda b: {"subject_mask": b.flat(0, (40, 30))}, "subject_mask: nothing is on"),
     "mask and name": (lambda b: {"subject_name": "cup"}, "subject_mask: expected it or subject_name"),
     "no mask": (lambda b: {"mask": None}, "Missing option .*--mask"),
     "no prompt": (lambda b: {"prompt": None}, "Missing option .*--prompt"),
     "a model folder that is not there": (lambda b: {"model": b.folder / "none"}, "model: no such folder"),
-    "a file for a model": (lambda b: {"model": b.photos["image"]}, "model: expected a diffusers folder .* got a file"),
+    "a file for a model": (
+        lambda b: {"model": b.photos["image"]},
+        "model: expected a diffusers folder .* got a file",
+    ),
     "an empty model folder": (lambda b: {"model": b.folder}, "model: .*no model_index.json"),
-    "a model without a transformer": (lambda b: {"model": b.model_without("transformer")}, "model: .*no transformer"),
-    "a model without a tokenizer": (lambda b: {"model": b.model_without("tokenizer_2")}, "model: .*no tokenizer_2"),
+    "a model without a transformer": (
+        lambda b: {"model": b.model_without("transformer")},
+        "model: .*no transformer",
+    ),
+    "a model without a tokenizer": (
+        lambda b: {"model": b.model_without("tokenizer_2")},
+        "model: .*no tokenizer_2",
+    ),
     "a model of pickles": (lambda b: {"model": b.model_of_pickles()}, "safetensors"),
     "a model whose weights are cut off": (
-        lambda b: {"model": b.model_with("vae/diffusion_pytorch_model.safetensors", b"\x08")}, "model: .*cannot be loaded",
+        lambda b: {"model": b.model_with("vae/diffusion_pytorch_model.safetensors", b"\x08")},
+        "model: .*cannot be loaded",
     ),
     "a text encoder that is damaged": (
-        lambda b: {"model": b.model_with("text_encoder/model.safetensors", b"\xff" * 64)}, "model: .*cannot be loaded",
+        lambda b: {"model": b.model_with("text_encoder/model.safetensors", b"\xff" * 64)},
+        "model: .*cannot be loaded",
     ),
-    "a model index that is no JSON": (lambda b: {"model": b.model_with("model_index.json", b"{")}, "model: .*cannot be loaded"),
+    "a model index that is no JSON": (
+        lambda b: {"model": b.model_with("model_index.json", b"{")},
+        "model: .*cannot be loaded",
+    ),
     "a FLUX that is not Fill": (
-        lambda b: {"model": b.model_without_mask_channels()}, "model: .*128 input channels, got one with 32",
+        lambda b: {"model": b.model_without_mask_channels()},
+        "model: .*128 input channels, got one with 32",
     ),
-    "a model that nobody has": (lambda b: {"model": "nobody/nothing"}, "model: nobody/nothing cannot be loaded"),
+    "a model that nobody has": (
+        lambda b: {"model": "nobody/nothing"},
+        "model: nobody/nothing cannot be loaded",
+    ),
     "no name of a model": (lambda b: {"model": "no/such/model"}, "model: no/such/model cannot be loaded"),
     "an unknown backend": (lambda b: {"backend": "fast"}, "backend: expected auto or one of cpu.*'fast'"),
     "an unusable backend": (lambda b: {"backend": "triton"}, "backend: 'triton' .*"),
     "an unknown dtype": (lambda b: {"dtype": "int8"}, "Invalid value for .*dtype"),
     "an unknown device": (lambda b: {"device": "abacus"}, "device: 'abacus' is not usable"),
     "a device without numbers": (lambda b: {"device": "meta"}, "device: 'meta' is not usable"),
-    "offloading from the cpu to the cpu": (lambda b: {"offload": ..., "device": "cpu"}, "offload: expected another device"),
+    "offloading from the cpu to the cpu": (
+        lambda b: {"offload": ..., "device": "cpu"},
+        "offload: expected another device",
+    ),
     "a negative weight": (lambda b: {"alpha_subject": -1.5}, r"alpha_subject: .*-1\.5"),
     "no number": (lambda b: {"alpha_prompt": "much"}, "Invalid value for .*alpha-prompt"),
     "not finite": (lambda b: {"gain_span": "nan"}, "gain_span: .*nan"),
@@ -144,13 +179,19 @@ BAD = {
     "a negative seed": (lambda b: {"seed": -1}, "Invalid value for .*seed"),
     "a width off the grid": (lambda b: {"width": 33}, "width: .*multiple of 8.*33"),
     "a negative height": (lambda b: {"height": -16}, "height: .*-16"),
-    "an output without a folder": (lambda b: {"output": b.folder / "no" / "out.png"}, "output: no such folder"),
+    "an output without a folder": (
+        lambda b: {"output": b.folder / "no" / "out.png"},
+        "output: no such folder",
+    ),
     "a folder for an output": (lambda b: {"output": b.folder}, "output: expected a file"),
     "an output that is no picture": (lambda b: {"output": b.folder / "out.txt"}, "output: .*out.txt"),
     "a report that is no picture": (lambda b: {"report": b.folder / "report.docx"}, "report: .*report.docx"),
-    "a report over the picture": (lambda b: {"report": b.folder / "out.png"}, "report: expected another file than output"),
+    "a report over the picture": (
+        lambda b: {"report": b.folder / "out.png"},
+        "report: expected another file than output",
+    ),
     "an unknown option": (lambda b: {"colour": "red"}, "No such option.*--colour"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -192,14 +233,29 @@ def refused(capsys, folder: Path, arguments: list, match: str) -> None:
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     code, out, err = flashbrush(capsys, *arguments)
     assert code == 2, (code, out, err)
-    lines = [line for line in re.split(r"[\r\n]+", err) if line.strip() and "Loading pipeline components" not in line]
+    lines = [
+        line
+        for line in re.split(r"[\r\n]+", err)
+        if line.strip() and "Loading pipeline components" not in line
+    ]
     assert len(lines) == 1 and len(lines[0]) < 520, err
     assert re.search(f"^flashbrush: .*{match}", lines[0]), lines[0]
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
 def test_the_exit_code_of_the_process(photos, tmp_path) -> None:
-    command = [sys.executable, "-m", "flashbrush", "insert", "--model", "x", "--prompt", "x", "-o", tmp_path / "out.png"]
+    command = [
+        sys.executable,
+        "-m",
+        "flashbrush",
+        "insert",
+        "--model",
+        "x",
+        "--prompt",
+        "x",
+        "-o",
+        tmp_path / "out.png",
+    ]
     files = ["--subject", photos["subject"], "--image", tmp_path / "none.png", "--mask", photos["mask"]]
     done = subprocess.run([*command, *files], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
@@ -217,12 +273,16 @@ def test_a_full_device_is_said_in_words(capsys, photos, checkpoint, tmp_path, mo
 
 
 @pytest.mark.parametrize("command", ("insert", "inspect", "eval insert", "sweep"))
-def test_a_figure_needs_matplotlib_before_the_work(command: str, capsys, photos, checkpoint, tmp_path, monkeypatch) -> None:
+def test_a_figure_needs_matplotlib_before_the_work(
+    command: str, capsys, photos, checkpoint, tmp_path, monkeypatch
+) -> None:
     monkeypatch.setattr(output, "find_spec", lambda name: None)
     given = command.split()
     if command in ("insert", "inspect"):
         given += options(photos, checkpoint, tmp_path)[1:]
-    given += {"insert": ["--report", tmp_path / "report.png"], "inspect": []}.get(command, ["-o", tmp_path / "tables"])
+    given += {"insert": ["--report", tmp_path / "report.png"], "inspect": []}.get(
+        command, ["-o", tmp_path / "tables"]
+    )
     refused(capsys, tmp_path, given, "needs matplotlib")
 
 

@@ -17,10 +17,24 @@ from ..command import flashbrush
 
 def inspect(photos: dict[str, Path], folder: Path, *more: object) -> list[object]:
     given = [item for name, path in photos.items() for item in (f"--{name.replace('_', '-')}", path)]
-    return ["inspect", *given, "--prompt", "a red cup, red", "-o", folder, "--steps", 2, "--dtype", "float32", *more]
+    return [
+        "inspect",
+        *given,
+        "--prompt",
+        "a red cup, red",
+        "-o",
+        folder,
+        "--steps",
+        2,
+        "--dtype",
+        "float32",
+        *more,
+    ]
 
 
-def test_words_regions_mass_and_gains(photos: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_words_regions_mass_and_gains(
+    photos: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "seen"
     corner = Image.new("L", Image.open(photos["image"]).size, 0)
     corner.paste(255, (22, 12, 30, 20))
@@ -43,11 +57,18 @@ def test_words_regions_mass_and_gains(photos: dict[str, Path], tmp_path: Path, c
         rows = list(csv.DictReader(file))
     assert len(rows) == 3 * layers
     for row in rows:
-        assert sum(float(row[f"to {name}"]) for name in ("prompt", "subject", "target")) == pytest.approx(1, abs=1e-4)
+        assert sum(float(row[f"to {name}"]) for name in ("prompt", "subject", "target")) == pytest.approx(
+            1, abs=1e-4
+        )
 
 
 def test_what_is_seen_changes_nothing(pipe, photos: dict[str, Path]) -> None:
-    asked = {name: str(path) for name, path in photos.items()} | {"seed": 3, "steps": 2, "width": 64, "height": 64}
+    asked = {name: str(path) for name, path in photos.items()} | {
+        "seed": 3,
+        "steps": 2,
+        "width": 64,
+        "height": 64,
+    }
     maps = AttentionMaps(text={"cup": pipe.word_tokens("a cup", "cup")}, heads=False)
     plain, seen = pipe("a cup", **asked), pipe("a cup", **asked, maps=maps)
     assert torch.equal(plain.latents, seen.latents) or torch.allclose(plain.latents, seen.latents, atol=1e-4)
@@ -81,7 +102,9 @@ def test_tokens_of_a_region(pipe, tmp_path: Path) -> None:
     asked = {"image": picture, "mask": mask, "width": 64, "height": 64}
     assert pipe.region_tokens(region, **asked) == [64 + 1]
     assert pipe.region_tokens(None, **asked) == list(range(64, 128))
-    assert pipe.region_tokens(mask, **asked) == [64 + 8 * row + column for row in range(2, 6) for column in range(2, 6)]
+    assert pipe.region_tokens(mask, **asked) == [
+        64 + 8 * row + column for row in range(2, 6) for column in range(2, 6)
+    ]
     away = Image.new("L", size, 0)
     away.putpixel((0, 0), 255)
     with pytest.raises(ValueError, match="region: the model sees nothing of it"):

@@ -19,7 +19,9 @@ from ..command import STEPS, flashbrush, options
 
 
 def test_insert(capsys, photos, checkpoint, tmp_path) -> None:
-    code, out, err = flashbrush(capsys, *options(photos, checkpoint, tmp_path, report=tmp_path / "report.png"))
+    code, out, err = flashbrush(
+        capsys, *options(photos, checkpoint, tmp_path, report=tmp_path / "report.png")
+    )
     assert code == 0, err
     photo, mask = np.asarray(Image.open(photos["image"])), np.asarray(Image.open(photos["mask"]))
     picture = np.asarray(Image.open(tmp_path / "out.png"))
@@ -37,8 +39,17 @@ def test_every_knob_reaches_the_picture(capsys, photos, checkpoint, tmp_path) ->
 
     first = picture()
     assert picture() == first
-    knobs = {"alpha_prompt": 0.9, "alpha_subject": 0.9, "gain_span": 0.8, "gain_norm": "softmax", "seed": 5, "guidance": 2.0,
-             "prompt": "a blue dog", "padding_mask_crop": 3, "subject_fill": 0.5}  # fmt: skip
+    knobs = {
+        "alpha_prompt": 0.9,
+        "alpha_subject": 0.9,
+        "gain_span": 0.8,
+        "gain_norm": "softmax",
+        "seed": 5,
+        "guidance": 2.0,
+        "prompt": "a blue dog",
+        "padding_mask_crop": 3,
+        "subject_fill": 0.5,
+    }
     for knob, value in knobs.items():
         assert picture(**{knob: value}) != first, knob
 
@@ -110,30 +121,64 @@ def test_eval_insert(capsys, tmp_path) -> None:
     assert code == 0, err
     with (tmp_path / "made" / "table.csv").open() as file:
         table = {row.pop("measure"): row for row in csv.DictReader(file)}
-    assert set(table["pattern"]) == {"own reference", "blank reference", "stranger reference", "contradiction"}
+    assert set(table["pattern"]) == {
+        "own reference",
+        "blank reference",
+        "stranger reference",
+        "contradiction",
+    }
     assert {"psnr_hole", "psnr_outside", "pattern", "palette", "fid"} <= set(table) and "pattern" in out
     with (tmp_path / "made" / "items.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 8 and {row["sort"] for row in rows} == set(table["pattern"])
     assert Image.open(tmp_path / "made" / "pictures.png").size[0] > 200
     said = conditions(tmp_path / "made")
-    assert said["items"] == dict.fromkeys(table["pattern"], 2) and said["model"] == "tiny_fill" and said["freedom"] == 0
+    assert (
+        said["items"] == dict.fromkeys(table["pattern"], 2)
+        and said["model"] == "tiny_fill"
+        and said["freedom"] == 0
+    )
     assert (said["steps"], said["guidance"], said["seed"], said["device"]) == (2, 30, 0, "cpu")
 
     write_items(held_out(2), tmp_path / "photos")
-    command = ["eval", "insert", tmp_path / "photos", "-o", tmp_path / "own", "--alpha-subject", "0.5", *STEPS]
+    command = [
+        "eval",
+        "insert",
+        tmp_path / "photos",
+        "-o",
+        tmp_path / "own",
+        "--alpha-subject",
+        "0.5",
+        *STEPS,
+    ]
     code, _, err = flashbrush(capsys, *command)
     assert code == 0, err
     with (tmp_path / "own" / "items.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["alpha_subject"] for row in rows] == ["0.5", "0.5"] and float(rows[0]["psnr_outside"]) == 100
     said = conditions(tmp_path / "own")
-    assert said["items"] == {"all": 2} and said["folder"] == "photos" and said["alpha_subject"] == 0.5 and "freedom" not in said
+    assert (
+        said["items"] == {"all": 2}
+        and said["folder"] == "photos"
+        and said["alpha_subject"] == 0.5
+        and "freedom" not in said
+    )
 
 
 def test_sweep(capsys, tmp_path) -> None:
     output = tmp_path / "sweep"
-    command = ["sweep", "-o", output, "--count", "2", "--axis", "alpha_subject=0,0.9", "--axis", "blend=0,1", *STEPS]
+    command = [
+        "sweep",
+        "-o",
+        output,
+        "--count",
+        "2",
+        "--axis",
+        "alpha_subject=0,0.9",
+        "--axis",
+        "blend=0,1",
+        *STEPS,
+    ]
     code, out, err = flashbrush(capsys, *command)
     assert code == 0, err
     with (output / "sweep.csv").open() as file:
@@ -144,11 +189,24 @@ def test_sweep(capsys, tmp_path) -> None:
     assert ("adaptive", "alpha_subject by palette", "pattern") in rows and "alpha_subject" in out
     assert Image.open(output / "sweep.png").size[0] > 500
     said = conditions(output)
-    assert said["items"] == {"reference": 2, "contradiction": 2} and said["axis"] == ["alpha_subject=0,0.9", "blend=0,1"]
+    assert said["items"] == {"reference": 2, "contradiction": 2} and said["axis"] == [
+        "alpha_subject=0,0.9",
+        "blend=0,1",
+    ]
 
 
 def test_bench(capsys) -> None:
-    arguments = ["--quick", "--shapes", "quick-diptych-d64", "--dtypes", "float32", "--sections", "forward", "--repeats", "1"]
+    arguments = [
+        "--quick",
+        "--shapes",
+        "quick-diptych-d64",
+        "--dtypes",
+        "float32",
+        "--sections",
+        "forward",
+        "--repeats",
+        "1",
+    ]
     code, out, err = flashbrush(capsys, "bench", *arguments)
     assert code == 0, err
     assert "SDPA" in out and "eager" in out

@@ -17,7 +17,9 @@ from flashbrush.integrations.evaluation.insertion.items import Item
 from flashbrush.integrations.pipelines import InContextBrushOutput
 
 
-def output(layers: int = 57, heads: int = 24, size: tuple[int, int] = (60, 40), batch: int = 2) -> InContextBrushOutput:
+def output(
+    layers: int = 57, heads: int = 24, size: tuple[int, int] = (60, 40), batch: int = 2
+) -> InContextBrushOutput:
     """As of FLUX: 19 double blocks and 38 single ones, 24 heads."""
     width, height = size
     none = torch.zeros(batch, 1, 1)
@@ -26,22 +28,31 @@ def output(layers: int = 57, heads: int = 24, size: tuple[int, int] = (60, 40), 
         diptychs=[Image.new("RGB", (width, 2 * height), (0, 200, i)) for i in range(batch)],
         masks=[Image.new("L", (width, 2 * height), 255 * i) for i in range(batch)],
         boxes=[(0, 0, width, height)] * batch,
-        latents=none, source_latents=none, known=none[..., 0] > 0,
+        latents=none,
+        source_latents=none,
+        known=none[..., 0] > 0,
         head_gains=torch.rand(3, layers, batch, heads, generator=torch.Generator().manual_seed(0)),
         layer_kinds=["double"] * (layers // 3) + ["single"] * (layers - layers // 3),
         seeds=[0] * batch,
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("item", [0, 1])
 def test_the_figure_holds_what_was_made(item: int) -> None:
     made = output()
     diptych, mask, result, heat, bar = insertion_report(made, item, "a cat").axes
-    for axes, picture in ((diptych, made.diptychs[item]), (mask, made.masks[item]), (result, made.images[item])):
+    for axes, picture in (
+        (diptych, made.diptychs[item]),
+        (mask, made.masks[item]),
+        (result, made.images[item]),
+    ):
         assert np.array_equal(axes.images[0].get_array(), np.asarray(picture.convert("RGB")))
     gains = made.head_gains[:, :, item].mean(0).numpy()
     assert np.array_equal(heat.images[0].get_array(), gains)
-    assert heat.get_xlabel() == "head" and [text.get_text() for text in heat.texts] == ["double blocks", "single blocks"]
+    assert heat.get_xlabel() == "head" and [text.get_text() for text in heat.texts] == [
+        "double blocks",
+        "single blocks",
+    ]
     assert [text.get_position()[1] for text in heat.texts] == [9.0, 37.5]
     low, high = bar.get_ylim()
     assert low == pytest.approx(gains.min()) and high == pytest.approx(gains.max())
@@ -54,7 +65,12 @@ def test_nothing_overlaps_or_is_cut_off(tmp_path: Path, size: tuple[int, int]) -
     page = figure.bbox
     boxes = [box for axes in figure.axes[:4] if (box := axes.get_tightbbox())]
     for box in [*boxes, figure._suptitle.get_window_extent()]:
-        assert page.x0 - 1 <= box.x0 and box.x1 <= page.x1 + 1 and page.y0 - 1 <= box.y0 and box.y1 <= page.y1 + 1
+        assert (
+            page.x0 - 1 <= box.x0
+            and box.x1 <= page.x1 + 1
+            and page.y0 - 1 <= box.y0
+            and box.y1 <= page.y1 + 1
+        )
     for left, right in pairwise(boxes):
         assert left.x1 <= right.x0 + 1
     assert np.asarray(Image.open(tmp_path / "report.png").convert("L")).std() > 10
@@ -119,7 +135,10 @@ def test_names_of_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         ({"output": Path("no/out.png")}, "output: no such folder"),
         ({"output": Path("out")}, "output: .*ends in one of"),
         ({"output": Path("out.pdf")}, "output: .*'out.pdf'"),
-        ({"output": Path("out.png"), "report": tmp_path / "out.png"}, "report: expected another file than output"),
+        (
+            {"output": Path("out.png"), "report": tmp_path / "out.png"},
+            "report: expected another file than output",
+        ),
     ):
         with pytest.raises(ValueError, match=match):
             check_pictures(wrong)

@@ -1,4 +1,6 @@
-"""flashbrush vicl and eval vicl on real photos, with a tiny checkpoint: what they write and say, and what they refuse."""
+"""flashbrush vicl and eval vicl on real photos, with a tiny checkpoint: what they write and say, and what
+they refuse.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,12 @@ def mask(name: str) -> Image.Image:
 @pytest.fixture
 def files(tmp_path: Path) -> dict[str, Path]:
     """cat, its mask, coffee, and the cat at another size."""
-    pictures = {"cat": photo("chelsea"), "mask": mask("chelsea"), "coffee": photo("coffee"), "small": photo("cat", (32, 48))}
+    pictures = {
+        "cat": photo("chelsea"),
+        "mask": mask("chelsea"),
+        "coffee": photo("coffee"),
+        "small": photo("cat", (32, 48)),
+    }
     for name, picture in pictures.items():
         picture.save(tmp_path / f"{name}.png")
     return {name: tmp_path / f"{name}.png" for name in pictures}
@@ -50,10 +57,19 @@ def files(tmp_path: Path) -> dict[str, Path]:
 def call(files: dict[str, Path], checkpoint: Path, folder: Path, **changes: object) -> list[object]:
     """Of a good call, with changes; None leaves an option out."""
     given = {
-        "prompt": f"{files['cat']}:{files['mask']}", "query": files["coffee"], "task": "segmentation", "model": checkpoint,
-        "output": folder / "out.png", "cache": folder / "cache", **changes,
-    }  # fmt: skip
-    return ["vicl", *QUICK, *(x for name, value in given.items() if value is not None for x in (f"--{name}", value))]
+        "prompt": f"{files['cat']}:{files['mask']}",
+        "query": files["coffee"],
+        "task": "segmentation",
+        "model": checkpoint,
+        "output": folder / "out.png",
+        "cache": folder / "cache",
+        **changes,
+    }
+    return [
+        "vicl",
+        *QUICK,
+        *(x for name, value in given.items() if value is not None for x in (f"--{name}", value)),
+    ]
 
 
 def test_vicl_again_and_from_the_cache(capsys, files, sd_checkpoint, tmp_path) -> None:
@@ -99,12 +115,21 @@ def test_every_knob_reaches_the_pipeline(capsys, files, tmp_path, monkeypatch) -
     assert first["given"][0] == "VisualICLPipeline" and first["steps"] == 3 and first["gamma"] == 3.5
     pair = f"{files['coffee']}:{files['mask']}"
     for more, name, value in (
-        (["--steps", 4], "steps", 4), (["--skip", 2], "skip", 2), (["--gamma", 0], "gamma", 0), (["--seed", 1], "seed", 1),
-        (["--temperature", 5], "temperature", 5), (["--contrast", 3], "contrast", 3), (["--no-clip"], "clip", None),
-        (["--no-adain"], "use_adain", False), (["--width", 48], "width", 48), (["--height", 48], "height", 48),
-        (["--no-cached"], "use_cache", False), (["--cache", files["cat"].parent], "cache", files["cat"].parent),
-        (["--prompt", pair], "pairs", 2), (["--task", "edges"], "task", "edges"),
-    ):  # fmt: skip
+        (["--steps", 4], "steps", 4),
+        (["--skip", 2], "skip", 2),
+        (["--gamma", 0], "gamma", 0),
+        (["--seed", 1], "seed", 1),
+        (["--temperature", 5], "temperature", 5),
+        (["--contrast", 3], "contrast", 3),
+        (["--no-clip"], "clip", None),
+        (["--no-adain"], "use_adain", False),
+        (["--width", 48], "width", 48),
+        (["--height", 48], "height", 48),
+        (["--no-cached"], "use_cache", False),
+        (["--cache", files["cat"].parent], "cache", files["cat"].parent),
+        (["--prompt", pair], "pairs", 2),
+        (["--task", "edges"], "task", "edges"),
+    ):
         assert knobs(*more)[name] == value != first[name], more
 
 
@@ -128,19 +153,30 @@ def flux(folder: Path) -> Path:
 BAD = {
     "a model without a UNet": (lambda f, t: {"model": flux(t)}, "model: .*flux is no UNet model"),
     "no model folder": (lambda f, t: {"model": t / "none"}, "model: no such folder"),
-    "half a pair": (lambda f, t: {"prompt": f"{f['cat']}:"}, "prompt: expected a pair IMAGE:TRUTH, got one of them"),
+    "half a pair": (
+        lambda f, t: {"prompt": f"{f['cat']}:"},
+        "prompt: expected a pair IMAGE:TRUTH, got one of them",
+    ),
     "no colon": (lambda f, t: {"prompt": f["cat"]}, "prompt: expected a pair IMAGE:TRUTH, got one file"),
     "three files": (lambda f, t: {"prompt": f"{f['cat']}:{f['mask']}:x"}, "prompt: .*more than one colon"),
     "no prompt": (lambda f, t: {"prompt": None}, "Missing option .*--prompt"),
     "a truth of another size": (
-        lambda f, t: {"prompt": f"{f['cat']}:{f['small']}"}, r"prompts\[0\]: .*its image's size, 64x48 .*32x48",
+        lambda f, t: {"prompt": f"{f['cat']}:{f['small']}"},
+        r"prompts\[0\]: .*its image's size, 64x48 .*32x48",
     ),
-    "a query of another size": (lambda f, t: {"query": f["small"]}, r"prompts\[0\]: .*query's size, 32x48 .*give width"),
-    "no such truth": (lambda f, t: {"prompt": f"{f['cat']}:{t / 'none.png'}"}, r"prompts\[0\]: ground truth: no such file"),
+    "a query of another size": (
+        lambda f, t: {"query": f["small"]},
+        r"prompts\[0\]: .*query's size, 32x48 .*give width",
+    ),
+    "no such truth": (
+        lambda f, t: {"prompt": f"{f['cat']}:{t / 'none.png'}"},
+        r"prompts\[0\]: ground truth: no such file",
+    ),
     "no such query": (lambda f, t: {"query": t / "none.png"}, "query: no such file"),
     "an unknown task": (lambda f, t: {"task": "depth"}, "task: expected one of segmentation, .*'depth'"),
     "a truth that is a photo": (
-        lambda f, t: {"task": "semantic", "prompt": f"{f['cat']}:{f['cat']}"}, "palette: .*at most 256 colours",
+        lambda f, t: {"task": "semantic", "prompt": f"{f['cat']}:{f['cat']}"},
+        "palette: .*at most 256 colours",
     ),
     "nothing to do": (lambda f, t: {"skip": 3}, "skip: expected an integer from 0 to 2"),
     "a temperature of 0": (lambda f, t: {"temperature": 0}, "temperature: "),
@@ -148,8 +184,11 @@ BAD = {
     "a width off the grid": (lambda f, t: {"width": 30}, "width: .*multiple of 8"),
     "a file for a cache": (lambda f, t: {"cache": f["cat"]}, "cache: expected a folder, got a file"),
     "an output that is no picture": (lambda f, t: {"output": t / "out.txt"}, "output: .*out.txt"),
-    "two outputs in one": (lambda f, t: {"painted": t / "work" / "out.png"}, "painted: expected another file than output"),
-}  # fmt: skip
+    "two outputs in one": (
+        lambda f, t: {"painted": t / "work" / "out.png"},
+        "painted: expected another file than output",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -172,8 +211,21 @@ def folder(tmp_path: Path) -> Path:
 
 
 def judge(folder: Path, model: Path, work: Path, *more: object, task: str = "segmentation") -> list[object]:
-    return ["eval", "vicl", folder, "--task", task, "--model", model, "-o", work / "results.csv", "--cache",
-            work / "cache", *QUICK, *more]  # fmt: skip
+    return [
+        "eval",
+        "vicl",
+        folder,
+        "--task",
+        task,
+        "--model",
+        model,
+        "-o",
+        work / "results.csv",
+        "--cache",
+        work / "cache",
+        *QUICK,
+        *more,
+    ]
 
 
 def test_eval_measures_what_it_has_predicted(capsys, folder, sd_checkpoint, tmp_path) -> None:
@@ -199,12 +251,16 @@ def test_eval_measures_what_it_has_predicted(capsys, folder, sd_checkpoint, tmp_
     assert code == 0 and "6 of 6 inversions" in out and (tmp_path / "results.csv").read_bytes() == before
 
 
-@pytest.mark.parametrize(("task", "measures"), [("colourisation", ["fid_latents"]), ("keypoints", ["mse", "pck"])])
+@pytest.mark.parametrize(
+    ("task", "measures"), [("colourisation", ["fid_latents"]), ("keypoints", ["mse", "pck"])]
+)
 def test_eval_of_other_tasks(task: str, measures: list[str], capsys, folder, sd_checkpoint, tmp_path) -> None:
     code, _, err = flashbrush(capsys, *judge(folder, sd_checkpoint, tmp_path, task=task))
     assert code == 0, err
     rows = list(csv.DictReader((tmp_path / "results.csv").open()))
-    assert list(rows[-1]) == ["name", *measures] and all(np.isfinite(float(rows[-1][name])) for name in measures)
+    assert list(rows[-1]) == ["name", *measures] and all(
+        np.isfinite(float(rows[-1][name])) for name in measures
+    )
 
 
 def break_list(folder: Path) -> Path:
@@ -230,10 +286,13 @@ def other_size(folder: Path) -> Path:
         (lambda f, m, w: [*judge(f, m, w), "-o", w / "results.txt"], "output: .*csv.*results.txt"),
         (lambda f, m, w: judge(f, m, w, "--features", "eyes", task="colourisation"), "features: .*'eyes'"),
         (lambda f, m, w: judge(f, m, w, "--reach", 0, task="keypoints"), "reach: .*0"),
-        (lambda f, m, w: judge(f, m, w, "--pictures", f / "pairs.csv"), "pictures: expected a folder, got a file"),
+        (
+            lambda f, m, w: judge(f, m, w, "--pictures", f / "pairs.csv"),
+            "pictures: expected a folder, got a file",
+        ),
         (lambda f, m, w: ["eval"], "Missing command"),
     ],
-)  # fmt: skip
+)
 def test_bad_evaluations(arguments, match: str, capsys, folder, sd_checkpoint, tmp_path) -> None:
     (tmp_path / "work").mkdir()
     given = arguments(folder, sd_checkpoint, tmp_path / "work")

@@ -1,4 +1,6 @@
-"""apply() and its handle: putting control in place, selecting, steering, compiling, and leaving nothing behind."""
+"""apply() and its handle: putting control in place, selecting, steering, compiling, and leaving nothing
+behind.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ class Recorder:
 
     def __init__(self) -> None:
         self.asked: list[tuple[Layer, Step]] = []
-        self.control = fb.Control(fb.Segments(text=TEXT, image=ROWS * COLUMNS), weight={("image", "text"): 3.0})
+        self.control = fb.Control(
+            fb.Segments(text=TEXT, image=ROWS * COLUMNS), weight={("image", "text"): 3.0}
+        )
 
     def plan(self, layer: Layer, step: Step) -> Plan:
         self.asked.append((layer, step))
@@ -68,10 +72,21 @@ def test_tells_the_method_what_it_promises() -> None:
         handle.set_step(5, 9, 0.25)
         forward(model, tiny_call(model, batch=2))
     layers, steps = zip(*method.asked[:8], strict=True)
-    assert [layer.kind for layer in layers] == LAYERS * 2 and [layer.index for layer in layers] == [0, 1, 2, 3] * 2
+    assert [layer.kind for layer in layers] == LAYERS * 2 and [layer.index for layer in layers] == [
+        0,
+        1,
+        2,
+        3,
+    ] * 2
     assert [step.index for step in steps] == [0] * 4 + [1] * 4
     first = layers[0]
-    assert (first.text_len, first.image_len, first.batch, first.heads, first.head_dim) == (TEXT, ROWS * COLUMNS, 2, 4, 32)
+    assert (first.text_len, first.image_len, first.batch, first.heads, first.head_dim) == (
+        TEXT,
+        ROWS * COLUMNS,
+        2,
+        4,
+        32,
+    )
     assert first.grid == (ROWS, COLUMNS) and first.place is None
     assert method.asked[-1][1] == Step(5, 9, 0.25)
 
@@ -127,7 +142,9 @@ def test_a_step_whose_call_has_other_shapes_is_planned_with_the_call() -> None:
     larger, smaller = tiny_call(model), tiny_call(model, rows=3)
     with apply(model, method) as handle:
         forward(model, larger)
-        method.control = fb.Control(fb.Segments(text=TEXT, image=3 * COLUMNS), weight={("image", "text"): 3.0})
+        method.control = fb.Control(
+            fb.Segments(text=TEXT, image=3 * COLUMNS), weight={("image", "text"): 3.0}
+        )
         handle.set_step(1)
         assert not any(processor.planned for processor in model.attn_processors.values())
         assert relative(forward(model, smaller), (after := forward(model, smaller))) == 0
@@ -300,7 +317,9 @@ def test_refuses(prepare, arguments: dict, error: type[Exception], match: str) -
         apply(model, **{"method": InContextBrush(), **arguments})
 
 
-@pytest.mark.parametrize("model", [nn.Linear(2, 2), "a name", SimpleNamespace(transformer=1)], ids=["other", "str", "pipeline"])
+@pytest.mark.parametrize(
+    "model", [nn.Linear(2, 2), "a name", SimpleNamespace(transformer=1)], ids=["other", "str", "pipeline"]
+)
 def test_refuses_other_models(model) -> None:
     with pytest.raises(TypeError, match="model: expected"):
         apply(model)
@@ -429,11 +448,17 @@ def test_another_method_that_is_refused_leaves_the_one_before() -> None:
     first = PlugAndPlay(layers=(0, None), feature=(1, 0))
     with apply(model, first) as handle:
         expected = run_unet(model, unet_call(model, batch=4))
-        for wrong, error in ((PlugAndPlay(feature=(9, 9)), ValueError), (InContextBrush, TypeError), (3, TypeError)):
+        for wrong, error in (
+            (PlugAndPlay(feature=(9, 9)), ValueError),
+            (InContextBrush, TypeError),
+            (3, TypeError),
+        ):
             with pytest.raises(error):
                 handle.method = wrong
             handle.reset()
-            assert handle.method is first and torch.equal(run_unet(model, unet_call(model, batch=4)), expected)
+            assert handle.method is first and torch.equal(
+                run_unet(model, unet_call(model, batch=4)), expected
+            )
 
 
 def test_one_of_several_methods_that_is_refused_takes_the_others_hooks_along() -> None:

@@ -46,7 +46,11 @@ ADDED = {
     "encoder_hid_dim": 6,
     "cross_attention_dim": 32,
 }
-ADDED_ONLY = ADDED | {"mid_block_only_cross_attention": True, "cross_attention_norm": "layer_norm", "cross_attention_dim": 64}
+ADDED_ONLY = ADDED | {
+    "mid_block_only_cross_attention": True,
+    "cross_attention_norm": "layer_norm",
+    "cross_attention_dim": 64,
+}
 CONFIGS = {
     "SD 1.5": SD15,
     "SD 2": SD2,
@@ -71,11 +75,15 @@ def randomise(model: nn.Module, sharpness: float = 2.0) -> None:
                 parameter.copy_(0.2 * noise)
             else:
                 fan_in = parameter[0].numel()
-                parameter.copy_(noise * fan_in**-0.5 * (sharpness if "to_q" in name or "to_k" in name else 1.0))
+                parameter.copy_(
+                    noise * fan_in**-0.5 * (sharpness if "to_q" in name or "to_k" in name else 1.0)
+                )
 
 
 def tiny_unet(config: dict = SD15, **more) -> UNet2DConditionModel:
-    """Two resolutions, 8 x 8 and 4 x 4 for the default latents; one resnet with attention a block, two on the way up."""
+    """Two resolutions, 8 x 8 and 4 x 4 for the default latents; one resnet with attention a block, two on the
+    way up.
+    """
     settings = {
         "sample_size": SIDE,
         "layers_per_block": 1,
@@ -87,7 +95,9 @@ def tiny_unet(config: dict = SD15, **more) -> UNet2DConditionModel:
     return model
 
 
-def unet_call(model: UNet2DConditionModel, *, batch: int = 2, side: tuple[int, int] = (SIDE, SIDE), text: int = TEXT) -> dict:
+def unet_call(
+    model: UNet2DConditionModel, *, batch: int = 2, side: tuple[int, int] = (SIDE, SIDE), text: int = TEXT
+) -> dict:
     """Arguments of model.forward."""
     generator = torch.Generator().manual_seed(1)
     config = model.config
@@ -104,7 +114,9 @@ def unet_call(model: UNet2DConditionModel, *, batch: int = 2, side: tuple[int, i
     return call
 
 
-def tiny_sd3(*, dual: tuple[int, ...] = (), qk_norm: str | None = None, layers: int = 3) -> SD3Transformer2DModel:
+def tiny_sd3(
+    *, dual: tuple[int, ...] = (), qk_norm: str | None = None, layers: int = 3
+) -> SD3Transformer2DModel:
     """4 heads of 8; the last block's text goes no further."""
     model = SD3Transformer2DModel(
         sample_size=SIDE,

@@ -1,4 +1,6 @@
-"""FLUX attention that materialises its map, step by step, for methods to change; and a look at what layers return."""
+"""FLUX attention that materialises its map, step by step, for methods to change; and a look at what layers
+return.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ Rope = tuple[Tensor, Tensor]
 
 
 class EagerLayer:
-    """In place of a FLUX processor; plain as it is. q, k, v are (batch, heads, tokens, dim) of [text ; image]."""
+    """In place of a FLUX processor; plain as it is. q, k, v are (batch, heads, tokens, dim) of [text ;
+    image].
+    """
 
     def __init__(self, index: int, text: int = TEXT) -> None:
         self.index, self.text = index, text
@@ -34,7 +38,9 @@ class EagerLayer:
         """From q and k before RoPE."""
         return weigh(rotate(q, rope), rotate(k, rope), v)
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None):
+    def __call__(
+        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None
+    ):
         def split(x: Tensor) -> Tensor:
             return x.reshape(x.shape[0], x.shape[1], attn.heads, -1).transpose(1, 2)
 
@@ -94,7 +100,9 @@ def worst_layer(model: Any, call: dict[str, Tensor], eager: Sequence[EagerLayer]
     def compare(layer: Any, args: tuple, kwargs: dict, output: Any) -> None:
         expected = eager[len(seen)](layer, *args, **kwargs)
         seen.append(layer)
-        for mine, theirs in zip(*((t if isinstance(t, tuple) else (t,)) for t in (output, expected)), strict=True):
+        for mine, theirs in zip(
+            *((t if isinstance(t, tuple) else (t,)) for t in (output, expected)), strict=True
+        ):
             errors.append(relative(mine, theirs))
 
     seen: list[Any] = []
@@ -109,9 +117,12 @@ def worst_layer(model: Any, call: dict[str, Tensor], eager: Sequence[EagerLayer]
 
 
 def euler(
-    model: Any, call: dict[str, Tensor], latents: Tensor, times: Sequence[float],
+    model: Any,
+    call: dict[str, Tensor],
+    latents: Tensor,
+    times: Sequence[float],
     before: Callable[[int, Tensor], Tensor] = lambda step, latents: latents,
-) -> Iterator[Tensor]:  # fmt: skip
+) -> Iterator[Tensor]:
     """The latents at each of the times, from the first on; `before` may change them ahead of each step."""
     yield latents
     for step, (now, then) in enumerate(pairwise(times)):

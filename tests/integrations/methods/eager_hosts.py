@@ -1,4 +1,6 @@
-"""Attention of UNets, SD 3 and FLUX whose core is a function that materialises its map; runs, and comparisons with it."""
+"""Attention of UNets, SD 3 and FLUX whose core is a function that materialises its map; runs, and comparisons
+with it.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,13 @@ class EagerProcessor:
         self.site, self.core = site, core
 
     def __call__(
-        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None, image_rotary_emb=None
+        self,
+        attn,
+        hidden_states,
+        encoder_hidden_states=None,
+        attention_mask=None,
+        temb=None,
+        image_rotary_emb=None,
     ):
         def split(x: Tensor) -> Tensor:
             return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
@@ -111,11 +119,15 @@ def worst_layer(model: nn.Module, call: dict, core: Core) -> float:
         def hook(attn, args, kwargs, output) -> None:
             expected = EagerProcessor(Site(name, attn), core)(attn, *args, **kwargs)
             mine, theirs = (t if isinstance(t, tuple) else (t,) for t in (output, expected))
-            errors.extend(float((a - b).abs().max() / b.abs().max()) for a, b in zip(mine, theirs, strict=True))
+            errors.extend(
+                float((a - b).abs().max() / b.abs().max()) for a, b in zip(mine, theirs, strict=True)
+            )
 
         return hook
 
-    hooks = [attn.register_forward_hook(compare(name), with_kwargs=True) for name, attn in layers(model).items()]
+    hooks = [
+        attn.register_forward_hook(compare(name), with_kwargs=True) for name, attn in layers(model).items()
+    ]
     try:
         run(model, call)
     finally:
@@ -133,12 +145,16 @@ def changed_layers(model: nn.Module, call: dict) -> list[str]:
         def hook(attn, args, kwargs, output) -> None:
             expected = EagerProcessor(Site(name, attn), plain)(attn, *args, **kwargs)
             mine, theirs = (t if isinstance(t, tuple) else (t,) for t in (output, expected))
-            if any(float((a - b).abs().max() / b.abs().max()) > 1e-4 for a, b in zip(mine, theirs, strict=True)):
+            if any(
+                float((a - b).abs().max() / b.abs().max()) > 1e-4 for a, b in zip(mine, theirs, strict=True)
+            ):
                 names.append(name)
 
         return hook
 
-    hooks = [attn.register_forward_hook(compare(name), with_kwargs=True) for name, attn in layers(model).items()]
+    hooks = [
+        attn.register_forward_hook(compare(name), with_kwargs=True) for name, attn in layers(model).items()
+    ]
     try:
         run(model, call)
     finally:

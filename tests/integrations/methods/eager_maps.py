@@ -30,7 +30,9 @@ def probabilities(q: Tensor, k: Tensor) -> Tensor:
 class EagerEdit:
     edit: Edit
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None) -> Tensor:
+    def __call__(
+        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None
+    ) -> Tensor:
         def split(x: Tensor) -> Tensor:
             return x.reshape(x.shape[0], x.shape[1], attn.heads, -1).transpose(1, 2)
 
@@ -72,7 +74,8 @@ def worst_edit(model: UNet2DConditionModel, call: dict, edits: Mapping[int, Edit
     layers = layers_of(model)
     hooks = [
         layers[i].register_forward_hook(
-            lambda layer, args, kwargs, output, edit=edit: compare(layer, args, kwargs, output, edit), with_kwargs=True
+            lambda layer, args, kwargs, output, edit=edit: compare(layer, args, kwargs, output, edit),
+            with_kwargs=True,
         )
         for i, edit in edits.items()
     ]
@@ -86,13 +89,19 @@ def worst_edit(model: UNet2DConditionModel, call: dict, edits: Mapping[int, Edit
 
 
 def largest_tensor(model: UNet2DConditionModel, batch: int = 4, side: int = 32) -> int:
-    """Elements of the largest one that any of torch's operators returns in a call with side * side tokens an image."""
+    """Elements of the largest one that any of torch's operators returns in a call with side * side tokens an
+    image.
+    """
     sizes = [0]
 
     class Sizes(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
-            sizes.extend(t.numel() for t in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(t, Tensor))
+            sizes.extend(
+                t.numel()
+                for t in (out if isinstance(out, (tuple, list)) else (out,))
+                if isinstance(t, Tensor)
+            )
             return out
 
     call = unet_call(model, batch=batch, side=(side, side))

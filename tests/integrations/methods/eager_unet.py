@@ -47,13 +47,20 @@ class EagerReader:
 class EagerProcessor:
     readers: Sequence[EagerReader]
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None) -> Tensor:
+    def __call__(
+        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None
+    ) -> Tensor:
         def split(x: Tensor) -> Tensor:
             return x.reshape(x.shape[0], x.shape[1], attn.heads, -1).transpose(1, 2)
 
         q, k, v = (split(linear(hidden_states)) for linear in (attn.to_q, attn.to_k, attn.to_v))
         # Item by item, so that no more than one map is held.
-        out = torch.stack([torch.softmax(a @ b.mT / math.sqrt(a.shape[-1]), -1) @ c for a, b, c in zip(q, k, v, strict=True)])
+        out = torch.stack(
+            [
+                torch.softmax(a @ b.mT / math.sqrt(a.shape[-1]), -1) @ c
+                for a, b, c in zip(q, k, v, strict=True)
+            ]
+        )
         for reader in self.readers:
             out[reader.item] = reader(q, k, v)
         return attn.to_out[0](out.transpose(1, 2).flatten(2))
@@ -64,7 +71,9 @@ def run(model: UNet2DConditionModel, call: dict) -> tuple[Tensor, list[Tensor]]:
     """(output, what each attention layer returned)"""
     seen: list[Tensor] = []
     layers = [module for module in model.modules() if isinstance(module, Attention)]
-    hooks = [layer.register_forward_hook(lambda module, inputs, output: seen.append(output)) for layer in layers]
+    hooks = [
+        layer.register_forward_hook(lambda module, inputs, output: seen.append(output)) for layer in layers
+    ]
     try:
         return model(**call, return_dict=False)[0], seen
     finally:
@@ -93,7 +102,9 @@ def run_eager(
         return run(model, call)
 
 
-def worst_layer(model: UNet2DConditionModel, call: dict, readers: Sequence[EagerReader], chosen: Chosen) -> float:
+def worst_layer(
+    model: UNet2DConditionModel, call: dict, readers: Sequence[EagerReader], chosen: Chosen
+) -> float:
     """How far the model as it is strays from the readers in any one layer that is given the same input."""
     errors: list[float] = []
 
@@ -113,13 +124,21 @@ def worst_layer(model: UNet2DConditionModel, call: dict, readers: Sequence[Eager
 
 
 def self_attention(model: UNet2DConditionModel, chosen: Chosen) -> list[Any]:
-    layers = [m for name, m in model.named_modules() if isinstance(m, Attention) and name.endswith("attn1") and chosen(name)]
+    layers = [
+        m
+        for name, m in model.named_modules()
+        if isinstance(m, Attention) and name.endswith("attn1") and chosen(name)
+    ]
     assert layers
     return layers
 
 
-def sample(model: UNet2DConditionModel, call: dict, steps: int, start: Callable[[int], object] = int) -> Tensor:
-    """The latents after a short run of DDIM from call["sample"]; `start` is told the index of each step before it."""
+def sample(
+    model: UNet2DConditionModel, call: dict, steps: int, start: Callable[[int], object] = int
+) -> Tensor:
+    """The latents after a short run of DDIM from call["sample"]; `start` is told the index of each step
+    before it.
+    """
     scheduler = DDIMScheduler(clip_sample=False)
     scheduler.set_timesteps(steps)
     latents = call["sample"]
@@ -132,4 +151,8 @@ def sample(model: UNet2DConditionModel, call: dict, steps: int, start: Callable[
 
 def changed(mine: list[Tensor], plain: list[Tensor]) -> list[int]:
     """The attention layers, in the order of the forward pass, whose output differs."""
-    return [i for i, (a, b) in enumerate(zip(mine, plain, strict=True)) if float((a - b).abs().max() / b.abs().max()) > 1e-5]
+    return [
+        i
+        for i, (a, b) in enumerate(zip(mine, plain, strict=True))
+        if float((a - b).abs().max() / b.abs().max()) > 1e-5
+    ]

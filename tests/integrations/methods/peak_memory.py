@@ -1,6 +1,8 @@
-"""python -m integrations.methods.peak_memory FORM...: bytes that one call of a tiny UNet takes, a line for each form.
+"""python -m integrations.methods.peak_memory FORM...: bytes that one call of a tiny UNet takes, a line for
+each form.
 
-FORM: plain, which is without a method, clipped, unclipped or eager. At 64 x 64 latents with three pairs and one head,
+FORM: plain, which is without a method, clipped, unclipped or eager. At 64 x 64 latents with three pairs and
+    one head,
 beyond what is resident before the call. Each form has a process of its own, forked when all is imported.
 """
 
@@ -41,7 +43,9 @@ def measure(form: str) -> None:
         reader = EagerReader(8, 6, (0, 2, 4), (1, 3, 5), 0.4, 1.67, (0.0, 1.0))
         context = reading(model, [reader], lambda name: name.startswith("up_blocks"))
     else:
-        method = VisualInContext(clip=(0.0, 1.0) if form == "clipped" else None, items=InContextRoles.stacked(3))
+        method = VisualInContext(
+            clip=(0.0, 1.0) if form == "clipped" else None, items=InContextRoles.stacked(3)
+        )
         context = apply(model, None if form == "plain" else method)
     with context:
         run(model, unet_call(model, batch=9))  # what is loaded and built once

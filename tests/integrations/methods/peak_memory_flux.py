@@ -1,6 +1,8 @@
-"""python -m integrations.methods.peak_memory_flux: bytes that one call of a tiny FLUX takes under each method, as JSON.
+"""python -m integrations.methods.peak_memory_flux: bytes that one call of a tiny FLUX takes under each
+method, as JSON.
 
-At 4,096 image tokens and one head, beyond what is resident before the call. "plain" is without a method, "eager" with maps.
+At 4,096 image tokens and one head, beyond what is resident before the call. "plain" is without a method,
+"eager" with maps.
 """
 
 from __future__ import annotations
@@ -53,11 +55,14 @@ def main() -> None:
         forward(model, call)
     edit.phase = "edit"
     forms = {
-        "plain": (None, call), "plain pair": (None, pair), "inversion": (invert, call), "edit": (edit, masked),
+        "plain": (None, call),
+        "plain pair": (None, pair),
+        "inversion": (invert, call),
+        "edit": (edit, masked),
         "ic_custom": (ICCustom(ICCustomParameters(32), grid=(ROWS, COLUMNS)), call),
         "omini_control": (OminiControl(2048, 0.5), call),
         "personalize": (PersonalizeAnything(subject, concatenation="target"), pair),
-    }  # fmt: skip
+    }
     with eagerly(model, EagerLayer):
         peaks = {"eager": peak(ExitStack(), model, call, lambda: None)}
     for name, (method, given) in forms.items():

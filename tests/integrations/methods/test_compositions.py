@@ -26,7 +26,11 @@ TOLERANCE = 1e-5  # float32, relative to the largest output
 GRIDS = {64: (8, 8), 16: (4, 4)}
 
 
-FORMS = {"bias": {}, "groups": {"form": "groups"}, "soft groups": {"form": "groups", "masks": soft(), "shared": 0.3}}
+FORMS = {
+    "bias": {},
+    "groups": {"form": "groups"},
+    "soft groups": {"form": "groups", "masks": soft(), "shared": 0.3},
+}
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -95,7 +99,10 @@ def test_what_does_not_go_together() -> None:
     energy = SmoothedEnergy(items=(1,), layers=["up"])
     with (
         apply(case.model, compose(injected, energy)),
-        pytest.raises(ValueError, match=r"PlugAndPlay and SmoothedEnergy do not go together in layer \d+ .*: both have parts"),
+        pytest.raises(
+            ValueError,
+            match=r"PlugAndPlay and SmoothedEnergy do not go together in layer \d+ .*: both have parts",
+        ),
     ):
         run(case.model, call)
     groups = RegionalPrompting(two(), SPANS, form="groups")

@@ -1,4 +1,6 @@
-"""Cross-image attention against a second, eager implementation of its formula, which materialises the attention map."""
+"""Cross-image attention against a second, eager implementation of its formula, which materialises the
+attention map.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,10 @@ TOLERANCE = 1e-5  # float32, relative to the largest output
 # The tiny UNet's layers on the way up: block 0 has 4 x 4 tokens, block 1 has 8 x 8.
 BLOCKS = {4: "up_blocks.0", 8: "up_blocks.1"}
 ALWAYS = {4: (0, None), 8: (0, None)}
-APPEARANCE, STRUCTURE = EagerReader(0, 0, (1,), (1,), 1.0, 1.67, (0.0, 1.0)), EagerReader(0, 0, (2,), (2,), 1.0, 1.67, (0.0, 1.0))
+APPEARANCE, STRUCTURE = (
+    EagerReader(0, 0, (1,), (1,), 1.0, 1.67, (0.0, 1.0)),
+    EagerReader(0, 0, (2,), (2,), 1.0, 1.67, (0.0, 1.0)),
+)
 
 
 def up(name: str) -> bool:
@@ -66,22 +71,31 @@ def test_several_outputs() -> None:
 
 
 def test_equals_the_eager_form_over_a_run() -> None:
-    """Windows for each resolution; every other step, early on, the structure is read; the count lags one step."""
+    """Windows for each resolution; every other step, early on, the structure is read; the count lags one
+    step.
+    """
     model = tiny_unet()
     call = unet_call(model, batch=3)
     method = CrossImageAttention(windows={4: (1, 4), 8: (2, None)}, structure_every=2, structure_until=4)
     # By step; its count is one less. What block 0 and block 1 read.
     schedule = [
-        (None, None), (None, None), (APPEARANCE, None), (STRUCTURE, STRUCTURE), (APPEARANCE, APPEARANCE), (None, APPEARANCE),
+        (None, None),
+        (None, None),
+        (APPEARANCE, None),
+        (STRUCTURE, STRUCTURE),
+        (APPEARANCE, APPEARANCE),
         (None, APPEARANCE),
-    ]  # fmt: skip
+        (None, APPEARANCE),
+    ]
     switch = ExitStack()
 
     def start(step: int) -> None:
         switch.close()
         for block, reader in zip(BLOCKS.values(), schedule[step], strict=True):
             if reader is not None:
-                switch.enter_context(reading(model, [reader], lambda name, block=block: name.startswith(block)))
+                switch.enter_context(
+                    reading(model, [reader], lambda name, block=block: name.startswith(block))
+                )
 
     expected = sample(model, call, len(schedule), start)
     switch.close()
@@ -176,7 +190,10 @@ def test_wrong_knobs(knob: dict, match: str) -> None:
 
 def test_batches_and_models_that_do_not_fit() -> None:
     model, flux = tiny_unet(), tiny_flux()
-    with apply(model, CrossImageAttention(windows=ALWAYS, lag=0)), pytest.raises(ValueError, match=r"source\['k'\]"):
+    with (
+        apply(model, CrossImageAttention(windows=ALWAYS, lag=0)),
+        pytest.raises(ValueError, match=r"source\['k'\]"),
+    ):
         run(model, unet_call(model, batch=2))
     with apply(flux, CrossImageAttention()), pytest.raises(ValueError, match="'double'"):
         flux_forward(flux, tiny_call(flux, batch=3))

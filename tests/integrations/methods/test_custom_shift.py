@@ -64,7 +64,9 @@ def calls(batch: int = 3, references: int = 2, seed: int = 5) -> tuple[dict, dic
 
 
 def remember(method: CustomShift, model: Any, call: dict, which: slice = slice(None)) -> None:
-    method.remember(model, *(call[n][which] for n in ("hidden_states", "encoder_hidden_states", "pooled_projections")))
+    method.remember(
+        model, *(call[n][which] for n in ("hidden_states", "encoder_hidden_states", "pooled_projections"))
+    )
 
 
 def lock_step(model: Any, mine: dict, theirs: dict, items: tuple[int, ...]) -> Tensor:
@@ -74,10 +76,18 @@ def lock_step(model: Any, mine: dict, theirs: dict, items: tuple[int, ...]) -> T
 
 @pytest.mark.parametrize(
     ("settings", "batch", "references", "items"),
-    [({}, 3, 2, None), ({}, 3, 1, None), ({"qk_norm": "rms_norm", "dual": (0,)}, 3, 3, None), ({}, 2, 2, (0,)), ({}, 1, 2, (0,))],
+    [
+        ({}, 3, 2, None),
+        ({}, 3, 1, None),
+        ({"qk_norm": "rms_norm", "dual": (0,)}, 3, 3, None),
+        ({}, 2, 2, (0,)),
+        ({}, 1, 2, (0,)),
+    ],
     ids=str,
-)  # fmt: skip
-def test_equals_one_attention_with_a_one_way_table(settings: dict, batch: int, references: int, items) -> None:
+)
+def test_equals_one_attention_with_a_one_way_table(
+    settings: dict, batch: int, references: int, items
+) -> None:
     model = tiny_sd3(**settings)
     mine, theirs = calls(batch, references)
     expected = lock_step(model, mine, theirs, (1, 2) if items is None else items)
@@ -121,11 +131,16 @@ def test_equals_the_lock_step_over_a_run() -> None:
     batches: list[int] = []
 
     def step(x: Tensor, i: int, form: str) -> Tensor:
-        call = mine | {"hidden_states": x.expand(3, -1, -1, -1), "timestep": torch.full((3,), 900.0 - 300 * i)}
+        call = mine | {
+            "hidden_states": x.expand(3, -1, -1, -1),
+            "timestep": torch.full((3,), 900.0 - 300 * i),
+        }
         out = run(model, call) if form == "mine" else lock_step(model, call, theirs, (1, 2))
         return guide(*out.split(1), scale_references=0.8, scale_prompt=1.2)
 
-    hook = model.register_forward_pre_hook(lambda m, a, kw: batches.append(len(kw["hidden_states"])), with_kwargs=True)
+    hook = model.register_forward_pre_hook(
+        lambda m, a, kw: batches.append(len(kw["hidden_states"])), with_kwargs=True
+    )
     method = CustomShift()
     with apply(model, method):
         remember(method, model, theirs)

@@ -64,7 +64,13 @@ def unet() -> tuple[Any, dict]:
 
 @pytest.mark.parametrize(
     ("stages", "prefixes"),
-    [(5, ("down", "mid", "up")), (3, INNER), (1, ("mid",)), (4, ("down", "mid", "up")), (None, ("down", "mid", "up"))],
+    [
+        (5, ("down", "mid", "up")),
+        (3, INNER),
+        (1, ("mid",)),
+        (4, ("down", "mid", "up")),
+        (None, ("down", "mid", "up")),
+    ],
 )
 def test_the_loss_equals_the_eager_form(stages, prefixes) -> None:
     model, call = unet()
@@ -81,7 +87,9 @@ def test_its_gradient_is_that_of_the_eager_form() -> None:
     """In the keys' projections, through the whole softmax, and in the layers before, where roundings add up."""
     model, call = unet()
     core, method = Eager(), FastComposer(TOKENS, masks(), weight=1.0, stages=3)
-    wanted = [layers(model)[f"{block}.attentions.0.transformer_blocks.0.attn2"].to_k.weight for block in INNER]
+    wanted = [
+        layers(model)[f"{block}.attentions.0.transformer_blocks.0.attn2"].to_k.weight for block in INNER
+    ]
     wanted += [model.conv_in.weight]
     with eager(model, core):
         model(**call)
@@ -89,7 +97,10 @@ def test_its_gradient_is_that_of_the_eager_form() -> None:
     with apply(model, method):
         model(**call)
         mine = torch.autograd.grad(method.loss(), wanted)
-    assert all(relative(a, b) <= 5 * TOLERANCE and float(b.abs().max()) > 1e-3 for a, b in zip(mine, expected, strict=True))
+    assert all(
+        relative(a, b) <= 5 * TOLERANCE and float(b.abs().max()) > 1e-3
+        for a, b in zip(mine, expected, strict=True)
+    )
 
 
 def test_training_on_it_moves_words_to_their_subjects() -> None:
@@ -116,7 +127,13 @@ def test_knobs() -> None:
     model, call = unet()
     method, seen = FastComposer(TOKENS, masks()), []
     with apply(model, method):
-        for change in ({}, {"weight": 2e-3}, {"tokens": TOKENS.flip(0)}, {"masks": masks().flip(1)}, {"stages": 1}):
+        for change in (
+            {},
+            {"weight": 2e-3},
+            {"tokens": TOKENS.flip(0)},
+            {"masks": masks().flip(1)},
+            {"stages": 1},
+        ):
             for name, value in change.items():
                 setattr(method, name, value)
             run(model, call)
@@ -160,7 +177,9 @@ def test_fusion() -> None:
         expected[n, TOKENS[n, s]] = F.layer_norm(x, (6,), fusion.layer_norm.weight, fusion.layer_norm.bias)
     torch.testing.assert_close(out, expected)
     assert torch.equal(out[1, [0, 1, 3, 4]], text[1, [0, 1, 3, 4]])
-    assert all(p.grad is not None for p in fusion.parameters() if out.sum().backward(retain_graph=True) is None)
+    assert all(
+        p.grad is not None for p in fusion.parameters() if out.sum().backward(retain_graph=True) is None
+    )
 
 
 def test_delayed_conditioning() -> None:
@@ -176,9 +195,15 @@ def test_delayed_conditioning() -> None:
 
 @pytest.mark.parametrize(
     ("knob", "match"),
-    [({"tokens": TOKENS.float()}, "^tokens: "), ({"tokens": TOKENS[0]}, "^tokens: "), ({"masks": masks()[0]}, "^masks: "),
-     ({"masks": 2 * masks()}, "^masks: "), ({"weight": -1.0}, "^weight: "), ({"stages": 0}, "^stages: ")],
-)  # fmt: skip
+    [
+        ({"tokens": TOKENS.float()}, "^tokens: "),
+        ({"tokens": TOKENS[0]}, "^tokens: "),
+        ({"masks": masks()[0]}, "^masks: "),
+        ({"masks": 2 * masks()}, "^masks: "),
+        ({"weight": -1.0}, "^weight: "),
+        ({"stages": 0}, "^stages: "),
+    ],
+)
 def test_wrong_knobs(knob: dict, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         FastComposer(**({"tokens": TOKENS, "masks": masks()} | knob))

@@ -37,13 +37,17 @@ def parameters(**options) -> ICCustomParameters:
 class EagerICMA(EagerLayer):
     """`columns`: of each column of the grid, the reference it belongs to, or None for the target."""
 
-    def __init__(self, index: int, tables: dict[str, Tensor], columns: list[int | None], task: int = 0) -> None:
+    def __init__(
+        self, index: int, tables: dict[str, Tensor], columns: list[int | None], task: int = 0
+    ) -> None:
         super().__init__(index)
         self.tables, self.columns, self.task = tables, columns, task
 
     def offset(self, x: Tensor) -> Tensor:
         cond, target, idx, _ = (self.tables[name] for name in NAMES)
-        row = torch.stack([target[0] if n is None else cond[0] + idx[n] for n in self.columns])  # (columns, hidden)
+        row = torch.stack(
+            [target[0] if n is None else cond[0] + idx[n] for n in self.columns]
+        )  # (columns, hidden)
         image = row.repeat(x.shape[2] // len(row), 1)[: x.shape[2] - TEXT]
         boundary = torch.cat([torch.zeros(TEXT, HEADS * DIM), image])
         return x + boundary.reshape(-1, HEADS, DIM).transpose(0, 1)
@@ -153,7 +157,9 @@ def test_a_step_of_an_optimiser_shows_in_the_next_call() -> None:
 
 
 @pytest.mark.parametrize(
-    "knob", [{"task": "precise"}, {"task": "drawn"}, {"references": 3}, {"widths": (1, 3)}, {"grid": (12, 2)}], ids=str
+    "knob",
+    [{"task": "precise"}, {"task": "drawn"}, {"references": 3}, {"widths": (1, 3)}, {"grid": (12, 2)}],
+    ids=str,
 )
 def test_every_knob_changes_the_output(knob: dict) -> None:
     model, made = tiny_flux(), parameters()
@@ -215,14 +221,23 @@ def test_the_mask_is_the_inverse_of_fill_s() -> None:
 
 @pytest.mark.parametrize(
     ("step", "options", "expected"),
-    [(8, {}, True), (9, {}, False), (5, {"until": 0.5}, True), (6, {"until": 0.5}, False), (1, {"progressive": True}, False),
-     (2, {"progressive": True}, True), (0, {"until": 0.0}, True)],
-)  # fmt: skip
+    [
+        (8, {}, True),
+        (9, {}, False),
+        (5, {"until": 0.5}, True),
+        (6, {"until": 0.5}, False),
+        (1, {"progressive": True}, False),
+        (2, {"progressive": True}, True),
+        (0, {"until": 0.0}, True),
+    ],
+)
 def test_when_a_background_is_preserved(step: int, options: dict, expected: bool) -> None:
     velocity, noise, source = torch.randn(3, 1, 5, 2)
     known = torch.tensor([1.0, 0, 0, 1, 0])[None, :, None]
     out = preserve(velocity, noise, source, known, step, 10, **options)
-    torch.testing.assert_close(out, torch.where(known == 1, noise - source, velocity) if expected else velocity)
+    torch.testing.assert_close(
+        out, torch.where(known == 1, noise - source, velocity) if expected else velocity
+    )
 
 
 # Files
@@ -248,7 +263,9 @@ def test_published_files_are_two_and_have_other_tensors(tmp_path: Path) -> None:
     save_file(rest, tmp_path / "rest.safetensors")
     loaded = ICCustomParameters.from_pretrained(tmp_path)
     assert loaded.hidden == HEADS * DIM
-    assert all(t.dtype == torch.bfloat16 and torch.equal(t, state[name]) for name, t in loaded.state_dict().items())
+    assert all(
+        t.dtype == torch.bfloat16 and torch.equal(t, state[name]) for name, t in loaded.state_dict().items()
+    )
 
 
 def test_files_that_are_refused(tmp_path: Path) -> None:
@@ -256,12 +273,17 @@ def test_files_that_are_refused(tmp_path: Path) -> None:
         ICCustomParameters.from_pretrained(tmp_path / "none")
     state = parameters().state_dict()
     save_file({n: t for n, t in state.items() if n.startswith(("cond", "idx"))}, tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match="has no target_embedding, task_register_embeddings; expected all of"):
+    with pytest.raises(
+        ValueError, match="has no target_embedding, task_register_embeddings; expected all of"
+    ):
         ICCustomParameters.from_pretrained(tmp_path)
     save_file(state, tmp_path / "b.safetensors")
     with pytest.raises(ValueError, match="cond_embedding is twice"):
         ICCustomParameters.from_pretrained(tmp_path)
-    for name, wrong in (("task_register_embeddings", torch.ones(10, 128)), ("idx_embedding", torch.ones(2, 64))):
+    for name, wrong in (
+        ("task_register_embeddings", torch.ones(10, 128)),
+        ("idx_embedding", torch.ones(2, 64)),
+    ):
         save_file(state | {f"{name}.weight": wrong}, tmp_path / "c.safetensors")
         with pytest.raises(ValueError, match=rf"expected \(1, n\).*{name} \({len(wrong)}, "):
             ICCustomParameters.from_pretrained(tmp_path / "c.safetensors")
@@ -276,10 +298,18 @@ def test_files_that_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("knob", "value"),
     [
-        ("parameters", None), ("task", "position"), ("task", 0), ("references", 0), ("references", True), ("widths", 4),
-        ("widths", (4, 0)), ("grid", 6), ("grid", (6, 0)), ("grid", (6, 4, 1)),
+        ("parameters", None),
+        ("task", "position"),
+        ("task", 0),
+        ("references", 0),
+        ("references", True),
+        ("widths", 4),
+        ("widths", (4, 0)),
+        ("grid", 6),
+        ("grid", (6, 0)),
+        ("grid", (6, 4, 1)),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_knob_is_named(knob: str, value) -> None:
     with pytest.raises(ValueError, match=f"^{knob}: "):
         ICCustom(**{"parameters": ICCustomParameters(8)} | {knob: value})

@@ -22,8 +22,8 @@ TOLERANCE = 1e-5  # float32, relative to the largest output
 class EagerBrush:
     """The released processor's arithmetic: A o W, then V, then the gain; for one layer of FLUX.
 
-    `prompt` (batch,) counts the prompt's tokens, `subject` is the subject panel's slice of the joint sequence, `target`
-    that of the shifted rows, or for each item their indices.
+    `prompt` (batch,) counts the prompt's tokens, `subject` is the subject panel's slice of the joint
+    sequence, `target` that of the shifted rows, or for each item their indices.
     """
 
     shift: bool
@@ -37,9 +37,13 @@ class EagerBrush:
     gain_norm: str = "minmax"
     gain_rows: str = "*"
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None):
+    def __call__(
+        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None
+    ):
         def split(x: Tensor) -> Tensor:
-            return x.reshape(x.shape[0], x.shape[1], attn.heads, -1).transpose(1, 2)  # (batch, heads, tokens, dim)
+            return x.reshape(x.shape[0], x.shape[1], attn.heads, -1).transpose(
+                1, 2
+            )  # (batch, heads, tokens, dim)
 
         q, k, v = (split(linear(hidden_states)) for linear in (attn.to_q, attn.to_k, attn.to_v))
         q, k = attn.norm_q(q), attn.norm_k(k)
@@ -134,13 +138,19 @@ CASES = {
     "mean": ({"gain_norm": "mean"}, HALVES | {"gain_norm": "mean"}),
     "max": ({"gain_norm": "max"}, HALVES | {"gain_norm": "max"}),
     "softmax": ({"gain_norm": "softmax"}, HALVES | {"gain_norm": "softmax"}),
-    "subject last": ({"subject_first": False}, HALVES | {"subject": slice(END - 12, END), "target": slice(TEXT, END - 12)}),
+    "subject last": (
+        {"subject_first": False},
+        HALVES | {"subject": slice(END - 12, END), "target": slice(TEXT, END - 12)},
+    ),
     "small subject": (
         {"subject_tokens": 5},
         HALVES | {"subject": slice(TEXT, TEXT + 5), "target": slice(TEXT + 5, END)},
     ),
     "hole": ({"hole": HOLES}, HALVES | {"target": PAINTED}),
-    "hole, paper rows": ({"hole": HOLES, "gain_rows": "target"}, HALVES | {"target": PAINTED, "gain_rows": "target"}),
+    "hole, paper rows": (
+        {"hole": HOLES, "gain_rows": "target"},
+        HALVES | {"target": PAINTED, "gain_rows": "target"},
+    ),
     "one hole, subject last": (
         {"hole": HOLES[0].flip(0), "subject_first": False},
         HALVES | {"subject": slice(END - 12, END), "target": [END - 1 - (PAINTED[0] - TEXT)] * 2},
@@ -154,7 +164,7 @@ CASES = {
         {"count_padding": False, "prompt_tokens": torch.tensor([3, 6])},
         HALVES | {"prompt": [3, 6]},
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -209,12 +219,20 @@ def test_gradients_are_the_eager_form_s_with_a_constant_gain() -> None:
 @pytest.mark.parametrize(
     "knob",
     [
-        {"alpha_prompt": 0.35}, {"alpha_subject": 0.35}, {"gain_span": 0.3}, {"gain_floor": 1.1}, {"gain_norm": "mean"},
-        {"gain_norm": "max"}, {"gain_norm": "softmax"}, {"gain_rows": "target"},
-        {"count_padding": False, "prompt_tokens": 3}, {"subject_first": False}, {"subject_tokens": 10},
+        {"alpha_prompt": 0.35},
+        {"alpha_subject": 0.35},
+        {"gain_span": 0.3},
+        {"gain_floor": 1.1},
+        {"gain_norm": "mean"},
+        {"gain_norm": "max"},
+        {"gain_norm": "softmax"},
+        {"gain_rows": "target"},
+        {"count_padding": False, "prompt_tokens": 3},
+        {"subject_first": False},
+        {"subject_tokens": 10},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_every_knob_changes_the_output(knob: dict) -> None:
     model = tiny_flux()
     call = tiny_call(model)
@@ -269,10 +287,16 @@ def test_equal_knobs_share_one_control() -> None:
 @pytest.mark.parametrize(
     ("knob", "value"),
     [
-        ("alpha_prompt", -1.5), ("alpha_subject", math.nan), ("alpha_subject", "0.3"), ("gain_span", math.inf),
-        ("gain_floor", -math.inf), ("gain_floor", None), ("gain_norm", "min"), ("gain_rows", "prompt"),
+        ("alpha_prompt", -1.5),
+        ("alpha_subject", math.nan),
+        ("alpha_subject", "0.3"),
+        ("gain_span", math.inf),
+        ("gain_floor", -math.inf),
+        ("gain_floor", None),
+        ("gain_norm", "min"),
+        ("gain_rows", "prompt"),
     ],
-)  # fmt: skip
+)
 def test_a_knob_out_of_range_is_named(knob: str, value) -> None:
     with pytest.raises(ValueError, match=knob):
         InContextBrush(**{knob: value})

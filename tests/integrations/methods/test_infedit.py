@@ -1,4 +1,6 @@
-"""InfEdit's attention control and sampler against a second, eager implementation, which materialises the maps."""
+"""InfEdit's attention control and sampler against a second, eager implementation, which materialises the
+maps.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,9 @@ def cross_attention(roles: tuple[MutualRoles, ...], seen: list[Tensor] | None = 
     def edit(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         prob = probabilities(q, k)
         if seen is not None:
-            seen.append(torch.stack([prob[-2].mean(0)[:, WORDS[0]].sum(-1), prob[-1].mean(0)[:, WORDS[1]].sum(-1)]))
+            seen.append(
+                torch.stack([prob[-2].mean(0)[:, WORDS[0]].sum(-1), prob[-1].mean(0)[:, WORDS[1]].sum(-1)])
+            )
         for r in roles:
             if r.conditional:
                 prob[r.target] = prob[r.source][..., INDEX] * (1 - NEW) + prob[r.target] * NEW
@@ -101,7 +105,9 @@ def test_other_places_in_the_batch() -> None:
 # The sampler
 
 
-def eager_step(x: list[Tensor], e: list[Tensor], clean: Tensor, ab: float, after: float, n: Tensor, eta: float):
+def eager_step(
+    x: list[Tensor], e: list[Tensor], clean: Tensor, ab: float, after: float, n: Tensor, eta: float
+):
     """[x' of each item]"""
     e_cons = (x[0] - ab**0.5 * clean) / (1 - ab) ** 0.5
     sd, out = eta * (1 - after), []
@@ -139,7 +145,9 @@ def test_equals_the_eager_form_over_a_run(eta: float) -> None:
             looked = cross_attention(HALVES if i / 4 <= 0.7 else (), seen)
             stack.enter_context(editing(model, edits | dict.fromkeys(CROSS_4, looked)))
             noise = predict(theirs, i)
-        theirs = torch.cat(eager_step([*theirs.split(1)], [*noise.split(1)], clean, alphas[i], alphas[i + 1], fresh[i], eta))
+        theirs = torch.cat(
+            eager_step([*theirs.split(1)], [*noise.split(1)], clean, alphas[i], alphas[i + 1], fresh[i], eta)
+        )
         maps = torch.nn.functional.max_pool2d(torch.stack(seen).sum(0).unflatten(1, (4, 4)), 3, 1, 1)
         masks = maps / maps.amax((1, 2), keepdim=True) > torch.tensor([0.9, 0.8])[:, None, None]
         on, also = masks.repeat_interleave(2, 1).repeat_interleave(2, 2)
@@ -172,7 +180,12 @@ def test_equals_the_eager_form_over_a_run(eta: float) -> None:
 )
 def test_wrong_steps(change: dict[str, Any], match: str) -> None:
     one = torch.zeros(1, 4, 8, 8)
-    arguments = {"latents": one.repeat(3, 1, 1, 1), "noise": one.repeat(3, 1, 1, 1), "clean": one, "fresh": one}
+    arguments = {
+        "latents": one.repeat(3, 1, 1, 1),
+        "noise": one.repeat(3, 1, 1, 1),
+        "clean": one,
+        "fresh": one,
+    }
     with pytest.raises(ValueError, match=match):
         ddcm_step(**(arguments | {"alpha": 0.5, "next_alpha": 0.6} | change))
 
@@ -202,7 +215,9 @@ def test_every_knob_changes_the_output(change: dict) -> None:
 def test_three_times_the_same_image_is_plain() -> None:
     model = tiny_unet()
     call = unet_call(model, batch=3, text=LENGTH)
-    call |= {name: call[name][:1].expand(3, *call[name].shape[1:]) for name in ("sample", "encoder_hidden_states")}
+    call |= {
+        name: call[name][:1].expand(3, *call[name].shape[1:]) for name in ("sample", "encoder_hidden_states")
+    }
     plain, _ = run(model, call)
     with apply(model, InfEdit(PromptEdit())) as handle:
         for step in (0, 8):

@@ -31,9 +31,16 @@ def state_dict(unet: Any, seed: int) -> dict:
                 weight = torch.randn(inner, TEXT_CHANNELS, generator=generator) * TEXT_CHANNELS**-0.5
                 weights[f"{number}.to_{which}_ip.weight"] = weight
             number += 2
-    shapes = {"proj.weight": (4 * TEXT_CHANNELS, EMBED), "proj.bias": (4 * TEXT_CHANNELS,),
-              "norm.weight": (TEXT_CHANNELS,), "norm.bias": (TEXT_CHANNELS,)}  # fmt: skip
-    return {"image_proj": {n: torch.randn(s, generator=generator) for n, s in shapes.items()}, "ip_adapter": weights}
+    shapes = {
+        "proj.weight": (4 * TEXT_CHANNELS, EMBED),
+        "proj.bias": (4 * TEXT_CHANNELS,),
+        "norm.weight": (TEXT_CHANNELS,),
+        "norm.bias": (TEXT_CHANNELS,),
+    }
+    return {
+        "image_proj": {n: torch.randn(s, generator=generator) for n, s in shapes.items()},
+        "ip_adapter": weights,
+    }
 
 
 def embeds(images: int, batch: int = 2, seed: int = 7) -> Tensor:
@@ -54,7 +61,9 @@ class Case:
         self.call = unet_call(self.model, batch=2, side=side)
         states = [state_dict(self.model, seed) for seed in range(len(images))]
         self.embeds = [embeds(n) for n in images]
-        self.prompts = [ImagePrompt.load(self.model, s).showing(e) for s, e in zip(states, self.embeds, strict=True)]
+        self.prompts = [
+            ImagePrompt.load(self.model, s).showing(e) for s, e in zip(states, self.embeds, strict=True)
+        ]
         self.twin._load_ip_adapter_weights(states, low_cpu_mem_usage=False)
 
     def diffusers(self, call: dict, scale: Any, masks: list | None = None) -> Tensor:
@@ -66,8 +75,11 @@ class Case:
         return run(self.twin, call | {"added_cond_kwargs": added} | more)
 
     def eager(self, scale: list[float], masks: list | None = None):
-        grids = {n: (self.call["sample"].shape[2] // d, self.call["sample"].shape[3] // d) for d in (1, 2)
-                 for n in [self.call["sample"][0, 0].numel() // d**2]}  # fmt: skip
+        grids = {
+            n: (self.call["sample"].shape[2] // d, self.call["sample"].shape[3] // d)
+            for d in (1, 2)
+            for n in [self.call["sample"][0, 0].numel() // d**2]
+        }
 
         def core(site: Site, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             out = attend(q, k, v)
@@ -125,8 +137,10 @@ def test_equals_diffusers_over_a_run() -> None:
     regions = [masks(1), masks(2)]
     with apply(case.model, IPAdapter(case.prompts, [0.7, 0.5], regions)):
         out = descend(lambda x, i: run(case.model, case.call | {"sample": x}), case.call["sample"])
-    for step in (lambda x, i: run_eager(case.model, case.call | {"sample": x}, case.eager([0.7, 0.5], regions)),
-                 lambda x, i: case.diffusers(case.call | {"sample": x}, [0.7, 0.5], regions)):  # fmt: skip
+    for step in (
+        lambda x, i: run_eager(case.model, case.call | {"sample": x}, case.eager([0.7, 0.5], regions)),
+        lambda x, i: case.diffusers(case.call | {"sample": x}, [0.7, 0.5], regions),
+    ):
         assert relative(out, descend(step, case.call["sample"])) <= TOLERANCE
 
 
@@ -134,13 +148,18 @@ def test_equals_diffusers_over_a_run() -> None:
     ("scale", "of"),
     [
         ({"up": 0.8}, lambda name: 0.8 if name.startswith("up") else 0.0),
-        ({"down": 0.5, "up_blocks.1": 1.0}, lambda n: 0.5 if n.startswith("down") else 1.0 * n.startswith("up_blocks.1")),
-        ({"up": 1.0, "up_blocks.1.attentions.1": 0.2},
-         lambda name: 0.2 if "up_blocks.1.attentions.1" in name else 1.0 * name.startswith("up")),
+        (
+            {"down": 0.5, "up_blocks.1": 1.0},
+            lambda n: 0.5 if n.startswith("down") else 1.0 * n.startswith("up_blocks.1"),
+        ),
+        (
+            {"up": 1.0, "up_blocks.1.attentions.1": 0.2},
+            lambda name: 0.2 if "up_blocks.1.attentions.1" in name else 1.0 * name.startswith("up"),
+        ),
         ({5: 0.6}, lambda name: 0.6 * name.startswith("mid")),
     ],
     ids=["a place", "the beginning of a name", "a longer name", "an index"],
-)  # fmt: skip
+)
 def test_scales_of_layers(scale: dict, of) -> None:
     case = Case(SD15, (1,))
     with apply(case.model, IPAdapter(case.prompts, scale)):
@@ -173,7 +192,9 @@ def test_knobs_may_be_set_and_keys_are_kept(monkeypatch: pytest.MonkeyPatch) -> 
         method.prompts = [case.prompts[0].showing(embeds(2, seed=99))]
         assert not method._kept
         outs.append(run(case.model, case.call))
-        assert len(kept) == 7 and not any(a is method._kept[key][0] for a, key in zip(kept, sorted(method._kept), strict=True))
+        assert len(kept) == 7 and not any(
+            a is method._kept[key][0] for a, key in zip(kept, sorted(method._kept), strict=True)
+        )
         method.scale = 0
         assert relative(run(case.model, case.call), plain) <= TOLERANCE
     assert all(relative(a, b) > 1e-3 for i, a in enumerate(outs) for b in outs[:i])
@@ -181,7 +202,9 @@ def test_knobs_may_be_set_and_keys_are_kept(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_no_map_is_made() -> None:
     model = tiny_unet(SD15, attention_head_dim=1)
-    prompt = ImagePrompt.load(model, state_dict(model, 0)).showing(tokens=torch.randn(1, 1, 1024, TEXT_CHANNELS))
+    prompt = ImagePrompt.load(model, state_dict(model, 0)).showing(
+        tokens=torch.randn(1, 1, 1024, TEXT_CHANNELS)
+    )
     with apply(model, IPAdapter([prompt])), Largest() as largest:
         run(model, unet_call(model, batch=1, side=(64, 64)))
     assert largest.elements < 4096 * 1024

@@ -24,11 +24,18 @@ def state_dict(seed: int) -> dict[str, dict[str, Tensor]]:
     """As a published adapter of 4 tokens has it: numbered by double blocks, with biases."""
     generator = torch.Generator().manual_seed(seed)
     shapes = {"weight": (INNER, CHANNELS), "bias": (INNER,)}
-    adapter = {f"{i}.to_{w}_ip.{part}": torch.randn(shape, generator=generator) * CHANNELS**-0.5
-               for i in range(2) for w in "kv" for part, shape in shapes.items()}  # fmt: skip
+    adapter = {
+        f"{i}.to_{w}_ip.{part}": torch.randn(shape, generator=generator) * CHANNELS**-0.5
+        for i in range(2)
+        for w in "kv"
+        for part, shape in shapes.items()
+    }
     shapes = {"proj.weight": (4 * CHANNELS, EMBED), "proj.bias": (4 * CHANNELS,)}
     shapes |= {"norm.weight": (CHANNELS,), "norm.bias": (CHANNELS,)}
-    return {"image_proj": {n: torch.randn(s, generator=generator) for n, s in shapes.items()}, "ip_adapter": adapter}
+    return {
+        "image_proj": {n: torch.randn(s, generator=generator) for n, s in shapes.items()},
+        "ip_adapter": adapter,
+    }
 
 
 class Case:
@@ -39,7 +46,9 @@ class Case:
         self.call = tiny_call(self.model, batch=2)
         self.states = [state_dict(seed) for seed in range(len(images))]
         self.embeds = [torch.randn(2, n, EMBED, generator=torch.Generator().manual_seed(n)) for n in images]
-        self.prompts = [ImagePrompt.load(self.model, s).showing(e) for s, e in zip(self.states, self.embeds, strict=True)]
+        self.prompts = [
+            ImagePrompt.load(self.model, s).showing(e) for s, e in zip(self.states, self.embeds, strict=True)
+        ]
         self.twin._load_ip_adapter_weights(self.states, low_cpu_mem_usage=False)
 
     def diffusers(self, scale: Callable[[str], list[float]]) -> Tensor:
@@ -73,7 +82,9 @@ def test_with_a_lora_that_comes_and_goes() -> None:
     with apply(case.model, IPAdapter(case.prompts)):
         before = forward(case.model, case.call)
         torch.manual_seed(0)
-        case.model.add_adapter(peft.LoraConfig(r=4, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False))
+        case.model.add_adapter(
+            peft.LoraConfig(r=4, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False)
+        )
         adapted = forward(case.model, case.call)
         case.model.delete_adapters(["default"])
         after = forward(case.model, case.call)
@@ -154,7 +165,9 @@ def test_masks_on_the_handles_grid() -> None:
     # Bicubic resizing of what is constant about the edge leaves 0 and 1 away from it.
     mask = torch.zeros(1, 1, 64 * ROWS, COLUMNS)
     mask[:, :, 32 * ROWS :] = 1
-    whole, none, half = (IPAdapter(case.prompts, 1.0, masks=[m]) for m in (torch.ones_like(mask), mask * 0, mask))
+    whole, none, half = (
+        IPAdapter(case.prompts, 1.0, masks=[m]) for m in (torch.ones_like(mask), mask * 0, mask)
+    )
     single = tiny_flux(double=1, single=0)
     prompt = ImagePrompt(case.prompts[0].weights, None, case.prompts[0].tokens, case.prompts[0].biases)
     outs = []

@@ -26,7 +26,9 @@ TOKENS = MASK.nonzero()[:, 0]
 
 
 class EagerEdit(EagerLayer):
-    """Keeps k before RoPE; in an edit overwrites the masked ones in it, turns all and adds to the background's logits."""
+    """Keeps k before RoPE; in an edit overwrites the masked ones in it, turns all and adds to the
+    background's logits.
+    """
 
     def __init__(self, index: int, state: EagerState) -> None:
         super().__init__(index)
@@ -89,7 +91,9 @@ def ours(model, method: KVEdit, mask: Tensor = MASK) -> tuple[list[Tensor], list
         handle.reset()
 
         def before(step: int, latents: Tensor) -> Tensor:
-            return kv_edit.reblend(latents, up[len(TIMES) - 1 - step], inside() & mask[:, None], method.tokens)
+            return kv_edit.reblend(
+                latents, up[len(TIMES) - 1 - step], inside() & mask[:, None], method.tokens
+            )
 
         start = up[-1][:, method.tokens]
         down = list(euler(model, edit_call(call, method.tokens), start, TIMES, before))
@@ -168,7 +172,9 @@ def test_only_text_and_masked_tokens_have_rows(monkeypatch: pytest.MonkeyPatch) 
         assert keys[-1].data_ptr() == k.data_ptr() and keys[-1].shape[1] == image - len(TOKENS)
 
 
-@pytest.mark.parametrize("knob", [{"attn_scale": 0.5}, {"masked_inversion": True}, {"keep_dtype": torch.bfloat16}], ids=str)
+@pytest.mark.parametrize(
+    "knob", [{"attn_scale": 0.5}, {"masked_inversion": True}, {"keep_dtype": torch.bfloat16}], ids=str
+)
 def test_every_knob_changes_the_output(knob: dict) -> None:
     model = tiny_flux()
     before = ours(model, KVEdit(MASK, TIMES))[1][-1]
@@ -182,7 +188,9 @@ def test_kept_as_it_is_told() -> None:
     method = KVEdit(MASK, TIMES, keep_dtype=torch.bfloat16, keep_device="cpu")
     ours(model, method)
     assert len(method.kept) == 3 * 4 and {time for time, _ in method.kept} == set(TIMES[:-1])
-    assert all(k.dtype == v.dtype == torch.bfloat16 and not k.requires_grad for k, v, _ in method.kept.values())
+    assert all(
+        k.dtype == v.dtype == torch.bfloat16 and not k.requires_grad for k, v, _ in method.kept.values()
+    )
 
 
 def test_neutral_is_the_plain_model() -> None:
@@ -226,7 +234,9 @@ def test_another_mask_of_one_inversion() -> None:
 
     with apply(model, method):
         start = up[-1][:, method.tokens]
-        for mine, theirs in zip(euler(model, edit_call(call, method.tokens), start, TIMES, before), expected, strict=False):
+        for mine, theirs in zip(
+            euler(model, edit_call(call, method.tokens), start, TIMES, before), expected, strict=False
+        ):
             assert torch.equal(mine, theirs)
 
 
@@ -266,11 +276,17 @@ def test_the_time_of_the_cache_is_an_interval_s_upper_one() -> None:
 @pytest.mark.parametrize(
     ("knob", "value"),
     [
-        ("mask", torch.zeros(24, dtype=torch.bool)), ("mask", torch.ones(24)), ("mask", torch.ones(2, 24).bool()),
-        ("times", (0.3, 0.8)), ("times", (0.5,)), ("times", 3), ("phase", "both"), ("attn_scale", math.nan),
+        ("mask", torch.zeros(24, dtype=torch.bool)),
+        ("mask", torch.ones(24)),
+        ("mask", torch.ones(2, 24).bool()),
+        ("times", (0.3, 0.8)),
+        ("times", (0.5,)),
+        ("times", 3),
+        ("phase", "both"),
+        ("attn_scale", math.nan),
         ("attn_scale", "1"),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_knob_is_named(knob: str, value) -> None:
     with pytest.raises(ValueError, match=f"^{knob}: "):
         KVEdit(**{"mask": MASK, "times": TIMES} | {knob: value})
@@ -296,7 +312,10 @@ def test_calls_that_do_not_fit(phase, tokens: int, step: int, match: str) -> Non
 
 def test_a_mask_that_does_not_fit_what_is_kept() -> None:
     model = tiny_flux(double=1, single=1)
-    for knobs, mask, match in (({}, torch.ones(5).bool(), "24 tokens"), ({"masked_inversion": True}, ~MASK, "another mask")):
+    for knobs, mask, match in (
+        ({}, torch.ones(5).bool(), "24 tokens"),
+        ({"masked_inversion": True}, ~MASK, "another mask"),
+    ):
         method = KVEdit(MASK, TIMES, **knobs)
         with apply(model, method):
             forward(model, tiny_call(model))

@@ -36,7 +36,9 @@ def resized(mask: Tensor, tokens: int) -> Tensor:
     return mask[index[0]][:, index[1]].flatten()
 
 
-def mutual(q: Tensor, k: Tensor, v: Tensor, pairs=PAIRS, masks: tuple[Tensor, Tensor] | None = None) -> Tensor:
+def mutual(
+    q: Tensor, k: Tensor, v: Tensor, pairs=PAIRS, masks: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
     out = probabilities(q, k) @ v
     for source, target in pairs:
         logits = q[target] @ k[source].mT / math.sqrt(q.shape[-1])
@@ -70,7 +72,9 @@ class ByWords:
 
     def look(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         prob = probabilities(q, k)
-        self.maps.append(torch.stack([prob[item][:, :, tokens].mean(0).sum(-1) for item, tokens in WORDS.items()]))
+        self.maps.append(
+            torch.stack([prob[item][:, :, tokens].mean(0).sum(-1) for item, tokens in WORDS.items()])
+        )
         return prob @ v
 
     def read(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -154,7 +158,9 @@ def test_equals_the_eager_form_over_a_run(words: bool) -> None:
 
     expected = sample(model, call, 4, start)
     switch.close()
-    with apply(model, MasaCtrl(layers=(3, None), steps=(1, None), masks=WordMaps(WORDS, 4) if words else None)):
+    with apply(
+        model, MasaCtrl(layers=(3, None), steps=(1, None), masks=WordMaps(WORDS, 4) if words else None)
+    ):
         assert relative(sample(model, call, 4), expected) <= TOLERANCE
     assert relative(sample(model, call, 4), expected) > 1e-2
 
@@ -213,8 +219,12 @@ def test_an_edit_of_itself_is_plain() -> None:
 def test_the_released_layers_and_steps() -> None:
     layers = [Layer(2 * block, "self", "up", 8, 40, 0, 64, 4, (8, 8)) for block in range(16)]
     method = MasaCtrl()
-    assert [n for n, layer in enumerate(layers) if method.plan(layer, Step(4)) is not None] == list(range(10, 16))
-    assert [step for step in range(50) if method.plan(layers[10], Step(step)) is not None] == list(range(4, 50))
+    assert [n for n, layer in enumerate(layers) if method.plan(layer, Step(4)) is not None] == list(
+        range(10, 16)
+    )
+    assert [step for step in range(50) if method.plan(layers[10], Step(step)) is not None] == list(
+        range(4, 50)
+    )
     assert method.plan(layers[10], Step(4)) is method.plan(layers[11], Step(5))
     method.masks = some_masks()
     assert method.plan(layers[10], Step(4)) is method.plan(layers[11], Step(5))
@@ -295,5 +305,7 @@ def test_what_does_not_fit() -> None:
             run(model, call)
     with apply(flux, MasaCtrl()), pytest.raises(ValueError, match="'double'"):
         flux_forward(flux, tiny_call(flux, batch=4))
-    with pytest.raises(ValueError, match=r"^words: no cross-attention layer of resolution 16 has been seen yet"):
+    with pytest.raises(
+        ValueError, match=r"^words: no cross-attention layer of resolution 16 has been seen yet"
+    ):
         _ = WordMaps({0: [1]}).mean

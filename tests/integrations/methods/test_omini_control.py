@@ -1,4 +1,6 @@
-"""OminiControl against a second, eager implementation that writes the bias token by token and materialises the map."""
+"""OminiControl against a second, eager implementation that writes the bias token by token and materialises
+the map.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +25,13 @@ TIMES = (0.8, 0.55, 0.3, 0.0)
 
 
 class EagerOmini(EagerLayer):
-    """The first release's bias, and the second's branches; `cache` is where one run's layers keep keys and values."""
+    """The first release's bias, and the second's branches; `cache` is where one run's layers keep keys and
+    values.
+    """
 
-    def __init__(self, index: int, lengths=(12,), strength=1.0, independent=False, cache: dict | None = None) -> None:
+    def __init__(
+        self, index: int, lengths=(12,), strength=1.0, independent=False, cache: dict | None = None
+    ) -> None:
         super().__init__(index)
         self.lengths, self.strength, self.independent, self.cache = lengths, strength, independent, cache
 
@@ -162,10 +168,16 @@ def test_kept_keys_are_read_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     "knob",
-    [{"strength": 1.1}, {"strength": 0.0}, {"independent_condition": True}, {"cached": True}, {"condition_tokens": (8, 4)},
-     {"condition_tokens": 11}],
+    [
+        {"strength": 1.1},
+        {"strength": 0.0},
+        {"independent_condition": True},
+        {"cached": True},
+        {"condition_tokens": (8, 4)},
+        {"condition_tokens": 11},
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_every_knob_changes_the_output(knob: dict) -> None:
     model = tiny_flux()
     call = tiny_call(model)
@@ -204,11 +216,18 @@ def test_offset_ids() -> None:
 @pytest.mark.parametrize(
     ("knob", "value"),
     [
-        ("condition_tokens", 0), ("condition_tokens", ()), ("condition_tokens", (3, -1)), ("condition_tokens", "3"),
-        ("condition_tokens", True), ("condition_tokens", None), ("strength", -0.1), ("strength", math.inf),
-        ("strength", math.nan), ("strength", "1"),
+        ("condition_tokens", 0),
+        ("condition_tokens", ()),
+        ("condition_tokens", (3, -1)),
+        ("condition_tokens", "3"),
+        ("condition_tokens", True),
+        ("condition_tokens", None),
+        ("strength", -0.1),
+        ("strength", math.inf),
+        ("strength", math.nan),
+        ("strength", "1"),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_knob_is_named(knob: str, value) -> None:
     with pytest.raises(ValueError, match=f"^{knob}: "):
         OminiControl(**{"condition_tokens": 12} | {knob: value})
@@ -220,7 +239,10 @@ def test_a_wrong_knob_is_named(knob: str, value) -> None:
 
 @pytest.mark.parametrize(
     ("tokens", "step", "match"),
-    [(25, 0, "^condition_tokens: they are 25, but the call has 24"), (12, 1, "^cached: nothing is kept for layer 0")],
+    [
+        (25, 0, "^condition_tokens: they are 25, but the call has 24"),
+        (12, 1, "^cached: nothing is kept for layer 0"),
+    ],
 )
 def test_calls_that_do_not_fit(tokens: int, step: int, match: str) -> None:
     with pytest.raises(ValueError, match=match):

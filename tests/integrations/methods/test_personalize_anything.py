@@ -25,7 +25,9 @@ CPU = torch.device("cpu")
 
 
 class EagerPersonal(EagerLayer):
-    """`pairs`: of (item, [(token of the reference, token of the target), ...]); where they go decides `replace`."""
+    """`pairs`: of (item, [(token of the reference, token of the target), ...]); where they go decides
+    `replace`.
+    """
 
     def __init__(self, index: int, pairs: list, concatenation: str, replace: bool = True) -> None:
         super().__init__(index)
@@ -64,7 +66,9 @@ def eager(method: PersonalizeAnything, step: int = 0, replace: bool = True):
     for subject in method.subjects:  # type: ignore[union-attr]
         sources = subject.shuffled(method.shuffle, method.seed, step, CPU).tolist()
         target = subject.mask if subject.target is None else subject.target
-        pairs.append((subject.item, list(zip(sources, target.flatten().nonzero()[:, 0].tolist(), strict=True))))
+        pairs.append(
+            (subject.item, list(zip(sources, target.flatten().nonzero()[:, 0].tolist(), strict=True)))
+        )
     return lambda i: EagerPersonal(i, pairs, method.concatenation, replace)
 
 
@@ -100,7 +104,10 @@ def test_a_run_equals_the_eager_form(case: str) -> None:
     _, subject, knobs = CASES[case]
     model, method = tiny_flux(), PersonalizeAnything(subject, **knobs)
     call = tiny_call(model, batch=2)
-    noise, photo = call["hidden_states"], torch.randn(1, ROWS * COLUMNS, 8, generator=torch.Generator().manual_seed(9))
+    noise, photo = (
+        call["hidden_states"],
+        torch.randn(1, ROWS * COLUMNS, 8, generator=torch.Generator().manual_seed(9)),
+    )
 
     def by_hand(step: int, latents: Tensor) -> Tensor:
         for i, layer in enumerate(layers):
@@ -131,13 +138,17 @@ def outcome(knobs: dict, step: Step, batch: int = 2) -> Tensor:
 @pytest.mark.parametrize(
     ("knob", "step"),
     [
-        ({"subjects": PersonalSubject(MASK)}, Step(0, 4, 0.6)), ({"tau": 0.7}, Step(0, 4, 0.6)),
-        ({"share": 0.1}, Step(1, 4)), ({"shuffle": 3}, Step(0, 4, 0.6)), ({"shuffle": 3, "seed": 1}, Step(0, 4, 0.6)),
-        ({"concatenation": "target"}, Step(0, 4, 0.6)), ({"concatenation": "target"}, Step(0, 4, 0.4)),
+        ({"subjects": PersonalSubject(MASK)}, Step(0, 4, 0.6)),
+        ({"tau": 0.7}, Step(0, 4, 0.6)),
+        ({"share": 0.1}, Step(1, 4)),
+        ({"shuffle": 3}, Step(0, 4, 0.6)),
+        ({"shuffle": 3, "seed": 1}, Step(0, 4, 0.6)),
+        ({"concatenation": "target"}, Step(0, 4, 0.6)),
+        ({"concatenation": "target"}, Step(0, 4, 0.4)),
         ({"concatenation": "zero"}, Step(0, 4, 0.4)),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_every_knob_changes_the_generation_alone(knob: dict, step: Step) -> None:
     before, after = outcome({}, step), outcome(knob, step)
     assert relative(after[1], before[1]) > 100 * TOLERANCE
@@ -196,11 +207,19 @@ def test_noised() -> None:
 @pytest.mark.parametrize(
     ("knob", "value"),
     [
-        ("subjects", ()), ("subjects", None), ("subjects", (MASK,)), ("subjects", (ONE, PersonalSubject(MASK.T))),
-        ("tau", 1.1), ("tau", "0.5"), ("share", -0.1), ("share", float("nan")), ("shuffle", 0), ("seed", -1),
+        ("subjects", ()),
+        ("subjects", None),
+        ("subjects", (MASK,)),
+        ("subjects", (ONE, PersonalSubject(MASK.T))),
+        ("tau", 1.1),
+        ("tau", "0.5"),
+        ("share", -0.1),
+        ("share", float("nan")),
+        ("shuffle", 0),
+        ("seed", -1),
         ("concatenation", "all"),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_knob_is_named(knob: str, value) -> None:
     with pytest.raises(ValueError, match=f"^{knob}: "):
         PersonalizeAnything(**{"subjects": ONE} | {knob: value})
@@ -213,11 +232,15 @@ def test_a_wrong_knob_is_named(knob: str, value) -> None:
 @pytest.mark.parametrize(
     ("fields", "match"),
     [
-        ({"mask": MASK.float()}, "^mask: "), ({"mask": MASK.flatten()}, "^mask: "), ({"mask": MASK & False}, "^mask: "),
-        ({"mask": MASK, "target": ~MASK}, "^target: expected 7 tokens"), ({"mask": MASK, "target": 3}, "^target: "),
-        ({"mask": MASK, "target": MASK.T}, r"^target: expected 7 tokens of \(6, 4\)"), ({"mask": MASK, "item": -1}, "^item: "),
+        ({"mask": MASK.float()}, "^mask: "),
+        ({"mask": MASK.flatten()}, "^mask: "),
+        ({"mask": MASK & False}, "^mask: "),
+        ({"mask": MASK, "target": ~MASK}, "^target: expected 7 tokens"),
+        ({"mask": MASK, "target": 3}, "^target: "),
+        ({"mask": MASK, "target": MASK.T}, r"^target: expected 7 tokens of \(6, 4\)"),
+        ({"mask": MASK, "item": -1}, "^item: "),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_subject_is_named(fields: dict, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         PersonalSubject(**fields)

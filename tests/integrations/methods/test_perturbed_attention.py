@@ -57,10 +57,19 @@ CASES = {
     "UNet, by index": (unet, {"layers": [4]}, (MID,), (2,)),
     "UNet, unguided": (unet, {"guided": False, "items": (1, 0)}, (MID,), (0, 1)),
     "SD 3": (sd3, {}, ("transformer_blocks.1.attn",), (2,)),
-    "SD 3, two layers": (sd3, {"layers": (0, 2)}, ("transformer_blocks.0.attn", "transformer_blocks.2.attn"), (2,)),
-    "FLUX": (flux, {"layers": (1, "single")}, ("transformer_blocks.1.attn", "single_transformer_blocks.0.attn",
-                                              "single_transformer_blocks.1.attn"), (2,)),
-}  # fmt: skip
+    "SD 3, two layers": (
+        sd3,
+        {"layers": (0, 2)},
+        ("transformer_blocks.0.attn", "transformer_blocks.2.attn"),
+        (2,),
+    ),
+    "FLUX": (
+        flux,
+        {"layers": (1, "single")},
+        ("transformer_blocks.1.attn", "single_transformer_blocks.0.attn", "single_transformer_blocks.1.attn"),
+        (2,),
+    ),
+}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -103,12 +112,16 @@ def test_equals_the_eager_form_over_a_run(host) -> None:
     """Guided, with the scale falling."""
     model, call = host(1)
     key = "sample" if "sample" in call else "hidden_states"
-    batched = {n: t.expand(3, *t.shape[1:]) if isinstance(t, Tensor) and t.dim() and "ids" not in n else t
-               for n, t in call.items()}  # fmt: skip
+    batched = {
+        n: t.expand(3, *t.shape[1:]) if isinstance(t, Tensor) and t.dim() and "ids" not in n else t
+        for n, t in call.items()
+    }
     text = batched["encoder_hidden_states"].clone()
     text[0] = 0
     batched["encoder_hidden_states"] = text
-    names = {"unet": (MID,), "sd3": ("transformer_blocks.1.attn",), "flux": ("transformer_blocks.1.attn",)}[host.__name__]
+    names = {"unet": (MID,), "sd3": ("transformer_blocks.1.attn",), "flux": ("transformer_blocks.1.attn",)}[
+        host.__name__
+    ]
 
     def mine(x: Tensor, i: int) -> Tensor:
         noise = run(model, batched | {key: x.expand(3, *x.shape[1:])})
@@ -129,10 +142,14 @@ def test_guidance() -> None:
     p, c, u = torch.randn(3, 1, 4, 4, 4).unbind()
     assert torch.equal(guide(p, c, scale=3.0), c + 3 * (c - p))
     assert torch.equal(guide(c, c, u, scale=3.0, guidance=1.0), u + (c - u))
-    assert [adaptive(3.0, t, 0.005) for t in (1000, 800, 200)] == [3.0, 2.0, 0.0] and adaptive(3.0, 1, 0.0) == 3.0
+    assert [adaptive(3.0, t, 0.005) for t in (1000, 800, 200)] == [3.0, 2.0, 0.0] and adaptive(
+        3.0, 1, 0.0
+    ) == 3.0
 
 
-@pytest.mark.parametrize("change", [{"layers": "up"}, {"items": (0,)}, {"guided": False}, {"steps": (1, None)}], ids=str)
+@pytest.mark.parametrize(
+    "change", [{"layers": "up"}, {"items": (0,)}, {"guided": False}, {"steps": (1, None)}], ids=str
+)
 def test_every_knob_changes_the_output(change: dict) -> None:
     model, call = unet(6)
     method = PerturbedAttention()
@@ -178,9 +195,13 @@ def test_wrong_knobs(knob: dict, match: str) -> None:
 
 @pytest.mark.parametrize(
     ("knobs", "batch", "match"),
-    [({}, 4, "3 equal parts"), ({"guided": False}, 3, "2 equal parts"), ({"items": (5,)}, 3, "items below the batch of 3"),
-     ({"layers": (5,)}, 3, "layer 5 is 'cross'")],
-)  # fmt: skip
+    [
+        ({}, 4, "3 equal parts"),
+        ({"guided": False}, 3, "2 equal parts"),
+        ({"items": (5,)}, 3, "items below the batch of 3"),
+        ({"layers": (5,)}, 3, "layer 5 is 'cross'"),
+    ],
+)
 def test_what_does_not_fit(knobs: dict, batch: int, match: str) -> None:
     model, call = unet(batch)
     with apply(model, PerturbedAttention(**knobs)), pytest.raises(ValueError, match=match):

@@ -214,7 +214,12 @@ def test_the_share_of_the_negative_prompt(schedule: Any, expected: list[float]) 
 
 @pytest.mark.parametrize(
     ("arguments", "match"),
-    [((5, 5), "^step: "), ((-1, 5), "^step: "), ((0, 5, 1.5), "^start: "), ((0, 5, 1.0, "cubic"), "^schedule: .*cubic")],
+    [
+        ((5, 5), "^step: "),
+        ((-1, 5), "^step: "),
+        ((0, 5, 1.5), "^start: "),
+        ((0, 5, 1.0, "cubic"), "^schedule: .*cubic"),
+    ],
 )
 def test_wrong_shares(arguments: Any, match: str) -> None:
     with pytest.raises(ValueError, match=match):

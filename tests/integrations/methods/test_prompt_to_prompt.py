@@ -1,4 +1,6 @@
-"""Prompt-to-Prompt against a second, eager implementation of its formulas, which materialises and edits the maps."""
+"""Prompt-to-Prompt against a second, eager implementation of its formulas, which materialises and edits the
+maps.
+"""
 
 from __future__ import annotations
 
@@ -117,7 +119,9 @@ def test_several_edits_of_one_source() -> None:
     call = unet_call(model, batch=8, text=LENGTH)
     chosen = ("replace", "refine", "shares of words")
     edits = {5 + n: EDITS[name][1] for n, name in enumerate(chosen)}
-    layers = dict.fromkeys(range(1, 16, 2), cross(edits, 4)) | dict.fromkeys(range(0, 16, 2), injected([5, 6, 7], 4))
+    layers = dict.fromkeys(range(1, 16, 2), cross(edits, 4)) | dict.fromkeys(
+        range(0, 16, 2), injected([5, 6, 7], 4)
+    )
     with editing(model, layers):
         expected, _ = run(model, call)
     with apply(model, PromptToPrompt([EDITS[name][0] for name in chosen])):
@@ -284,7 +288,9 @@ def test_no_map_is_made() -> None:
         assert largest_tensor(model) >= 1024**2 * 16
     plain = largest_tensor(model, 4, 64)
     alignment = TokenAlignment(torch.eye(5), torch.tensor([1.0, 1, 0, 1, 1]))
-    with apply(model, PromptToPrompt(PromptEdit(alignment), self_resolution=64, blend=LocalBlend(WORDS, 0.3, 64))):
+    with apply(
+        model, PromptToPrompt(PromptEdit(alignment), self_resolution=64, blend=LocalBlend(WORDS, 0.3, 64))
+    ):
         assert largest_tensor(model, 4, 64) <= plain
 
 
@@ -335,7 +341,11 @@ def test_wrong_edits(fields: dict, match: str) -> None:
 
 
 def test_wrong_blends() -> None:
-    for arguments, match in ((([1],), "^words: "), ((WORDS, 2.0), "^threshold: "), ((WORDS, 0.3, 0), "^resolution: ")):
+    for arguments, match in (
+        (([1],), "^words: "),
+        ((WORDS, 2.0), "^threshold: "),
+        ((WORDS, 0.3, 0), "^resolution: "),
+    ):
         with pytest.raises(ValueError, match=match):
             LocalBlend(*arguments)
     with pytest.raises(ValueError, match=r"^words: no cross-attention layer"):
@@ -349,7 +359,10 @@ def test_what_does_not_fit() -> None:
     call = unet_call(model, batch=4, text=LENGTH)
     for method, match in (
         (PromptToPrompt([PromptEdit(), PromptEdit()]), "^edits: expected one for each of 1"),
-        (PromptToPrompt(PromptEdit(TokenAlignment(torch.eye(5), torch.ones(5)))), "^alignment: expected one for 7"),
+        (
+            PromptToPrompt(PromptEdit(TokenAlignment(torch.eye(5), torch.ones(5)))),
+            "^alignment: expected one for 7",
+        ),
         (PromptToPrompt(PromptEdit(weights={9: 2.0})), "^edits: .*text tokens below 7, got 9"),
     ):
         with apply(model, method), pytest.raises(ValueError, match=match):
@@ -360,5 +373,9 @@ def test_what_does_not_fit() -> None:
 
 def test_an_edit_can_be_copied_and_pickled() -> None:
     edit = PromptEdit(weights={2: 3.0}, shares={1: 0.5})
-    for twin in (copy.deepcopy(edit), pickle.loads(pickle.dumps(edit)), copy.deepcopy(PromptToPrompt([edit])).edits[0]):
+    for twin in (
+        copy.deepcopy(edit),
+        pickle.loads(pickle.dumps(edit)),
+        copy.deepcopy(PromptToPrompt([edit])).edits[0],
+    ):
         assert dict(twin.weights) == {2: 3.0} and dict(twin.shares) == {1: 0.5} and twin.alignment is None

@@ -117,7 +117,9 @@ def test_equals_the_eager_form(case: str) -> None:
     assert not others or relative(expected[others], plain[others]) <= TOLERANCE
 
 
-@pytest.mark.parametrize(("host", "knobs"), [(unet, {}), (unet, {"form": "groups"}), (sd3, {"closed": True}), (flux, {})])
+@pytest.mark.parametrize(
+    ("host", "knobs"), [(unet, {}), (unet, {"form": "groups"}), (sd3, {"closed": True}), (flux, {})]
+)
 def test_equals_the_eager_form_over_a_run(host, knobs: dict) -> None:
     """The method has the last two of three steps."""
     model, call, grids = host()
@@ -127,7 +129,9 @@ def test_equals_the_eager_form_over_a_run(host, knobs: dict) -> None:
     with apply(model, method) as handle:
         handle.grid = (ROWS, COLUMNS)
         out = descend(lambda x, i: run(model, call | {key: x}), call[key])
-    theirs = descend(lambda x, i: run_eager(model, call | {key: x}, core) if i else run(model, call | {key: x}), call[key])
+    theirs = descend(
+        lambda x, i: run_eager(model, call | {key: x}, core) if i else run(model, call | {key: x}), call[key]
+    )
     assert relative(out, theirs) <= TOLERANCE
 
 
@@ -144,15 +148,24 @@ def test_a_region_s_words_do_not_reach_beyond_it() -> None:
             other[:, 3:5] += 1
             run(model, call | {"encoder_hidden_states": other})
         inside = F.adaptive_avg_pool2d(two(), (8, 8))[0].flatten() > 0.5
-        assert torch.equal(seen[0][:, ~inside], seen[1][:, ~inside]) and relative(seen[0][:, inside], seen[1][:, inside]) > 1e-3
+        assert (
+            torch.equal(seen[0][:, ~inside], seen[1][:, ~inside])
+            and relative(seen[0][:, inside], seen[1][:, inside]) > 1e-3
+        )
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"masks": two().flip(2)}, {"spans": ((0, 2), (2, 3))}, {"form": "groups"}, {"outside": 0.5}, {"items": (0,)},
-     {"steps": (1, None)}],
+    [
+        {"masks": two().flip(2)},
+        {"spans": ((0, 2), (2, 3))},
+        {"form": "groups"},
+        {"outside": 0.5},
+        {"items": (0,)},
+        {"steps": (1, None)},
+    ],
     ids=lambda change: next(iter(change)),
-)  # fmt: skip
+)
 def test_every_knob_changes_the_output(change: dict) -> None:
     model, call, _ = unet()
     method = RegionalPrompting(two(), SPANS)
@@ -182,11 +195,16 @@ def test_the_knobs_of_one_form() -> None:
 
 
 @pytest.mark.parametrize(
-    "knobs", [{"shared": 0.5}, {"form": "groups", "outside": 0.5}, {"form": "groups", "closed": True}], ids=lambda k: [*k][-1]
+    "knobs",
+    [{"shared": 0.5}, {"form": "groups", "outside": 0.5}, {"form": "groups", "closed": True}],
+    ids=lambda k: [*k][-1],
 )
 def test_a_knob_of_the_other_form_is_refused(knobs: dict) -> None:
     model, call, _ = unet()
-    with apply(model, RegionalPrompting(two(), SPANS, **knobs)), pytest.raises(ValueError, match=f"^{[*knobs][-1]}: it has no"):
+    with (
+        apply(model, RegionalPrompting(two(), SPANS, **knobs)),
+        pytest.raises(ValueError, match=f"^{[*knobs][-1]}: it has no"),
+    ):
         run(model, call)
 
 
@@ -204,8 +222,17 @@ def test_neutral_settings() -> None:
 
 def test_no_map_is_made() -> None:
     model = tiny_sd3(layers=1)
-    model = type(model)(**(dict(model.config) | {"pos_embed_max_size": 64, "sample_size": 128, "num_attention_heads": 1,
-                                                 "attention_head_dim": 32})).eval()  # fmt: skip
+    model = type(model)(
+        **(
+            dict(model.config)
+            | {
+                "pos_embed_max_size": 64,
+                "sample_size": 128,
+                "num_attention_heads": 1,
+                "attention_head_dim": 32,
+            }
+        )
+    ).eval()
     with apply(model, RegionalPrompting(two(), SPANS)), Largest() as largest:
         run(model, sd3_call(batch=1, side=(128, 128)))
     assert largest.elements < 4096**2

@@ -42,7 +42,9 @@ class Eager:
 def blur(x: Tensor) -> Tensor:
     line = torch.exp(-0.5 * torch.arange(-4.0, 5.0) ** 2)
     kernel = torch.outer(line, line) / line.sum() ** 2
-    return F.conv2d(F.pad(x, (4, 4, 4, 4), mode="reflect"), kernel.expand(x.shape[1], 1, 9, 9), groups=x.shape[1])
+    return F.conv2d(
+        F.pad(x, (4, 4, 4, 4), mode="reflect"), kernel.expand(x.shape[1], 1, 9, 9), groups=x.shape[1]
+    )
 
 
 def unet(config: dict | None = None, **call) -> tuple[Any, dict]:
@@ -52,9 +54,13 @@ def unet(config: dict | None = None, **call) -> tuple[Any, dict]:
 
 @pytest.mark.parametrize(
     ("config", "side", "grid", "name", "layer"),
-    [(None, (8, 8), (4, 4), MID, None), (None, (6, 12), (3, 6), MID, None), (SDXL, (8, 8), (4, 4), MID, None),
-     (None, (8, 8), (8, 8), "down_blocks.0.attentions.0.transformer_blocks.0.attn1", 0)],
-)  # fmt: skip
+    [
+        (None, (8, 8), (4, 4), MID, None),
+        (None, (6, 12), (3, 6), MID, None),
+        (SDXL, (8, 8), (4, 4), MID, None),
+        (None, (8, 8), (8, 8), "down_blocks.0.attentions.0.transformer_blocks.0.attn1", 0),
+    ],
+)
 def test_mass_and_mask_equal_the_eager_form(config, side, grid, name: str, layer) -> None:
     model, call = unet(config, side=side)
     core = Eager(name)
@@ -81,7 +87,9 @@ def test_the_mask_and_the_degradation_equal_diffusers() -> None:
     noise = run_eager(model, call, core)
     alpha = scheduler.alphas_cumprod[t]
     clean = (call["sample"] - (1 - alpha).sqrt() * noise) / alpha.sqrt()
-    pipe: Any = SimpleNamespace(unet=SimpleNamespace(config=SimpleNamespace(attention_head_dim=4)), scheduler=scheduler)
+    pipe: Any = SimpleNamespace(
+        unet=SimpleNamespace(config=SimpleNamespace(attention_head_dim=4)), scheduler=scheduler
+    )
     expected = StableDiffusionSAGPipeline.sag_masking(pipe, clean, core.map.flatten(0, 1), (4, 4), t, noise)
     method = SelfAttentionGuidance()
     with apply(model, method):
@@ -103,7 +111,9 @@ def test_equals_the_eager_form_over_a_run(free: bool) -> None:
         return guide(noise[:1], worse, noise[1:] if free else None, guidance=3.0)
 
     def theirs(x: Tensor, i: int) -> Tensor:
-        noise = run_eager(model, (call | {"sample": x.expand(2, -1, -1, -1)}) if free else (first | {"sample": x}), core)
+        noise = run_eager(
+            model, (call | {"sample": x.expand(2, -1, -1, -1)}) if free else (first | {"sample": x}), core
+        )
         u, a = noise[:1], alphas[i]
         mask = F.interpolate((core.mass[:1] > 1).float().reshape(1, 1, 4, 4), (8, 8))
         clean = (x - (1 - a) ** 0.5 * u) / a**0.5
@@ -121,13 +131,18 @@ def test_an_empty_mask_degrades_nothing_and_knobs_change_it() -> None:
     method = SelfAttentionGuidance(threshold=1e9)
     with apply(model, method):
         noise = run(model, call)
-    assert not method.mask(8, 8).any() and relative(degrade(call["sample"], noise, method.mask(8, 8), 0.5), call["sample"]) < 1e-6
+    assert (
+        not method.mask(8, 8).any()
+        and relative(degrade(call["sample"], noise, method.mask(8, 8), 0.5), call["sample"]) < 1e-6
+    )
     method.threshold = 1.0
     some = method.mask(8, 8)
     method.threshold = 0.0
     assert 0 < int(some.sum()) < int(method.mask(8, 8).sum())
     everything = torch.ones(1, 1, 8, 8)
-    blurs = [degrade(call["sample"], noise, everything, 0.5, **more) for more in ({}, {"sigma": 2.0}, {"taps": 3})]
+    blurs = [
+        degrade(call["sample"], noise, everything, 0.5, **more) for more in ({}, {"sigma": 2.0}, {"taps": 3})
+    ]
     assert all(relative(a, b) > 1e-3 for a, b in ((blurs[0], blurs[1]), (blurs[0], blurs[2])))
     u, c, d = torch.randn(3, 1, 4, 8, 8).unbind()
     assert torch.equal(guide(u, d, scale=0.5), u + 0.5 * (u - d)) and torch.equal(guide(u, u, c), u + (c - u))
@@ -142,10 +157,15 @@ def test_no_map_is_made() -> None:
 
 @pytest.mark.parametrize(
     ("knob", "match"),
-    [({"threshold": -1}, "^threshold: "), ({"threshold": float("nan")}, "^threshold: "), ({"threshold": "1"}, "^threshold: "),
-     ({"layer": -1}, "^layer: "), ({"layer": 1.0}, "^layer: ")],
+    [
+        ({"threshold": -1}, "^threshold: "),
+        ({"threshold": float("nan")}, "^threshold: "),
+        ({"threshold": "1"}, "^threshold: "),
+        ({"layer": -1}, "^layer: "),
+        ({"layer": 1.0}, "^layer: "),
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_wrong_knobs(knob: dict, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         SelfAttentionGuidance(**knob)

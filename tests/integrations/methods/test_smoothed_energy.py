@@ -34,20 +34,28 @@ def blurred(q: Tensor, grid: tuple[int, int], sigma: float) -> Tensor:
         side, wanted = grid[axis], math.ceil(6 * sigma) + 1 - math.ceil(6 * sigma) % 2
         reach = min(wanted, side if side % 2 else side - 1) // 2
         taps = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / sigma) ** 2)
-        kernel = (taps / taps.sum()).reshape((1, 1, -1, 1) if axis == 0 else (1, 1, 1, -1)).repeat(image.shape[1], 1, 1, 1)
+        kernel = (
+            (taps / taps.sum())
+            .reshape((1, 1, -1, 1) if axis == 0 else (1, 1, 1, -1))
+            .repeat(image.shape[1], 1, 1, 1)
+        )
         padding = (0, 0, reach, reach) if axis == 0 else (reach, reach, 0, 0)
         image = F.conv2d(F.pad(image, padding, mode="reflect"), kernel, groups=image.shape[1])
     return image.unflatten(0, q.shape[:2]).flatten(3).transpose(2, 3)
 
 
 class Eager:
-    def __init__(self, names: tuple[str, ...], items: tuple[int, ...], grid: tuple[int, int], sigma: float) -> None:
+    def __init__(
+        self, names: tuple[str, ...], items: tuple[int, ...], grid: tuple[int, int], sigma: float
+    ) -> None:
         self.names, self.items, self.grid, self.sigma = names, list(items), grid, sigma
 
     def __call__(self, site: Site, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if site.name in self.names:
             q = q.clone()
-            q[self.items, :, site.text_len :] = blurred(q[self.items, :, site.text_len :], self.grid, self.sigma)
+            q[self.items, :, site.text_len :] = blurred(
+                q[self.items, :, site.text_len :], self.grid, self.sigma
+            )
         return attend(q, k, v)
 
 
@@ -75,10 +83,14 @@ CASES = {
     "oblong": (lambda: unet(side=(6, 12)), {"sigma": 0.6}, (MID,), (3, 6)),
     "SD 3": (sd3, {"sigma": 0.5}, JOINT, (4, 4)),
     "SD 3, infinite": (sd3, {}, JOINT, (4, 4)),
-    "FLUX": (flux, {"sigma": 0.8, "layers": (1, "single")}, (*JOINT, "single_transformer_blocks.0.attn",
-                                                            "single_transformer_blocks.1.attn"), (ROWS, COLUMNS)),
+    "FLUX": (
+        flux,
+        {"sigma": 0.8, "layers": (1, "single")},
+        (*JOINT, "single_transformer_blocks.0.attn", "single_transformer_blocks.1.attn"),
+        (ROWS, COLUMNS),
+    ),
     "FLUX, infinite": (flux, {}, JOINT, (ROWS, COLUMNS)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -147,7 +159,9 @@ def test_no_map_is_made() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"sigma": 1.0}, {"layers": "up"}, {"items": (0,)}, {"guided": False}, {"steps": (1, None)}], ids=str
+    "change",
+    [{"sigma": 1.0}, {"layers": "up"}, {"items": (0,)}, {"guided": False}, {"steps": (1, None)}],
+    ids=str,
 )
 def test_every_knob_changes_the_output(change: dict) -> None:
     model, call = unet(6)

@@ -32,7 +32,9 @@ def up(name: str) -> bool:
     return name.startswith("up_blocks")
 
 
-def eager(roles: InContextRoles, temperature: float = 0.4, beta: float = 1.67, clip=(0.0, 1.0)) -> EagerReader:
+def eager(
+    roles: InContextRoles, temperature: float = 0.4, beta: float = 1.67, clip=(0.0, 1.0)
+) -> EagerReader:
     images, truths = zip(*roles.prompts, strict=True)
     return EagerReader(roles.prediction, roles.query, images, truths, temperature, beta, clip)
 
@@ -110,7 +112,11 @@ def test_batches_of_any_layout(batch: str) -> None:
     with apply(model, VisualInContext(items=roles)):
         out, _ = run(model, call)
     # Of some batches a whole model in float32 makes more of its own rounding than the tolerance.
-    assert relative(out.double(), exact) <= max(TOLERANCE, 2 * relative(expected.double(), exact)) <= 3 * TOLERANCE
+    assert (
+        relative(out.double(), exact)
+        <= max(TOLERANCE, 2 * relative(expected.double(), exact))
+        <= 3 * TOLERANCE
+    )
     plain, _ = run(model, call)
     predictions = [r.prediction for r in roles]
     others = [n for n in range(items) if n not in predictions]
@@ -121,7 +127,10 @@ def test_batches_of_any_layout(batch: str) -> None:
 def test_stacked_batches() -> None:
     assert InContextRoles.stacked() == (InContextRoles(((0, 1),), 2, 4),)
     assert InContextRoles.stacked(2, plain=False) == (InContextRoles(((0, 1), (2, 3)), 4, 5),)
-    assert InContextRoles.stacked(1, repeats=2) == (InContextRoles(((0, 1),), 2, 4), InContextRoles(((5, 6),), 7, 9))
+    assert InContextRoles.stacked(1, repeats=2) == (
+        InContextRoles(((0, 1),), 2, 4),
+        InContextRoles(((5, 6),), 7, 9),
+    )
 
 
 def test_a_prediction_has_no_part_in_its_own_attention() -> None:
@@ -146,7 +155,9 @@ def test_sdxl_and_sixteen_bits() -> None:
         assert relative(run(model, call)[0], expected) <= TOLERANCE
         model.to(torch.bfloat16)
         added = {n: t.bfloat16() for n, t in call["added_cond_kwargs"].items()}
-        half = {n: t.bfloat16() if isinstance(t, Tensor) and t.is_floating_point() else t for n, t in call.items()}
+        half = {
+            n: t.bfloat16() if isinstance(t, Tensor) and t.is_floating_point() else t for n, t in call.items()
+        }
         half["added_cond_kwargs"] = added
         ours, _ = run(model, half)
     theirs, _ = run_eager(model, half, [eager(*SWAP)], up)
@@ -191,7 +202,9 @@ def test_the_neutral_setting_is_plain_attention() -> None:
     call = unet_call(model, batch=4)
     plain, _ = run(model, call)
     itself = InContextRoles(((3, 3),), 3, 3)
-    with apply(model, VisualInContext(temperature=1.0, contrast=1.0, items=itself, places=("down", "mid", "up"))):
+    with apply(
+        model, VisualInContext(temperature=1.0, contrast=1.0, items=itself, places=("down", "mid", "up"))
+    ):
         assert relative(run(model, call)[0], plain) <= TOLERANCE
 
 
@@ -231,7 +244,9 @@ def test_grids_that_are_not_square() -> None:
             assert tuple(record.layer for record in handle.stats) == touched
 
 
-@pytest.mark.parametrize(("window", "controlled"), [((0, None), [0, 1, 2, 3]), ((1, 3), [1, 2]), ((2, None), [2, 3])])
+@pytest.mark.parametrize(
+    ("window", "controlled"), [((0, None), [0, 1, 2, 3]), ((1, 3), [1, 2]), ((2, None), [2, 3])]
+)
 def test_steps(window: tuple, controlled: list[int]) -> None:
     model = tiny_unet()
     call = unet_call(model, batch=4)
@@ -264,7 +279,9 @@ def test_keys_are_read_in_place_and_no_map_is_made(monkeypatch: pytest.MonkeyPat
     first = up_blocks[0].attentions[0].transformer_blocks[0].attn1
     for name in ("to_k", "to_v"):
         layer = getattr(first, name)
-        layer.register_forward_hook(lambda module, inputs, output, name=name: projected.update({name: output}))
+        layer.register_forward_hook(
+            lambda module, inputs, output, name=name: projected.update({name: output})
+        )
     with apply(model, VisualInContext(items=InContextRoles.stacked(3)), backend="cpu", layers=6):
         run(model, call)
     (rest, part) = [c for c in calls if c[4].get("out") is not None]
@@ -280,7 +297,9 @@ def test_keys_are_read_in_place_and_no_map_is_made(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the system does not tell")
 def test_peak_memory() -> None:
-    """Three pairs at 4,096 tokens, whose map of one head is 192 MiB: the model needs no more than without a method."""
+    """Three pairs at 4,096 tokens, whose map of one head is 192 MiB: the model needs no more than without a
+    method.
+    """
 
     forms = ("plain", "clipped", "unclipped", "eager")
     # glibc is told to return at once what is freed.
@@ -288,9 +307,12 @@ def test_peak_memory() -> None:
     # Not from the root, whose `integrations` is the package's.
     path = os.pathsep.join(p for p in sys.path if p and not Path(p, "integrations", "__init__.py").exists())
     done = subprocess.run(
-        [sys.executable, "-m", "integrations.methods.peak_memory", *forms], cwd=Path(__file__).parents[2], text=True,
-        env=os.environ | limits | {"PYTHONPATH": path}, capture_output=True,
-    )  # fmt: skip
+        [sys.executable, "-m", "integrations.methods.peak_memory", *forms],
+        cwd=Path(__file__).parents[2],
+        text=True,
+        env=os.environ | limits | {"PYTHONPATH": path},
+        capture_output=True,
+    )
     assert done.returncode == 0, done.stderr
     plain, clipped, unclipped, eager = map(int, done.stdout.split())
     the_map = 4 * 4096 * 3 * 4096
@@ -402,7 +424,7 @@ def test_wrong_knobs(knob: dict, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         VisualInContext(**knob)
     method = VisualInContext()
-    (name, value), = knob.items()
+    ((name, value),) = knob.items()
     with pytest.raises(ValueError, match=match):
         setattr(method, name, value)
     assert method == VisualInContext()
@@ -442,6 +464,9 @@ def test_models_without_a_unet_s_self_attention_raise() -> None:
         flux_forward(flux, tiny_call(flux, batch=4))
     from ..diffusers.tiny_images import ADDED, sd3_call
 
-    for model, call in ((tiny_sd3(), sd3_call(batch=4)), (unet := tiny_unet(ADDED), unet_call(unet, batch=4))):
+    for model, call in (
+        (tiny_sd3(), sd3_call(batch=4)),
+        (unet := tiny_unet(ADDED), unet_call(unet, batch=4)),
+    ):
         with apply(model, VisualInContext()), pytest.raises(ValueError, match="self-attention of a UNet"):
             model(**call)

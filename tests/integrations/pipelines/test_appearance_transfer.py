@@ -42,12 +42,22 @@ def pipe(sd_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Appea
 
 def method() -> CrossImageAttention:
     """Of the tiny UNet's two resolutions, one from the first step on; the structure is read in steps 1 and 3."""
-    return CrossImageAttention(windows={(6, 8): (1, 5), (3, 4): (0, None)}, structure_every=2, structure_until=3)
+    return CrossImageAttention(
+        windows={(6, 8): (1, 5), (3, 4): (0, None)}, structure_every=2, structure_until=3
+    )
 
 
 def run(pipe: AppearanceTransferPipeline, look: Any = LOOK, shape: Any = SHAPE, **more: Any):
-    options = {"text": TEXT, "steps": STEPS, "skip": SKIP, "seed": 0, "progress": False, "method": method(),
-               "adain_from": ADAIN_FROM, **more}  # fmt: skip
+    options = {
+        "text": TEXT,
+        "steps": STEPS,
+        "skip": SKIP,
+        "seed": 0,
+        "progress": False,
+        "method": method(),
+        "adain_from": ADAIN_FROM,
+        **more,
+    }
     return pipe(look, shape, **options)
 
 
@@ -81,7 +91,9 @@ def inverted(pipe: AppearanceTransferPipeline, guidance: float) -> Inversion:
     schedule = DDPMSchedule.from_scheduler(ddim(), STEPS)
     predict = noise_predictor(unet, pipe._embed(TEXT), pipe._embed(""), guidance)
     found = Inversion(latents, maps, SKIP)
-    torch.testing.assert_close(sample(found, predict, schedule)[:, :-1], latents[:, :-1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        sample(found, predict, schedule)[:, :-1], latents[:, :-1], rtol=1e-4, atol=1e-4
+    )
     return found
 
 
@@ -107,7 +119,9 @@ def test_beside_an_eager_run(pipe) -> None:
         unet.set_attn_processor(dict(mine))
         out = unet(batch, t, text.expand(4, -1, -1)).sample
         eps = out[2:3] + (3.5 + (1.75 - 3.5) * i / (count - 1)) * (out[3:] - out[2:3])
-        latents = scheduler.step(eps, int(t), latents, eta=1.0, variance_noise=known.noise_maps[1:, i]).prev_sample
+        latents = scheduler.step(
+            eps, int(t), latents, eta=1.0, variance_noise=known.noise_maps[1:, i]
+        ).prev_sample
         if i >= ADAIN_FROM:
             style = known.latents[:1, i + 1]
             var, mean = torch.var_mean(latents, (2, 3), keepdim=True)
@@ -115,7 +129,11 @@ def test_beside_an_eager_run(pipe) -> None:
             latents = (latents - mean) / (var + 1e-5).sqrt() * (style_var + 1e-5).sqrt() + style_mean
     unet.set_attn_processor(stock)
     torch.testing.assert_close(result.latents, latents, rtol=1e-4, atol=1e-4)
-    for change in ({"gamma": 0.0}, {"adain_from": None}, {"method": CrossImageAttention(windows={2: (0, None)})}):
+    for change in (
+        {"gamma": 0.0},
+        {"adain_from": None},
+        {"method": CrossImageAttention(windows={2: (0, None)})},
+    ):
         assert float((run(pipe, **change).latents - latents).abs().max()) > 1e-2, change
 
 
@@ -126,13 +144,19 @@ def test_the_fall() -> None:
 
 
 def test_the_released_knobs_are_of_the_latents_own_resolutions_and_follow_the_steps(pipe) -> None:
-    """Of 100 levels the code skips 32, and mixes layers of 64 x 64 tokens in counts 10 to 90, of 32 x 32 in 10 to 70."""
+    """Of 100 levels the code skips 32, and mixes layers of 64 x 64 tokens in counts 10 to 90, of 32 x 32 in
+    10 to 70.
+    """
     released = run(pipe, steps=20, skip=None, adain_from="auto", method=None)
     knobs = CrossImageAttention(windows={(6, 8): (2, 18), (3, 4): (2, 14)}, structure_until=8)
     given = {"steps": 20, "skip": 6, "adain_from": 4, "method": knobs}
     assert torch.equal(released.latents, run(pipe, **given).latents)
-    for change in ({"skip": 5}, {"adain_from": 5}, {"method": replace(knobs, structure_until=2)},
-                   {"method": replace(knobs, windows={(6, 8): (3, 18)})}):  # fmt: skip
+    for change in (
+        {"skip": 5},
+        {"adain_from": 5},
+        {"method": replace(knobs, structure_until=2)},
+        {"method": replace(knobs, windows={(6, 8): (3, 18)})},
+    ):
         assert float((run(pipe, **given | change).latents - released.latents).abs().max()) > 1e-3, change
 
 
@@ -141,7 +165,11 @@ def test_sizes_and_a_second_run(pipe) -> None:
     assert first.size == (48, 32) and first.image.size == (100, 75) and first.latents.shape == (1, 4, 4, 6)
     assert first.seed == 0 and first.reused == 0
     again = run(pipe, photo(0, (80, 80)), photo(2, (100, 75)), width=48)
-    assert again.reused == 2 and torch.equal(again.latents, first.latents) and again.image.tobytes() == first.image.tobytes()
+    assert (
+        again.reused == 2
+        and torch.equal(again.latents, first.latents)
+        and again.image.tobytes() == first.image.tobytes()
+    )
 
 
 @pytest.mark.parametrize(

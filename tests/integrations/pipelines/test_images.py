@@ -23,7 +23,9 @@ def test_formats(tmp_path: Path, suffix: str) -> None:
     assert np.abs(np.asarray(photo).astype(int) - (200, 100, 40)).max() <= 6
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "I", "I;16"])
+@pytest.mark.parametrize(
+    "mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "I", "I;16"]
+)
 def test_modes(mode: str) -> None:
     picture = im.open_image(Image.new(mode, (6, 4)))
     assert picture.mode == ("RGBA" if mode in ("LA", "PA", "RGBA") else "RGB") and picture.size == (6, 4)
@@ -71,7 +73,10 @@ def test_orientation(tmp_path: Path, orientation: int) -> None:
     upright = np.asarray(im.open_image(tmp_path / "camera.png"))
     pixels = np.asarray(picture)
     turns = {1: pixels, 2: pixels[:, ::-1], 3: pixels[::-1, ::-1], 4: pixels[::-1]}
-    turns |= {k: np.swapaxes(v, 0, 1) for k, v in zip((5, 6, 7, 8), (pixels, pixels[::-1], pixels[::-1, ::-1], pixels[:, ::-1]))}
+    turns |= {
+        k: np.swapaxes(v, 0, 1)
+        for k, v in zip((5, 6, 7, 8), (pixels, pixels[::-1], pixels[::-1, ::-1], pixels[:, ::-1]))
+    }
     assert np.array_equal(upright, turns[orientation])
 
 

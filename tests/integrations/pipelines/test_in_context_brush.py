@@ -29,7 +29,9 @@ def test_outside_of_the_mask_nothing_changes(pipe, photos) -> None:
     assert (picture[mask > 0] != photo[mask > 0]).mean() > 0.5
     known = result.known[:, :, None].expand_as(result.latents)
     assert torch.equal(result.latents[known], result.source_latents[known])
-    assert not torch.equal(result.latents, result.source_latents) and bool(torch.isfinite(result.latents).all())
+    assert not torch.equal(result.latents, result.source_latents) and bool(
+        torch.isfinite(result.latents).all()
+    )
     # The subject's panel is known whole; of the photo's, the tokens that the hole does not touch.
     tokens = result.known[0].reshape(2, 48 // 8, 64 // 8)
     hole = torch.zeros(6, 8, dtype=torch.bool)
@@ -71,9 +73,11 @@ def test_statistics(pipe, photos) -> None:
 def test_statistics_beside_a_cache_of_attention(pipe, photos) -> None:
     """Layers that a step takes from the cache have made none there."""
     config = PyramidAttentionBroadcastConfig(
-        spatial_attention_block_skip_range=2, spatial_attention_timestep_skip_range=(0, 1000),
-        current_timestep_callback=lambda: 500, spatial_attention_block_identifiers=("single_transformer_blocks",),
-    )  # fmt: skip
+        spatial_attention_block_skip_range=2,
+        spatial_attention_timestep_skip_range=(0, 1000),
+        current_timestep_callback=lambda: 500,
+        spatial_attention_block_identifiers=("single_transformer_blocks",),
+    )
     pipe.pipe.transformer.enable_cache(config)
     try:
         gains = run(pipe, photos).head_gains
@@ -85,7 +89,9 @@ def test_statistics_beside_a_cache_of_attention(pipe, photos) -> None:
 
 
 def test_neutral_knobs_are_fluxfill_with_blending(pipe, photos) -> None:
-    """Beside FluxFillPipeline's own call with the blending written out; the brush without effect adds nothing to it."""
+    """Beside FluxFillPipeline's own call with the blending written out; the brush without effect adds nothing
+    to it.
+    """
     neutral = run(pipe, photos, method=InContextBrush(0, 0, gain_span=0), paste_back=False)
     assert torch.equal(neutral.head_gains, torch.ones_like(neutral.head_gains))
     generator = torch.Generator().manual_seed(0)
@@ -96,7 +102,13 @@ def test_neutral_knobs_are_fluxfill_with_blending(pipe, photos) -> None:
         line = (1 - sigma) * neutral.source_latents + sigma * noise
         return {"latents": torch.where(neutral.known[:, :, None], line, tensors["latents"])}
 
-    inputs = {"prompt": "a red cup", "image": neutral.diptychs[0], "mask_image": neutral.masks[0], "width": 64, "height": 96}
+    inputs = {
+        "prompt": "a red cup",
+        "image": neutral.diptychs[0],
+        "mask_image": neutral.masks[0],
+        "width": 64,
+        "height": 96,
+    }
     inputs |= {"num_inference_steps": STEPS, "max_sequence_length": 16, "output_type": "latent"}
     stock = pipe.pipe(**inputs, latents=noise, generator=generator, callback_on_step_end=blend).images
     torch.testing.assert_close(neutral.latents, stock, rtol=1e-4, atol=1e-4)
@@ -106,7 +118,13 @@ def test_neutral_knobs_are_fluxfill_with_blending(pipe, photos) -> None:
 
 def test_plain_acceleration_is_the_stock_pipeline(pipe, photos) -> None:
     panels = run(pipe, photos)
-    inputs = {"prompt": "a red cup", "image": panels.diptychs[0], "mask_image": panels.masks[0], "width": 64, "height": 96}
+    inputs = {
+        "prompt": "a red cup",
+        "image": panels.diptychs[0],
+        "mask_image": panels.masks[0],
+        "width": 64,
+        "height": 96,
+    }
     inputs |= {"num_inference_steps": STEPS, "max_sequence_length": 16, "output_type": "latent"}
     stock = pipe.pipe(**inputs, generator=torch.Generator().manual_seed(0)).images
     with apply(pipe.pipe.transformer):
@@ -146,7 +164,10 @@ def test_generators(pipe, photos) -> None:
     draws = run(pipe, photos, seed=None, generator=one, prompt=["a red cup"] * 2)
     assert not torch.equal(draws.latents[0], draws.latents[1])
     each = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
-    both, seeded = run(pipe, photos, seed=None, generator=each), run(pipe, photos, seed=3, prompt=["a red cup"] * 2)
+    both, seeded = (
+        run(pipe, photos, seed=None, generator=each),
+        run(pipe, photos, seed=3, prompt=["a red cup"] * 2),
+    )
     assert torch.equal(both.latents, seeded.latents) and seeded.seeds == [3, 4]
 
 
@@ -255,7 +276,11 @@ def test_progress_bar_setting_survives(pipe, photos) -> None:
         ({"generator": torch.Generator()}, ValueError, "seed.*generator"),
         ({"seed": None, "generator": 3}, TypeError, r"generator.*torch\.Generator.*int"),
         ({"method": "brush"}, TypeError, "method.*str"),
-        ({"method": InContextBrush(subject_first=False)}, ValueError, "method: the diptych has the subject first"),
+        (
+            {"method": InContextBrush(subject_first=False)},
+            ValueError,
+            "method: the diptych has the subject first",
+        ),
         ({"method": InContextBrush(subject_tokens=5)}, ValueError, "method: .*subject_tokens"),
         ({"alpha_subject": -2}, ValueError, "alpha_subject.*-2"),
         ({"alpha_prompt": float("inf")}, ValueError, "alpha_prompt.*inf"),
@@ -266,11 +291,19 @@ def test_progress_bar_setting_survives(pipe, photos) -> None:
         ({"subject_mask": Image.new("L", (40, 30))}, ValueError, "subject_mask: nothing is on"),
         ({"mask": Image.new("L", (64, 48), 255)}, ValueError, "mask: everything is on"),
         ({"mask": Image.new("L", (48, 64), 255)}, ValueError, "mask.*64x48.*48x64"),
-        ({"image": [Image.new("RGB", (64, 48)), Image.new("RGB", (32, 48))],
-          "mask": [Image.linear_gradient("L").resize((64, 48)), Image.linear_gradient("L").resize((32, 48))]},
-         ValueError, "image: expected photos of one size"),
+        (
+            {
+                "image": [Image.new("RGB", (64, 48)), Image.new("RGB", (32, 48))],
+                "mask": [
+                    Image.linear_gradient("L").resize((64, 48)),
+                    Image.linear_gradient("L").resize((32, 48)),
+                ],
+            },
+            ValueError,
+            "image: expected photos of one size",
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_calls(pipe, photos, change: dict, error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         run(pipe, photos | change)
@@ -289,7 +322,9 @@ def test_loads_the_real_way(checkpoint, tmp_path) -> None:
 def test_options_reach_diffusers(checkpoint) -> None:
     for options, dtype in (({}, torch.bfloat16), ({"dtype": torch.float32}, torch.float32)):
         parts = InContextBrushPipeline.from_pretrained(checkpoint, **options).pipe
-        assert {part.dtype for part in (parts.transformer, parts.vae, parts.text_encoder, parts.text_encoder_2)} == {dtype}
+        assert {
+            part.dtype for part in (parts.transformer, parts.vae, parts.text_encoder, parts.text_encoder_2)
+        } == {dtype}
     moved = InContextBrushPipeline.from_pretrained(checkpoint)
     assert moved.to("cpu", torch.float16) is moved and moved.pipe.vae.dtype == torch.float16
     with pytest.raises(NotImplementedError, match="nowhere"):
@@ -318,9 +353,19 @@ def test_a_crop_shows_the_hole_and_leaves_the_rest(pipe, photos) -> None:
     result = run(pipe, photos, padding_mask_crop=4, width=32, height=32)
     photo, mask = np.asarray(Image.open(photos["image"])), np.asarray(Image.open(photos["mask"]))
     left, top, right, bottom = im.crop_box(Image.open(photos["mask"]), 4, 1.0)
-    assert (left, top, right, bottom) == (16, 5, 49, 38)  # the mask is 20 to 44 and 10 to 32; made square, as the panel
+    assert (left, top, right, bottom) == (
+        16,
+        5,
+        49,
+        38,
+    )  # the mask is 20 to 44 and 10 to 32; made square, as the panel
     shown = np.asarray(result.diptychs[0].crop((0, 32, 32, 64)))
-    assert (shown == np.asarray(Image.fromarray(photo[top:bottom, left:right]).resize((32, 32), Image.Resampling.LANCZOS))).all()
+    assert (
+        shown
+        == np.asarray(
+            Image.fromarray(photo[top:bottom, left:right]).resize((32, 32), Image.Resampling.LANCZOS)
+        )
+    ).all()
     picture = np.asarray(result.images[0])
     assert picture.shape == photo.shape and (picture[mask == 0] == photo[mask == 0]).all()
     assert (picture[mask > 0] != photo[mask > 0]).mean() > 0.5

@@ -1,4 +1,6 @@
-"""KVEditPipeline and flashbrush edit --method kv-edit, on a tiny FLUX with the text encoders of the tiny model."""
+"""KVEditPipeline and flashbrush edit --method kv-edit, on a tiny FLUX with the text encoders of the tiny
+model.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,14 @@ def photo() -> Image.Image:
     return Image.fromarray(data.coffee()).resize((64, 48))
 
 
-OPTIONS = {"source_prompt": "a photo of a cup", "steps": 4, "skip": 1, "progress": False, "width": 64, "height": 48}
+OPTIONS = {
+    "source_prompt": "a photo of a cup",
+    "steps": 4,
+    "skip": 1,
+    "progress": False,
+    "width": 64,
+    "height": 48,
+}
 
 
 def test_the_background_stays(pipe: KVEditPipeline, photo: Image.Image, mask: Image.Image) -> None:
@@ -44,7 +53,9 @@ def test_the_background_stays(pipe: KVEditPipeline, photo: Image.Image, mask: Im
     assert not np.array_equal(np.asarray(result.image)[~outside], np.asarray(photo)[~outside])
 
 
-def test_an_edit_computes_the_masked_tokens_alone(pipe: KVEditPipeline, photo: Image.Image, mask: Image.Image) -> None:
+def test_an_edit_computes_the_masked_tokens_alone(
+    pipe: KVEditPipeline, photo: Image.Image, mask: Image.Image
+) -> None:
     seen: list[int] = []
     hook = pipe.pipe.transformer.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["hidden_states"].shape[1]), with_kwargs=True
@@ -56,7 +67,9 @@ def test_an_edit_computes_the_masked_tokens_alone(pipe: KVEditPipeline, photo: I
     assert seen == [48] * 3 + [9] * 3
 
 
-def test_again_is_an_edit_of_the_same_inversion(pipe: KVEditPipeline, photo: Image.Image, mask: Image.Image) -> None:
+def test_again_is_an_edit_of_the_same_inversion(
+    pipe: KVEditPipeline, photo: Image.Image, mask: Image.Image
+) -> None:
     other = Image.fromarray(np.roll(np.asarray(mask), 16, 1))
     expected = [
         pipe(photo, mask, "a green star", **OPTIONS),
@@ -96,7 +109,9 @@ def test_again_refuses(pipe: KVEditPipeline, photo: Image.Image, mask: Image.Ima
         pipe.again(done, "a star", progress=False)
 
 
-def test_the_same_prompt_brings_the_photo_back(pipe: KVEditPipeline, photo: Image.Image, mask: Image.Image) -> None:
+def test_the_same_prompt_brings_the_photo_back(
+    pipe: KVEditPipeline, photo: Image.Image, mask: Image.Image
+) -> None:
     """To the error of Euler's steps, which more of them make smaller."""
     clean = pipe._encode(photo)[0].detach()
     errors = []
@@ -108,11 +123,19 @@ def test_the_same_prompt_brings_the_photo_back(pipe: KVEditPipeline, photo: Imag
     assert errors[1] < 0.4 * errors[0]
 
 
-CHANGES = [{"prompt": "a green star"}, {"source_prompt": "a moon"}, {"attn_scale": 3.0}, {"skip": 2}, {"masked_inversion": True}]
+CHANGES = [
+    {"prompt": "a green star"},
+    {"source_prompt": "a moon"},
+    {"attn_scale": 3.0},
+    {"skip": 2},
+    {"masked_inversion": True},
+]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=str)
-def test_what_is_asked_for_matters(change: dict, pipe: KVEditPipeline, photo: Image.Image, mask: Image.Image) -> None:
+def test_what_is_asked_for_matters(
+    change: dict, pipe: KVEditPipeline, photo: Image.Image, mask: Image.Image
+) -> None:
     plain = pipe(photo, mask, "a red moon", **OPTIONS)
     prompt = change.get("prompt", "a red moon")
     changed = pipe(photo, mask, prompt, **OPTIONS | {n: v for n, v in change.items() if n != "prompt"})
@@ -138,7 +161,9 @@ def test_the_model_is_left_as_it_was(pipe: KVEditPipeline, photo: Image.Image, m
     ],
     ids=["steps", "skip", "guidance", "width", "mask"],
 )
-def test_wrong_input(wrong: dict, said: str, pipe: KVEditPipeline, photo: Image.Image, mask: Image.Image) -> None:
+def test_wrong_input(
+    wrong: dict, said: str, pipe: KVEditPipeline, photo: Image.Image, mask: Image.Image
+) -> None:
     options = OPTIONS | {n: v for n, v in wrong.items() if n != "mask"}
     with pytest.raises(ValueError, match=said):
         pipe(photo, wrong.get("mask", mask), "a red moon", **options)
@@ -152,12 +177,33 @@ def test_another_pipeline_is_refused(checkpoint: Path) -> None:
 
 
 def test_the_command(
-    flux_checkpoint: Path, photo: Image.Image, mask: Image.Image, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    flux_checkpoint: Path,
+    photo: Image.Image,
+    mask: Image.Image,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     photo.save(tmp_path / "cup.png")
     mask.save(tmp_path / "mask.png")
-    call = ["edit", "--method", "kv-edit", "--image", tmp_path / "cup.png", "--prompt", "a red moon", "--model", flux_checkpoint,
-            "--width", 64, "--height", 48, "--steps", 4, "--dtype", "float32"]  # fmt: skip
+    call = [
+        "edit",
+        "--method",
+        "kv-edit",
+        "--image",
+        tmp_path / "cup.png",
+        "--prompt",
+        "a red moon",
+        "--model",
+        flux_checkpoint,
+        "--width",
+        64,
+        "--height",
+        48,
+        "--steps",
+        4,
+        "--dtype",
+        "float32",
+    ]
     code, said, err = flashbrush(capsys, *call, "--mask", tmp_path / "mask.png", "-o", tmp_path / "out.png")
     assert code == 0, err
     assert Image.open(tmp_path / "out.png").size == (64, 48) and "9 of 48 image tokens" in said

@@ -36,7 +36,9 @@ def subjects(result: PersonalizeAnythingOutput) -> tuple[PersonalSubject, ...]:
     return result.method.subjects
 
 
-def test_a_subject_where_it_is_wanted(pipe: PersonalizeAnythingPipeline, photo: Image.Image, mask: Image.Image) -> None:
+def test_a_subject_where_it_is_wanted(
+    pipe: PersonalizeAnythingPipeline, photo: Image.Image, mask: Image.Image
+) -> None:
     here, again = (pipe("a red moon", photo, mask, **OPTIONS) for _ in range(2))
     assert torch.equal(here.latents, again.latents) and here.image.size == (64, 48) and here.seed == 0
     there = pipe("a red moon", photo, mask, move=(8, 16), **OPTIONS)
@@ -46,7 +48,13 @@ def test_a_subject_where_it_is_wanted(pipe: PersonalizeAnythingPipeline, photo: 
     assert second.tokens(True, device).tolist() == [n + 8 + 2 for n in TOKENS]
     for other in (
         there,
-        pipe("a red moon", photo, mask, method=PersonalizeAnything(PersonalSubject(torch.ones(1, 1).bool()), tau=1.0), **OPTIONS),
+        pipe(
+            "a red moon",
+            photo,
+            mask,
+            method=PersonalizeAnything(PersonalSubject(torch.ones(1, 1).bool()), tau=1.0),
+            **OPTIONS,
+        ),
         pipe("a green star", photo, mask, **OPTIONS),
         pipe("a red moon", photo.rotate(180), mask, **OPTIONS),
         pipe("a red moon", photo, mask, **OPTIONS | {"seed": 1}),
@@ -68,7 +76,9 @@ def test_two_subjects(pipe: PersonalizeAnythingPipeline, photo: Image.Image, mas
         lambda module, args, kwargs: seen.append(len(kwargs["hidden_states"])), with_kwargs=True
     )
     try:
-        result = pipe("a red moon", [photo, photo.rotate(180)], [mask, mask], move=[(0, 0), (8, 24)], **OPTIONS)
+        result = pipe(
+            "a red moon", [photo, photo.rotate(180)], [mask, mask], move=[(0, 0), (8, 24)], **OPTIONS
+        )
     finally:
         hook.remove()
     assert seen == [3] * 4 and [s.item for s in subjects(result)] == [0, 1]
@@ -93,21 +103,47 @@ def test_wrong_input(
 
 
 def test_the_command(
-    flux_checkpoint: Path, photo: Image.Image, mask: Image.Image, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    flux_checkpoint: Path,
+    photo: Image.Image,
+    mask: Image.Image,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     photo.save(tmp_path / "cat.png")
     mask.save(tmp_path / "mask.png")
-    call = ["edit", "--method", "personalize-anything", "--image", tmp_path / "cat.png", "--prompt", "a red moon", "--model",
-            flux_checkpoint, "--mask", tmp_path / "mask.png", "--width", 64, "--height", 48, "--steps", 2,
-            "--dtype", "float32"]  # fmt: skip
+    call = [
+        "edit",
+        "--method",
+        "personalize-anything",
+        "--image",
+        tmp_path / "cat.png",
+        "--prompt",
+        "a red moon",
+        "--model",
+        flux_checkpoint,
+        "--mask",
+        tmp_path / "mask.png",
+        "--width",
+        64,
+        "--height",
+        48,
+        "--steps",
+        2,
+        "--dtype",
+        "float32",
+    ]
     pictures = []
     for name, more in (("here.png", []), ("there.png", ["--move", 16, 16])):
         code, _, err = flashbrush(capsys, *call, *more, "-o", tmp_path / name)
         assert code == 0, err
         pictures.append(Image.open(tmp_path / name).tobytes())
     assert pictures[0] != pictures[1]
-    for wrong, said in ((["--word", "moon"], "word: personalize-anything has no use for it"),
-                        (["--move", 8, 16], r"move: .* multiples of 16, got \(8, 16\)"),
-                        (["--height", 40], "height: expected a positive multiple of 16 pixels, got 40")):  # fmt: skip
-        code, _, err = flashbrush(capsys, *call, "--model", "none", *wrong, "-o", tmp_path / "none.png")  # before it is loaded
+    for wrong, said in (
+        (["--word", "moon"], "word: personalize-anything has no use for it"),
+        (["--move", 8, 16], r"move: .* multiples of 16, got \(8, 16\)"),
+        (["--height", 40], "height: expected a positive multiple of 16 pixels, got 40"),
+    ):
+        code, _, err = flashbrush(
+            capsys, *call, "--model", "none", *wrong, "-o", tmp_path / "none.png"
+        )  # before it is loaded
         assert code == 2 and re.search(said, err) and not (tmp_path / "none.png").exists(), err

@@ -30,7 +30,9 @@ SOURCE, EDIT = "a b c", "a d c"  # the tiny tokenizer knows letters
 # The knobs that suit two resolutions of 8 x 8 and 4 x 4, and few steps.
 KNOBS = {
     "masactrl": lambda: MasaCtrl(layers=(0, None), steps=(1, None)),
-    "plug-and-play": lambda: PlugAndPlay(layers=(0, None), steps=(0, 3), feature=(0, 0), feature_steps=(0, 3)),
+    "plug-and-play": lambda: PlugAndPlay(
+        layers=(0, None), steps=(0, 3), feature=(0, 0), feature_steps=(0, 3)
+    ),
     "prompt-to-prompt": lambda: PromptToPrompt(PromptEdit()),
     "infedit": lambda: InfEdit(PromptEdit()),
 }
@@ -48,7 +50,9 @@ def photo() -> Image.Image:
 
 def edit(pipe: PromptEditingPipeline, photo: Image.Image, method, **more):
     options = {"source_prompt": SOURCE, "steps": 4, "seed": 0, "progress": False} | more
-    return pipe(photo, more.pop("prompt", EDIT), method=method, **{n: v for n, v in options.items() if n != "prompt"})
+    return pipe(
+        photo, more.pop("prompt", EDIT), method=method, **{n: v for n, v in options.items() if n != "prompt"}
+    )
 
 
 @torch.no_grad()
@@ -71,7 +75,9 @@ def test_an_edit(kind: str, pipe: PromptEditingPipeline, photo: Image.Image) -> 
 
 
 @pytest.mark.parametrize("kind", ["masactrl", "plug-and-play", "prompt-to-prompt"])
-def test_without_a_change_the_photo_comes_back(kind: str, pipe: PromptEditingPipeline, photo: Image.Image) -> None:
+def test_without_a_change_the_photo_comes_back(
+    kind: str, pipe: PromptEditingPipeline, photo: Image.Image
+) -> None:
     """Of inverted latents, with the same text and no guidance, to the error of the inversion."""
     result = edit(pipe, photo, KNOBS[kind](), prompt=SOURCE, guidance_scale=1.0, inversion_iterations=12)
     clean = encoded(pipe, photo)
@@ -107,7 +113,11 @@ def test_words_confine_the_edit(kind: str, pipe: PromptEditingPipeline, photo: I
 def test_words_of_the_prompts_are_found(pipe: PromptEditingPipeline, photo: Image.Image) -> None:
     """The pipeline makes masks of words, of layers that a photo of this size has."""
     masa_ctrl = MasaCtrl(layers=(0, None), steps=(0, None))
-    for given, size in ((masa_ctrl, {}), ("prompt-to-prompt", {"width": 72, "height": 48}), ("infedit", {"width": 72})):
+    for given, size in (
+        (masa_ctrl, {}),
+        ("prompt-to-prompt", {"width": 72, "height": 48}),
+        ("infedit", {"width": 72}),
+    ):
         method = edit(pipe, photo, given, words=["d"], source_words=["b"], **size).method
         maps = method.masks if isinstance(method, MasaCtrl) else method.blend.maps  # type: ignore[union-attr]
         assert isinstance(maps, WordMaps) and maps.seen > 0
@@ -134,7 +144,10 @@ def test_alignment_follows_the_prompts(pipe: PromptEditingPipeline, photo: Image
         ({"method": "masactrl", "guidance_scale": float("nan")}, "guidance_scale: expected a finite number"),
         ({"method": "masactrl", "steps": 0}, "steps: expected an integer from 1"),
         ({"method": "prompt-to-prompt", "prompt": "a b c d e f g h"}, "prompt: expected 1 to 8 tokens"),
-        ({"method": "infedit", "inversion_iterations": 2}, "inversion_iterations: expected 1, as InfEdit inverts nothing, got 2"),
+        (
+            {"method": "infedit", "inversion_iterations": 2},
+            "inversion_iterations: expected 1, as InfEdit inverts nothing, got 2",
+        ),
     ],
     ids=["a name", "a method", "words", "one's words", "guidance", "steps", "length", "iterations"],
 )
@@ -144,7 +157,9 @@ def test_wrong_input(wrong: dict, said: str, pipe: PromptEditingPipeline, photo:
 
 
 @pytest.mark.parametrize("kind", ["prompt-to-prompt", "infedit"])
-def test_a_method_that_was_used_is_of_its_prompts(kind: str, pipe: PromptEditingPipeline, photo: Image.Image) -> None:
+def test_a_method_that_was_used_is_of_its_prompts(
+    kind: str, pipe: PromptEditingPipeline, photo: Image.Image
+) -> None:
     used = edit(pipe, photo, kind)
     again = edit(pipe, photo, used.method)
     assert torch.equal(again.latents, used.latents)
@@ -156,22 +171,46 @@ def test_a_method_that_was_used_is_of_its_prompts(kind: str, pipe: PromptEditing
         edit(pipe, photo, used.method, prompt="d b", source_prompt="a b")
 
 
-def test_the_command(sd_checkpoint: Path, photo: Image.Image, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(
+    sd_checkpoint: Path, photo: Image.Image, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     photo.save(tmp_path / "cat.png")
     out, again = tmp_path / "out.png", tmp_path / "again.png"
-    call = ["edit", "--method", "prompt-to-prompt", "--image", tmp_path / "cat.png", "--prompt", EDIT, "--model", sd_checkpoint,
-            "--source-prompt", SOURCE, "--steps", 3, "--dtype", "float32"]  # fmt: skip
+    call = [
+        "edit",
+        "--method",
+        "prompt-to-prompt",
+        "--image",
+        tmp_path / "cat.png",
+        "--prompt",
+        EDIT,
+        "--model",
+        sd_checkpoint,
+        "--source-prompt",
+        SOURCE,
+        "--steps",
+        3,
+        "--dtype",
+        "float32",
+    ]
     code, said, err = flashbrush(capsys, *call, "-o", out, "--reconstruction", again)
     assert code == 0, err
     assert Image.open(out).size == Image.open(again).size == (64, 64) and "the picture is" in said
     code, _, err = flashbrush(capsys, *call, "-o", tmp_path / "none.png", "--word", "d")
     assert code == 2 and "together with --source-word" in err and not (tmp_path / "none.png").exists()
-    code, _, err = flashbrush(capsys, *["magic" if a == "prompt-to-prompt" else a for a in call], "-o", tmp_path / "none.png")
+    code, _, err = flashbrush(
+        capsys, *["magic" if a == "prompt-to-prompt" else a for a in call], "-o", tmp_path / "none.png"
+    )
     assert code == 2 and "expected one of masactrl" in err
     code, _, err = flashbrush(capsys, *call, "--guidance", "nan", "-o", tmp_path / "none.png")
     assert code == 2 and "guidance: expected a finite number" in err
-    for kind, given in (("infedit", ["--inversion-iterations", 2]), ("plug-and-play", ["--word", "d", "--source-word", "b"])):
-        mine = [kind if a == "prompt-to-prompt" else "none" if a == sd_checkpoint else a for a in call]  # no model is loaded
+    for kind, given in (
+        ("infedit", ["--inversion-iterations", 2]),
+        ("plug-and-play", ["--word", "d", "--source-word", "b"]),
+    ):
+        mine = [
+            kind if a == "prompt-to-prompt" else "none" if a == sd_checkpoint else a for a in call
+        ]  # no model is loaded
         code, _, err = flashbrush(capsys, *mine, *given, "-o", tmp_path / "none.png")
         assert code == 2 and f"{given[0][2:].replace('-', '_')}: {kind} has no use for it" in err, err
 
@@ -181,11 +220,27 @@ def test_a_prompt_that_is_cut_is_told_in_one_line(
 ) -> None:
     photo.save(tmp_path / "cat.png")
     code, _, err = flashbrush(
-        capsys, "edit", "--method", "masactrl", "--image", tmp_path / "cat.png", "--prompt", "a b c d " * 40, "--steps", 5,
-        "--model", sd_checkpoint, "--dtype", "float32", "-o", tmp_path / "out.png",
-    )  # fmt: skip
+        capsys,
+        "edit",
+        "--method",
+        "masactrl",
+        "--image",
+        tmp_path / "cat.png",
+        "--prompt",
+        "a b c d " * 40,
+        "--steps",
+        5,
+        "--model",
+        sd_checkpoint,
+        "--dtype",
+        "float32",
+        "-o",
+        tmp_path / "out.png",
+    )
     told = [line for line in err.splitlines() if "the text encoder sees" in line]
-    assert code == 0 and len(told) == 1 and told[0].startswith("flashbrush: of 1") and ".py" not in told[0], err
+    assert code == 0 and len(told) == 1 and told[0].startswith("flashbrush: of 1") and ".py" not in told[0], (
+        err
+    )
 
 
 @pytest.mark.parametrize("steps", (50, 20, 10))

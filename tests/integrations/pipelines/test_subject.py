@@ -38,28 +38,56 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     detector = GroundingDinoForObjectDetection(
         GroundingDinoConfig(
             backbone_config=SwinConfig(
-                image_size=64, embed_dim=16, depths=[1, 1, 1, 1], num_heads=[1, 1, 1, 1], window_size=4,
-                out_features=["stage2", "stage3", "stage4"], out_indices=[2, 3, 4],
+                image_size=64,
+                embed_dim=16,
+                depths=[1, 1, 1, 1],
+                num_heads=[1, 1, 1, 1],
+                window_size=4,
+                out_features=["stage2", "stage3", "stage4"],
+                out_indices=[2, 3, 4],
             ),
             text_config=BertConfig(vocab_size=len(WORDS), **small),
-            d_model=64, encoder_layers=1, decoder_layers=2, encoder_ffn_dim=32, decoder_ffn_dim=32, num_queries=12,
-            encoder_attention_heads=2, decoder_attention_heads=2, num_feature_levels=4,
+            d_model=64,
+            encoder_layers=1,
+            decoder_layers=2,
+            encoder_ffn_dim=32,
+            decoder_ffn_dim=32,
+            num_queries=12,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            num_feature_levels=4,
         )
-    )  # fmt: skip
+    )
     detector.save_pretrained(folder / "detector")
     GroundingDinoProcessor(
         GroundingDinoImageProcessor(size={"shortest_edge": 64, "longest_edge": 64}),
         BertTokenizer(str(folder / "vocab.txt")),
     ).save_pretrained(folder / "detector")
-    vision = {**small, "image_size": 64, "patch_size": 16, "output_channels": 16, "window_size": 2, "mlp_dim": 32,
-              "num_pos_feats": 8, "global_attn_indexes": [0]}  # fmt: skip
+    vision = {
+        **small,
+        "image_size": 64,
+        "patch_size": 16,
+        "output_channels": 16,
+        "window_size": 2,
+        "mlp_dim": 32,
+        "num_pos_feats": 8,
+        "global_attn_indexes": [0],
+    }
     prompt = {"hidden_size": 16, "image_embedding_size": 4, "image_size": 64, "mask_input_channels": 4}
-    mask = {"hidden_size": 16, "num_attention_heads": 2, "mlp_dim": 32, "iou_head_hidden_dim": 16, "num_hidden_layers": 1}
+    mask = {
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "mlp_dim": 32,
+        "iou_head_hidden_dim": 16,
+        "num_hidden_layers": 1,
+    }
     SamModel(
         SamConfig(vision_config=vision, prompt_encoder_config=prompt, mask_decoder_config=mask)
     ).save_pretrained(folder / "segmenter")
     SamProcessor(
-        SamImageProcessor(size={"longest_edge": 64}, pad_size={"height": 64, "width": 64}, mask_size={"longest_edge": 16})
+        SamImageProcessor(
+            size={"longest_edge": 64}, pad_size={"height": 64, "width": 64}, mask_size={"longest_edge": 16}
+        )
     ).save_pretrained(folder / "segmenter")
     return folder / "detector", folder / "segmenter"
 
@@ -83,11 +111,15 @@ def test_a_box_and_its_outline(finder: SubjectFinder) -> None:
 
 def test_the_best_box_counts(finder: SubjectFinder, monkeypatch: pytest.MonkeyPatch) -> None:
     answer = {
-        "boxes": torch.tensor([[1.0, 2, 30, 40], [5, 6, 99, 20], [0, 0, 1, 1]]), "scores": torch.tensor([0.4, 0.7, 0.9]),
+        "boxes": torch.tensor([[1.0, 2, 30, 40], [5, 6, 99, 20], [0, 0, 1, 1]]),
+        "scores": torch.tensor([0.4, 0.7, 0.9]),
         "text_labels": ["a cat", "a cat", ""],
-    }  # fmt: skip
+    }
     monkeypatch.setattr(
-        finder.detector_processor, "post_process_grounded_object_detection", lambda *a, **k: [answer], raising=False
+        finder.detector_processor,
+        "post_process_grounded_object_detection",
+        lambda *a, **k: [answer],
+        raising=False,
     )
     assert finder.find(picture(), "a cat") == (5.0, 6.0, 64.0, 20.0)
 

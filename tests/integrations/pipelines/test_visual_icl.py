@@ -1,4 +1,6 @@
-"""VisualICLPipeline on a tiny checkpoint: beside an eager run, and what the cache, the seed and the knobs change."""
+"""VisualICLPipeline on a tiny checkpoint: beside an eager run, and what the cache, the seed and the knobs
+change.
+"""
 
 from __future__ import annotations
 
@@ -97,7 +99,10 @@ class Eager(AttnProcessor2_0):
         if len(hidden_states) == 1:
             return stock
         temperature, beta, clip = self.knobs
-        q, k, v = (f(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for f in (attn.to_q, attn.to_k, attn.to_v))
+        q, k, v = (
+            f(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            for f in (attn.to_q, attn.to_k, attn.to_v)
+        )
         images, truths = torch.cat(k[0:-3:2].split(1), 2)[0], torch.cat(v[1:-3:2].split(1), 2)[0]
         alpha = (q[-3] @ images.mT / (temperature * math.sqrt(q.shape[-1]))).softmax(-1)
         alpha = alpha.mean(-1, keepdim=True) + beta * (alpha - alpha.mean(-1, keepdim=True))
@@ -121,14 +126,18 @@ def inverted(pipe: VisualICLPipeline, image: Image.Image, skip: int = SKIP) -> I
 
 
 @torch.no_grad()
-def eagerly(pipe: VisualICLPipeline, pairs: list, knobs: tuple, gamma: float = 3.5, adain: bool = True) -> Tensor:
+def eagerly(
+    pipe: VisualICLPipeline, pairs: list, knobs: tuple, gamma: float = 3.5, adain: bool = True
+) -> Tensor:
     """The whole loop with diffusers' own scheduler and processors."""
     unet, scheduler = pipe.pipe.unet, ddim()
     scheduler.set_timesteps(STEPS)
     kept = [inverted(pipe, image) for pair in pairs for image in pair] + [inverted(pipe, QUERY)]
     text = pipe.pipe.encode_prompt("", "cpu", 1, False)[0]
     stock = unet.attn_processors
-    mine = {name: Eager(*knobs) if name.startswith("up") and "attn1" in name else p for name, p in stock.items()}
+    mine = {
+        name: Eager(*knobs) if name.startswith("up") and "attn1" in name else p for name, p in stock.items()
+    }
     latents = kept[-1].latents[:, 0]
     for i, t in enumerate(scheduler.timesteps[SKIP:]):
         batch = torch.cat([entry.latents[:, i] for entry in kept] + [latents, latents])
@@ -138,14 +147,20 @@ def eagerly(pipe: VisualICLPipeline, pairs: list, knobs: tuple, gamma: float = 3
         noise = kept[-1].noise_maps[:, i]
         latents = scheduler.step(eps, int(t), latents, eta=1.0, variance_noise=noise).prev_sample
         if adain:
-            style = torch.stack([entry.latents[0, i + 1] for entry in kept[1:-1:2]], 2).flatten(1)  # (channels, pixels)
+            style = torch.stack([entry.latents[0, i + 1] for entry in kept[1:-1:2]], 2).flatten(
+                1
+            )  # (channels, pixels)
             mean, std = latents.mean((2, 3), keepdim=True), (latents.var((2, 3), keepdim=True) + 1e-5).sqrt()
-            latents = (latents - mean) / std * (style.var(1) + 1e-5).sqrt()[:, None, None] + style.mean(1)[:, None, None]
+            latents = (latents - mean) / std * (style.var(1) + 1e-5).sqrt()[:, None, None] + style.mean(1)[
+                :, None, None
+            ]
     unet.set_attn_processor(stock)
     return latents
 
 
-@pytest.mark.parametrize("pairs", [PAIRS[:1], PAIRS, [*PAIRS, (photo(7), truth(8))]], ids=["one pair", "two", "three"])
+@pytest.mark.parametrize(
+    "pairs", [PAIRS[:1], PAIRS, [*PAIRS, (photo(7), truth(8))]], ids=["one pair", "two", "three"]
+)
 @pytest.mark.parametrize("clip", [(0.0, 1.0), None], ids=["clipped", "unclipped"])
 def test_beside_an_eager_run(pipe, pairs: list, clip: tuple[float, float] | None) -> None:
     result = run(pipe, pairs, method=VisualInContext(clip=clip))
@@ -162,7 +177,10 @@ def test_knobs_reach_the_attention(pipe) -> None:
     assert method.items is None
     plain = run(pipe, gamma=0, use_adain=False).latents
     # Steps are counted with the one that is skipped.
-    late, last = (run(pipe, method=VisualInContext(steps=(n, None)), use_adain=False).latents for n in (STEPS, STEPS - 1))
+    late, last = (
+        run(pipe, method=VisualInContext(steps=(n, None)), use_adain=False).latents
+        for n in (STEPS, STEPS - 1)
+    )
     torch.testing.assert_close(late, plain, rtol=1e-4, atol=1e-4)
     assert float((last - plain).abs().max()) > 1e-3
 
@@ -242,9 +260,14 @@ def test_what_decides_an_inversion_is_in_its_name(pipe) -> None:
     kept = 3
     assert len(list(pipe.cache.folder.iterdir())) == kept
     for change in (
-        {"steps": 6}, {"skip": 2}, {"seed": 1}, {"text": "a cat"}, {"inversion_batch": 3}, {"width": 48, "height": 48},
+        {"steps": 6},
+        {"skip": 2},
+        {"seed": 1},
+        {"text": "a cat"},
+        {"inversion_batch": 3},
+        {"width": 48, "height": 48},
         {"negative_text": "b", "inversion_guidance": 2.0},
-    ):  # fmt: skip
+    ):
         run(pipe, **change)
         kept += 3
         assert len(list(pipe.cache.folder.iterdir())) == kept, change
@@ -366,10 +389,22 @@ def wide(size: tuple[int, int]) -> Image.Image:
         ({"prompts": PAIRS[0]}, TypeError, r"prompts\[0\]: expected a pair.*Image"),
         ({"prompts": [PAIRS[0], (photo(0),)]}, ValueError, r"prompts\[1\]: expected a pair.*got 1 of them"),
         ({"prompts": [(photo(0), None)]}, ValueError, r"prompts\[0\]: expected a pair.*got 1 of them"),
-        ({"prompts": [("none.png", photo(0))]}, FileNotFoundError, r"prompts\[0\]: image: no such file: none.png"),
+        (
+            {"prompts": [("none.png", photo(0))]},
+            FileNotFoundError,
+            r"prompts\[0\]: image: no such file: none.png",
+        ),
         ({"prompts": [(photo(0), 7)]}, TypeError, r"prompts\[0\]: ground truth: .*int"),
-        ({"prompts": [(photo(0), wide((64, 32)))]}, ValueError, r"prompts\[0\]: .*its image's size, 64x64 .*64x32"),
-        ({"prompts": [(wide((32, 64)), wide((32, 64)))]}, ValueError, r"prompts\[0\]: .*query's size, 64x64 .*32x64; give width"),
+        (
+            {"prompts": [(photo(0), wide((64, 32)))]},
+            ValueError,
+            r"prompts\[0\]: .*its image's size, 64x64 .*64x32",
+        ),
+        (
+            {"prompts": [(wide((32, 64)), wide((32, 64)))]},
+            ValueError,
+            r"prompts\[0\]: .*query's size, 64x64 .*32x64; give width",
+        ),
         ({"query": np.zeros((8, 8), np.float32)}, TypeError, "query: .*float32"),
         ({"task": "depth"}, ValueError, "task: expected one of segmentation.*'depth'"),
         ({"steps": 0}, ValueError, "steps: .*0"),
@@ -392,7 +427,7 @@ def wide(size: tuple[int, int]) -> Image.Image:
         ({"generator": torch.Generator()}, ValueError, "seed: expected it or generator"),
         ({"seed": None, "generator": 3}, TypeError, r"generator: .*torch\.Generator.*int"),
     ],
-)  # fmt: skip
+)
 def test_bad_calls(pipe, change: dict, error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         run(pipe, **change)
@@ -425,10 +460,13 @@ def test_the_inversion_is_the_module_s(pipe) -> None:
     """Its seed is made of the run's and the pixels, so that neither the other images nor their order matter."""
     run(pipe)
     kept = inverted(pipe, QUERY)
-    schedule, predict = DDPMSchedule.from_scheduler(ddim(), STEPS), noise_predictor(pipe.pipe.unet, pipe._embed(""))
+    schedule, predict = (
+        DDPMSchedule.from_scheduler(ddim(), STEPS),
+        noise_predictor(pipe.pipe.unet, pipe._embed("")),
+    )
     again = invert(kept.latents[:, -1], predict, schedule, generators=[torch.Generator()], skip=SKIP)
     assert again.latents.shape == kept.latents.shape and not kept.noise_maps[:, -1].any()
-    maps = (kept.latents[:, 1] - schedule.mean(kept.at(1), predict(kept.at(1), schedule.timesteps[1:2]), 1)) / float(
-        schedule.deviations[1]
-    )
+    maps = (
+        kept.latents[:, 1] - schedule.mean(kept.at(1), predict(kept.at(1), schedule.timesteps[1:2]), 1)
+    ) / float(schedule.deviations[1])
     torch.testing.assert_close(kept.noise_map(1), maps, rtol=1e-3, atol=1e-3)

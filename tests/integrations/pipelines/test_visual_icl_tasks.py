@@ -18,7 +18,9 @@ def rng() -> np.random.Generator:
 def smudged(picture: Image.Image, noise: int = 60) -> Image.Image:
     """As a model would paint it."""
     pixels = np.asarray(picture.convert("RGB")).astype(int)
-    return Image.fromarray((pixels + rng().integers(-noise, noise + 1, pixels.shape)).clip(0, 255).astype(np.uint8))
+    return Image.fromarray(
+        (pixels + rng().integers(-noise, noise + 1, pixels.shape)).clip(0, 255).astype(np.uint8)
+    )
 
 
 def box_picture(box: tuple[int, int, int, int], size: tuple[int, int] = (64, 48)) -> Image.Image:
@@ -50,7 +52,9 @@ def test_detection_agrees_with_every_box_tried() -> None:
         mask = np.random.default_rng(seed).random((5, 6)) < 0.5
         found = vt.read_detection(Image.fromarray(mask.astype(np.uint8) * 255)).data
         score = np.where(mask, 1, -1)
-        boxes = [(l, t, r, b) for l in range(6) for r in range(l + 1, 7) for t in range(5) for b in range(t + 1, 6)]
+        boxes = [
+            (l, t, r, b) for l in range(6) for r in range(l + 1, 7) for t in range(5) for b in range(t + 1, 6)
+        ]
         best = max(score[t:b, l:r].sum() for l, t, r, b in boxes)
         assert score[found[1] : found[3], found[0] : found[2]].sum() == best
 
@@ -119,7 +123,11 @@ def test_keypoints_that_are_missing_or_of_another_background() -> None:
     picture = Image.new("RGB", (20, 20), (0, 0, 255))
     picture.paste((0, 255, 0), (4, 6, 7, 9))
     result = vt.read_keypoints(picture, palette=PALETTE, background=3)
-    assert result.data.shape == (3, 2) and result.data[2].tolist() == [5.0, 7.0] and np.isnan(result.data[:2]).all()
+    assert (
+        result.data.shape == (3, 2)
+        and result.data[2].tolist() == [5.0, 7.0]
+        and np.isnan(result.data[:2]).all()
+    )
     assert result.picture.getpixel((0, 0)) == (0, 0, 255)
     with pytest.raises(ValueError, match=r"background: .*0 to 3, got 4"):
         vt.read_keypoints(picture, palette=PALETTE, background=4)

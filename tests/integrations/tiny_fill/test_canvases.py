@@ -28,7 +28,11 @@ def test_the_seed_decides() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_hole_covers_its_subject_and_no_more_than_a_panel(kind: str) -> None:
     some = made(kind)
-    assert some.pictures.shape == (24, 3, 2 * SIDE, SIDE) and some.pictures.min() >= 0 and some.pictures.max() <= 1
+    assert (
+        some.pictures.shape == (24, 3, 2 * SIDE, SIDE)
+        and some.pictures.min() >= 0
+        and some.pictures.max() <= 1
+    )
     assert set(some.masks.unique().tolist()) == {0.0, 1.0}
     assert ((some.coverage > 0.05) & (some.masks == 0)).sum() == 0
     share = some.masks.mean((1, 2, 3))
@@ -58,7 +62,10 @@ def test_freedom_moves_the_subject() -> None:
     def middle(coverage: torch.Tensor) -> torch.Tensor:
         axis = torch.arange(SIDE) + 0.5
         total = coverage.sum((1, 2, 3))
-        return torch.stack([(coverage.sum((1, 2)) * axis).sum(1), (coverage.sum((1, 3)) * axis).sum(1)], 1) / total[:, None]
+        return (
+            torch.stack([(coverage.sum((1, 2)) * axis).sum(1), (coverage.sum((1, 3)) * axis).sum(1)], 1)
+            / total[:, None]
+        )
 
     fixed, free = (made("reference", freedom=freedom) for freedom in (0.0, 1.0))
     moved = (middle(free.coverage[:, :, SIDE:]) - middle(fixed.coverage[:, :, SIDE:])).abs()

@@ -38,9 +38,13 @@ def test_the_encoder_is_one_convolution(components) -> None:
     vae = autoencoder.autoencoder(weight, bias)
     pixels = 2 * canvases(4, photos(HELD_OUT), Generator().manual_seed(1)).pictures - 1
     distribution = vae.encode(pixels).latent_dist
-    torch.testing.assert_close(distribution.mode(), F.conv2d(pixels, weight, bias, stride=4), atol=2e-3, rtol=1e-3)
+    torch.testing.assert_close(
+        distribution.mode(), F.conv2d(pixels, weight, bias, stride=4), atol=2e-3, rtol=1e-3
+    )
     assert float(distribution.std.max()) < 0.01
-    latents = F.conv2d(2 * canvases(128, photos(), Generator().manual_seed(2)).pictures - 1, weight, bias, stride=4)
+    latents = F.conv2d(
+        2 * canvases(128, photos(), Generator().manual_seed(2)).pictures - 1, weight, bias, stride=4
+    )
     assert abs(float(latents.square().mean()) - 1) < 0.25 and latents.mean((0, 2, 3)).abs().max() < 0.5
     products = (weight.flatten(1) @ weight.flatten(1).T).fill_diagonal_(0)
     assert products.abs().max() < 1e-4
@@ -76,18 +80,28 @@ def test_steps_learn_and_a_cut_off_run_goes_on_as_if_it_had_not_been(tmp_path: P
 def test_the_command_writes_a_checkpoint_that_the_stock_pipeline_runs(tmp_path: Path) -> None:
     main(tmp_path, steps=2, decoder_steps=1, batch=2, device="cpu", every=2)
     rows = (tmp_path / "log.csv").read_text().splitlines()
-    assert rows[0].startswith("part,step,loss,psnr 0") and [row.split(",")[0] for row in rows[1:]] == ["transformer", "decoder"]
+    assert rows[0].startswith("part,step,loss,psnr 0") and [row.split(",")[0] for row in rows[1:]] == [
+        "transformer",
+        "decoder",
+    ]
     assert all(float(value) for value in rows[1].split(",")[2:])
     pipe = FluxFillPipeline.from_pretrained(tmp_path / "checkpoint", dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     some = canvases(1, photos(HELD_OUT), Generator().manual_seed(0))
     images = [
         pipe(
-            prompt=text, image=some.pictures, mask_image=some.masks, width=64, height=128, num_inference_steps=2,
-            max_sequence_length=model.TEXT_TOKENS, output_type="pt", generator=Generator().manual_seed(0),
+            prompt=text,
+            image=some.pictures,
+            mask_image=some.masks,
+            width=64,
+            height=128,
+            num_inference_steps=2,
+            max_sequence_length=model.TEXT_TOKENS,
+            output_type="pt",
+            generator=Generator().manual_seed(0),
         ).images
         for text in ("a red star with blue stripes", "a plain green ring")
-    ]  # fmt: skip
+    ]
     assert images[0].shape == (1, 3, 128, 64) and images[0].isfinite().all()
     size = sum(file.stat().st_size for file in (tmp_path / "checkpoint").rglob("*.safetensors"))
     assert size < 25e6

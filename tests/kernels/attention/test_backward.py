@@ -1,4 +1,6 @@
-"""The Triton gradient kernels against autograd of the float64 reference: in the interpreter where there is no GPU."""
+"""The Triton gradient kernels against autograd of the float64 reference: in the interpreter where there is no
+GPU.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @settings(max_examples=300 if DEVICE.type == "cuda" else draws(25))
-@given(calls(longest=70, dims=(3, 16, 40, 64, 80, 128), contrast=False, weights=(0.0, 0.25, 0.7, 1.0, 1.3, 4.0)))
+@given(
+    calls(longest=70, dims=(3, 16, 40, 64, 80, 128), contrast=False, weights=(0.0, 0.25, 0.7, 1.0, 1.3, 4.0))
+)
 def test_drawn_calls(call: Call) -> None:
     check_gradients(call.on(DEVICE), "triton")
 
@@ -26,9 +30,12 @@ def test_drawn_calls(call: Call) -> None:
 def test_several_tiles(dim: int, dtype: torch.dtype) -> None:
     rows, keys = fb.Segments(a=130, b=40), fb.Segments(c=165, d=1, e=3, f=129)
     control = fb.Control(
-        rows, keys, weight={("a", "d"): 1.3, ("b", "f"): 0.0}, bias={("b", "c"): -1.0, ("a", "e"): -torch.inf},
+        rows,
+        keys,
+        weight={("a", "d"): 1.3, ("b", "f"): 0.0},
+        bias={("b", "c"): -1.0, ("a", "e"): -torch.inf},
         head_gain=fb.HeadGain(rows="a", keys="c"),
-    )  # fmt: skip
+    )
     q, k, v = (torch.randn(1, n, h, dim).to(dtype) for n, h in ((170, 2), (298, 1), (298, 1)))
     check_gradients(Call(q, k, v, control, {}).on(DEVICE), "triton")
 

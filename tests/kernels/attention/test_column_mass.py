@@ -23,7 +23,11 @@ def run(call: Call) -> None:
     if "source" in call.kwargs:
         kwargs["source"] = {name: call.kwargs["source"][name] for name in ("q", "k")}
     p = call.problem()
-    names = ("*",) if call.control is None or p.batch * p.rows * p.keys == 0 else ("*", call.control.rows.names[-1])
+    names = (
+        ("*",)
+        if call.control is None or p.batch * p.rows * p.keys == 0
+        else ("*", call.control.rows.names[-1])
+    )
     for rows in names:
         truth = fb.column_mass(exact.q, exact.k, lse, call.control, rows=rows, **kwargs)
         counted = tuple(range(len(p.row_lengths))) if rows == "*" else (len(p.row_lengths) - 1,)

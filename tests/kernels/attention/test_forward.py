@@ -37,16 +37,20 @@ def test_drawn_calls(call: Call) -> None:
     ("dim", "dtype"),
     [
         *((dim, dtype) for dim in (64, 96) for dtype in (torch.float32, torch.float16, torch.bfloat16)),
-        (160, torch.bfloat16), (256, torch.float16),
+        (160, torch.bfloat16),
+        (256, torch.float16),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_several_tiles(dim: int, dtype: torch.dtype) -> None:
     rows, keys = fb.Segments(a=130, b=40), fb.Segments(c=65, d=1, e=129)
     control = fb.Control(
-        rows, keys, weight={("a", "d"): 1.3, ("b", "e"): 0.0}, bias={("b", "c"): -1.0},
+        rows,
+        keys,
+        weight={("a", "d"): 1.3, ("b", "e"): 0.0},
+        bias={("b", "c"): -1.0},
         head_gain=fb.HeadGain(rows="a", keys="c"),
-    )  # fmt: skip
+    )
     q, k, v = (torch.randn(1, n, h, dim).to(dtype) for n, h in ((170, 2), (195, 1), (195, 1)))
     run(Call(q, k, v, control, {}))
 
@@ -60,7 +64,9 @@ def test_tensor_descriptors(dim: int, layout: str, monkeypatch: pytest.MonkeyPat
     )
     made = []
     make = attention_blocks.Descriptor.make
-    monkeypatch.setattr(attention_blocks.Descriptor, "make", lambda *args: (made.append(args), make(*args))[1])
+    monkeypatch.setattr(
+        attention_blocks.Descriptor, "make", lambda *args: (made.append(args), make(*args))[1]
+    )
     segments = fb.Segments(a=70, b=3, c=60)
     control = fb.Control(segments, weight={("a", "b"): 1.3}, valid={"c": torch.tensor([60, 7])})
     tensors = [torch.randn(2, 133, heads, dim, dtype=torch.float16) for heads in (4, 2, 2)]
@@ -74,9 +80,10 @@ def test_tensor_descriptors(dim: int, layout: str, monkeypatch: pytest.MonkeyPat
 def test_persistent_and_specialized(items: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = attention_tiles.forward_tile
     monkeypatch.setattr(
-        attention_tiles, "forward_tile",
+        attention_tiles,
+        "forward_tile",
         lambda *args, **more: plain(*args, **more)._replace(persistent=True, specialized=True, warps=4),
-    )  # fmt: skip
+    )
     seen = []
     make = triton_launch.make_traits
     monkeypatch.setattr(

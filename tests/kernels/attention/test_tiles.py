@@ -20,7 +20,9 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 def test_a_measured_tile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "tiles.json"
     name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu"
-    tiles.write(path, name, {Kind(16, 4): Tile(32, 16, 4, 2), Kind(16, 4, False, True): Tile(16, 32, 4, 2)}, {})
+    tiles.write(
+        path, name, {Kind(16, 4): Tile(32, 16, 4, 2), Kind(16, 4, False, True): Tile(16, 32, 4, 2)}, {}
+    )
     q, k, v = (torch.randn(1, 70, 2, 16, device=DEVICE) for _ in range(3))
     plain, stats = fb.attention(q, k, v, backend="triton", return_stats=True)
     seen = []
@@ -31,4 +33,6 @@ def test_a_measured_tile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     again, measured = fb.attention(q, k, v, backend="triton", return_stats=True)
     assert [tile[:2] for tile in seen] == [(32, 16), (16, 32)]
     assert torch.allclose(out, plain, atol=1e-5) and torch.allclose(again, plain, atol=1e-5)
-    assert torch.allclose(measured.lse, stats.lse, atol=1e-5) and torch.allclose(measured.mass, stats.mass, atol=1e-4)
+    assert torch.allclose(measured.lse, stats.lse, atol=1e-5) and torch.allclose(
+        measured.mass, stats.mass, atol=1e-4
+    )

@@ -9,8 +9,11 @@ constexpr int kRow = 128;         // bytes of a tile's row
 constexpr size_t kMargin = 4096;  // around shared memory, whose change is a store out of bounds
 constexpr uint8_t kMarginByte = 0xa7;
 
-// What the hardware makes of an address of a swizzled tile: bits 4-6 ^= bits 7-9, of the address and not of the offset.
-inline uint32_t swizzle(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
+// What the hardware makes of an address of a swizzled tile: bits 4-6 ^= bits 7-9, of the address and not of
+// the offset.
+inline uint32_t swizzle(uint32_t address) {
+  return address ^ (address >> 7 & 7) << 4;
+}
 
 // As make_map's arguments say; 16-bit elements.
 struct alignas(64) TensorMap {
@@ -35,7 +38,8 @@ struct Memory {
   }
   void check_margins() const {
     for (const uint8_t* p = storage.data(); p < storage.data() + storage.size(); ++p)
-      if ((p < bytes || p >= bytes + size) && *p != kMarginByte) fail("a store out of shared memory, at offset %ld", long(p - bytes));
+      if ((p < bytes || p >= bytes + size) && *p != kMarginByte)
+        fail("a store out of shared memory, at offset %ld", long(p - bytes));
   }
   uint32_t address(const void* p) const {
     const auto at = static_cast<const uint8_t*>(p);
@@ -44,12 +48,14 @@ struct Memory {
   }
   uint8_t* at(uint32_t address, uint32_t count, const char* what) {
     if (address < kBase || uint64_t(address) + count > uint64_t(kBase) + size)
-      fail("%s out of shared memory: offset %ld, %u bytes of %u", what, long(address) - long(kBase), count, size);
+      fail("%s out of shared memory: offset %ld, %u bytes of %u", what, long(address) - long(kBase), count,
+           size);
     return bytes + (address - kBase);
   }
 };
 
-// -------------------------------------------------------------------------------------------------- barriers in memory
+// -------------------------------------------------------------------------------------------------- barriers
+// in memory
 
 struct MemoryBarrier {
   int arrivals = 0, pending = 0, initialiser = 0;
@@ -57,7 +63,8 @@ struct MemoryBarrier {
   uint64_t phase = 0;
   bool published = false;
 };
-constexpr uint64_t kBarrierMark = 0x6272617272696572u;  // in the barrier's own eight bytes, which nobody may write
+constexpr uint64_t kBarrierMark =
+    0x6272617272696572u;  // in the barrier's own eight bytes, which nobody may write
 
 struct Barriers {
   Memory& memory;
@@ -93,7 +100,8 @@ struct Barriers {
   }
   void arrive(uint32_t address, int64_t expected) {
     MemoryBarrier& b = find(address);
-    if (!b.pending) fail("the barrier at offset %u gets more than its %d arrivals in a phase", address - kBase, b.arrivals);
+    if (!b.pending)
+      fail("the barrier at offset %u gets more than its %d arrivals in a phase", address - kBase, b.arrivals);
     count_bytes(b, address, expected);
     --b.pending;
     settle(b);
@@ -105,17 +113,20 @@ struct Barriers {
   }
   void count_bytes(MemoryBarrier& b, uint32_t address, int64_t more) {
     b.bytes += more;
-    if (b.bytes > kMostBytes || b.bytes < -kMostBytes) fail("the barrier at offset %u awaits %ld bytes", address - kBase, long(b.bytes));
+    if (b.bytes > kMostBytes || b.bytes < -kMostBytes)
+      fail("the barrier at offset %u awaits %ld bytes", address - kBase, long(b.bytes));
   }
   std::string describe(uint32_t address, uint32_t parity) {
     const MemoryBarrier& b = find(address);
-    return "barrier at shared offset " + std::to_string(address - kBase) + ", parity " + std::to_string(parity) + " (phase " +
-           std::to_string(b.phase) + " lacks " + std::to_string(b.pending) + " of " + std::to_string(b.arrivals) + " arrivals and " +
+    return "barrier at shared offset " + std::to_string(address - kBase) + ", parity " +
+           std::to_string(parity) + " (phase " + std::to_string(b.phase) + " lacks " +
+           std::to_string(b.pending) + " of " + std::to_string(b.arrivals) + " arrivals and " +
            std::to_string(b.bytes) + " bytes)";
   }
 };
 
-// -------------------------------------------------------------------------------------------------- barriers by number
+// -------------------------------------------------------------------------------------------------- barriers
+// by number
 
 struct NamedBarriers {
   struct Named {
@@ -127,9 +138,11 @@ struct NamedBarriers {
   // 32 threads of a warp; the number of completions that a wait is for.
   uint64_t arrive(int id, int count, int warp, int block) {
     if (id < 0 || id > 15) fail("named barrier %d", id);
-    if (count < kWarp || count % kWarp || count > block) fail("named barrier %d of %d threads in a block of %d", id, count, block);
+    if (count < kWarp || count % kWarp || count > block)
+      fail("named barrier %d of %d threads in a block of %d", id, count, block);
     Named& b = all[id];
-    if (b.arrived && b.threads != count) fail("named barrier %d of %d threads, and of %d for those that came before", id, count, b.threads);
+    if (b.arrived && b.threads != count)
+      fail("named barrier %d of %d threads, and of %d for those that came before", id, count, b.threads);
     if (b.warps >> warp & 1) fail("warp %d came to named barrier %d twice before the others", warp, id);
     b.threads = count;
     b.warps |= 1u << warp;
@@ -143,12 +156,13 @@ struct NamedBarriers {
     return awaited;
   }
   std::string describe(int id) const {
-    return "named barrier " + std::to_string(id) + " (" + std::to_string(all[id].arrived) + " of " + std::to_string(all[id].threads) +
-           " threads came)";
+    return "named barrier " + std::to_string(id) + " (" + std::to_string(all[id].arrived) + " of " +
+           std::to_string(all[id].threads) + " threads came)";
   }
 };
 
-// ------------------------------------------------------------------------------------------------------------- copies
+// -------------------------------------------------------------------------------------------------------------
+// copies
 
 // In no order. What is copied to is made NaN at the issue, and written when the copy is performed.
 struct Copies : Engine {
@@ -164,19 +178,24 @@ struct Copies : Engine {
   std::vector<Copy> waiting;
   int first_unwilling = 0;
 
-  Copies(Memory& memory, Barriers& barriers, Random& random) : memory(memory), barriers(barriers), random(random) {}
+  Copies(Memory& memory, Barriers& barriers, Random& random)
+      : memory(memory), barriers(barriers), random(random) {}
 
   // Bytes `offset` of a tile's 16-byte chunks, as they lie in memory.
-  uint8_t* chunk(const Copy& c, uint32_t offset) { return memory.at(swizzle(c.to + offset), 16, "a tile copy"); }
+  uint8_t* chunk(const Copy& c, uint32_t offset) {
+    return memory.at(swizzle(c.to + offset), 16, "a tile copy");
+  }
 
   void issue(const TensorMap& map, uint32_t to, uint32_t barrier, int column, int row, int head, int item) {
     if (map.valid != kValidMap) fail("a tile copy by a map that was not made");
     if (to % kRow) fail("a tile copied to offset %u, no multiple of %d", to - kBase, kRow);
-    if (!barriers.find(barrier).published) fail("a tile copy on a barrier that was not published, at offset %u", barrier - kBase);
+    if (!barriers.find(barrier).published)
+      fail("a tile copy on a barrier that was not published, at offset %u", barrier - kBase);
     const Copy c{map, to, barrier, uint32_t(map.box_rows * kRow), column, row, head, item};
     memory.at(to, c.bytes, "a tile copy");
     for (const Copy& other : waiting)
-      if (to < other.to + other.bytes && other.to < to + c.bytes) fail("two tile copies at once to offset %u", to - kBase);
+      if (to < other.to + other.bytes && other.to < to + c.bytes)
+        fail("two tile copies at once to offset %u", to - kBase);
     for (uint32_t offset = 0; offset < c.bytes; offset += 16) memset(chunk(c, offset), 0xff, 16);
     if (!pace.at_once && random.chance(pace.unwilling)) {
       waiting.push_back(c);
@@ -201,14 +220,18 @@ struct Copies : Engine {
         uint8_t* to = chunk(c, offset);
         for (const int end = i + 16; i < end; i += 2, to += 2) {
           const int64_t column = int64_t(c.column) + i / 2;
-          if (zero || column < 0 || column >= c.map.dim) memset(to, 0, 2);
-          else memcpy(to, from + 2 * column, 2);
+          if (zero || column < 0 || column >= c.map.dim)
+            memset(to, 0, 2);
+          else
+            memcpy(to, from + 2 * column, 2);
         }
       }
     }
     barriers.complete(c.barrier, c.bytes);
   }
-  std::string in_flight() const override { return waiting.empty() ? "" : std::to_string(waiting.size()) + " tile copies"; }
+  std::string in_flight() const override {
+    return waiting.empty() ? "" : std::to_string(waiting.size()) + " tile copies";
+  }
 };
 
 }  // namespace flashbrush::emulation

@@ -1,10 +1,12 @@
-// Products of warp groups. One is issued when all 128 threads have come to it, and performed later, in the order of issue:
-// its operands in shared memory are read then. Registers that it holds are watched: its accumulators are a signalling NaN
-// from the issue until the wait that guarantees them, and neither they nor registers of A may change until then.
+// Products of warp groups. One is issued when all 128 threads have come to it, and performed later, in the
+// order of issue: its operands in shared memory are read then. Registers that it holds are watched: its
+// accumulators are a signalling NaN from the issue until the wait that guarantees them, and neither they nor
+// registers of A may change until then.
 //
 // Layouts, of 16-bit elements in bytes from the descriptor's start, before the swizzle of the address:
-//   contiguous along the summed dimension: element (row r, summed k) at r / 8 * stride + r % 8 * 128 + 2 k, k < 16
-//   contiguous across it: element (k, column n) at k / 8 * stride + k % 8 * 128 + n / 64 * step + 2 (n % 64)
+//   contiguous along the summed dimension: element (row r, summed k) at r / 8 * stride + r % 8 * 128 + 2 k, k
+//   < 16 contiguous across it: element (k, column n) at k / 8 * stride + k % 8 * 128 + n / 64 * step + 2 (n %
+//   64)
 #pragma once
 #include <deque>
 #include <memory>
@@ -24,17 +26,25 @@ struct Accumulator {
 };
 
 // Element of register i of a thread of the group: see hopper.cuh.
-inline int row_of(int thread, int i) { return 16 * (thread / kWarp) + thread % kWarp / 4 + 8 * (i / 2 % 2); }
-inline int column_of(int thread, int i) { return 8 * (i / 4) + 2 * (thread % 4) + i % 2; }
+inline int row_of(int thread, int i) {
+  return 16 * (thread / kWarp) + thread % kWarp / 4 + 8 * (i / 2 % 2);
+}
+inline int column_of(int thread, int i) {
+  return 8 * (i / 4) + 2 * (thread % 4) + i % 2;
+}
 
 using Decode = float (*)(uint16_t);
 
 struct Descriptor {
   uint32_t start, step, stride;
   explicit Descriptor(uint64_t bits)
-      : start(uint32_t(bits & 0x3fff) << 4), step(uint32_t(bits >> 16 & 0x3fff) << 4), stride(uint32_t(bits >> 32 & 0x3fff) << 4) {
-    if (bits >> 62 != 1) fail("a descriptor of another swizzle than 128 bytes: %016lx", static_cast<unsigned long>(bits));
-    if (bits & ~0xc0003fff3fff3fffu) fail("a descriptor with bits that are not used: %016lx", static_cast<unsigned long>(bits));
+      : start(uint32_t(bits & 0x3fff) << 4),
+        step(uint32_t(bits >> 16 & 0x3fff) << 4),
+        stride(uint32_t(bits >> 32 & 0x3fff) << 4) {
+    if (bits >> 62 != 1)
+      fail("a descriptor of another swizzle than 128 bytes: %016lx", static_cast<unsigned long>(bits));
+    if (bits & ~0xc0003fff3fff3fffu)
+      fail("a descriptor with bits that are not used: %016lx", static_cast<unsigned long>(bits));
     if (stride % 1024) fail("a descriptor whose stride of %u is no multiple of 1024", stride);
   }
 };
@@ -96,7 +106,8 @@ struct Group : Engine {
   Held* find_held(Member& m, float* c, int columns) {
     for (Held& h : m.held) {
       if (h.c == c && h.sum->columns == columns) return &h;
-      if (h.c < c + columns / 2 && c < h.c + h.sum->columns / 2) fail("a product on a part of the accumulators of another");
+      if (h.c < c + columns / 2 && c < h.c + h.sum->columns / 2)
+        fail("a product on a part of the accumulators of another");
     }
     return nullptr;
   }
@@ -115,8 +126,9 @@ struct Group : Engine {
       made.sum->columns = p.columns;
     }
     Product& product = products[at];
-    if (product.half != p.half || product.add != p.add || product.from_registers != p.from_registers || product.columns != p.columns ||
-        product.a != p.a || product.b != p.b || product.group != m.commits || (held && held->sum != product.sum))
+    if (product.half != p.half || product.add != p.add || product.from_registers != p.from_registers ||
+        product.columns != p.columns || product.a != p.a || product.b != p.b || product.group != m.commits ||
+        (held && held->sum != product.sum))
       fail("a product that is another one than for other threads of the warp group");
     if (held) {
       held->group = m.commits;
@@ -144,28 +156,37 @@ struct Group : Engine {
     Member& m = members[t];
     const uint64_t running = m.commits > uint64_t(pending_groups) ? m.commits - uint64_t(pending_groups) : 0;
     for (const HeldA& h : m.held_a)
-      if (h.group < running && memcmp(h.a, h.values, sizeof h.values)) fail("registers of A changed while their product ran");
-    m.held_a.erase(std::remove_if(m.held_a.begin(), m.held_a.end(), [&](const HeldA& h) { return h.group < running; }), m.held_a.end());
+      if (h.group < running && memcmp(h.a, h.values, sizeof h.values))
+        fail("registers of A changed while their product ran");
+    m.held_a.erase(
+        std::remove_if(m.held_a.begin(), m.held_a.end(), [&](const HeldA& h) { return h.group < running; }),
+        m.held_a.end());
     for (const Held& h : m.held) {
       if (h.group >= running) continue;
       if (!poisoned(h.c, h.sum->columns)) fail("accumulators changed while their product ran");
       for (int i = 0; i < h.sum->columns / 2; ++i) h.c[i] = h.sum->values[row_of(t, i)][column_of(t, i)];
     }
-    m.held.erase(std::remove_if(m.held.begin(), m.held.end(), [&](const Held& h) { return h.group < running; }), m.held.end());
+    m.held.erase(
+        std::remove_if(m.held.begin(), m.held.end(), [&](const Held& h) { return h.group < running; }),
+        m.held.end());
   }
 
-  // -------------------------------------------------------------------------------------------------------- execution
+  // --------------------------------------------------------------------------------------------------------
+  // execution
 
   int pending() const override { return !products.empty() && products.front().issued == kGroup; }
   int willing() const override { return pending() && !unwilling; }
   std::string in_flight() const override {
-    return products.empty() ? "" : std::to_string(products.size()) + " products of threads from " + std::to_string(first_thread);
+    return products.empty() ? ""
+                            : std::to_string(products.size()) + " products of threads from " +
+                                  std::to_string(first_thread);
   }
 
   // rows x 16, contiguous along the sixteen -> to[k * across + r * along]
   void load_rows(uint64_t bits, int rows, Decode decode, float* to, int across, int along) {
     const Descriptor d(bits);
-    if (d.start % 1024 >= kRow || d.start % kRow + 2 * kSummed > kRow) fail("an operand that starts at offset %u", d.start - kBase);
+    if (d.start % 1024 >= kRow || d.start % kRow + 2 * kSummed > kRow)
+      fail("an operand that starts at offset %u", d.start - kBase);
     for (int r = 0; r < rows; ++r) {
       for (int half = 0; half < 2; ++half) {
         const uint32_t address = d.start + uint32_t(r / 8) * d.stride + uint32_t(r % 8 * kRow + half * 16);
@@ -182,7 +203,8 @@ struct Group : Engine {
     if (columns > 64 && d.step % 1024) fail("a descriptor whose step of %u is no multiple of 1024", d.step);
     for (int k = 0; k < kSummed; ++k) {
       for (int n = 0; n < columns; n += 8) {
-        const uint32_t address = d.start + uint32_t(k / 8) * d.stride + uint32_t(k % 8 * kRow + n % 64 * 2) + uint32_t(n / 64) * d.step;
+        const uint32_t address = d.start + uint32_t(k / 8) * d.stride + uint32_t(k % 8 * kRow + n % 64 * 2) +
+                                 uint32_t(n / 64) * d.step;
         uint16_t chunk[8];
         memcpy(chunk, memory.at(swizzle(address), 16, "an operand"), 16);
         for (int i = 0; i < 8; ++i) to[k][n + i] = decode(chunk[i]);
@@ -200,7 +222,8 @@ struct Group : Engine {
     const Decode decode = p.half ? decode_half : decode_bfloat;
     if (p.from_registers) {
       for (int t = 0; t < kGroup; ++t)
-        for (int i = 0; i < 8; ++i) a[row_of(t, i)][column_of(t, i)] = decode(uint16_t(p.registers[t][i / 2] >> 16 * (i % 2)));
+        for (int i = 0; i < 8; ++i)
+          a[row_of(t, i)][column_of(t, i)] = decode(uint16_t(p.registers[t][i / 2] >> 16 * (i % 2)));
       load_columns(p.b, p.columns, decode, b);
     } else {
       load_rows(p.a, kRowsOfProduct, decode, a[0], 1, kSummed);
@@ -227,7 +250,8 @@ struct Group : Engine {
       std::vector<float> values(65536);
       for (int i = 0; i < 65536; ++i) {
         const int exponent = i >> 10 & 31, mantissa = i & 1023;
-        double y = exponent ? __builtin_ldexp(1024 + mantissa, exponent - 25) : __builtin_ldexp(mantissa, -24);
+        double y =
+            exponent ? __builtin_ldexp(1024 + mantissa, exponent - 25) : __builtin_ldexp(mantissa, -24);
         if (exponent == 31) y = mantissa ? __builtin_nan("") : __builtin_inf();
         values[size_t(i)] = float(i >> 15 ? -y : y);
       }

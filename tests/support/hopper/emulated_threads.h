@@ -1,5 +1,6 @@
-// Threads of one block on the CPU, one fiber each, all on one thread of the machine: nothing happens between two switches.
-// A scheduler draws the warp that goes on next, and what copies and products in flight are performed meanwhile.
+// Threads of one block on the CPU, one fiber each, all on one thread of the machine: nothing happens between
+// two switches. A scheduler draws the warp that goes on next, and what copies and products in flight are
+// performed meanwhile.
 #pragma once
 #include <stdarg.h>
 #include <stdint.h>
@@ -54,7 +55,8 @@ struct Random {
   bool chance(double p) { return double(next() >> 11) * 0x1p-53 < p; }
 };
 
-// ------------------------------------------------------------------------------------------------------------- fibers
+// -------------------------------------------------------------------------------------------------------------
+// fibers
 
 #if defined(__x86_64__)
 using Context = void*;
@@ -63,7 +65,8 @@ using Context = void*;
 #else
 #define FB_OPAQUE noipa
 #endif
-// The registers that a called function keeps are pushed, the rest is the caller's business. Opaque: all memory may change.
+// The registers that a called function keeps are pushed, the rest is the caller's business. Opaque: all
+// memory may change.
 __attribute__((naked, FB_OPAQUE)) inline void switch_context(Context*, Context*) {
   asm volatile(
       "pushq %rbp\n pushq %rbx\n pushq %r12\n pushq %r13\n pushq %r14\n pushq %r15\n"
@@ -71,7 +74,8 @@ __attribute__((naked, FB_OPAQUE)) inline void switch_context(Context*, Context*)
       "popq %r15\n popq %r14\n popq %r13\n popq %r12\n popq %rbx\n popq %rbp\n ret\n");
 }
 inline void make_context(Context* context, char* stack, void (*entry)()) {
-  // At a function's entry the stack pointer is 8 beyond a multiple of 16, where the address to return to would lie.
+  // At a function's entry the stack pointer is 8 beyond a multiple of 16, where the address to return to
+  // would lie.
   auto* top = reinterpret_cast<void**>(stack + kStack) - 2;
   top[1] = nullptr;
   top[0] = reinterpret_cast<void*>(entry);
@@ -80,7 +84,9 @@ inline void make_context(Context* context, char* stack, void (*entry)()) {
 }
 #else
 using Context = ucontext_t;
-inline void switch_context(Context* from, Context* to) { swapcontext(from, to); }
+inline void switch_context(Context* from, Context* to) {
+  swapcontext(from, to);
+}
 inline void make_context(Context* context, char* stack, void (*entry)()) {
   getcontext(context);
   context->uc_stack.ss_sp = stack;
@@ -95,24 +101,26 @@ inline char* stack_of(int thread) {
     const size_t size = (kStack + kGuard) * kMostThreads;
     void* p = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (p == MAP_FAILED) fail("no memory for the stacks");
-    for (int i = 0; i < kMostThreads; ++i) mprotect(static_cast<char*>(p) + (kStack + kGuard) * i, kGuard, PROT_NONE);
+    for (int i = 0; i < kMostThreads; ++i)
+      mprotect(static_cast<char*>(p) + (kStack + kGuard) * i, kGuard, PROT_NONE);
     return static_cast<char*>(p);
   }();
   return all + (kStack + kGuard) * thread + kGuard;
 }
 
-// ------------------------------------------------------------------------------------------------------------ threads
+// ------------------------------------------------------------------------------------------------------------
+// threads
 
 struct Thread {
   int index = 0;
   Context context{};
   bool finished = false, waiting = false;
-  std::function<bool()> ready;           // while it waits
+  std::function<bool()> ready;  // while it waits
   std::function<std::string()> waiting_for;
 };
 
-// Where the 32 threads of a warp meet. The values of one meeting stay until the next but one, which nobody reaches before
-// all have read them.
+// Where the 32 threads of a warp meet. The values of one meeting stay until the next but one, which nobody
+// reaches before all have read them.
 struct Warp {
   const char* meeting = nullptr;
   uint64_t detail = 0, meetings = 0;
@@ -124,8 +132,8 @@ struct Warp {
   uint64_t result[2] = {};
 };
 
-// What runs beside the threads: copies, and products of each warp group. Of those that could be performed, the first are
-// willing, and the others wait until nothing else can happen.
+// What runs beside the threads: copies, and products of each warp group. Of those that could be performed,
+// the first are willing, and the others wait until nothing else can happen.
 struct Engine {
   virtual ~Engine() = default;
   virtual int pending() const = 0;
@@ -134,7 +142,8 @@ struct Engine {
   virtual std::string in_flight() const = 0;
 };
 
-// When an engine performs what it could: at once, not before nobody else can go on, or with a chance at every step.
+// When an engine performs what it could: at once, not before nobody else can go on, or with a chance at every
+// step.
 struct Pace {
   bool at_once = false;
   double chance = 0, unwilling = 0;
@@ -177,7 +186,8 @@ struct Scheduler {
     if (random.below(8) == 0) switch_context(&current->context, &outside);
   }
 
-  // All threads of the warp come here with the same operation. The last one completes it; the others go on after it.
+  // All threads of the warp come here with the same operation. The last one completes it; the others go on
+  // after it.
   template <typename Complete>
   void meet(const char* operation, uint64_t detail, const Warp::Slot& slot, Complete complete) {
     Warp& w = warp();
@@ -273,7 +283,8 @@ struct Scheduler {
     for (size_t i = 0, last; i < threads.size(); i = last + 1) {
       auto what = [&](size_t t) { return threads[t].finished ? "finished" : threads[t].waiting_for(); };
       const std::string first = what(i);
-      for (last = i; last + 1 < threads.size() && what(last + 1) == first; ++last) {}
+      for (last = i; last + 1 < threads.size() && what(last + 1) == first; ++last) {
+      }
       text += "\n  threads " + std::to_string(i) + "-" + std::to_string(last) + ": " + first;
     }
     return text;
@@ -301,7 +312,8 @@ struct Scheduler {
       // What is in flight when all threads have finished stays so: nobody waited for it.
       while (std::any_of(threads.begin(), threads.end(), [](const Thread& t) { return !t.finished; })) {
         for (auto& [engine, pace] : engines)
-          if (engine->willing() && random.chance(pace->chance)) engine->perform(random.below(engine->willing()));
+          if (engine->willing() && random.chance(pace->chance))
+            engine->perform(random.below(engine->willing()));
         if (fair || random.below(32) == 0) shuffle_order();
         bool ran = false;
         for (size_t i = 0; i < order.size() && !ran; ++i) ran = run_warp(order[i]);

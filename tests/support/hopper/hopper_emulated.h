@@ -1,10 +1,12 @@
-// The functions of csrc/cuda/hopper.cuh and host.cuh on the CPU, for a kernel that is made of them alone: one block after
-// another, its threads as fibers. Asynchrony shows: copies, products and the order of warps are drawn from a seed, so that
-// what a kernel does not wait for is missing with some of them, and what nobody finishes is an error that launch returns.
+// The functions of csrc/cuda/hopper.cuh and host.cuh on the CPU, for a kernel that is made of them alone: one
+// block after another, its threads as fibers. Asynchrony shows: copies, products and the order of warps are
+// drawn from a seed, so that what a kernel does not wait for is missing with some of them, and what nobody
+// finishes is an error that launch returns.
 //
-// Stricter than the hardware: arrays of registers of a product (accumulators and A) must live, unchanged, until it was
-// awaited, and begin_products() precedes the first product of every group. Not seen: ordinary stores that are not published,
-// races of ordinary accesses within a pass of a warp, loops that call none of these functions, the time that anything takes.
+// Stricter than the hardware: arrays of registers of a product (accumulators and A) must live, unchanged,
+// until it was awaited, and begin_products() precedes the first product of every group. Not seen: ordinary
+// stores that are not published, races of ordinary accesses within a pass of a warp, loops that call none of
+// these functions, the time that anything takes.
 #pragma once
 #include <cmath>
 #include <memory>
@@ -38,7 +40,8 @@ struct Block {
   std::vector<int> registers;            // that a thread of the warp has now
   int free_registers = 0;
 
-  Block(int index, int count, int threads, int shared_bytes, uint64_t seed) : index(index), count(count), threads(threads) {
+  Block(int index, int count, int threads, int shared_bytes, uint64_t seed)
+      : index(index), count(count), threads(threads) {
     scheduler.random.state = seed + 0x632be59bd9b4e019u * uint64_t(index);
     memory.start(shared_bytes);
     scheduler.engines.push_back({&copies, &copies.pace});
@@ -53,7 +56,8 @@ struct Block {
   int thread() const { return scheduler.current->index; }
   int warp() const { return thread() / kWarp; }
   Group& group() {
-    if (size_t(thread() / kGroup) >= groups.size()) fail("a warp group's operation, of threads that are none");
+    if (size_t(thread() / kGroup) >= groups.size())
+      fail("a warp group's operation, of threads that are none");
     return *groups[size_t(thread() / kGroup)];
   }
 
@@ -65,10 +69,13 @@ struct Block {
     uint64_t awaited = 0;
     const int parity = int(scheduler.warp().meetings & 1);
     scheduler.meet(stay ? "bar.sync" : "bar.arrive", uint64_t(id) << 32 | uint32_t(of_threads), {},
-                   [&](Warp&, Warp::Slot*, uint64_t* result) { *result = named.arrive(id, of_threads, warp(), threads); });
+                   [&](Warp&, Warp::Slot*, uint64_t* result) {
+                     *result = named.arrive(id, of_threads, warp(), threads);
+                   });
     awaited = scheduler.warp().result[parity];
     if (stay)
-      scheduler.wait_until([this, id, awaited] { return named.all[id].completed >= awaited; }, [this, id] { return named.describe(id); });
+      scheduler.wait_until([this, id, awaited] { return named.all[id].completed >= awaited; },
+                           [this, id] { return named.describe(id); });
     else
       scheduler.pause();
   }
@@ -85,9 +92,11 @@ struct Block {
     Group& g = group();
     const int t = thread() % kGroup;
     const uint64_t needed = g.needed(t, pending);
-    scheduler.wait_until([&g, needed] { return g.performed >= needed; }, [&g, needed] {
-      return "products of its warp group (" + std::to_string(g.performed) + " of " + std::to_string(needed) + " are done)";
-    });
+    scheduler.wait_until([&g, needed] { return g.performed >= needed; },
+                         [&g, needed] {
+                           return "products of its warp group (" + std::to_string(g.performed) + " of " +
+                                  std::to_string(needed) + " are done)";
+                         });
     g.retire(t, pending);
   }
 
@@ -102,7 +111,10 @@ struct Block {
     if (more ? mine > now : mine < now) fail("%s registers: %d of %d", more ? "take" : "give", now, mine);
     const int needed = (now - mine) * kWarp;
     scheduler.wait_until([this, &mine, now, needed] { return mine == now || free_registers >= needed; },
-                         [this, now] { return std::to_string(now) + " registers (" + std::to_string(free_registers) + " are free)"; });
+                         [this, now] {
+                           return std::to_string(now) + " registers (" + std::to_string(free_registers) +
+                                  " are free)";
+                         });
     if (mine == now) return;
     free_registers -= needed;
     mine = now;
@@ -111,14 +123,16 @@ struct Block {
   void finish_thread() {
     const int t = thread();
     if (size_t(t / kGroup) >= groups.size()) return;
-    if (!groups[size_t(t / kGroup)]->members[t % kGroup].held.empty()) fail("ends with products that were not awaited");
+    if (!groups[size_t(t / kGroup)]->members[t % kGroup].held.empty())
+      fail("ends with products that were not awaited");
   }
   void finish() {
     memory.check_margins();
     for (auto& [engine, pace] : scheduler.engines)
       if (!engine->in_flight().empty()) fail("the block ends with %s in flight", engine->in_flight().c_str());
     for (size_t w = 0; w < claims.size(); ++w)
-      if (claims[w] != claims[w / 4 * 4]) fail("warps %zu and %zu, of a warp group, claim other registers", w / 4 * 4, w);
+      if (claims[w] != claims[w / 4 * 4])
+        fail("warps %zu and %zu, of a warp group, claim other registers", w / 4 * 4, w);
   }
 };
 
@@ -170,12 +184,21 @@ using emulation::TensorMap;
 using Barrier = uint64_t;
 using Stream = void*;
 
-// ------------------------------------------------------------------------------------------------------------- threads
+// -------------------------------------------------------------------------------------------------------------
+// threads
 
-FB_DEVICE int thread_index() { return emulation::block()->thread(); }
-FB_DEVICE int block_index() { return emulation::block()->index; }
-FB_DEVICE int block_count() { return emulation::block()->count; }
-FB_DEVICE void sync_block() { emulation::block()->come(0, emulation::block()->threads, true); }
+FB_DEVICE int thread_index() {
+  return emulation::block()->thread();
+}
+FB_DEVICE int block_index() {
+  return emulation::block()->index;
+}
+FB_DEVICE int block_count() {
+  return emulation::block()->count;
+}
+FB_DEVICE void sync_block() {
+  emulation::block()->come(0, emulation::block()->threads, true);
+}
 FB_DEVICE void sync_some(int id, int threads) {
   if (id == 0) emulation::fail("named barrier 0 is that of the block");
   emulation::block()->come(id, threads, true);
@@ -208,10 +231,15 @@ FB_DEVICE int float_to_bits(float x) {
 FB_DEVICE float shuffle_xor(float x, int mask) {
   if (mask < 0 || mask > 31) emulation::fail("shuffle_xor by %d", mask);
   const int from = emulation::block()->scheduler.lane() ^ mask;
-  return bits_to_float(int(emulation::exchange("shuffle_xor", uint64_t(mask), uint32_t(float_to_bits(x)), from)));
+  return bits_to_float(
+      int(emulation::exchange("shuffle_xor", uint64_t(mask), uint32_t(float_to_bits(x)), from)));
 }
-FB_DEVICE int shuffle_xor(int x, int mask) { return float_to_bits(shuffle_xor(bits_to_float(x), mask)); }
-FB_DEVICE void sync_warp() { emulation::block()->meet("sync_warp"); }
+FB_DEVICE int shuffle_xor(int x, int mask) {
+  return float_to_bits(shuffle_xor(bits_to_float(x), mask));
+}
+FB_DEVICE void sync_warp() {
+  emulation::block()->meet("sync_warp");
+}
 FB_DEVICE uint32_t votes_of_warp(bool x) {
   emulation::Scheduler& s = emulation::block()->scheduler;
   const int parity = int(s.warp().meetings & 1);
@@ -220,23 +248,40 @@ FB_DEVICE uint32_t votes_of_warp(bool x) {
   for (int i = 0; i < emulation::kWarp; ++i) votes |= uint32_t(s.warp().slots[parity][i].words[0] != 0) << i;
   return votes;
 }
-FB_DEVICE bool any_of_warp(bool x) { return votes_of_warp(x) != 0; }
-FB_DEVICE int count_bits(uint32_t x) { return __builtin_popcount(x); }
-FB_DEVICE int uniform(int x) { return int(emulation::exchange("uniform", 0, uint32_t(x), 0)); }
+FB_DEVICE bool any_of_warp(bool x) {
+  return votes_of_warp(x) != 0;
+}
+FB_DEVICE int count_bits(uint32_t x) {
+  return __builtin_popcount(x);
+}
+FB_DEVICE int uniform(int x) {
+  return int(emulation::exchange("uniform", 0, uint32_t(x), 0));
+}
 template <int COUNT>
-FB_DEVICE void give_registers() { emulation::block()->claim_registers(COUNT, false); }
+FB_DEVICE void give_registers() {
+  emulation::block()->claim_registers(COUNT, false);
+}
 template <int COUNT>
-FB_DEVICE void take_registers() { emulation::block()->claim_registers(COUNT, true); }
+FB_DEVICE void take_registers() {
+  emulation::block()->claim_registers(COUNT, true);
+}
 
-// ------------------------------------------------------------------------------------------------------- shared memory
+// -------------------------------------------------------------------------------------------------------
+// shared memory
 
-FB_DEVICE char* shared_memory() { return reinterpret_cast<char*>(emulation::block()->memory.bytes); }
-FB_DEVICE uint32_t shared_address(const void* p) { return emulation::block()->memory.address(p); }
+FB_DEVICE char* shared_memory() {
+  return reinterpret_cast<char*>(emulation::block()->memory.bytes);
+}
+FB_DEVICE uint32_t shared_address(const void* p) {
+  return emulation::block()->memory.address(p);
+}
 
 FB_DEVICE void init_barrier(Barrier* b, int arrivals) {
   emulation::block()->barriers.init(shared_address(b), arrivals, thread_index());
 }
-FB_DEVICE void publish_barriers() { emulation::block()->barriers.publish(thread_index()); }
+FB_DEVICE void publish_barriers() {
+  emulation::block()->barriers.publish(thread_index());
+}
 FB_DEVICE void arrive(Barrier* b) {
   emulation::block()->barriers.arrive(shared_address(b), 0);
   emulation::block()->scheduler.pause();
@@ -245,37 +290,61 @@ FB_DEVICE void arrive_expecting(Barrier* b, uint32_t bytes) {
   emulation::block()->barriers.arrive(shared_address(b), bytes);
   emulation::block()->scheduler.pause();
 }
-FB_DEVICE void wait(Barrier* b, uint32_t parity) { emulation::block()->wait(shared_address(b), parity); }
+FB_DEVICE void wait(Barrier* b, uint32_t parity) {
+  emulation::block()->wait(shared_address(b), parity);
+}
 
 FB_DEVICE void prefetch_map(const TensorMap* map) {
   if (map->valid != emulation::kValidMap) emulation::fail("a map that was not made");
 }
-FB_DEVICE void copy_tile(void* to, const TensorMap* map, Barrier* b, int column, int row, int head, int item) {
+FB_DEVICE void copy_tile(void* to, const TensorMap* map, Barrier* b, int column, int row, int head,
+                         int item) {
   if (uintptr_t(map) % 64) emulation::fail("a map at no multiple of 64 bytes");
   emulation::block()->copies.issue(*map, shared_address(to), shared_address(b), column, row, head, item);
   emulation::block()->scheduler.pause();
 }
 FB_DEVICE void publish_stores() {}
 
-// ------------------------------------------------------------------------------------------------------------ numbers
+// ------------------------------------------------------------------------------------------------------------
+// numbers
 
-FB_DEVICE float exp2_fast(float x) { return std::exp2(x); }
-FB_DEVICE float log2_fast(float x) { return std::log2(x); }
-FB_DEVICE float maximum(float a, float b) { return std::fmax(a, b); }
-FB_DEVICE float maximum_or_nan(float a, float b) { return a != a || b != b ? a + b : std::fmax(a, b); }
+FB_DEVICE float exp2_fast(float x) {
+  return std::exp2(x);
+}
+FB_DEVICE float log2_fast(float x) {
+  return std::log2(x);
+}
+FB_DEVICE float maximum(float a, float b) {
+  return std::fmax(a, b);
+}
+FB_DEVICE float maximum_or_nan(float a, float b) {
+  return a != a || b != b ? a + b : std::fmax(a, b);
+}
 template <typename T>
-FB_DEVICE uint32_t pack(float low, float high) { return uint32_t(T::round(low)) | uint32_t(T::round(high)) << 16; }
+FB_DEVICE uint32_t pack(float low, float high) {
+  return uint32_t(T::round(low)) | uint32_t(T::round(high)) << 16;
+}
 
-// ----------------------------------------------------------------------------------------------------------- products
+// -----------------------------------------------------------------------------------------------------------
+// products
 
 FB_DEVICE uint64_t operand(const void* p, int step, int stride) {
-  return uint64_t((shared_address(p) & 0x3ffff) >> 4) | uint64_t(step >> 4) << 16 | uint64_t(stride >> 4) << 32 | uint64_t(1) << 62;
+  return uint64_t((shared_address(p) & 0x3ffff) >> 4) | uint64_t(step >> 4) << 16 |
+         uint64_t(stride >> 4) << 32 | uint64_t(1) << 62;
 }
-FB_DEVICE uint64_t advance(uint64_t operand, int bytes) { return operand + uint64_t(bytes >> 4); }
-FB_DEVICE void begin_products() { emulation::block()->group().begin(thread_index() % emulation::kGroup); }
-FB_DEVICE void commit_products() { emulation::block()->group().commit(thread_index() % emulation::kGroup); }
+FB_DEVICE uint64_t advance(uint64_t operand, int bytes) {
+  return operand + uint64_t(bytes >> 4);
+}
+FB_DEVICE void begin_products() {
+  emulation::block()->group().begin(thread_index() % emulation::kGroup);
+}
+FB_DEVICE void commit_products() {
+  emulation::block()->group().commit(thread_index() % emulation::kGroup);
+}
 template <int PENDING>
-FB_DEVICE void await_products() { emulation::block()->await_products(PENDING); }
+FB_DEVICE void await_products() {
+  emulation::block()->await_products(PENDING);
+}
 FB_DEVICE void finish(float) {}
 template <int COUNT>
 FB_DEVICE void pin(float (&)[COUNT]) {}
@@ -306,27 +375,38 @@ FB_DEVICE void multiply(float (&c)[N / 2], const uint32_t (&a)[4], uint64_t b, b
   emulation::multiply<T, N>(c, a, 0, b, add);
 }
 
-// ------------------------------------------------------------------------------------------------------- launching side
+// -------------------------------------------------------------------------------------------------------
+// launching side
 
-inline bool make_map(TensorMap* map, bool, const void* base, int64_t rows, int64_t heads, int64_t items, int64_t dim, int64_t row_stride,
-                     int64_t head_stride, int64_t item_stride, int box_rows) {
+inline bool make_map(TensorMap* map, bool, const void* base, int64_t rows, int64_t heads, int64_t items,
+                     int64_t dim, int64_t row_stride, int64_t head_stride, int64_t item_stride,
+                     int box_rows) {
   map->valid = 0;
   for (int64_t size : {rows, heads, items, dim})
     if (size < 1 || size > int64_t(1) << 32) return false;
   for (int64_t stride : {row_stride, head_stride, item_stride})
     if (stride % 16 || stride < 0 || stride >= int64_t(1) << 40) return false;
   if (uintptr_t(base) % 16 || !base || box_rows < 1 || box_rows > 256) return false;
-  *map = {static_cast<const char*>(base), rows, heads, items, dim, row_stride, head_stride, item_stride, box_rows,
+  *map = {static_cast<const char*>(base),
+          rows,
+          heads,
+          items,
+          dim,
+          row_stride,
+          head_stride,
+          item_stride,
+          box_rows,
           emulation::kValidMap};
   return true;
 }
 
 // 0, or an error that stderr explains.
 template <typename Parameters>
-int launch(void (*kernel)(Parameters), const Parameters& parameters, int blocks, int threads, int shared_bytes, Stream) {
+int launch(void (*kernel)(Parameters), const Parameters& parameters, int blocks, int threads,
+           int shared_bytes, Stream) {
   const std::lock_guard<std::mutex> lock(emulation::only());
-  if (blocks < 1 || threads < 1 || threads > emulation::kMostThreads || threads % emulation::kWarp || shared_bytes < 0 ||
-      shared_bytes > 227 << 10) {
+  if (blocks < 1 || threads < 1 || threads > emulation::kMostThreads || threads % emulation::kWarp ||
+      shared_bytes < 0 || shared_bytes > 227 << 10) {
     fprintf(stderr, "emulated launch: %d blocks of %d threads, %d bytes\n", blocks, threads, shared_bytes);
     return emulation::kMisuse;
   }
@@ -349,13 +429,16 @@ int launch(void (*kernel)(Parameters), const Parameters& parameters, int blocks,
     }
     emulation::block() = nullptr;
     if (!error) continue;
-    fprintf(stderr, "emulated launch: block %d, seed %llu: %s\n", i, static_cast<unsigned long long>(emulation::seed()), message.c_str());
+    fprintf(stderr, "emulated launch: block %d, seed %llu: %s\n", i,
+            static_cast<unsigned long long>(emulation::seed()), message.c_str());
     return error;
   }
   return 0;
 }
 
-inline const char* error_text(int status) { return status > 0 ? "the emulation found an error, which stderr explains" : nullptr; }
+inline const char* error_text(int status) {
+  return status > 0 ? "the emulation found an error, which stderr explains" : nullptr;
+}
 
 }  // namespace flashbrush
 

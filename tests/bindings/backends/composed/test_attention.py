@@ -44,7 +44,9 @@ def test_dense_masks(call: Call) -> None:
         ({"bias": {("b", "a"): -math.inf}}, [(10, 10), (30, 10), (60, 50)]),
     ],
 )
-def test_no_more_vendor_calls_than_needed(options: dict, expected: list, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_vendor_calls_than_needed(
+    options: dict, expected: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls_made = []
     plain = sdpa.attention_with_lse
 

@@ -1,4 +1,5 @@
-"""The AMX path's logic: the library's sources with AMX's intrinsics as plain C++ functions, on a machine without it.
+"""The AMX path's logic: the library's sources with AMX's intrinsics as plain C++ functions, on a machine
+without it.
 
 This says nothing of AMX hardware, nor of speed.
 """

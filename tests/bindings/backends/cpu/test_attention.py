@@ -21,8 +21,8 @@ def run(call: Call) -> None:
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
 def test_drawn_calls(dtype: torch.dtype) -> None:
-    # FLASHBRUSH_TEST_PERCENT=200 draws the 2,000 that the error bar asks for. Each dtype draws calls of its own:
-    # hypothesis would give all parameters of one test the same.
+    # FLASHBRUSH_TEST_PERCENT=200 draws the 2,000 that the error bar asks for. Each dtype draws calls of its
+    # own: hypothesis would give all parameters of one test the same.
     seed = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}[dtype]
 
     @hypothesis.seed(seed)
@@ -46,11 +46,18 @@ def test_instruction_sets(isa: str, call: Call) -> None:
 @pytest.mark.parametrize(("batch", "heads", "kv_heads"), [(1, 5, 5), (2, 6, 2), (1, 3, 1)])
 def test_same_bits_for_any_number_of_threads(batch: int, heads: int, kv_heads: int) -> None:
     """Up to four have a list of heads each, if there are as many; more share one."""
-    rows, keys = fb.Segments(prompt=20, subject=110, target=170), fb.Segments(prompt=20, subject=200, target=150)
+    rows, keys = (
+        fb.Segments(prompt=20, subject=110, target=170),
+        fb.Segments(prompt=20, subject=200, target=150),
+    )
     control = fb.Control(
-        rows, keys, weight={("target", "subject"): 1.3}, bias={("prompt", "target"): -float("inf")},
-        head_gain=fb.HeadGain(rows="target", keys="prompt", apply_to="target"), valid={"subject": torch.full((batch,), 170)},
-    )  # fmt: skip
+        rows,
+        keys,
+        weight={("target", "subject"): 1.3},
+        bias={("prompt", "target"): -float("inf")},
+        head_gain=fb.HeadGain(rows="target", keys="prompt", apply_to="target"),
+        valid={"subject": torch.full((batch,), 170)},
+    )
     q, k, v = (torch.randn(batch, n, h, 40) for n, h in ((300, heads), (370, kv_heads), (370, kv_heads)))
     results, before = [], torch.get_num_threads()
     try:

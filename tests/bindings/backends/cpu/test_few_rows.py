@@ -1,4 +1,6 @@
-"""The C++ backend's path for a few rows, which reads keys where they lie, on every instruction set that runs here."""
+"""The C++ backend's path for a few rows, which reads keys where they lie, on every instruction set that runs
+here.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ def test_drawn_calls(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
-@pytest.mark.parametrize("rows", (1, 5, 6, 8, 36, 37))  # one to six share a read, then groups of six; the most, and one more
+@pytest.mark.parametrize(
+    "rows", (1, 5, 6, 8, 36, 37)
+)  # one to six share a read, then groups of six; the most, and one more
 def test_numbers_of_rows(rows: int, dtype: torch.dtype) -> None:
     for dim in (64, 104, 256):
         q, k, v = (torch.randn(2, n, 2, dim).to(dtype) for n in (rows, 1700, 1700))
@@ -68,9 +72,12 @@ def test_what_is_not_allowed_is_not_read(dtype: torch.dtype) -> None:
     q, k, v = (torch.randn(1, n, 2, 40).to(dtype) for n in (5, 1500, 1500))
     rows, keys = fb.Segments(a=2, b=3), fb.Segments(x=10, y=5, z=1000, w=400, end=85)
     control = fb.Control(
-        rows, keys, bias={("a", "y"): -math.inf, ("*", "z"): -math.inf}, weight={("b", "w"): 0.0},
+        rows,
+        keys,
+        bias={("a", "y"): -math.inf, ("*", "z"): -math.inf},
+        weight={("b", "w"): 0.0},
         valid={"end": torch.tensor([3])},
-    )  # fmt: skip
+    )
     clean, before = fb.attention(q, k, v, control, backend="cpu", return_stats=True)
     for t in (k, v):
         t[:, 15:1015] = math.nan
@@ -88,11 +95,17 @@ def test_what_is_not_allowed_is_not_read(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("value", (math.nan, math.inf, -math.inf), ids=str)
 @pytest.mark.parametrize("tensor", ("q", "k", "v"))
 def test_not_finite_where_the_reference_is_not(tensor: str, value: float) -> None:
-    given = {"q": torch.randn(1, 3, 2, 32).abs(), "k": torch.randn(1, 1500, 2, 32), "v": torch.randn(1, 1500, 2, 32)}
+    given = {
+        "q": torch.randn(1, 3, 2, 32).abs(),
+        "k": torch.randn(1, 1500, 2, 32),
+        "v": torch.randn(1, 1500, 2, 32),
+    }
     given[tensor][0, 2, 1, 3] = value
     out = fb.attention(**given, backend="cpu")
     truth = fb.attention(**given, backend="reference")
-    assert torch.equal(torch.isnan(out), torch.isnan(truth)) and torch.equal(torch.isinf(out), torch.isinf(truth))
+    assert torch.equal(torch.isnan(out), torch.isnan(truth)) and torch.equal(
+        torch.isinf(out), torch.isinf(truth)
+    )
     finite = torch.isfinite(truth)
     torch.testing.assert_close(out[finite], truth[finite], rtol=0, atol=1e-6)
     assert bool((~finite).any()) or (tensor, value) == ("k", -math.inf)

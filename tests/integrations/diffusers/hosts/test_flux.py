@@ -115,7 +115,9 @@ def test_unknown_joint_attention_kwargs_warn_as_stock() -> None:
         stock = forward(model, call, joint_attention_kwargs={"strength": 1.0})
         assert len(messages) == 2
         with apply(model):
-            assert relative(forward(model, call, joint_attention_kwargs={"strength": 1.0}), stock) <= TOLERANCE
+            assert (
+                relative(forward(model, call, joint_attention_kwargs={"strength": 1.0}), stock) <= TOLERANCE
+            )
     finally:
         logger.removeHandler(handler)
     assert len(messages) == 4
@@ -238,7 +240,12 @@ def streams(kind: str) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
 
     if kind == "single":
         joint = torch.cat([text, image], 1)
-        return attn.norm_q(heads(attn.to_q(joint))), attn.norm_k(heads(attn.to_k(joint))), heads(attn.to_v(joint)), rope
+        return (
+            attn.norm_q(heads(attn.to_q(joint))),
+            attn.norm_k(heads(attn.to_k(joint))),
+            heads(attn.to_v(joint)),
+            rope,
+        )
     q = torch.cat([attn.norm_added_q(heads(attn.add_q_proj(text))), attn.norm_q(heads(attn.to_q(image)))], 1)
     k = torch.cat([attn.norm_added_k(heads(attn.add_k_proj(text))), attn.norm_k(heads(attn.to_k(image)))], 1)
     v = torch.cat([heads(attn.add_v_proj(text)), heads(attn.to_v(image))], 1)
@@ -332,7 +339,10 @@ def test_extra_keys_are_read_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = fb.Segments(prompt=TEXT, rest=IMAGE)
     control = fb.Control(rows, fb.Segments(prompt=TEXT, rest=IMAGE, r=4))
     execute("double", Plan(control, extra={"r": (registers[0], registers[1])}))
-    assert seen["k"][2].data_ptr() == registers[0].data_ptr() and seen["v"][2].data_ptr() == registers[1].data_ptr()
+    assert (
+        seen["k"][2].data_ptr() == registers[0].data_ptr()
+        and seen["v"][2].data_ptr() == registers[1].data_ptr()
+    )
     prompt, rest = seen["k"][:2]
     assert rest.data_ptr() == prompt.data_ptr() + TEXT * prompt.stride(1) * prompt.element_size()
 
@@ -377,7 +387,9 @@ def test_an_order_sorts_tokens_for_the_control_alone(kind: str, shared: bool) ->
     marked[1] = marked[0] if shared else marked[1]
     segments, order, _ = fb.Segments.from_labels((marked[0] if shared else marked).int(), ["rest", "marked"])
     control = fb.Control(segments, weight={("marked", "rest"): 1.7}, bias={("rest", "marked"): 0.6})
-    prob = softmax(rotate(q, rope), rotate(k, rope), 0.6 * (~marked[:, None, :, None] & marked[:, None, None, :]))
+    prob = softmax(
+        rotate(q, rope), rotate(k, rope), 0.6 * (~marked[:, None, :, None] & marked[:, None, None, :])
+    )
     prob = prob * (1 + 0.7 * (marked[:, None, :, None] & ~marked[:, None, None, :]))
     offset = torch.zeros(TOKENS, HEADS, DIM)
     assert relative(execute(kind, Plan(control, order=order, q_offset=offset)), values(prob, v)) <= TOLERANCE
@@ -394,7 +406,9 @@ def test_extra_keys_under_a_mask_raise() -> None:
     control = fb.Control(fb.Segments(all=TOKENS), fb.Segments(all=TOKENS, r=4))
     registers = torch.randn(1, 4, HEADS, DIM)
     with pytest.raises(NotImplementedError, match="extra keys"):
-        execute("single", Plan(control, extra={"r": (registers, registers)}), torch.ones(1, 1, 1, TOKENS).bool())
+        execute(
+            "single", Plan(control, extra={"r": (registers, registers)}), torch.ones(1, 1, 1, TOKENS).bool()
+        )
 
 
 PAIR = (torch.zeros(1, 4, HEADS, DIM), torch.zeros(1, 4, HEADS, DIM))
@@ -409,7 +423,10 @@ PAIR = (torch.zeros(1, 4, HEADS, DIM), torch.zeros(1, 4, HEADS, DIM))
         ({"extra": {"r": PAIR}}, ValueError, r"Plan\.extra"),
         ({"extra": {"r": PAIR}, "control": fb.Control(fb.Segments(all=TOKENS))}, ValueError, "all"),
         (
-            {"extra": {"r": PAIR[0]}, "control": fb.Control(fb.Segments(all=TOKENS), fb.Segments(all=TOKENS, r=4))},
+            {
+                "extra": {"r": PAIR[0]},
+                "control": fb.Control(fb.Segments(all=TOKENS), fb.Segments(all=TOKENS, r=4)),
+            },
             TypeError,
             "pair",
         ),
@@ -417,7 +434,11 @@ PAIR = (torch.zeros(1, 4, HEADS, DIM), torch.zeros(1, 4, HEADS, DIM))
         ({"k_offset": [1.0]}, TypeError, r"Plan\.k_offset"),
         ({"query": torch.zeros(1)}, TypeError, r"Plan\.query"),
         ({"order": [1, 0]}, TypeError, r"Plan\.order"),
-        ({"order": torch.zeros(2, 3).long(), "source": {"q": torch.tensor([0, 1])}}, ValueError, r"Plan\.order"),
+        (
+            {"order": torch.zeros(2, 3).long(), "source": {"q": torch.tensor([0, 1])}},
+            ValueError,
+            r"Plan\.order",
+        ),
         ({"value": 2}, TypeError, r"Plan\.value"),
     ],
 )

@@ -140,7 +140,9 @@ def softmax(q: Tensor, k: Tensor) -> Tensor:
 @pytest.mark.parametrize("last", [False, True], ids=["", "last block"])
 @pytest.mark.parametrize("qk_norm", [None, "rms_norm"])
 def test_every_part_of_a_plan(qk_norm: str | None, last: bool) -> None:
-    """One call with weights, groups, sources, extra keys, offsets and transforms, in the order [text ; image]."""
+    """One call with weights, groups, sources, extra keys, offsets and transforms, in the order [text ;
+    image].
+    """
     attn = attention_module(qk_norm, last)
     torch.manual_seed(3)
     image, text = torch.randn(2, IMAGE, 32), torch.randn(2, TEXT, 32)
@@ -169,8 +171,12 @@ def test_every_part_of_a_plan(qk_norm: str | None, last: bool) -> None:
     processor = SD3ControlledAttnProcessor(plan, collect=True)
     mine = processor(attn, image, text)
 
-    q = torch.cat([norm(attn.norm_added_q, split(attn.add_q_proj(text))), norm(attn.norm_q, split(attn.to_q(image)))], 1)
-    k = torch.cat([norm(attn.norm_added_k, split(attn.add_k_proj(text))), norm(attn.norm_k, split(attn.to_k(image)))], 1)
+    q = torch.cat(
+        [norm(attn.norm_added_q, split(attn.add_q_proj(text))), norm(attn.norm_q, split(attn.to_q(image)))], 1
+    )
+    k = torch.cat(
+        [norm(attn.norm_added_k, split(attn.add_k_proj(text))), norm(attn.norm_k, split(attn.to_k(image)))], 1
+    )
     v = torch.cat([split(attn.add_v_proj(text)), split(attn.to_v(image))], 1).roll(1, 1)
     q, k, v = (q + q_offset) * 0.8 * 0.5, (k + k_offset)[source["k"]], v[source["v"]]
     prob = softmax(q, k)
@@ -181,7 +187,7 @@ def test_every_part_of_a_plan(qk_norm: str | None, last: bool) -> None:
     out = out.flatten(2)
     expected = attn.to_out[0](out[:, TEXT:]), out[:, :TEXT] if last else attn.to_add_out(out[:, :TEXT])
     assert all(relative(a, b) <= TOLERANCE for a, b in zip(mine, expected, strict=True))
-    (items, stats), = processor.stats
+    ((items, stats),) = processor.stats
     assert items is None and stats.mass.shape == (2, HEADS, 2, 3)
     torch.testing.assert_close(stats.mass[..., 2].sum(2), torch.full((2, HEADS), float(TEXT + IMAGE)))
 
@@ -202,9 +208,9 @@ def test_layers_and_statistics() -> None:
         masses = [record.stats.mass.sum() for record in handle.stats]
     assert [layer.kind for layer in method.asked] == ["joint", "self", "joint", "self", "joint"]
     assert [layer.text_len for layer in method.asked] == [TEXT, 0, TEXT, 0, TEXT]
-    assert {(layer.grid, layer.image_len, layer.heads, layer.head_dim, layer.place) for layer in method.asked} == {
-        ((4, 6), 24, HEADS, DIM, None)
-    }
+    assert {
+        (layer.grid, layer.image_len, layer.heads, layer.head_dim, layer.place) for layer in method.asked
+    } == {((4, 6), 24, HEADS, DIM, None)}
     for layer, mass in zip(method.asked, masses, strict=True):
         assert layer.rows == layer.keys == 24 + layer.text_len
         torch.testing.assert_close(mass, torch.tensor(2.0 * HEADS * layer.rows))
@@ -257,7 +263,9 @@ class Weighted:
 
 
 def test_compiled_blocks() -> None:
-    """Joint blocks, those with a second attention, and the last one: a compilation each, which other numbers keep."""
+    """Joint blocks, those with a second attention, and the last one: a compilation each, which other numbers
+    keep.
+    """
     torch._dynamo.reset()
     model = tiny_sd3(**MODELS["SD 3.5 medium"], layers=5)
     call, compiled = sd3_call(), []

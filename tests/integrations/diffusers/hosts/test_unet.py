@@ -129,8 +129,14 @@ def test_masks(config: str) -> None:
 
 def test_a_mask_of_the_image() -> None:
     """Only models of one resolution can take it."""
-    model = tiny_unet(SD15 | {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",),
-                              "block_out_channels": (32,)})  # fmt: skip
+    model = tiny_unet(
+        SD15
+        | {
+            "down_block_types": ("CrossAttnDownBlock2D",),
+            "up_block_types": ("CrossAttnUpBlock2D",),
+            "block_out_channels": (32,),
+        }
+    )
     call = unet_call(model)
     mask = torch.ones(2, SIDE * SIDE)
     mask[1, 20:] = 0
@@ -158,7 +164,8 @@ LAYERS = {
     "group norm, cross": CROSS | {"norm_num_groups": 8},
     "spatial norm": {"spatial_norm_dim": 5, "norm_num_groups": 8},
     "norm of the text": CROSS | {"cross_attention_norm": "layer_norm"},
-    "group norm of the text": CROSS | {"cross_attention_norm": "group_norm", "cross_attention_norm_num_groups": 4},
+    "group norm of the text": CROSS
+    | {"cross_attention_norm": "group_norm", "cross_attention_norm_num_groups": 4},
     "q and k norms": {"qk_norm": "layer_norm"},
     "q and k rms norms": CROSS | {"qk_norm": "rms_norm"},
     "residual": {"residual_connection": True, "rescale_output_factor": 1.7, "norm_num_groups": 8},
@@ -189,9 +196,15 @@ def test_every_option_of_a_layer(case: str, image: bool) -> None:
 @pytest.mark.parametrize("only", [False, True], ids=["text and image", "text only"])
 @pytest.mark.parametrize("norm", [None, "layer_norm", "group_norm"])
 def test_added_keys(norm: str | None, only: bool) -> None:
-    options = {"cross_attention_dim": 32, "added_kv_proj_dim": 16 if norm != "layer_norm" else 32, "norm_num_groups": 8,
-               "cross_attention_norm": norm, "cross_attention_norm_num_groups": 4, "only_cross_attention": only,
-               "bias": True}  # fmt: skip
+    options = {
+        "cross_attention_dim": 32,
+        "added_kv_proj_dim": 16 if norm != "layer_norm" else 32,
+        "norm_num_groups": 8,
+        "cross_attention_norm": norm,
+        "cross_attention_norm_num_groups": 4,
+        "only_cross_attention": only,
+        "bias": True,
+    }
     attn = attention_layer(**options, processor=AttnAddedKVProcessor2_0())
     torch.manual_seed(2)
     x, text = torch.randn(2, 32, 4, 6), torch.randn(2, 7, options["added_kv_proj_dim"])
@@ -242,7 +255,9 @@ def test_gradients_of_plain_and_controlled_calls() -> None:
 
 
 class Constant:
-    """A method that weighs all keys of a layer by one number, which for 1 is plain attention through the tables."""
+    """A method that weighs all keys of a layer by one number, which for 1 is plain attention through the
+    tables.
+    """
 
     def __init__(self, weight: float) -> None:
         self.weight = weight
@@ -297,7 +312,9 @@ def test_layers_are_described_as_they_run(config: str, side: tuple[int, int]) ->
     for i, (layer, (place, tokens, with_text, batch)) in enumerate(zip(method.asked, seen, strict=True)):
         assert (layer.index, layer.place, layer.image_len, layer.batch) == (i, place, tokens, batch)
         assert (layer.kind != "self") is with_text and layer.text_len == TEXT * with_text
-        assert layer.rows == tokens and layer.keys == (TEXT if with_text else 0) + tokens * (layer.kind != "cross")
+        assert layer.rows == tokens and layer.keys == (TEXT if with_text else 0) + tokens * (
+            layer.kind != "cross"
+        )
         assert layer.grid is not None and layer.grid[0] * layer.grid[1] == tokens
 
 
@@ -400,12 +417,17 @@ def test_refuses_processors(prepare, error: type[Exception], match: str) -> None
         (SD15 | {"dual_cross_attention": True}, "dual_cross_attention"),
         (SD15 | {"encoder_hid_dim_type": "image_proj", "encoder_hid_dim": 6}, "image_proj"),
         (
-            {"block_out_channels": (32, 64), "down_block_types": ("KDownBlock2D", "KCrossAttnDownBlock2D"),
-             "up_block_types": ("KCrossAttnUpBlock2D", "KUpBlock2D"), "mid_block_type": None, "attention_head_dim": 8},
+            {
+                "block_out_channels": (32, 64),
+                "down_block_types": ("KDownBlock2D", "KCrossAttnDownBlock2D"),
+                "up_block_types": ("KCrossAttnUpBlock2D", "KUpBlock2D"),
+                "mid_block_type": None,
+                "attention_head_dim": 8,
+            },
             "KDownBlock2D",
         ),
     ],
-)  # fmt: skip
+)
 def test_refuses_models(config: dict, match: str) -> None:
     with pytest.raises(NotImplementedError, match=match):
         apply(tiny_unet(config))
@@ -433,5 +455,8 @@ def test_a_plan_of_the_wrong_size_raises() -> None:
         def plan(self, layer: Layer, step) -> Plan:
             return Plan(fb.Control(fb.Segments(all=layer.rows)))
 
-    with apply(model, Wrong()), pytest.raises(ValueError, match=r"Plan\.control\.keys: 16 tokens for layer 0 \(added\)"):
+    with (
+        apply(model, Wrong()),
+        pytest.raises(ValueError, match=r"Plan\.control\.keys: 16 tokens for layer 0 \(added\)"),
+    ):
         forward(model, unet_call(model))

@@ -87,10 +87,15 @@ def test_sorted_keys_split_into_groups(several: bool) -> None:
     mask = torch.rand(2, KEYS) < 0.5
     mask[0, :2], mask[1, :2] = torch.tensor([True, False]), torch.tensor([False, True])
     masks = mask if several else mask[:1].expand(2, -1)
-    segments, order, _ = fb.Segments.from_labels((~masks).int() if several else (~masks[0]).int(), ["fg", "bg"])
+    segments, order, _ = fb.Segments.from_labels(
+        (~masks).int() if several else (~masks[0]).int(), ["fg", "bg"]
+    )
     gate = torch.rand(2, ROWS)
     control = fb.Control(
-        fb.Segments(rows=ROWS), segments, groups={"fg": ["fg"], "bg": ["bg"]}, gates={"fg": gate, "bg": 1 - gate}
+        fb.Segments(rows=ROWS),
+        segments,
+        groups={"fg": ["fg"], "bg": ["bg"]},
+        gates={"fg": gate, "bg": 1 - gate},
     )
     part = Part((1, 3), {"k": torch.tensor([0, 2]), "v": torch.tensor([0, 2])}, control, key_order=order)
     out = run(Plan(parts=[part]), q, k, v)
@@ -142,7 +147,10 @@ def test_queries_that_are_all_the_same_attend_once(monkeypatch: pytest.MonkeyPat
     out = run(Plan(parts=[part]), q, k, v, cross=False)
     assert sorted(seen) == [1, ROWS]
     for item in (1, 2):
-        assert relative(out[item], eager(q[item].mean(0, keepdim=True).expand(ROWS, -1, -1), k[item], v[item])) <= TOLERANCE
+        assert (
+            relative(out[item], eager(q[item].mean(0, keepdim=True).expand(ROWS, -1, -1), k[item], v[item]))
+            <= TOLERANCE
+        )
 
 
 def test_a_part_s_transforms_keep_the_shape() -> None:
@@ -178,7 +186,9 @@ def test_what_a_plan_sees(plain: bool) -> None:
     assert relative(out, torch.stack([eager(q[n], read[n], v[n]) for n in range(BATCH)])) <= TOLERANCE
 
 
-def test_what_is_seen_costs_no_second_attention_where_the_layer_is_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_seen_costs_no_second_attention_where_the_layer_is_plain(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     q, k, v = inputs()
     maps: list[Tensor] = []
     from flashbrush.integrations.diffusers.protocol import plan as plan_module
@@ -197,7 +207,13 @@ class Late:
     def plan(self, layer: Layer, step) -> Plan | None:
         if layer.kind != "self":
             return None
-        return Plan(see=self.see) if layer.index == 0 else Plan(late=lambda: self.decide(layer)) if layer.index == 2 else None
+        return (
+            Plan(see=self.see)
+            if layer.index == 0
+            else Plan(late=lambda: self.decide(layer))
+            if layer.index == 2
+            else None
+        )
 
     def see(self, seen: Seen) -> None:
         self.scale = float(seen.q.detach().abs().mean())
@@ -218,7 +234,10 @@ def test_a_late_plan_is_made_when_its_layer_is_reached() -> None:
         for scale in (1.0, 2.0):
             model(**(call | {"sample": scale * call["sample"]}))
             assert method.scale == pytest.approx(float(seen["q"].abs().mean()))
-            q, k, v = (f(seen["x"]).unflatten(-1, (second.heads, -1)) for f in (second.to_q, second.to_k, second.to_v))
+            q, k, v = (
+                f(seen["x"]).unflatten(-1, (second.heads, -1))
+                for f in (second.to_q, second.to_k, second.to_v)
+            )
             prob = torch.softmax(torch.einsum("nrhd,nkhd->nhrk", q, k) * method.scale, -1)
             expected = second.to_out[0](torch.einsum("nhrk,nkhd->nrhd", prob, v).flatten(2))
             assert relative(seen["out"], expected) <= TOLERANCE
@@ -242,9 +261,16 @@ def test_a_late_plan_is_checked() -> None:
         ({"items": (1,), "isolated": -1}, "isolated: expected a number of tokens"),
         ({"items": (1,), "isolated": 2, "key_order": torch.arange(KEYS)}, "isolated: expected neither"),
         ({"items": (1,), "value": 3}, "value: expected a callable"),
-        ({"items": (1,), "extra": {"more": (torch.zeros(1), torch.zeros(1))}}, "extra: 'more' is no key segment"),
         (
-            {"items": (1,), "source": {"k": [torch.tensor([0])] * 2, "v": [torch.tensor([0])] * 2}, "value": abs},
+            {"items": (1,), "extra": {"more": (torch.zeros(1), torch.zeros(1))}},
+            "extra: 'more' is no key segment",
+        ),
+        (
+            {
+                "items": (1,),
+                "source": {"k": [torch.tensor([0])] * 2, "v": [torch.tensor([0])] * 2},
+                "value": abs,
+            },
             "one index of k and v together with a value",
         ),
     ],

@@ -66,13 +66,17 @@ def extra(n: int, seed: int) -> tuple[Tensor, Tensor]:
 def test_tables_on_different_segments() -> None:
     """One splits the text from the image, the other the image: bias adds up, weights and gains multiply."""
     a = fb.Control(
-        fb.Segments(text=TEXT, image=IMAGE), bias={("image", "text"): 0.7, ("text", "image"): -math.inf},
-        weight={("image", "text"): torch.tensor([1.5, 0.5])}, gain={"image": 0.8},
-    )  # fmt: skip
+        fb.Segments(text=TEXT, image=IMAGE),
+        bias={("image", "text"): 0.7, ("text", "image"): -math.inf},
+        weight={("image", "text"): torch.tensor([1.5, 0.5])},
+        gain={"image": 0.8},
+    )
     b = fb.Control(
-        fb.Segments(first=TEXT + 3, second=IMAGE - 3), bias={("second", "first"): -0.4},
-        weight={("second", "first"): 2.0}, gain={"second": 1.1, "first": 0.9},
-    )  # fmt: skip
+        fb.Segments(first=TEXT + 3, second=IMAGE - 3),
+        bias={("second", "first"): -0.4},
+        weight={("second", "first"): 2.0},
+        gain={"second": 1.1, "first": 0.9},
+    )
     q, k, v = inputs()
     text, first = torch.arange(TOKENS) < TEXT, torch.arange(TOKENS) < TEXT + 3
     bias = torch.zeros(TOKENS, TOKENS)
@@ -94,14 +98,19 @@ def test_groups_of_one_and_extra_keys_of_the_other(turned: bool) -> None:
     """Regions with a softmax each, and adapters' keys with theirs, of one name in both."""
     gate, mask = torch.rand(BATCH, TOKENS), torch.rand(1, TOKENS)
     split = fb.Control(
-        fb.Segments(rows=TOKENS), fb.Segments(one=6, two=TOKENS - 6), groups={"one": ["one"], "two": ["two"]},
+        fb.Segments(rows=TOKENS),
+        fb.Segments(one=6, two=TOKENS - 6),
+        groups={"one": ["one"], "two": ["two"]},
         gates={"one": gate},
-    )  # fmt: skip
+    )
     (k1, v1), (k2, v2) = extra(3, 1), extra(4, 2)
 
     def adapter(n: int, gates: dict[str, Any]) -> fb.Control:
         return fb.Control(
-            fb.Segments(rows=TOKENS), fb.Segments(own=TOKENS, ip=n), groups={"own": ["own"], "ip": ["ip"]}, gates=gates
+            fb.Segments(rows=TOKENS),
+            fb.Segments(own=TOKENS, ip=n),
+            groups={"own": ["own"], "ip": ["ip"]},
+            gates=gates,
         )
 
     first = Plan(adapter(3, {"ip": 0.6}), extra={"ip": (k1, v1)})
@@ -114,14 +123,19 @@ def test_groups_of_one_and_extra_keys_of_the_other(turned: bool) -> None:
     mine = ControlledProcessor(plan).attend(q, k, [v], None, HEADS)
     expected = gate[..., None, None] * values(torch.softmax(logits(q, k[:, :6]), -1), v[:, :6])
     expected += values(torch.softmax(logits(q, k[:, 6:]), -1), v[:, 6:])
-    expected += 0.6 * values(torch.softmax(logits(q, k1.expand(BATCH, -1, -1, -1)), -1), v1.expand(BATCH, -1, -1, -1))
+    expected += 0.6 * values(
+        torch.softmax(logits(q, k1.expand(BATCH, -1, -1, -1)), -1), v1.expand(BATCH, -1, -1, -1)
+    )
     ip = values(torch.softmax(logits(q, k2.expand(BATCH, -1, -1, -1)), -1), v2.expand(BATCH, -1, -1, -1))
     assert relative(mine, expected + mask[..., None, None] * ip) <= TOLERANCE
 
 
 def test_registers_join_the_softmax_of_the_layer_s_keys() -> None:
     registers = extra(3, 1)
-    a = Plan(fb.Control(fb.Segments(rows=TOKENS), fb.Segments(own=TOKENS, register=3)), extra={"register": registers})
+    a = Plan(
+        fb.Control(fb.Segments(rows=TOKENS), fb.Segments(own=TOKENS, register=3)),
+        extra={"register": registers},
+    )
     b = Plan(fb.Control(fb.Segments(text=TEXT, image=IMAGE), weight={("image", "text"): 1.3}))
     q, k, v = inputs()
     k, v = (torch.cat([t, e.expand(BATCH, -1, -1, -1)], 1) for t, e in ((k, registers[0]), (v, registers[1])))
@@ -139,7 +153,10 @@ def test_an_order_takes_the_other_s_gates_along() -> None:
     k1, v1 = extra(3, 1)
     a = Plan(fb.Control(segments, bias={("odd", "even"): -math.inf}), order=order)
     control = fb.Control(
-        fb.Segments(rows=TOKENS), fb.Segments(own=TOKENS, ip=3), groups={"own": ["own"], "ip": ["ip"]}, gates={"ip": gate}
+        fb.Segments(rows=TOKENS),
+        fb.Segments(own=TOKENS, ip=3),
+        groups={"own": ["own"], "ip": ["ip"]},
+        gates={"ip": gate},
     )
     b = Plan(control, extra={"ip": (k1, v1)})
     q, k, v = inputs()
@@ -166,7 +183,13 @@ def test_transforms_offsets_and_what_is_seen() -> None:
     q, k, v = inputs()
     seen: list[str] = []
     a = Plan(query=lambda x: 2 * x, q_offset=torch.ones(1), see=lambda _: seen.append("a"))
-    b = Plan(query=lambda x: x + 1, value=lambda x: -x, q_offset=torch.ones(1), see=lambda _: seen.append("b"), scale=0.3)
+    b = Plan(
+        query=lambda x: x + 1,
+        value=lambda x: -x,
+        q_offset=torch.ones(1),
+        see=lambda _: seen.append("b"),
+        scale=0.3,
+    )
     plan = compose(Fixed(a), Other(b)).plan(LAYER, Step(0))
     assert plan is not None and torch.equal(plan.q_offset, torch.full((1,), 2.0))
     out = ControlledProcessor(plan).attend(q, k, [v], None, HEADS)
@@ -187,7 +210,9 @@ def test_a_plan_that_is_made_late_is_joined_late() -> None:
         asked.append("late")
         return Plan(scale=0.3)
 
-    plan = compose(Fixed(Plan(late=late)), Other(Plan(query=torch.zeros_like)), Other(None)).plan(LAYER, Step(0))
+    plan = compose(Fixed(Plan(late=late)), Other(Plan(query=torch.zeros_like)), Other(None)).plan(
+        LAYER, Step(0)
+    )
     assert plan is not None and plan.late is not None and not asked
     made = plan.late()
     assert made is not None and made.scale == 0.3 and made.query is torch.zeros_like and asked == ["late"]
@@ -197,7 +222,10 @@ def test_a_plan_that_is_made_late_is_joined_late() -> None:
 
 def test_equal_plans_come_back_as_the_same_object() -> None:
     """So that its tables stay on the device."""
-    a, b = Plan(scale=0.3), Plan(fb.Control(fb.Segments(text=TEXT, image=IMAGE), bias={("text", "image"): 1.0}))
+    a, b = (
+        Plan(scale=0.3),
+        Plan(fb.Control(fb.Segments(text=TEXT, image=IMAGE), bias={("text", "image"): 1.0})),
+    )
     both = compose(Fixed(a), Other(b))
     assert both.plan(LAYER, Step(0)) is both.plan(LAYER, Step(1))
 
@@ -216,11 +244,18 @@ GAIN = fb.Control(fb.Segments(text=TEXT, image=IMAGE), head_gain=fb.HeadGain("im
         (Plan(parts=[Part((0,))]), Plan(parts=[Part((0, 1))]), r"both have parts for the items \[0\]"),
         (SORTED, Plan(parts=[Part((0,))]), "one sorts the tokens of all items, the other has parts"),
         (Plan(SPLIT), Plan(SPLIT), "both split the layer's keys into softmax groups"),
-        (SORTED, Plan(fb.Control(fb.Segments(text=TEXT, image=IMAGE))), "one sorts the tokens, the other has segments"),
+        (
+            SORTED,
+            Plan(fb.Control(fb.Segments(text=TEXT, image=IMAGE))),
+            "one sorts the tokens, the other has segments",
+        ),
         (Plan(GAIN), Plan(GAIN), "both derive a gain"),
         (
             Plan(SPLIT),
-            Plan(fb.Control(fb.Segments(rows=TOKENS), fb.Segments(own=TOKENS, more=3)), extra={"more": extra(3, 1)}),
+            Plan(
+                fb.Control(fb.Segments(rows=TOKENS), fb.Segments(own=TOKENS, more=3)),
+                extra={"more": extra(3, 1)},
+            ),
             "one adds keys to the softmax that the other splits",
         ),
         (
@@ -237,7 +272,9 @@ GAIN = fb.Control(fb.Segments(text=TEXT, image=IMAGE), head_gain=fb.HeadGain("im
     ids=lambda value: value[:24] if isinstance(value, str) else None,
 )
 def test_what_does_not_go_together_says_why(a: Plan, b: Plan, reason: str) -> None:
-    with pytest.raises(ValueError, match=f"Fixed and Other do not go together in layer 3 .joint.: .*{reason}"):
+    with pytest.raises(
+        ValueError, match=f"Fixed and Other do not go together in layer 3 .joint.: .*{reason}"
+    ):
         compose(Fixed(a), Other(b)).plan(LAYER, Step(0))
 
 

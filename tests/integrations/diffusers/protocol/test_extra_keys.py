@@ -16,7 +16,9 @@ from ..hosts.test_flux import TOKENS, TOLERANCE, both, execute, rotate, softmax,
 @both
 @pytest.mark.parametrize("parts", [False, True], ids=["plan", "part"])
 def test_extra_keys_made_of_the_layer_s_own(kind: str, parts: bool) -> None:
-    """Three image tokens of item 0, once more and elsewhere: turned by the RoPE of as many others, with halved values."""
+    """Three image tokens of item 0, once more and elsewhere: turned by the RoPE of as many others, with
+    halved values.
+    """
     q, k, v, rope = streams(kind)
     keys = fb.Segments(tokens=TOKENS, copies=3)
     control = fb.Control(fb.Segments(tokens=TOKENS), keys, weight={("tokens", "copies"): 0.4})
@@ -42,5 +44,7 @@ def test_extra_keys_made_of_the_layer_s_own(kind: str, parts: bool) -> None:
 
 def test_what_is_no_pair_and_cannot_make_one_raises() -> None:
     control = fb.Control(fb.Segments(tokens=TOKENS), fb.Segments(tokens=TOKENS, copies=3))
-    with pytest.raises(TypeError, match=r"Plan\.extra\['copies'\]: expected a pair .* or a callable, got list"):
+    with pytest.raises(
+        TypeError, match=r"Plan\.extra\['copies'\]: expected a pair .* or a callable, got list"
+    ):
         Plan(control, extra={"copies": [torch.ones(3)]})  # type: ignore[dict-item]

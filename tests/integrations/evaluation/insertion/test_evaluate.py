@@ -22,7 +22,9 @@ from flashbrush.integrations.evaluation.summary import best, estimate, write_csv
 PANEL = {"width": 64, "height": 64, "steps": 2}
 
 
-def outcomes(setting: Setting, values: dict[tuple[str, int], float], measure: str = "pattern") -> list[Outcome]:
+def outcomes(
+    setting: Setting, values: dict[tuple[str, int], float], measure: str = "pattern"
+) -> list[Outcome]:
     blank = Image.new("RGB", (4, 4))
     made = []
     for (name, seed), value in values.items():
@@ -35,11 +37,23 @@ def test_every_setting_has_the_same_seeds_and_reaches_the_picture(pipe) -> None:
     items = held_out(3)
     base = Setting()
     changed = [
-        Setting(alpha_prompt=0.9), Setting(alpha_subject=0.9), Setting(gain_span=0.9), Setting(blend=False),
-        Setting(alpha_subject=0.9, hole_only=True), Setting(grow=2), Setting(grow=-2),
-    ]  # fmt: skip
+        Setting(alpha_prompt=0.9),
+        Setting(alpha_subject=0.9),
+        Setting(gain_span=0.9),
+        Setting(blend=False),
+        Setting(alpha_subject=0.9, hole_only=True),
+        Setting(grow=2),
+        Setting(grow=-2),
+    ]
     made = evaluate(
-        pipe, items, [base, *changed], options=lambda _: PANEL, repeats=2, batch=2, paste_back=False, progress=False
+        pipe,
+        items,
+        [base, *changed],
+        options=lambda _: PANEL,
+        repeats=2,
+        batch=2,
+        paste_back=False,
+        progress=False,
     )
     assert len(made) == 3 * 2 * 8
     by_key = {(o.setting, o.item.name, o.seed): o for o in made}
@@ -48,18 +62,27 @@ def test_every_setting_has_the_same_seeds_and_reaches_the_picture(pipe) -> None:
     assert {o.kind for o in made} == {"reference"}
     for setting in changed:
         assert any(
-            by_key[(setting, *key)].picture.tobytes() != by_key[(base, *key)].picture.tobytes() for key in seeds
+            by_key[(setting, *key)].picture.tobytes() != by_key[(base, *key)].picture.tobytes()
+            for key in seeds
         ), setting
-    alone = evaluate(pipe, items[1:2], [base], options=lambda _: PANEL, seed=4, paste_back=False, progress=False)
+    alone = evaluate(
+        pipe, items[1:2], [base], options=lambda _: PANEL, seed=4, paste_back=False, progress=False
+    )
     near = np.asarray(alone[0].picture).astype(int) - np.asarray(by_key[base, items[1].name, 4].picture)
     assert np.abs(near).max() <= 2  # sums of another batch size are rounded elsewhere
     row = alone[0].row()
-    assert row["item"] == items[1].name and row["seed"] == 4 and {"pattern", "psnr_hole", "psnr_outside"} <= set(row)
+    assert (
+        row["item"] == items[1].name
+        and row["seed"] == 4
+        and {"pattern", "psnr_hole", "psnr_outside"} <= set(row)
+    )
 
 
 def test_folders_of_any_sizes_are_batched_by_size(pipe) -> None:
     one, two = held_out(2)
-    large = replace(two, image=two.image.resize((80, 64)), mask=two.mask.resize((80, 64)), truth=None, coverage=None)
+    large = replace(
+        two, image=two.image.resize((80, 64)), mask=two.mask.resize((80, 64)), truth=None, coverage=None
+    )
     made = evaluate(pipe, [one, large], [Setting()], options=lambda _: {"steps": 1}, progress=False)
     assert [o.picture.size for o in made] == [(64, 64), (80, 64)]
     outside = np.asarray(large.mask) == 0
@@ -97,16 +120,25 @@ def test_estimates_by_hand() -> None:
 
 def test_the_rule_takes_each_image_s_best() -> None:
     none, some = Setting(), Setting(alpha_subject=0.5)
-    made = outcomes(none, {("a", 0): 0.2, ("b", 0): 0.9}, "palette") + outcomes(some, {("a", 0): 0.3, ("b", 0): 0.1}, "palette")
+    made = outcomes(none, {("a", 0): 0.2, ("b", 0): 0.9}, "palette") + outcomes(
+        some, {("a", 0): 0.3, ("b", 0): 0.1}, "palette"
+    )
     assert {o.item.name: o.setting for o in best(made, [none, some], "palette")} == {"a": some, "b": none}
     assert {o.setting for o in best(made, [none], "palette")} == {none}
 
 
 def test_tables_and_plots(tmp_path: Path) -> None:
-    named = settings(dict([parse_axis("alpha_subject=0,0.5"), parse_axis("grow=-1,1")]), {"code": Setting(0.3, 0.3, 0.2)})
+    named = settings(
+        dict([parse_axis("alpha_subject=0,0.5"), parse_axis("grow=-1,1")]), {"code": Setting(0.3, 0.3, 0.2)}
+    )
     assert list(named) == [
-        ("base", ""), ("alpha_subject", "0"), ("alpha_subject", "0.5"), ("grow", "-1"), ("grow", "1"), ("setting", "code"),
-    ]  # fmt: skip
+        ("base", ""),
+        ("alpha_subject", "0"),
+        ("alpha_subject", "0.5"),
+        ("grow", "-1"),
+        ("grow", "1"),
+        ("setting", "code"),
+    ]
     made = []
     for i, setting in enumerate(dict.fromkeys(named.values())):
         for name, shift in (("reference_0000", 0.0), ("reference_0001", 1.0), ("contradiction_0000", 0.0)):
@@ -121,19 +153,30 @@ def test_tables_and_plots(tmp_path: Path) -> None:
     assert found["adaptive", "alpha_subject by palette", "reference", "pattern"]["difference"] == 0.0
     write_csv(tmp_path / "sweep.csv", rows)
     with (tmp_path / "sweep.csv").open() as file:
-        assert [(row["axis"], row["value"]) for row in csv.DictReader(file)] == [(row["axis"], row["value"]) for row in rows]
+        assert [(row["axis"], row["value"]) for row in csv.DictReader(file)] == [
+            (row["axis"], row["value"]) for row in rows
+        ]
     figure = plot(rows, "a title")
     figure.savefig(tmp_path / "sweep.png")
-    assert [axes.get_xlabel() for axes in figure.axes[-4:]] == ["alpha_subject", "grow", "setting", "adaptive"]
+    assert [axes.get_xlabel() for axes in figure.axes[-4:]] == [
+        "alpha_subject",
+        "grow",
+        "setting",
+        "adaptive",
+    ]
     lines = figure.axes[0].lines[0]
     assert list(lines.get_xdata()) == [0.0, 0.5]
 
 
 @pytest.mark.parametrize(
     ("text", "match"),
-    [("size=1", "axis: expected one of"), ("grow", "axis: expected grow=number"), ("grow=0.5", "whole numbers"),
-     ("alpha_prompt=a,b", "axis: expected alpha_prompt=number")],
-)  # fmt: skip
+    [
+        ("size=1", "axis: expected one of"),
+        ("grow", "axis: expected grow=number"),
+        ("grow=0.5", "whole numbers"),
+        ("alpha_prompt=a,b", "axis: expected alpha_prompt=number"),
+    ],
+)
 def test_wrong_axes(text: str, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         parse_axis(text)

@@ -30,7 +30,8 @@ def items():
 
 def test_made_items_hide_the_truth_and_differ_only_in_what_is_asked(items) -> None:
     again, blank, stranger, silent = (
-        held_out(12, **more) for more in ({}, {"reference": "blank"}, {"reference": "stranger"}, {"prompts": False})
+        held_out(12, **more)
+        for more in ({}, {"reference": "blank"}, {"reference": "stranger"}, {"prompts": False})
     )
     assert any(item.prompt for item in items) and not any(item.prompt or item.colour for item in silent)
     for i, item in enumerate(items):
@@ -64,7 +65,10 @@ def test_a_folder_gives_back_what_was_written(items, tmp_path: Path) -> None:
         ("prompt,subject,image,mask,name\na,s.png,i.png,m.png\nb,s.png,i.png,m.png\n", "names  twice"),
         ("name,prompt,subject,image,mask\na,b,none.png,i.png,m.png\n", "subject of a: no such file"),
         ("name,prompt,subject,image,mask\na,b,s.png,i.png,\n", "mask of a: expected a file"),
-        ("name,prompt,subject,image,mask\na,b,s.png,i.png,s.png\n", "mask of a: expected the size of the image of a"),
+        (
+            "name,prompt,subject,image,mask\na,b,s.png,i.png,s.png\n",
+            "mask of a: expected the size of the image of a",
+        ),
     ],
 )
 def test_wrong_folders_are_explained(tmp_path: Path, text: str | None, message: str) -> None:
@@ -82,7 +86,9 @@ def test_the_truth_scores_best(items) -> None:
         best = measure(item, item.truth)
         assert best["psnr_hole"] == pytest.approx(100) and best["psnr_outside"] == pytest.approx(100)
         assert best["pattern"] == pytest.approx(1, abs=1e-6) and set(best) <= set(MEASURES)
-        noisy = Image.fromarray((np.asarray(item.truth) * 0.8 + rng.integers(0, 51, (64, 64, 3))).astype(np.uint8))
+        noisy = Image.fromarray(
+            (np.asarray(item.truth) * 0.8 + rng.integers(0, 51, (64, 64, 3))).astype(np.uint8)
+        )
         worse = measure(item, noisy)
         assert worse["psnr_hole"] < 40 and worse["psnr_outside"] < 40 and worse["pattern"] < best["pattern"]
         flat = measure(item, Image.new("RGB", item.image.size, (128, 128, 128)))
@@ -90,14 +96,18 @@ def test_the_truth_scores_best(items) -> None:
 
 
 def test_an_exact_error_and_a_named_colour() -> None:
-    item = next(item for item in held_out(96, kind="contradiction") if item.colour not in ("", "red", "pink", "brown"))
+    item = next(
+        item for item in held_out(96, kind="contradiction") if item.colour not in ("", "red", "pink", "brown")
+    )
     truth, where = np.asarray(item.truth).astype(int), np.asarray(item.coverage) > 0
     assert measure(item, item.truth)["colour"] == 1
     red = truth.copy()
     red[where] = (210, 30, 30)
     assert measure(item, Image.fromarray(red.astype(np.uint8)))["colour"] == 0
     off = np.where(truth > 128, truth - 51, truth + 51)
-    assert measure(item, Image.fromarray(off.astype(np.uint8)))["psnr_hole"] == pytest.approx(-20 * np.log10(0.2))
+    assert measure(item, Image.fromarray(off.astype(np.uint8)))["psnr_hole"] == pytest.approx(
+        -20 * np.log10(0.2)
+    )
     with pytest.raises(ValueError, match="result: expected"):
         measure(item, Image.new("RGB", (8, 8)))
 
@@ -111,7 +121,7 @@ def test_models_judge(items, tmp_path: Path) -> None:
         CLIPProcessor,
         Dinov2Config,
         Dinov2Model,
-    )  # fmt: skip
+    )
 
     from flashbrush.integrations.tiny_fill.data.words import tokenizer, vocabulary
 
@@ -121,9 +131,16 @@ def test_models_judge(items, tmp_path: Path) -> None:
     Dinov2Model(dino).save_pretrained(tmp_path / "dino")
     BitImageProcessor(size=size, crop_size=28).save_pretrained(tmp_path / "dino")
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = {**small, "vocab_size": len(vocabulary()), "max_position_embeddings": 16, "eos_token_id": vocabulary()["</s>"]}
+    text = {
+        **small,
+        "vocab_size": len(vocabulary()),
+        "max_position_embeddings": 16,
+        "eos_token_id": vocabulary()["</s>"],
+    }
     vision = {**small, "image_size": 28, "patch_size": 14}
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(tmp_path / "clip")
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(
+        tmp_path / "clip"
+    )
     CLIPProcessor(CLIPImageProcessor(size=size, crop_size=28), tokenizer()).save_pretrained(tmp_path / "clip")
     models = Models(tmp_path / "dino", tmp_path / "clip")
     item = next(item for item in items if item.prompt)

@@ -1,4 +1,6 @@
-"""What is measured of the six tasks, on pictures whose right value is known by hand; and the folders they come from."""
+"""What is measured of the six tasks, on pictures whose right value is known by hand; and the folders they
+come from.
+"""
 
 from __future__ import annotations
 
@@ -17,25 +19,33 @@ from flashbrush.integrations.evaluation.visual_icl.judges import HIGHER_IS_BETTE
 from flashbrush.integrations.pipelines.visual_icl_tasks import TASKS, read_task
 
 
-def boxes(*places: tuple[int, int, int, int], size: tuple[int, int] = (8, 8), colour: str = "white") -> Image.Image:
+def boxes(
+    *places: tuple[int, int, int, int], size: tuple[int, int] = (8, 8), colour: str = "white"
+) -> Image.Image:
     picture = Image.new("RGB", size)
     for box in places:
         picture.paste(colour, box)
     return picture
 
 
-def judged(task: str, predictions: list[Image.Image], truths: list[Image.Image], **options) -> tuple[list[dict], dict]:
+def judged(
+    task: str, predictions: list[Image.Image], truths: list[Image.Image], **options
+) -> tuple[list[dict], dict]:
     """(of each, of all), of pictures that the task reads"""
     judge = TaskJudge(task, **options)
     palette = {"palette": options["palette"]} if "palette" in options else {}
-    each = [judge.update(read_task(task, p, **palette).data, t) for p, t in zip(predictions, truths, strict=True)]
+    each = [
+        judge.update(read_task(task, p, **palette).data, t) for p, t in zip(predictions, truths, strict=True)
+    ]
     return each, judge.summary()
 
 
 def test_segmentation() -> None:
     left, top, nothing = boxes((0, 0, 4, 8)), boxes((0, 0, 8, 4)), boxes()
     each, total = judged("segmentation", [left, top, nothing, nothing], [top, top, nothing, top])
-    assert [m["miou"] for m in each] == pytest.approx([16 / 48, 1, 1, 0]) and total["miou"] == pytest.approx(7 / 12)
+    assert [m["miou"] for m in each] == pytest.approx([16 / 48, 1, 1, 0]) and total["miou"] == pytest.approx(
+        7 / 12
+    )
 
 
 def test_detection() -> None:
@@ -44,7 +54,9 @@ def test_detection() -> None:
     holed = boxes((0, 0, 4, 4), (7, 7, 8, 8))
     holed.putpixel((1, 1), (0, 0, 0))
     each, total = judged("detection", [holed, truth, boxes()], [truth] * 3)
-    assert [m["miou"] for m in each] == pytest.approx([8 / 24, 1, 0]) and total["miou"] == pytest.approx(4 / 9)
+    assert [m["miou"] for m in each] == pytest.approx([8 / 24, 1, 0]) and total["miou"] == pytest.approx(
+        4 / 9
+    )
 
 
 def test_semantic_counts_all_pixels_of_a_class_together() -> None:
@@ -65,10 +77,14 @@ def test_keypoints() -> None:
     for x, y, colour in ((20, 20, palette[1]), (80, 40, palette[2])):
         truth.paste(colour, (x - 1, y - 1, x + 2, y + 2))
     judge = TaskJudge("keypoints", palette=palette)
-    near = np.array([[23.0, 24.0], [80.0, 29.0], [7.0, 7.0]])  # 5 and 11 pixels off; the truth has no third point
+    near = np.array(
+        [[23.0, 24.0], [80.0, 29.0], [7.0, 7.0]]
+    )  # 5 and 11 pixels off; the truth has no third point
     assert judge.update(near, truth) == pytest.approx({"mse": (25 + 121) / 2 / 101**2, "pck": 0.5})
     nothing = np.full((3, 2), np.nan)  # as if in the middle, (50, 25)
-    assert judge.update(nothing, truth) == pytest.approx({"mse": (900 + 25 + 900 + 225) / 2 / 101**2, "pck": 0})
+    assert judge.update(nothing, truth) == pytest.approx(
+        {"mse": (900 + 25 + 900 + 225) / 2 / 101**2, "pck": 0}
+    )
     assert judge.summary() == pytest.approx({"mse": (25 + 121 + 925 + 1125) / 4 / 101**2, "pck": 1 / 4})
     assert TaskJudge("keypoints", palette=palette, reach=0.11).update(near, truth)["pck"] == 1
     assert TaskJudge("keypoints", palette=palette, reach=1).update(nothing, truth)["pck"] == 0
@@ -90,7 +106,9 @@ class MeanColour(nn.Module):
 
 
 def test_colourisation() -> None:
-    """All features move by 0.2 in one of three directions, and keep their spread: the Fréchet distance is 0.2^2."""
+    """All features move by 0.2 in one of three directions, and keep their spread: the Fréchet distance is
+    0.2^2.
+    """
     rng = np.random.default_rng(0)
     truths = [Image.fromarray(np.full((8, 8, 3), rng.integers(0, 200, 3), np.uint8)) for _ in range(6)]
     moved = [Image.fromarray(np.asarray(t) + np.array([0, 51, 0], np.uint8)) for t in truths]
@@ -152,11 +170,17 @@ def test_every_task_has_a_measure_that_is_described() -> None:
 def test_a_folder_gives_back_what_was_written(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     pictures = [Image.fromarray(rng.integers(0, 256, (8, 9, 3), dtype=np.uint8)) for _ in range(6)]
-    given = [Pair("a", *pictures[:2]), Pair("b", *pictures[2:4], ("a",)), Pair("c", *pictures[4:], ("b", "a"))]
+    given = [
+        Pair("a", *pictures[:2]),
+        Pair("b", *pictures[2:4], ("a",)),
+        Pair("c", *pictures[4:], ("b", "a")),
+    ]
     write_pairs(given, tmp_path)
     for mine, theirs in zip(given, read_pairs(tmp_path), strict=True):
         assert (mine.name, mine.prompts) == (theirs.name, theirs.prompts)
-        assert mine.image.tobytes() == theirs.image.tobytes() and mine.truth.tobytes() == theirs.truth.tobytes()
+        assert (
+            mine.image.tobytes() == theirs.image.tobytes() and mine.truth.tobytes() == theirs.truth.tobytes()
+        )
 
 
 HEAD = "name,image,truth,prompts\n"
@@ -185,5 +209,3 @@ def test_wrong_folders_are_explained(tmp_path: Path, text: str | None, message: 
         (tmp_path / LIST).write_text(text)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         read_pairs(tmp_path)
-
-

@@ -85,7 +85,18 @@ def test_words_that_are_split_share(letters: Any) -> None:
 def test_refined_prompts(words: Any, letters: Any) -> None:
     alignment = TokenAlignment.refine("a cat on the mat", "a red cat on the red mat", words, 10)
     assert alignment.alphas.tolist() == [1, 0, 1, 1, 1, 0, 1, 1, 1, 1]
-    assert columns(alignment.mapper) == [{0: 1}, {}, {1: 1}, {2: 1}, {3: 1}, {}, {4: 1}, {5: 1}, {8: 1}, {9: 1}]
+    assert columns(alignment.mapper) == [
+        {0: 1},
+        {},
+        {1: 1},
+        {2: 1},
+        {3: 1},
+        {},
+        {4: 1},
+        {5: 1},
+        {8: 1},
+        {9: 1},
+    ]
     gone = TokenAlignment.refine("a b c", "a c d", letters, 7)
     assert gone.alphas.tolist() == [1, 1, 1, 0, 1, 1, 1]
     assert columns(gone.mapper) == [{0: 1}, {1: 1}, {3: 1}, {}, {4: 1}, {5: 1}, {6: 1}]

@@ -26,12 +26,20 @@ SETTINGS = {"pixels": "abc", "steps": 4, "eta": 1.0, "prompts": ["", "a"]}
 
 def inversion(seed: int = 0) -> Inversion:
     generator = torch.Generator().manual_seed(seed)
-    latents, maps = torch.randn(1, 4, 4, 8, 8, generator=generator), torch.randn(1, 3, 4, 8, 8, generator=generator)
+    latents, maps = (
+        torch.randn(1, 4, 4, 8, 8, generator=generator),
+        torch.randn(1, 3, 4, 8, 8, generator=generator),
+    )
     return Inversion(latents, maps, 1)
 
 
 def same(a: Inversion | None, b: Inversion) -> bool:
-    return a is not None and torch.equal(a.latents, b.latents) and torch.equal(a.noise_maps, b.noise_maps) and a.skip == b.skip
+    return (
+        a is not None
+        and torch.equal(a.latents, b.latents)
+        and torch.equal(a.noise_maps, b.noise_maps)
+        and a.skip == b.skip
+    )
 
 
 def test_found_again_bitwise(tmp_path: Path) -> None:
@@ -54,7 +62,9 @@ def test_made_once(tmp_path: Path) -> None:
     assert made == [1]
 
 
-@pytest.mark.parametrize("change", [{"steps": 5}, {"pixels": "abd"}, {"eta": 0.9}, {"prompts": ["", "b"]}, {"more": 1}])
+@pytest.mark.parametrize(
+    "change", [{"steps": 5}, {"pixels": "abd"}, {"eta": 0.9}, {"prompts": ["", "b"]}, {"more": 1}]
+)
 def test_other_settings_are_others(tmp_path: Path, change: dict) -> None:
     cache = InversionCache(tmp_path)
     cache.put(SETTINGS, inversion())
@@ -68,7 +78,13 @@ def damaged_files(path: Path, cache: InversionCache) -> dict[str, bytes]:
     other = cache.put(SETTINGS | {"steps": 9}, inversion(1)).read_bytes()
     save_file(load_file(path), path)
     bare = path.read_bytes()
-    return {"cut off": whole[:-9], "empty": b"", "a bit": bytes(flipped), "another's": other, "without a word": bare}
+    return {
+        "cut off": whole[:-9],
+        "empty": b"",
+        "a bit": bytes(flipped),
+        "another's": other,
+        "without a word": bare,
+    }
 
 
 @pytest.mark.parametrize("damage", ["cut off", "empty", "a bit", "another's", "without a word"])

@@ -17,7 +17,9 @@ STEPS = 6
 
 @pytest.fixture(scope="module")
 def predict():
-    return noise_predictor(tiny_unet(), torch.randn(1, 5, TEXT_WIDTH, generator=torch.Generator().manual_seed(0)))
+    return noise_predictor(
+        tiny_unet(), torch.randn(1, 5, TEXT_WIDTH, generator=torch.Generator().manual_seed(0))
+    )
 
 
 @pytest.fixture
@@ -58,8 +60,8 @@ def test_sampling_is_diffusers(predict, clean, prediction: str) -> None:
 
 @pytest.mark.parametrize(("prediction", "bound"), [("epsilon", 0.5), ("v_prediction", 0.05)])
 def test_the_way_back(predict, clean, prediction: str, bound: float) -> None:
-    """More steps stray less, and more iterations lead back to float error; by epsilon a first level that is nearly all noise
-    costs most."""
+    """More steps stray less, and more iterations lead back to float error; by epsilon a first level that is
+    nearly all noise costs most."""
     error = {}
     for steps, iterations in ((6, 1), (24, 1), (6, 20)):
         schedule = DDPMSchedule.from_scheduler(ddim(prediction_type=prediction), steps)

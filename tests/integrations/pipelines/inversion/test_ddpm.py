@@ -48,17 +48,27 @@ def ddpm() -> DDPMScheduler:
 @pytest.mark.parametrize("eta", [1.0, 0.6])
 @pytest.mark.parametrize("guidance", [1.0, 3.5])
 @pytest.mark.parametrize("skip", [0, 2])
-def test_sampling_goes_back_the_way(unet, clean, prediction: str, eta: float, guidance: float, skip: int) -> None:
+def test_sampling_goes_back_the_way(
+    unet, clean, prediction: str, eta: float, guidance: float, skip: int
+) -> None:
     schedule = DDPMSchedule.from_scheduler(ddim(prediction_type=prediction), STEPS, eta)
     predict = noise_predictor(unet, text(), text(1), guidance)
     kept = invert(clean, predict, schedule, generators=generators(), skip=skip, keep_last=True)
-    assert kept.latents.shape == (2, STEPS - skip + 1, 4, 8, 8) and kept.noise_maps.shape == (2, STEPS - skip, 4, 8, 8)
+    assert kept.latents.shape == (2, STEPS - skip + 1, 4, 8, 8) and kept.noise_maps.shape == (
+        2,
+        STEPS - skip,
+        4,
+        8,
+        8,
+    )
     back = sample(kept, predict, schedule)
     torch.testing.assert_close(back, kept.latents, rtol=1e-4, atol=1e-4)
     assert torch.equal(kept.latents[:, -1], clean) and torch.equal(kept.at(STEPS), clean)
 
     dropped = invert(clean, predict, schedule, generators=generators(), skip=skip)
-    assert not dropped.noise_maps[:, -1].any() and torch.equal(dropped.noise_maps[:, :-1], kept.noise_maps[:, :-1])
+    assert not dropped.noise_maps[:, -1].any() and torch.equal(
+        dropped.noise_maps[:, :-1], kept.noise_maps[:, :-1]
+    )
     assert torch.equal(dropped.latents, kept.latents)
     back = sample(dropped, predict, schedule)
     torch.testing.assert_close(back[:, :-1], kept.latents[:, :-1], rtol=1e-4, atol=1e-4)
@@ -84,11 +94,15 @@ def test_the_step_is_ddim_s_with_eta_one(clean) -> None:
         torch.testing.assert_close(schedule.noisy(x, noise, i), scheduler.add_noise(x, noise, t))
     a, b = schedule.alphas[1], schedule.alphas[2]
     variance = (1 - b) / (1 - a) * (1 - a / b)
-    assert float(DDPMSchedule.from_scheduler(ddim(), STEPS, 0.5).deviations[1]) == pytest.approx(0.5 * float(variance) ** 0.5)
+    assert float(DDPMSchedule.from_scheduler(ddim(), STEPS, 0.5).deviations[1]) == pytest.approx(
+        0.5 * float(variance) ** 0.5
+    )
 
 
 def test_the_step_is_ddpm_s(clean) -> None:
-    """Beside the posterior of diffusers' own DDPMScheduler, whose levels are those of the whole training schedule."""
+    """Beside the posterior of diffusers' own DDPMScheduler, whose levels are those of the whole training
+    schedule.
+    """
     schedule, own = DDPMSchedule.from_scheduler(ddpm(), STEPS), ddpm()
     own.set_timesteps(STEPS)
     output = torch.randn(clean.shape)
@@ -109,7 +123,9 @@ def test_between_the_two_etas_the_published_formula_holds(clean) -> None:
 
 
 def test_v_is_another_name_for_epsilon(clean) -> None:
-    epsilon, v = (DDPMSchedule.from_scheduler(ddim(prediction_type=p), STEPS) for p in ("epsilon", "v_prediction"))
+    epsilon, v = (
+        DDPMSchedule.from_scheduler(ddim(prediction_type=p), STEPS) for p in ("epsilon", "v_prediction")
+    )
     noise = torch.randn(clean.shape)
     for i in range(STEPS):
         alpha = epsilon.alphas[i]
@@ -133,9 +149,13 @@ def test_an_image_does_not_depend_on_the_others(unet, clean) -> None:
     both = invert(clean, predict, schedule, generators=generators(3, 4))
     for i, seed in enumerate((3, 4)):
         alone = invert(clean[i : i + 1], predict, schedule, generators=generators(seed))
-        assert torch.equal(both.latents[i], alone.latents[0]) and torch.equal(both.noise_maps[i], alone.noise_maps[0])
+        assert torch.equal(both.latents[i], alone.latents[0]) and torch.equal(
+            both.noise_maps[i], alone.noise_maps[0]
+        )
     other = invert(clean, predict, schedule, generators=generators(5, 4))
-    assert not torch.equal(other.latents[0, 0], both.latents[0, 0]) and torch.equal(other.latents[1], both.latents[1])
+    assert not torch.equal(other.latents[0, 0], both.latents[0, 0]) and torch.equal(
+        other.latents[1], both.latents[1]
+    )
 
 
 def test_the_share_of_steps_that_is_left_out() -> None:
