@@ -1,5 +1,6 @@
 """flashbrush: segment-controlled attention for in-context image editing."""
 
+from . import _moved_paths
 from .bindings import (
     Branch,
     Contrast,
@@ -19,6 +20,8 @@ from .bindings import (
     query_blur,
 )
 from .checkpoints import tiny_fill
+
+_moved_paths.install()
 
 __version__ = "0.1.0"
 __all__ = [

@@ -70,7 +70,7 @@ PACKAGES = [
     "flashbrush.kernels",
     "flashbrush.kernels.attention",
 ]
-ROOT_MODULES = {"__init__", "__main__"}
+ROOT_MODULES = {"__init__", "__main__", "_moved_paths"}
 DATA = {
     "flashbrush": ["py.typed"],
     "flashbrush.benchmarks": ["results/*.json"],

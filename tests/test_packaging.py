@@ -21,7 +21,16 @@ import flashbrush as fb
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("checkpoints", "kernels", "bindings", "integrations", "benchmarks")
-FILES = ("__init__.py", "__main__.py", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
+FILES = (
+    "__init__.py",
+    "__main__.py",
+    "_moved_paths.py",
+    "setup.py",
+    "pyproject.toml",
+    "MANIFEST.in",
+    "README.md",
+    "LICENSE",
+)
 BUILT = ("libflashbrush_cpu.so", "build_report.json")
 CUDA_BUILT = "libflashbrush_cuda.so"
 COMPILER = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
@@ -110,7 +119,11 @@ def sources() -> set[str]:
     """Python files of the package, without those that only pytest reads."""
     files = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
     files = [path for path in files if not path.name.startswith(("test_", "conftest"))]
-    return {path.relative_to(ROOT).as_posix() for path in files} | {"__init__.py", "__main__.py"}
+    return {path.relative_to(ROOT).as_posix() for path in files} | {
+        "__init__.py",
+        "__main__.py",
+        "_moved_paths.py",
+    }
 
 
 def data() -> set[str]:
