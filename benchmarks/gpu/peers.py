@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..cpu.peers import COMPOSED, SDPA, Call, Case, Missing, Peer, ours
-from ..cpu.peers import EAGER as CPU_EAGER
+from ..cpu.peers import COMPOSED, EAGER as CPU_EAGER, SDPA, Call, Case, Missing, Peer, ours
 from .machine import NO_CUDA, Setup
 from .shapes import CUDA, OWN
 

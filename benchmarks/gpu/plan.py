@@ -10,23 +10,11 @@ from ...bindings import backends
 from ..cpu.forward import Row
 from . import (
     around as gpu_around,
-)
-from . import (
     backward as gpu_backward,
-)
-from . import (
     checks as gpu_checks,
-)
-from . import (
     forward as gpu_forward,
-)
-from . import (
     layer as gpu_layer,
-)
-from . import (
     machine as gpu_machine,
-)
-from . import (
     variants as gpu_variants,
 )
 from .machine import Setup

@@ -30,9 +30,7 @@ MODULE = "flashbrush.benchmarks.gpu.run"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    from . import plots as gpu_plots
-    from . import report as gpu_report
-    from . import runner as gpu_runner
+    from . import plots as gpu_plots, report as gpu_report, runner as gpu_runner
     from .plan import tasks
 
     started = time.time()

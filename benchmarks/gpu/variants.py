@@ -17,8 +17,7 @@ from torch import Tensor
 from ...bindings.backends.cuda import attention as cuda
 from ..cpu.forward import Row
 from ..cpu.peers import Call, Case, Missing, Peer
-from . import forward as gpu_forward
-from . import peers as gpu_peers
+from . import forward as gpu_forward, peers as gpu_peers
 from .forward import Entry
 from .machine import NO_CUDA, Setup
 from .shapes import GPU_SHAPES

@@ -7,8 +7,7 @@ from types import ModuleType
 
 from ..core.problem import Problem
 from . import reference
-from .composed import attention as composed
-from .composed import backward as composed_backward
+from .composed import attention as composed, backward as composed_backward
 from .cpu import attention as cpu
 from .cuda import attention as cuda
 from .triton import attention as triton

@@ -15,8 +15,7 @@ from ...bindings import Control, Segments
 from ..diffusers.protocol.batch_call import Part
 from ..diffusers.protocol.layer import Layer, Step
 from ..diffusers.protocol.plan import Plan
-from .shared import cross_batch as borrowed
-from .shared import edit_roles
+from .shared import cross_batch as borrowed, edit_roles
 from .shared.cross_batch import Window
 from .shared.edit_roles import EditRoles
 from .shared.word_maps import WordMaps

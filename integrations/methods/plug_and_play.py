@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from ..diffusers.apply import Handle
 from ..diffusers.protocol.layer import Layer, Step
 from ..diffusers.protocol.plan import Plan
-from .shared import cross_batch as borrowed
-from .shared import edit_roles
+from .shared import cross_batch as borrowed, edit_roles
 from .shared.cross_batch import Window
 from .shared.edit_roles import EditRoles
 

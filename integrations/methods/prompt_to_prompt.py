@@ -16,8 +16,7 @@ from torch import Tensor
 from ..diffusers.protocol.batch_call import Part
 from ..diffusers.protocol.layer import Layer, Step
 from ..diffusers.protocol.plan import Plan
-from .shared import cross_batch as borrowed
-from .shared import edit_roles
+from .shared import cross_batch as borrowed, edit_roles
 from .shared.edit_roles import EditRoles
 from .shared.local_blend import LocalBlend
 from .shared.token_alignment import TokenAlignment

@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 import flashbrush as fb
-from flashbrush.bindings.backends.cpu import attention as cpu
-from flashbrush.bindings.backends.cpu import qk_norm_rope as cpu_norm_rope
+from flashbrush.bindings.backends.cpu import attention as cpu, qk_norm_rope as cpu_norm_rope
 from flashbrush.bindings.qk_norm_rope import composed
 
 EPS = 1e-6

@@ -8,15 +8,16 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 import flashbrush as fb
 from flashbrush.bindings.adain import EPS, composed
-from flashbrush.bindings.backends.triton import adain as triton_adain
-from flashbrush.bindings.backends.triton import attention as backend
-from flashbrush.bindings.backends.triton import eligibility as triton_light
+from flashbrush.bindings.backends.triton import (
+    adain as triton_adain,
+    attention as backend,
+    eligibility as triton_light,
+)
 from flashbrush.kernels.adain import MOST_CHUNKS, adain_apply, adain_statistics, tile_of, walk_space
 from support.problems import draws
 

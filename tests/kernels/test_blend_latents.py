@@ -9,14 +9,15 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 import flashbrush as fb
-from flashbrush.bindings.backends.triton import attention as backend
-from flashbrush.bindings.backends.triton import blend_latents as triton_blend
-from flashbrush.bindings.backends.triton import eligibility as triton_light
+from flashbrush.bindings.backends.triton import (
+    attention as backend,
+    blend_latents as triton_blend,
+    eligibility as triton_light,
+)
 from flashbrush.kernels.blend_latents import BLOCK, blend_latents
 from flashbrush.kernels.strides import collapse
 from support.problems import draws

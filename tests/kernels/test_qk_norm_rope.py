@@ -9,14 +9,12 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 import flashbrush as fb
 from flashbrush.bindings.backends.cpu import qk_norm_rope as cpu_norm_rope
-from flashbrush.bindings.backends.triton import attention as triton
-from flashbrush.bindings.backends.triton import qk_norm_rope as triton_norm_rope
+from flashbrush.bindings.backends.triton import attention as triton, qk_norm_rope as triton_norm_rope
 from flashbrush.kernels import qk_norm_rope as kernels
 from support.compiled import compile_elsewhere
 from support.problems import draws

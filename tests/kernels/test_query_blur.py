@@ -6,14 +6,15 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 import flashbrush as fb
-from flashbrush.bindings.backends.triton import attention as backend
-from flashbrush.bindings.backends.triton import eligibility as triton_light
-from flashbrush.bindings.backends.triton import query_blur as triton_query_blur
+from flashbrush.bindings.backends.triton import (
+    attention as backend,
+    eligibility as triton_light,
+    query_blur as triton_query_blur,
+)
 from flashbrush.kernels.query_blur import BLOCK_J, blur_side
 from support.blur import blurred
 from support.problems import draws

@@ -25,17 +25,11 @@ from triton.runtime.jit import JITFunction
 
 import flashbrush as fb
 from flashbrush.bindings.attention import _lower
-from flashbrush.bindings.backends.triton import attention as backend
 from flashbrush.bindings.backends.triton import (
+    attention as backend,
     backward as triton_backward,
-)
-from flashbrush.bindings.backends.triton import (
     column_mass as triton_column_mass,
-)
-from flashbrush.bindings.backends.triton import (
     launch as triton_launch,
-)
-from flashbrush.bindings.backends.triton import (
     qk_norm_rope as triton_norm_rope,
 )
 from flashbrush.bindings.core.problem import Problem

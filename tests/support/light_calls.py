@@ -14,11 +14,7 @@ from torch import Tensor
 
 from flashbrush.bindings.backends.triton import (
     adain as triton_adain,
-)
-from flashbrush.bindings.backends.triton import (
     blend_latents as triton_blend,
-)
-from flashbrush.bindings.backends.triton import (
     query_blur as triton_query_blur,
 )
 

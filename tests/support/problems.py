@@ -7,8 +7,7 @@ import os
 from dataclasses import dataclass, field
 
 import torch
-from hypothesis import assume
-from hypothesis import strategies as st
+from hypothesis import assume, strategies as st
 from torch import Tensor
 
 import flashbrush as fb

@@ -23,8 +23,7 @@ from torch import Tensor
 from ...core.problem import Problem
 from .. import Result
 from ..shared_library import open_library
-from ..triton import attention as triton
-from ..triton import launch, statistics
+from ..triton import attention as triton, launch, statistics
 
 name = "cuda"
 ABI = 1

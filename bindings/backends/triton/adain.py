@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import eligibility as triton_light
-from . import launch as triton_launch
+from . import eligibility as triton_light, launch as triton_launch
 
 MOST_DIMS = 3  # of the space, joined; the kernels divide once for each that is left
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import eligibility as triton_light
-from . import launch as triton_launch
+from . import eligibility as triton_light, launch as triton_launch
 
 
 def usable(generated: Tensor, source: Tensor, noise: Tensor, mask: Tensor, sigma: float | Tensor) -> bool:

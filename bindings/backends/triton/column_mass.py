@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from ...core.problem import Problem
-from . import attention as triton
-from . import launch
+from . import attention as triton, launch
 
 
 def usable(problem: Problem) -> bool:

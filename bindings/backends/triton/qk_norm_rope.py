@@ -10,9 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import attention as triton
-from . import eligibility as triton_light
-from . import launch as triton_launch
+from . import attention as triton, eligibility as triton_light, launch as triton_launch
 
 MOST_STREAMS = 16  # each has its own address arithmetic in the kernels
 MOST_DIM = 256

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from ...core.problem import Problem
-from . import launch
-from . import measured_tiles as tiles
+from . import launch, measured_tiles as tiles
 
 if TYPE_CHECKING:
     from ....kernels.attention.blocks import Traits

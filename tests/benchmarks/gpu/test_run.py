@@ -24,41 +24,17 @@ from flashbrush.benchmarks.cases.truth import Truth, WrongResult
 from flashbrush.benchmarks.cpu import peers
 from flashbrush.benchmarks.gpu import (
     backward as gpu_backward,
-)
-from flashbrush.benchmarks.gpu import (
     checks as gpu_checks,
-)
-from flashbrush.benchmarks.gpu import (
     forward as gpu_forward,
-)
-from flashbrush.benchmarks.gpu import (
     layer as gpu_layer,
-)
-from flashbrush.benchmarks.gpu import (
     machine as gpu_machine,
-)
-from flashbrush.benchmarks.gpu import (
     peers as gpu_peers,
-)
-from flashbrush.benchmarks.gpu import (
     plan as gpu_plan,
-)
-from flashbrush.benchmarks.gpu import (
     report as gpu_report,
-)
-from flashbrush.benchmarks.gpu import (
     run as gpu,
-)
-from flashbrush.benchmarks.gpu import (
     runner as gpu_runner,
-)
-from flashbrush.benchmarks.gpu import (
     shapes as gpu_shapes,
-)
-from flashbrush.benchmarks.gpu import (
     timing as gpu_timing,
-)
-from flashbrush.benchmarks.gpu import (
     variants as gpu_variants,
 )
 from flashbrush.benchmarks.gpu.shapes import GPU_SHAPES, VARIANTS, dry, variant, vary
@@ -68,7 +44,7 @@ SCRIPT = machine.ROOT / "benchmarks" / "gpu" / "run.py"
 SETUP = gpu_machine.Setup(torch.device("cpu"), "composed" if fb.backends()["cpu"] else "cpu", dry=True)
 WRONG = """
 import torch
-from flashbrush.benchmarks.peers import Missing, Peer
+from flashbrush.benchmarks.cpu.peers import Missing, Peer
 
 def sdpa(case):
     return torch.nn.functional.scaled_dot_product_attention(*case.heads_first())
@@ -95,7 +71,7 @@ def contestants():
 """
 FATAL = """
 import os, time
-from flashbrush.benchmarks.peers import Peer
+from flashbrush.benchmarks.cpu.peers import Peer
 
 def fatal(case):
     if case.shape.name == "flux-768-diptych":

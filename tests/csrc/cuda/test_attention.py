@@ -17,16 +17,14 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
+from hypothesis import assume, given, settings, strategies as st
 from torch import Tensor
 
 import flashbrush as fb
 from flashbrush.bindings.backends.cuda import attention as cuda
 from flashbrush.bindings.backends.planner import FUSED
 from flashbrush.bindings.backends.shared_library import build_report
-from flashbrush.bindings.backends.triton import attention as triton
-from flashbrush.bindings.backends.triton import launch as triton_launch
+from flashbrush.bindings.backends.triton import attention as triton, launch as triton_launch
 from support.gradients import check_gradients
 from support.hopper import build
 from support.problems import Call, calls, check, draws

@@ -14,8 +14,7 @@ import torch
 from PIL import Image
 
 from flashbrush.integrations import InContextBrushPipeline
-from flashbrush.integrations.cli import main as cli
-from flashbrush.integrations.cli import output
+from flashbrush.integrations.cli import main as cli, output
 
 from ..command import flashbrush, options
 

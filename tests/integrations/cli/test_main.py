@@ -216,7 +216,7 @@ def test_bench(capsys) -> None:
 
 def test_help_is_quick_and_module_runs() -> None:
     code = (
-        "import sys; from flashbrush.integrations import cli\n"
+        "import sys; from flashbrush import __main__ as cli\n"
         "try: cli.main(['insert', '--help'])\n"
         "except SystemExit as end: assert end.code == 0\n"
         "assert not {'diffusers', 'transformers', 'matplotlib'} & set(sys.modules)"

@@ -13,8 +13,7 @@ from flashbrush.integrations import CrossImageAttention, TransferRoles
 from flashbrush.integrations.diffusers import Layer, Step, apply
 
 from ..diffusers.tiny_images import tiny_unet, unet_call
-from ..tiny import forward as flux_forward
-from ..tiny import relative, tiny_call, tiny_flux
+from ..tiny import forward as flux_forward, relative, tiny_call, tiny_flux
 from .eager_unet import EagerReader, reading, run, run_eager, sample, worst_layer
 
 TOLERANCE = 1e-5  # float32, relative to the largest output

@@ -18,8 +18,7 @@ from flashbrush.integrations.diffusers import Handle, Layer, Step, apply
 from flashbrush.integrations.methods.plug_and_play import negative_prompt_share
 
 from ..diffusers.tiny_images import SDXL, tiny_unet, unet_call
-from ..tiny import forward as flux_forward
-from ..tiny import relative, tiny_call, tiny_flux
+from ..tiny import forward as flux_forward, relative, tiny_call, tiny_flux
 from .eager_maps import Edit, editing, largest_tensor, probabilities, worst_edit
 from .eager_unet import run, sample
 

@@ -21,8 +21,7 @@ from flashbrush.integrations import EditRoles, LocalBlend, PromptEdit, PromptToP
 from flashbrush.integrations.diffusers import Layer, Step, apply
 
 from ..diffusers.tiny_images import SDXL, tiny_unet, unet_call
-from ..tiny import forward as flux_forward
-from ..tiny import relative, tiny_call, tiny_flux
+from ..tiny import forward as flux_forward, relative, tiny_call, tiny_flux
 from .eager_maps import Edit, editing, largest_tensor, probabilities, worst_edit
 from .eager_unet import run, sample
 

@@ -19,8 +19,7 @@ from flashbrush.integrations import InContextRoles, VisualInContext
 from flashbrush.integrations.diffusers import Layer, Step, apply
 
 from ..diffusers.tiny_images import SDXL, tiny_sd3, tiny_unet, unet_call
-from ..tiny import forward as flux_forward
-from ..tiny import in_double, relative, tiny_call, tiny_flux
+from ..tiny import forward as flux_forward, in_double, relative, tiny_call, tiny_flux
 from .eager_unet import EagerReader, changed, reading, run, run_eager, sample, worst_layer
 
 TOLERANCE = 1e-5  # float32, relative to the largest output

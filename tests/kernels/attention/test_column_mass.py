@@ -7,8 +7,7 @@ import torch
 from hypothesis import given, settings
 
 import flashbrush as fb
-from flashbrush.bindings.backends.triton import attention as triton
-from flashbrush.bindings.backends.triton import column_mass as triton_column_mass
+from flashbrush.bindings.backends.triton import attention as triton, column_mass as triton_column_mass
 from support.problems import Call, calls, draws
 
 pytestmark = pytest.mark.skipif(bool(triton.available()), reason="; ".join(triton.available()))

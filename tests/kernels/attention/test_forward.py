@@ -7,10 +7,8 @@ import torch
 from hypothesis import given, settings
 
 import flashbrush as fb
-from flashbrush.bindings.backends.triton import attention as backend
-from flashbrush.bindings.backends.triton import launch as triton_launch
-from flashbrush.kernels.attention import blocks as attention_blocks
-from flashbrush.kernels.attention import tiles as attention_tiles
+from flashbrush.bindings.backends.triton import attention as backend, launch as triton_launch
+from flashbrush.kernels.attention import blocks as attention_blocks, tiles as attention_tiles
 from support.problems import Call, calls, check, draws
 
 pytestmark = pytest.mark.skipif(bool(backend.available()), reason="; ".join(backend.available()))

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 import flashbrush as fb
-from flashbrush.bindings.backends.triton import attention as backend
-from flashbrush.bindings.backends.triton import measured_tiles as tiles
+from flashbrush.bindings.backends.triton import attention as backend, measured_tiles as tiles
 from flashbrush.bindings.backends.triton.measured_tiles import Kind
 from flashbrush.kernels.attention.tiles import Tile
 
