@@ -11,21 +11,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import flashbrush as fb
-from support.oracle import Spec
-from support.specs import attend, draw
+from support.oracle import OracleCall
+from support.oracle_calls import library_attention, random_oracle_call
 
 BACKENDS = ("reference", "composed")
 SEEDS = range(2000, 2060)
 
 
-def drawn(seed: int, without: tuple[str, ...] = (), contrast: bool = False) -> Spec:
-    spec = draw(seed)
+def drawn(seed: int, without: tuple[str, ...] = (), contrast: bool = False) -> OracleCall:
+    call = random_oracle_call(seed)
     for name in (*without, *(() if contrast else ("contrast",))):
-        spec.options.pop(name, None)
-    if contrast and "contrast" in spec.options:
-        spec.options["contrast"] = fb.Contrast(1.75, None)
-        spec.mask = None
-    return spec
+        call.options.pop(name, None)
+    if contrast and "contrast" in call.options:
+        call.options["contrast"] = fb.Contrast(1.75, None)
+        call.mask = None
+    return call
 
 
 def same(a: Tensor, b: Tensor, tolerance: float = 1e-6) -> None:
@@ -33,18 +33,18 @@ def same(a: Tensor, b: Tensor, tolerance: float = 1e-6) -> None:
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
-def joined(spec: Spec) -> Spec:
+def joined(call: OracleCall) -> OracleCall:
     """With k and v as single tensors, batch and all."""
-    batch = max(t.shape[0] for t in (*spec.k, *spec.v))
+    batch = max(t.shape[0] for t in (*call.k, *call.v))
 
     def join(ts: list[Tensor], index: list[Tensor] | None) -> Tensor:
         return torch.cat(
             [t.expand(batch, *t.shape[1:]) if index is None else t[index[i]] for i, t in enumerate(ts)], 1
         )
 
-    new = copy.copy(spec)
-    new.k, new.v = [join(spec.k, spec.source.get("k"))], [join(spec.v, spec.source.get("v"))]
-    new.source = {"q": spec.source["q"]} if spec.source else {}
+    new = copy.copy(call)
+    new.k, new.v = [join(call.k, call.source.get("k"))], [join(call.v, call.source.get("v"))]
+    new.source = {"q": call.source["q"]} if call.source else {}
     return new
 
 
@@ -77,9 +77,9 @@ def test_plain_is_sdpa(backend: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_sum_to_one_in_each_group(backend: str) -> None:
     for seed in SEEDS:
-        spec = drawn(seed, without=("weight", "gain", "head_gain", "gates"))
-        spec.v = [torch.ones_like(t) for t in spec.v]
-        out, stats = attend(spec, backend, return_stats=True)
+        call = drawn(seed, without=("weight", "gain", "head_gain", "gates"))
+        call.v = [torch.ones_like(t) for t in call.v]
+        out, stats = library_attention(call, backend, return_stats=True)
         groups = (stats.lse != -math.inf).sum(-1)  # (B, H, M)
         same(out, groups.transpose(1, 2)[..., None].expand_as(out).to(out.dtype))
 
@@ -87,9 +87,9 @@ def test_rows_sum_to_one_in_each_group(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_mass_sums_to_the_groups_that_have_a_key(backend: str) -> None:
     for seed in SEEDS:
-        spec = drawn(seed)
-        stats = attend(spec, backend, return_stats=True)[1]
-        label = token_labels(spec.row_names, spec.row_sizes)  # (B, M)
+        call = drawn(seed)
+        stats = library_attention(call, backend, return_stats=True)[1]
+        label = token_labels(call.row_names, call.row_sizes)  # (B, M)
         groups = (stats.lse != -math.inf).sum(-1).to(stats.mass.dtype)
         expected = torch.zeros(stats.mass.shape[:3], dtype=stats.mass.dtype)
         expected.scatter_add_(2, label[:, None].expand_as(groups), groups)
@@ -99,34 +99,34 @@ def test_mass_sums_to_the_groups_that_have_a_key(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_neutral_numbers_change_nothing(backend: str) -> None:
     for seed in SEEDS:
-        spec = drawn(seed, without=("weight", "bias", "gain", "gates", "valid"), contrast=True)
-        plain = attend(spec, backend, return_stats=True)
-        group = next(iter(spec.options.get("groups", {"all": 0})))
-        spec.options |= {
-            "weight": {("*", spec.key_names[0]): 1.0},
-            "bias": {(spec.row_names[-1], "*"): 0.0},
-            "gain": {spec.row_names[0]: 1.0},
+        call = drawn(seed, without=("weight", "bias", "gain", "gates", "valid"), contrast=True)
+        plain = library_attention(call, backend, return_stats=True)
+        group = next(iter(call.options.get("groups", {"all": 0})))
+        call.options |= {
+            "weight": {("*", call.key_names[0]): 1.0},
+            "bias": {(call.row_names[-1], "*"): 0.0},
+            "gain": {call.row_names[0]: 1.0},
             "gates": {group: 1.0},
-            "valid": {spec.key_names[-1]: torch.tensor([s[-1] for s in spec.key_sizes])},
+            "valid": {call.key_names[-1]: torch.tensor([s[-1] for s in call.key_sizes])},
         }
         for a, b in zip(
             (plain[0], *plain[1]),
-            (lambda r: (r[0], *r[1]))(attend(spec, backend, return_stats=True)),
+            (lambda r: (r[0], *r[1]))(library_attention(call, backend, return_stats=True)),
             strict=True,
         ):
             same(a, b, 1e-6 if backend == "composed" else 1e-12)
 
 
-def remove(spec: Spec, name: str) -> Spec:
+def remove(call: OracleCall, name: str) -> OracleCall:
     """The call without the keys of a segment, which stays as an empty one."""
-    c, new = spec.key_names.index(name), copy.copy(joined(spec))
-    keep = token_labels(spec.key_names, spec.key_sizes) != c  # (B, N)
+    c, new = call.key_names.index(name), copy.copy(joined(call))
+    keep = token_labels(call.key_names, call.key_sizes) != c  # (B, N)
     new.k, new.v = ([t[:, keep[0]] for t in ts] for ts in (new.k, new.v))
     if new.mask is not None:
         new.mask = new.mask[..., keep[0]]
-    new.key_sizes = [[0 if i == c else n for i, n in enumerate(s)] for s in spec.key_sizes]
-    new.options = {k: v for k, v in spec.options.items() if k != "valid"}
-    new.options["valid"] = {n: t for n, t in spec.options.get("valid", {}).items() if n != name}
+    new.key_sizes = [[0 if i == c else n for i, n in enumerate(s)] for s in call.key_sizes]
+    new.options = {k: v for k, v in call.options.items() if k != "valid"}
+    new.options["valid"] = {n: t for n, t in call.options.get("valid", {}).items() if n != name}
     return new
 
 
@@ -134,26 +134,26 @@ def remove(spec: Spec, name: str) -> Spec:
 def test_minus_inf_removes_keys_and_their_values_are_not_read(backend: str) -> None:
     tried = 0
     for seed in SEEDS:
-        spec = drawn(seed, contrast=True)
-        if any(s != spec.key_sizes[0] for s in spec.key_sizes) or spec.source or spec.mask is not None:
+        call = drawn(seed, contrast=True)
+        if any(s != call.key_sizes[0] for s in call.key_sizes) or call.source or call.mask is not None:
             continue
-        name = spec.key_names[seed % len(spec.key_names)]
-        c = spec.key_names.index(name)
-        gone = token_labels(spec.key_names, spec.key_sizes)[0] == c
+        name = call.key_names[seed % len(call.key_names)]
+        c = call.key_names.index(name)
+        gone = token_labels(call.key_names, call.key_sizes)[0] == c
         if not gone.any() or gone.all():
             continue
         tried += 1
-        cut = joined(spec)
-        cut.options = {**spec.options, "bias": {**spec.options.get("bias", {}), ("*", name): -math.inf}}
-        truth = attend(remove(cut, name), backend, return_stats=True)
+        cut = joined(call)
+        cut.options = {**call.options, "bias": {**call.options.get("bias", {}), ("*", name): -math.inf}}
+        truth = library_attention(remove(cut, name), backend, return_stats=True)
         cut.k, cut.v = ([t.masked_fill(gone[:, None, None], math.nan) for t in ts] for ts in (cut.k, cut.v))
-        heads = spec.q.shape[2]
+        heads = call.q.shape[2]
         for value in (
             -math.inf,
             torch.full((heads,), -math.inf),
         ):  # known when lowered, and only in the table
             cut.options["bias"]["*", name] = value
-            out, stats = attend(cut, backend, return_stats=True)
+            out, stats = library_attention(cut, backend, return_stats=True)
             assert bool(torch.isfinite(out).all())
             same(out, truth[0])
             same(stats.lse, truth[1].lse)
@@ -219,36 +219,36 @@ def test_bad_numbers_in_allowed_keys_propagate_as_in_sdpa(backend: str, value: f
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_permuting_segments_permutes_nothing_else(backend: str) -> None:
     for seed in SEEDS:
-        spec = drawn(seed, contrast=True)
-        if any(len({tuple(s) for s in sizes}) > 1 for sizes in (spec.row_sizes, spec.key_sizes)):
+        call = drawn(seed, contrast=True)
+        if any(len({tuple(s) for s in sizes}) > 1 for sizes in (call.row_sizes, call.key_sizes)):
             continue
-        out, stats = attend(spec, backend, return_stats=True)
+        out, stats = library_attention(call, backend, return_stats=True)
         generator = torch.Generator().manual_seed(seed)
         row_order, key_order = (
-            torch.randperm(len(n), generator=generator) for n in (spec.row_names, spec.key_names)
+            torch.randperm(len(n), generator=generator) for n in (call.row_names, call.key_names)
         )
-        moved = joined(spec)
+        moved = joined(call)
         rows, keys = (
             torch.cat([(token_labels(names, sizes)[0] == s).nonzero()[:, 0] for s in order])
             for names, sizes, order in (
-                (spec.row_names, spec.row_sizes, row_order),
-                (spec.key_names, spec.key_sizes, key_order),
+                (call.row_names, call.row_sizes, row_order),
+                (call.key_names, call.key_sizes, key_order),
             )
         )
-        moved.q, moved.k, moved.v = spec.q[:, rows], [moved.k[0][:, keys]], [moved.v[0][:, keys]]
+        moved.q, moved.k, moved.v = call.q[:, rows], [moved.k[0][:, keys]], [moved.v[0][:, keys]]
         moved.row_names, moved.key_names = (
-            [spec.row_names[i] for i in row_order],
-            [spec.key_names[i] for i in key_order],
+            [call.row_names[i] for i in row_order],
+            [call.key_names[i] for i in key_order],
         )
-        moved.row_sizes = [[s[i] for i in row_order] for s in spec.row_sizes]
-        moved.key_sizes = [[s[i] for i in key_order] for s in spec.key_sizes]
-        moved.options = dict(spec.options)
-        if "gates" in spec.options:
-            gates = spec.options["gates"]
+        moved.row_sizes = [[s[i] for i in row_order] for s in call.row_sizes]
+        moved.key_sizes = [[s[i] for i in key_order] for s in call.key_sizes]
+        moved.options = dict(call.options)
+        if "gates" in call.options:
+            gates = call.options["gates"]
             moved.options["gates"] = {n: g[:, rows] if isinstance(g, Tensor) else g for n, g in gates.items()}
-        if spec.mask is not None:
-            moved.mask = spec.mask[:, :, rows][..., keys]
-        again, again_stats = attend(moved, backend, return_stats=True)
+        if call.mask is not None:
+            moved.mask = call.mask[:, :, rows][..., keys]
+        again, again_stats = library_attention(moved, backend, return_stats=True)
         same(again, out[:, rows])
         same(again_stats.lse, stats.lse[:, :, rows])
         same(again_stats.mass, stats.mass[:, :, row_order][..., key_order])
@@ -257,19 +257,19 @@ def test_permuting_segments_permutes_nothing_else(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_splitting_a_segment_changes_nothing(backend: str) -> None:
     for seed in SEEDS:
-        spec = drawn(seed, without=("valid",), contrast=True)
-        spec = joined(spec)
-        out, stats = attend(spec, backend, return_stats=True)
-        r, c = seed % len(spec.row_names), seed % len(spec.key_names)
-        fine, row, key = copy.copy(spec), spec.row_names[r], spec.key_names[c]
-        fine.row_names = [x for n in spec.row_names for x in ([n, "row2"] if n == row else [n])]
-        fine.key_names = [x for n in spec.key_names for x in ([n, "key2"] if n == key else [n])]
+        call = drawn(seed, without=("valid",), contrast=True)
+        call = joined(call)
+        out, stats = library_attention(call, backend, return_stats=True)
+        r, c = seed % len(call.row_names), seed % len(call.key_names)
+        fine, row, key = copy.copy(call), call.row_names[r], call.key_names[c]
+        fine.row_names = [x for n in call.row_names for x in ([n, "row2"] if n == row else [n])]
+        fine.key_names = [x for n in call.key_names for x in ([n, "key2"] if n == key else [n])]
         halves = lambda sizes, at: [[*s[:at], s[at] // 2, s[at] - s[at] // 2, *s[at + 1 :]] for s in sizes]  # noqa: E731
-        fine.row_sizes, fine.key_sizes = halves(spec.row_sizes, r), halves(spec.key_sizes, c)
-        options = dict(spec.options)
+        fine.row_sizes, fine.key_sizes = halves(call.row_sizes, r), halves(call.key_sizes, c)
+        options = dict(call.options)
         for name in ("bias", "weight"):
             entries = {}
-            for (a, b), value in spec.options.get(name, {}).items():
+            for (a, b), value in call.options.get(name, {}).items():
                 for a2 in (a, "row2") if a == row else (a,):
                     for b2 in (b, "key2") if b == key else (b,):
                         entries[a2, b2] = value
@@ -291,12 +291,12 @@ def test_splitting_a_segment_changes_nothing(backend: str) -> None:
             }
             options["head_gain"] = fb.HeadGain(**wider, span=rule.span, floor=rule.floor, norm=rule.norm)
         fine.options = options
-        again, fine_stats = attend(fine, backend, return_stats=True)
+        again, fine_stats = library_attention(fine, backend, return_stats=True)
         same(again, out)
-        same(attend(fine, backend), out)  # without statistics the halves are joined again
+        same(library_attention(fine, backend), out)  # without statistics the halves are joined again
         same(fine_stats.lse, stats.lse)
-        merge_rows = [r if n == "row2" else spec.row_names.index(n) for n in fine.row_names]
-        merge_keys = [c if n == "key2" else spec.key_names.index(n) for n in fine.key_names]
+        merge_rows = [r if n == "row2" else call.row_names.index(n) for n in fine.row_names]
+        merge_keys = [c if n == "key2" else call.key_names.index(n) for n in fine.key_names]
         mass = (
             torch.zeros_like(stats.mass[..., :1])
             .expand(-1, -1, -1, len(fine.key_names))
@@ -308,14 +308,14 @@ def test_splitting_a_segment_changes_nothing(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_sources_are_copies_and_lists_are_concatenations(backend: str) -> None:
     for seed in SEEDS:
-        spec = drawn(seed, contrast=True)
-        if not spec.source and len(spec.k) == 1:
+        call = drawn(seed, contrast=True)
+        if not call.source and len(call.k) == 1:
             continue
-        out, stats = attend(spec, backend, return_stats=True)
-        plain = joined(spec)
-        if spec.source:
-            plain.q, plain.source = spec.q[spec.source["q"]], {}
-        again, again_stats = attend(plain, backend, return_stats=True)
+        out, stats = library_attention(call, backend, return_stats=True)
+        plain = joined(call)
+        if call.source:
+            plain.q, plain.source = call.q[call.source["q"]], {}
+        again, again_stats = library_attention(plain, backend, return_stats=True)
         same(again, out)
         same(again_stats.lse, stats.lse)
         same(again_stats.mass, stats.mass)
@@ -325,8 +325,8 @@ def test_sources_are_copies_and_lists_are_concatenations(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_out_is_written_whole_and_nothing_else(backend: str, layout: str) -> None:
     for seed in SEEDS:
-        spec = drawn(seed, contrast=True)
-        truth, stats = attend(spec, backend, return_stats=True)
+        call = drawn(seed, contrast=True)
+        truth, stats = library_attention(call, backend, return_stats=True)
         B, M, H, D = truth.shape
         if layout == "heads first":
             whole = torch.full((B, H, M, D), math.nan, dtype=truth.dtype)
@@ -334,7 +334,7 @@ def test_out_is_written_whole_and_nothing_else(backend: str, layout: str) -> Non
         else:
             whole = torch.full((B, M + 2, H, D + 3), math.nan, dtype=truth.dtype)
             out = whole[:, 1:-1, :, :D] if layout == "padded" else torch.full_like(truth, math.nan)
-        got, got_stats = attend(spec, backend, out=out, return_stats=True)
+        got, got_stats = library_attention(call, backend, out=out, return_stats=True)
         assert got is out
         assert torch.equal(out, truth)
         assert torch.equal(got_stats.lse, stats.lse) and torch.equal(got_stats.mass, stats.mass)

@@ -11,25 +11,25 @@ from hypothesis import given, settings
 import flashbrush as fb
 from flashbrush.bindings.backends.composed import backward as composed_backward
 from flashbrush.bindings.backends.cpu import attention as cpu
-from support.oracle import name_at, whole_map
-from support.problems import Call, calls, draws
-from support.specs import draw, without_values
+from support.calls import Call, examples, random_calls
+from support.oracle import probabilities, segment_of
+from support.oracle_calls import map_arguments, random_oracle_call
 
 
 @pytest.mark.parametrize("seed", range(4000, 4030))
 def test_equals_the_sum_over_the_map(seed: int, monkeypatch) -> None:
     monkeypatch.setattr(composed_backward, "BLOCK_ELEMENTS", 40)  # several blocks of rows
-    spec = draw(seed)
-    spec.mask = None
-    q, k, lse, control, kwargs = without_values(spec)
-    truth = whole_map(spec)
+    call = random_oracle_call(seed)
+    call.mask = None
+    q, k, lse, control, kwargs = map_arguments(call)
+    truth = probabilities(call)
     torch.testing.assert_close(
         fb.column_mass(q, k, lse, control, **kwargs), truth.sum(2), rtol=1e-9, atol=1e-9
     )
-    name = spec.row_names[seed % len(spec.row_names)]
+    name = call.row_names[seed % len(call.row_names)]
     counted = torch.tensor(
-        [[name_at(spec.row_names, s, i)[0] == name for i in range(q.shape[1])] for s in spec.row_sizes]
-    ).reshape(len(spec.row_sizes), 1, -1, 1)
+        [[segment_of(call.row_names, s, i)[0] == name for i in range(q.shape[1])] for s in call.row_sizes]
+    ).reshape(len(call.row_sizes), 1, -1, 1)
     for rows in (name, [name]):
         got = fb.column_mass(q, k, lse, control, **kwargs, rows=rows)
         torch.testing.assert_close(got, (truth * counted).sum(2), rtol=1e-9, atol=1e-9)
@@ -83,15 +83,15 @@ def test_bad_calls() -> None:
             fb.column_mass(*arguments_, **more)
 
 
-@settings(max_examples=draws(200))
-@given(calls(contrast=False))
+@settings(max_examples=examples(200))
+@given(random_calls(contrast=False))
 def test_drawn_calls_on_the_cpu(call: Call) -> None:
     check_on_the_cpu(call)
 
 
 @pytest.mark.parametrize("isa", cpu.isas())
-@settings(max_examples=draws(40))
-@given(call=calls(contrast=False))
+@settings(max_examples=examples(40))
+@given(call=random_calls(contrast=False))
 def test_instruction_sets(isa: str, call: Call) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FLASHBRUSH_CPU_ISA", isa)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 import flashbrush as fb
 from flashbrush.bindings.backends.cpu import attention as cpu
-from support.problems import Call, check
+from support.calls import Call
+from support.error_bars import check_result
 
 BACKENDS = ["reference", "composed", *(f"cpu-{isa}" for isa in cpu.isas())]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -46,7 +47,7 @@ def test_logits_of_ten_thousand(backend: str, dtype: torch.dtype) -> None:
     scale = 1e4 / largest
     call = Call(q, k, v, None, {"scale": scale})
     out, stats = call.run(backend, return_stats=True)
-    check(call, out)
+    check_result(call, out)
     truth = call.to(torch.float64).run("reference", return_stats=True)[1]
     assert float(truth.lse.abs().max()) > 5e3
     torch.testing.assert_close(stats.lse.double(), truth.lse, rtol=1e-6, atol=1e-2)

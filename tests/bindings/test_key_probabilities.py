@@ -11,19 +11,19 @@ from torch.autograd import gradcheck
 
 import flashbrush as fb
 from flashbrush.bindings.backends.composed import backward as composed_backward
-from support.oracle import whole_map
-from support.specs import draw, without_values
+from support.oracle import probabilities
+from support.oracle_calls import map_arguments, random_oracle_call
 
 
 @pytest.mark.parametrize("seed", range(4100, 4120))
 def test_equals_columns_of_the_map(seed: int, monkeypatch) -> None:
     monkeypatch.setattr(composed_backward, "BLOCK_ELEMENTS", 40)
-    spec = draw(seed)
-    spec.mask = None
-    q, k, lse, control, kwargs = without_values(spec)
-    total = sum(t.shape[1] for t in spec.k)
+    call = random_oracle_call(seed)
+    call.mask = None
+    q, k, lse, control, kwargs = map_arguments(call)
+    total = sum(t.shape[1] for t in call.k)
     keys = torch.randint(0, total, (3,))
-    truth = whole_map(spec)[..., keys]
+    truth = probabilities(call)[..., keys]
     for wanted in (keys, keys.int(), keys.tolist()):
         got = fb.key_probabilities(q, k, lse, wanted, control, **kwargs)
         torch.testing.assert_close(got, truth, rtol=1e-9, atol=1e-9)

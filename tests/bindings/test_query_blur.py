@@ -10,8 +10,8 @@ from hypothesis import given, settings, strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
 import flashbrush as fb
-from support.blur import blurred, kernel
-from support.problems import draws
+from support.blur_oracle import blur_by_convolution, gaussian_taps
+from support.calls import examples
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 sides = st.integers(1, 12)
@@ -24,7 +24,7 @@ def queries(
     return torch.randn(batch, tokens, heads, dim, dtype=torch.float64).to(dtype)
 
 
-@settings(max_examples=draws(200))
+@settings(max_examples=examples(200))
 @given(sides, sides, sigmas, st.integers(0, 2), st.sampled_from(DTYPES), st.integers(0, 3), st.integers(0, 3))
 def test_drawn_calls(
     h: int, w: int, sigma: float, batch: int, dtype: torch.dtype, before: int, after: int
@@ -32,7 +32,7 @@ def test_drawn_calls(
     q = queries(batch, before + h * w + after, dtype)
     image = slice(before, before + h * w)
     got = fb.query_blur(q, (h, w), sigma, tokens=image)
-    exact = blurred(q[:, image], (h, w), min(sigma, 1e9))
+    exact = blur_by_convolution(q[:, image], (h, w), min(sigma, 1e9))
     eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
     bar = torch.finfo(dtype).eps * 0.5001 * exact.abs() + 32 * eps
     assert got.dtype == dtype and got.shape == q.shape and got.is_contiguous()
@@ -59,7 +59,7 @@ def test_the_number_of_taps() -> None:
         q = torch.zeros(1, side, 1, 1, dtype=torch.float64)
         q[:, side // 2] = 1
         got = fb.query_blur(q, (1, side), sigma)
-        assert len(kernel(side, sigma)) == expected
+        assert len(gaussian_taps(side, sigma)) == expected
         # a tap beyond the border falls back onto a place of its own side, so that none is lost
         assert int((got != 0).sum()) == min(expected, side)
 

@@ -19,7 +19,7 @@ from flashbrush.bindings.backends.triton import (
     eligibility as triton_light,
 )
 from flashbrush.kernels.adain import MOST_CHUNKS, adain_apply, adain_statistics, tile_of, walk_space
-from support.problems import draws
+from support.calls import examples
 
 pytestmark = pytest.mark.skipif(bool(backend.available()), reason="; ".join(backend.available()))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -74,7 +74,7 @@ def images(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor | None, Tensor | Non
     return x, style, mask, style_mask
 
 
-@settings(max_examples=400 if DEVICE == "cuda" else draws(15))
+@settings(max_examples=400 if DEVICE == "cuda" else examples(15))
 @given(images())
 def test_drawn_images(images: tuple[Tensor, Tensor, Tensor | None, Tensor | None]) -> None:
     check(*(t if t is None else t.to(DEVICE) for t in images))

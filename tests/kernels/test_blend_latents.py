@@ -20,7 +20,7 @@ from flashbrush.bindings.backends.triton import (
 )
 from flashbrush.kernels.blend_latents import BLOCK, blend_latents
 from flashbrush.kernels.strides import collapse
-from support.problems import draws
+from support.calls import examples
 
 pytestmark = pytest.mark.skipif(bool(backend.available()), reason="; ".join(backend.available()))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -71,7 +71,7 @@ def blends(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, Tensor, float | Ten
     return generated, source, noise, mask, sigmas if kind == "items" else sigmas[0]
 
 
-@settings(max_examples=400 if DEVICE == "cuda" else draws(60))
+@settings(max_examples=400 if DEVICE == "cuda" else examples(60))
 @given(blends())
 def test_drawn_blends(call: tuple[Tensor, Tensor, Tensor, Tensor, float | Tensor]) -> None:
     generated, source, noise, mask, sigma = (t.to(DEVICE) if isinstance(t, Tensor) else t for t in call)

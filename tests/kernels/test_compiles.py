@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("triton")
 from support.compiled import compile_elsewhere
-from support.light_calls import LIGHT_CALLS
+from support.small_operator_calls import SMALL_OPERATOR_CALLS
 
 SHARED = {
     "sm_80": 163 << 10,
@@ -57,7 +57,7 @@ TABLE = [
     ("column_mass", "brush", 128, "float32"),
     ("norm_rope", "half", 64, "float32"),
     ("norm_rope", "backward interleaved", 128, "bfloat16"),
-    *(("light", name, 128, "bfloat16") for name in LIGHT_CALLS),
+    *(("light", name, 128, "bfloat16") for name in SMALL_OPERATOR_CALLS),
 ]
 SHORTER = [
     case

@@ -16,8 +16,8 @@ import flashbrush as fb
 from flashbrush.bindings.backends.cpu import qk_norm_rope as cpu_norm_rope
 from flashbrush.bindings.backends.triton import attention as triton, qk_norm_rope as triton_norm_rope
 from flashbrush.kernels import qk_norm_rope as kernels
+from support.calls import examples
 from support.compiled import compile_elsewhere
-from support.problems import draws
 
 pytestmark = pytest.mark.skipif(bool(triton.available()), reason="; ".join(triton.available()))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -204,7 +204,7 @@ def run(case: Case) -> None:
 
 
 # The interpreter takes some tenths of a second for a case.
-@settings(max_examples=1000 if DEVICE == "cuda" else draws(100))
+@settings(max_examples=1000 if DEVICE == "cuda" else examples(100))
 @given(cases())
 def test_drawn_cases(case: Case) -> None:
     run(case)

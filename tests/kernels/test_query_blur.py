@@ -16,8 +16,8 @@ from flashbrush.bindings.backends.triton import (
     query_blur as triton_query_blur,
 )
 from flashbrush.kernels.query_blur import BLOCK_J, blur_side
-from support.blur import blurred
-from support.problems import draws
+from support.blur_oracle import blur_by_convolution
+from support.calls import examples
 
 pytestmark = pytest.mark.skipif(bool(backend.available()), reason="; ".join(backend.available()))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -30,7 +30,7 @@ def through_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def check(got: Tensor, q: Tensor, grid: tuple[int, int], sigma: float) -> None:
-    exact = blurred(q, grid, sigma)
+    exact = blur_by_convolution(q, grid, sigma)
     assert got.isfinite().all()
     bar = torch.finfo(q.dtype).eps * 0.5001 * exact.abs() + 8 * torch.finfo(torch.float32).eps * float(
         q.abs().max()
@@ -55,7 +55,7 @@ def queries(draw: st.DrawFn) -> tuple[Tensor, tuple[int, int], float, int]:
     return q.to(draw(st.sampled_from(DTYPES))), grid, draw(st.sampled_from((0.1, 0.5, 1.7, 20.0))), text
 
 
-@settings(max_examples=400 if DEVICE == "cuda" else draws(15))
+@settings(max_examples=400 if DEVICE == "cuda" else examples(15))
 @given(queries())
 def test_drawn_queries(call: tuple[Tensor, tuple[int, int], float, int]) -> None:
     q, grid, sigma, text = call
@@ -87,7 +87,7 @@ def test_gradient_is_the_transpose() -> None:
     exact = q.detach().double().requires_grad_()
     dout = torch.randn(1, 35, 2, 3, device=DEVICE)
     (got,) = torch.autograd.grad(fb.query_blur(q, (5, 7), 0.8), q, dout)
-    (expected,) = torch.autograd.grad(blurred(exact, (5, 7), 0.8), exact, dout.double())
+    (expected,) = torch.autograd.grad(blur_by_convolution(exact, (5, 7), 0.8), exact, dout.double())
     torch.testing.assert_close(got.double(), expected, rtol=0, atol=2e-6)
 
 

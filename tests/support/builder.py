@@ -1,4 +1,4 @@
-"""setup.py of the clone as a module, for tests that build in another way than an installation does."""
+"""setup.py of the clone as a module, for tests that build libraries with flags of their own."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ from flashbrush.bindings.backends.triton import (
 )
 from flashbrush.bindings.core.problem import Problem
 
-from .light_calls import LIGHT_CALLS
+from .small_operator_calls import SMALL_OPERATOR_CALLS
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 CONTROLS = {
@@ -110,7 +110,7 @@ def call(operator: str, variant: str, dim: int, dtype: torch.dtype) -> None:
     elif operator == "norm_rope":
         norm_rope(variant, dim, dtype)
     else:
-        LIGHT_CALLS[variant](dtype)
+        SMALL_OPERATOR_CALLS[variant](dtype)
 
 
 def compile_case(operator: str, variant: str, dim: int, dtype: str) -> list[dict]:

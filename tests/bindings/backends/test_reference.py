@@ -8,7 +8,7 @@ from torch import Tensor
 
 import flashbrush as fb
 from support import oracle
-from support.specs import attend, draw
+from support.oracle_calls import library_attention, random_oracle_call
 
 
 def close(got: Tensor, expected, tolerance: float) -> None:
@@ -19,9 +19,9 @@ def close(got: Tensor, expected, tolerance: float) -> None:
 
 @pytest.mark.parametrize("seed", range(120))
 def test_equals_a_loop_over_the_formula(seed: int) -> None:
-    spec = draw(seed)
-    truth = oracle.solve(spec)
-    out, stats = attend(spec, return_stats=True)
+    call = random_oracle_call(seed)
+    truth = oracle.attention(call)
+    out, stats = library_attention(call, return_stats=True)
     # The drawn tables hold float32 numbers, so that both sides compute from the same ones.
     close(out, truth.out, 3e-7)
     close(stats.lse, truth.lse, 1e-12)
@@ -31,38 +31,41 @@ def test_equals_a_loop_over_the_formula(seed: int) -> None:
 
 def test_the_draws_cover_the_operator() -> None:
     """The comparison above is worth what it draws: each feature, and each with an effect, several times."""
-    specs = [draw(seed) for seed in range(120)]
+    calls = [random_oracle_call(seed) for seed in range(120)]
     for name in ("bias", "weight", "gain", "head_gain", "groups", "gates", "contrast", "valid"):
-        assert sum(name in s.options for s in specs) >= 15, name
-    assert {s.options["head_gain"].norm for s in specs if "head_gain" in s.options} == {
+        assert sum(name in s.options for s in calls) >= 15, name
+    assert {s.options["head_gain"].norm for s in calls if "head_gain" in s.options} == {
         "minmax",
         "mean",
         "max",
         "softmax",
     }
-    clips = [c.clip for s in specs if isinstance(c := s.options.get("contrast"), fb.Contrast)]
+    clips = [c.clip for s in calls if isinstance(c := s.options.get("contrast"), fb.Contrast)]
     assert clips.count(None) >= 3 and len(clips) - clips.count(None) >= 6
     for name, present in (
-        ("lists", [len(s.k) > 1 for s in specs]),
-        ("sources", [bool(s.source) for s in specs]),
-        ("masks", [s.mask is not None for s in specs]),
-        ("rows by item", [any(x != s.row_sizes[0] for x in s.row_sizes) for s in specs]),
-        ("keys by item", [any(x != s.key_sizes[0] for x in s.key_sizes) for s in specs]),
-        ("scales by item", [isinstance(s.scale, Tensor) for s in specs]),
-        ("grouped queries", [s.q.shape[2] > s.k[0].shape[2] for s in specs]),
-        ("rows without a key", [bool(torch.isinf(attend(s, return_stats=True)[1].lse).any()) for s in specs]),
+        ("lists", [len(s.k) > 1 for s in calls]),
+        ("sources", [bool(s.source) for s in calls]),
+        ("masks", [s.mask is not None for s in calls]),
+        ("rows by item", [any(x != s.row_sizes[0] for x in s.row_sizes) for s in calls]),
+        ("keys by item", [any(x != s.key_sizes[0] for x in s.key_sizes) for s in calls]),
+        ("scales by item", [isinstance(s.scale, Tensor) for s in calls]),
+        ("grouped queries", [s.q.shape[2] > s.k[0].shape[2] for s in calls]),
+        (
+            "rows without a key",
+            [bool(torch.isinf(library_attention(s, return_stats=True)[1].lse).any()) for s in calls],
+        ),
     ):
         assert sum(present) >= 8, name
 
 
 @pytest.mark.parametrize("seed", range(40))
 def test_composed_equals_the_loop_too(seed: int) -> None:
-    spec = draw(seed + 1000)
-    contrast = spec.options.pop("contrast", None)
-    if contrast is not None and spec.mask is None:  # only an unclipped contrast needs no map
-        spec.options["contrast"] = fb.Contrast(1.75, None)
-    truth = oracle.solve(spec)
-    out, stats = attend(spec, backend="composed", return_stats=True)
+    call = random_oracle_call(seed + 1000)
+    contrast = call.options.pop("contrast", None)
+    if contrast is not None and call.mask is None:  # only an unclipped contrast needs no map
+        call.options["contrast"] = fb.Contrast(1.75, None)
+    truth = oracle.attention(call)
+    out, stats = library_attention(call, backend="composed", return_stats=True)
     close(out, truth.out, 1e-6)
     close(stats.lse, truth.lse, 1e-6)
     close(stats.mass, truth.mass, 1e-6)

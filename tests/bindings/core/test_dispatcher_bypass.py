@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import flashbrush as fb
 from flashbrush.bindings.core.dispatcher_bypass import unwatched
 from flashbrush.bindings.operators import attention as ops
-from support.problems import Call, calls, draws
+from support.calls import Call, examples, random_calls
 
 
 def small(seed: int = 0) -> Tensor:
@@ -125,8 +125,8 @@ def test_a_negated_view_is_negative(name: str) -> None:
     assert torch.equal(CALLS[name](x), CALLS[name](x.resolve_neg()))
 
 
-@settings(max_examples=draws(200))
-@given(calls(dtypes=(torch.float32, torch.bfloat16, torch.float64)))
+@settings(max_examples=examples(200))
+@given(random_calls(dtypes=(torch.float32, torch.bfloat16, torch.float64)))
 def test_the_same_bits_as_the_operator(call: Call) -> None:
     warnings.simplefilter("ignore")
     tensors = [t for x in (call.q, call.k, call.v) for t in ([x] if isinstance(x, Tensor) else x)]

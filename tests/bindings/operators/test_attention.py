@@ -14,8 +14,9 @@ from torch.autograd import gradcheck
 import flashbrush as fb
 from flashbrush.bindings.attention import _arguments, _lower
 from flashbrush.bindings.operators import attention as ops
-from support.problems import Call, calls, draws, luck
-from support.specs import arguments, draw
+from support.calls import Call, examples, random_calls
+from support.gradients import check_gradients_against_eager
+from support.oracle_calls import library_arguments, random_oracle_call, without_clip
 
 # --- what torch demands
 # ---------------------------------------------------------------------------------------------
@@ -25,16 +26,13 @@ def lowered(seed: int, dtype: torch.dtype, heads_first: bool) -> tuple:
     """The operators' inputs for a drawn call, on tensors that lie in memory as (batch, heads, tokens, dim) if
     asked.
     """
-    spec = draw(seed)
-    if "contrast" in spec.options:
-        spec.options["contrast"] = fb.Contrast(1.75, None)
-        spec.mask = None
+    call = without_clip(random_oracle_call(seed))
 
     def place(t: Tensor) -> Tensor:
         return t.to(dtype).transpose(1, 2).contiguous().transpose(1, 2) if heads_first else t.to(dtype)
 
-    spec.q, spec.k, spec.v = place(spec.q), [place(t) for t in spec.k], [place(t) for t in spec.v]
-    (q, k, v, control), kwargs = arguments(spec)
+    call.q, call.k, call.v = place(call.q), [place(t) for t in call.k], [place(t) for t in call.v]
+    (q, k, v, control), kwargs = library_arguments(call)
     return _arguments(_lower(q, k, v, control, out=None, **kwargs), control)
 
 
@@ -290,48 +288,16 @@ def test_removed_keys_are_not_read_by_the_gradient(backend: str) -> None:
     torch.testing.assert_close(dq[:, 2:], clean[0][:, 2:])
 
 
-def autograd(call: Call, backend: str, d: Tensor) -> list[Tensor]:
-    """Gradients of a call with respect to q and every key and value tensor."""
-
-    def leaf(t: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
-        return (
-            [x.detach().requires_grad_() for x in t] if isinstance(t, list) else t.detach().requires_grad_()
-        )
-
-    fresh = Call(leaf(call.q), leaf(call.k), leaf(call.v), call.control, call.kwargs)
-    flat = [fresh.q, *(fresh.k if isinstance(fresh.k, list) else [fresh.k])]
-    flat += fresh.v if isinstance(fresh.v, list) else [fresh.v]
-    return list(torch.autograd.grad(fresh.run(backend), flat, d))
-
-
-def check_gradients(call: Call) -> None:
-    exact = call.to(torch.float64)
-    out = call.run("composed")
-    d = torch.randn(out.shape).to(out.dtype)
-    truth = autograd(exact, "reference", d.double())
-    theirs, mine = (autograd(call, backend, d) for backend in ("reference", "composed"))
-    eps = torch.finfo(out.dtype).eps
-    for name, t, a, b in zip(("q", *"kv" * 9), truth, theirs, mine, strict=False):
-        assert b.dtype == out.dtype and b.shape == t.shape and bool(torch.isfinite(b).all()), name
-        if not t.numel() or not d.numel():
-            continue
-        largest = float(t.abs().max())
-        slack = 0.5 * eps * largest + luck(exact, call, out.numel()) * 4 * float(d.abs().max())
-        error, allowed = (b.double() - t).abs(), (a.double() - t).abs()
-        assert error.mean() <= 2 * allowed.mean() + slack, name
-        assert error.max() <= 2 * allowed.max() + slack, name
-
-
-@settings(max_examples=draws(120))
-@given(calls(contrast=False, dtypes=(torch.float32,), longest=50, mask=True))
+@settings(max_examples=examples(120))
+@given(random_calls(contrast=False, dtypes=(torch.float32,), longest=50, mask=True))
 def test_gradients_of_drawn_calls(call: Call) -> None:
-    check_gradients(call)
+    check_gradients_against_eager(call, "composed")
 
 
-@settings(max_examples=draws(80))
-@given(calls(contrast=False, dtypes=(torch.bfloat16, torch.float16), longest=50))
+@settings(max_examples=examples(80))
+@given(random_calls(contrast=False, dtypes=(torch.bfloat16, torch.float16), longest=50))
 def test_gradients_of_drawn_calls_in_16_bits(call: Call) -> None:
-    check_gradients(call)
+    check_gradients_against_eager(call, "composed")
 
 
 def test_what_has_no_gradient_says_so() -> None:

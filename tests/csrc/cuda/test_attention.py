@@ -25,9 +25,10 @@ from flashbrush.bindings.backends.cuda import attention as cuda
 from flashbrush.bindings.backends.planner import FUSED
 from flashbrush.bindings.backends.shared_library import build_report
 from flashbrush.bindings.backends.triton import attention as triton, launch as triton_launch
+from support.calls import Call, examples, random_calls
+from support.error_bars import check_result
 from support.gradients import check_gradients
 from support.hopper import build
-from support.problems import Call, calls, check, draws
 
 SOURCE = Path(__file__).parents[3] / "csrc" / "cuda" / "attention.cu"
 HARDWARE = torch.cuda.is_available() and not cuda.available()
@@ -57,8 +58,8 @@ def run(call: Call) -> tuple[Tensor, fb.Stats]:
     call = call.on(torch.device(DEVICE))
     out = torch.full_like(call.run("reference"), float("nan"))
     _, stats = call.run("cuda", return_stats=True, out=out)
-    check(call, out, stats)
-    check(call, call.run("cuda"))
+    check_result(call, out, stats)
+    check_result(call, call.run("cuda"))
     return out, stats
 
 
@@ -84,9 +85,10 @@ def everything(dim: int = 128, dtype: torch.dtype = torch.bfloat16) -> Call:
 @pytest.mark.parametrize("longest", (40, 150, 400))
 def test_drawn_calls(seed: Callable[[int], None], longest: int) -> None:
     @hypothesis.seed(longest)
-    @settings(max_examples=draws(40 if not HARDWARE else 400), derandomize=False, database=None)
+    @settings(max_examples=examples(40 if not HARDWARE else 400), derandomize=False, database=None)
     @given(
-        calls(longest=longest, dims=(8, 40, 64, 80, 128), dtypes=DTYPES, clip=False), st.integers(0, 2**60)
+        random_calls(longest=longest, dims=(8, 40, 64, 80, 128), dtypes=DTYPES, clip=False),
+        st.integers(0, 2**60),
     )
     def drawn(call: Call, order: int) -> None:
         assume(not cuda.why_not(call.on(torch.device(DEVICE)).problem()))

@@ -10,16 +10,18 @@ from hypothesis import given, settings
 
 import flashbrush as fb
 from flashbrush.bindings.backends.triton import attention as backend
+from support.calls import Call, examples, random_calls
 from support.gradients import check_gradients, gradients
-from support.problems import Call, calls, draws
 
 pytestmark = pytest.mark.skipif(bool(backend.available()), reason="; ".join(backend.available()))
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@settings(max_examples=300 if DEVICE.type == "cuda" else draws(25))
+@settings(max_examples=300 if DEVICE.type == "cuda" else examples(25))
 @given(
-    calls(longest=70, dims=(3, 16, 40, 64, 80, 128), contrast=False, weights=(0.0, 0.25, 0.7, 1.0, 1.3, 4.0))
+    random_calls(
+        longest=70, dims=(3, 16, 40, 64, 80, 128), contrast=False, weights=(0.0, 0.25, 0.7, 1.0, 1.3, 4.0)
+    )
 )
 def test_drawn_calls(call: Call) -> None:
     check_gradients(call.on(DEVICE), "triton")

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 
 import flashbrush as fb
 from flashbrush.bindings.backends.triton import attention as triton, column_mass as triton_column_mass
-from support.problems import Call, calls, draws
+from support.calls import Call, examples, random_calls
 
 pytestmark = pytest.mark.skipif(bool(triton.available()), reason="; ".join(triton.available()))
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -37,8 +37,8 @@ def run(call: Call) -> None:
         torch.testing.assert_close(got.double(), truth, rtol=1e-4, atol=1e-5)
 
 
-@settings(max_examples=300 if DEVICE.type == "cuda" else draws(45))
-@given(calls(longest=70, dims=(3, 16, 40, 64, 80, 128), contrast=False))
+@settings(max_examples=300 if DEVICE.type == "cuda" else examples(45))
+@given(random_calls(longest=70, dims=(3, 16, 40, 64, 80, 128), contrast=False))
 def test_drawn_calls(call: Call) -> None:
     run(call)
 

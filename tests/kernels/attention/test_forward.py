@@ -9,7 +9,8 @@ from hypothesis import given, settings
 import flashbrush as fb
 from flashbrush.bindings.backends.triton import attention as backend, launch as triton_launch
 from flashbrush.kernels.attention import blocks as attention_blocks, tiles as attention_tiles
-from support.problems import Call, calls, check, draws
+from support.calls import Call, examples, random_calls
+from support.error_bars import check_result
 
 pytestmark = pytest.mark.skipif(bool(backend.available()), reason="; ".join(backend.available()))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -20,13 +21,13 @@ def run(call: Call) -> None:
         call = call.on(torch.device(DEVICE))
     out = torch.full_like(call.run("reference"), float("nan"))
     _, stats = call.run("triton", return_stats=True, out=out)
-    check(call, out, stats)
-    check(call, call.run("triton"))
+    check_result(call, out, stats)
+    check_result(call, call.run("triton"))
 
 
 # The interpreter takes a second or two for a call.
-@settings(max_examples=400 if DEVICE == "cuda" else draws(45))
-@given(calls(longest=70, dims=(3, 16, 40, 64, 80, 128)))
+@settings(max_examples=400 if DEVICE == "cuda" else examples(45))
+@given(random_calls(longest=70, dims=(3, 16, 40, 64, 80, 128)))
 def test_drawn_calls(call: Call) -> None:
     run(call)
 

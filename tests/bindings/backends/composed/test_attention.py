@@ -10,24 +10,25 @@ from hypothesis import given, settings
 
 import flashbrush as fb
 from flashbrush.bindings.backends.composed import vendor_sdpa as sdpa
-from support.problems import Call, calls, check, draws
+from support.calls import Call, examples, random_calls
+from support.error_bars import check_result
 
 # A scale per item or head is multiplied into q, which rounds it to the dtype.
 SCALE_ROUNDING = 2e-2
 
 
-@settings(max_examples=draws(500))
-@given(calls(clip=False))
+@settings(max_examples=examples(500))
+@given(random_calls(clip=False))
 def test_drawn_calls(call: Call) -> None:
     out, stats = call.run("composed", return_stats=True)
-    check(call, out, stats, SCALE_ROUNDING)
+    check_result(call, out, stats, SCALE_ROUNDING)
 
 
-@settings(max_examples=draws(100))
-@given(calls(contrast=False, mask=True, dtypes=(torch.float32, torch.bfloat16)))
+@settings(max_examples=examples(100))
+@given(random_calls(contrast=False, mask=True, dtypes=(torch.float32, torch.bfloat16)))
 def test_dense_masks(call: Call) -> None:
     out, stats = call.run("composed", return_stats=True)
-    check(call, out, stats, SCALE_ROUNDING)
+    check_result(call, out, stats, SCALE_ROUNDING)
 
 
 @pytest.mark.parametrize(

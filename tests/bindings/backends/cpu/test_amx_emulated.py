@@ -17,8 +17,9 @@ from hypothesis import given, settings
 import flashbrush as fb
 from flashbrush.bindings.backends.cpu import attention as cpu
 from support.builder import ROOT, load_setup
+from support.calls import Call, examples, random_calls
+from support.error_bars import check_result
 from support.gradients import check_gradients
-from support.problems import Call, calls, check, draws
 
 EMULATION = Path(__file__).parents[3] / "support" / "amx_emulation.h"
 
@@ -49,15 +50,15 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def run(call: Call) -> None:
     out = torch.full_like(call.run("reference"), float("nan"))
     _, stats = call.run("cpu", return_stats=True, out=out)
-    check(call, out, stats)
-    check(call, call.run("cpu"))
+    check_result(call, out, stats)
+    check_result(call, call.run("cpu"))
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
 def test_drawn_calls(emulated: None, dtype: torch.dtype) -> None:
     @hypothesis.seed(4)
-    @settings(max_examples=draws(300 if dtype == torch.bfloat16 else 50), derandomize=False, database=None)
-    @given(calls(dtypes=(dtype,)))
+    @settings(max_examples=examples(300 if dtype == torch.bfloat16 else 50), derandomize=False, database=None)
+    @given(random_calls(dtypes=(dtype,)))
     def drawn(call: Call) -> None:
         run(call)
 
@@ -72,8 +73,8 @@ def test_shapes(emulated: None, dim: int, rows: int) -> None:
 
 
 def test_gradients(emulated: None) -> None:
-    @settings(max_examples=draws(60))
-    @given(calls(contrast=False, weights=(0.0, 0.25, 0.7, 1.0, 1.3, 4.0)))
+    @settings(max_examples=examples(60))
+    @given(random_calls(contrast=False, weights=(0.0, 0.25, 0.7, 1.0, 1.3, 4.0)))
     def drawn(call: Call) -> None:
         check_gradients(call, "cpu")
 

@@ -9,14 +9,15 @@ from hypothesis import given, settings
 
 import flashbrush as fb
 from flashbrush.bindings.backends.cpu import attention as cpu
-from support.problems import Call, calls, check, draws
+from support.calls import Call, examples, random_calls
+from support.error_bars import check_result
 
 
 def run(call: Call) -> None:
     out = torch.full_like(call.run("reference"), float("nan"))
     _, stats = call.run("cpu", return_stats=True, out=out)
-    check(call, out, stats)
-    check(call, call.run("cpu"))  # without statistics neighbouring segments are joined
+    check_result(call, out, stats)
+    check_result(call, call.run("cpu"))  # without statistics neighbouring segments are joined
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
@@ -26,8 +27,8 @@ def test_drawn_calls(dtype: torch.dtype) -> None:
     seed = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}[dtype]
 
     @hypothesis.seed(seed)
-    @settings(max_examples=draws(1000), derandomize=False, database=None)
-    @given(calls(dtypes=(dtype,)))
+    @settings(max_examples=examples(1000), derandomize=False, database=None)
+    @given(random_calls(dtypes=(dtype,)))
     def drawn(call: Call) -> None:
         run(call)
 
@@ -35,8 +36,8 @@ def test_drawn_calls(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("isa", cpu.isas())
-@settings(max_examples=draws(100))
-@given(call=calls())
+@settings(max_examples=examples(100))
+@given(call=random_calls())
 def test_instruction_sets(isa: str, call: Call) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FLASHBRUSH_CPU_ISA", isa)

@@ -7,20 +7,20 @@ import torch
 from hypothesis import given, settings
 
 from flashbrush.bindings.backends.cpu import attention as cpu
+from support.calls import Call, examples, random_calls
 from support.gradients import check_gradients, gradients
-from support.problems import Call, calls, draws
 
-small = calls(contrast=False, weights=(0.0, 0.25, 0.7, 1.0, 1.3, 4.0))
+small = random_calls(contrast=False, weights=(0.0, 0.25, 0.7, 1.0, 1.3, 4.0))
 
 
-@settings(max_examples=draws(300))
+@settings(max_examples=examples(300))
 @given(small)
 def test_drawn_calls(call: Call) -> None:
     check_gradients(call, "cpu")
 
 
 @pytest.mark.parametrize("isa", cpu.isas())
-@settings(max_examples=draws(60))
+@settings(max_examples=examples(60))
 @given(call=small)
 def test_instruction_sets(isa: str, call: Call) -> None:
     with pytest.MonkeyPatch.context() as patch:

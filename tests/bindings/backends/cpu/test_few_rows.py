@@ -13,17 +13,18 @@ from hypothesis import given, settings
 
 import flashbrush as fb
 from flashbrush.bindings.backends.cpu import attention as cpu
-from support.problems import Call, calls, check, draws
+from support.calls import Call, examples, random_calls
+from support.error_bars import check_result
 
 # Up to 36 rows may share a key head there, rarely more are drawn; 700 keys a segment give several chunks.
-few = calls(row_sizes=(0, 1, 2, 3, 5), longest=700)
+few = random_calls(row_sizes=(0, 1, 2, 3, 5), longest=700)
 
 
 def run(call: Call) -> None:
     out = torch.full_like(call.run("reference"), float("nan"))
     _, stats = call.run("cpu", return_stats=True, out=out)
-    check(call, out, stats)
-    check(call, call.run("cpu"))
+    check_result(call, out, stats)
+    check_result(call, call.run("cpu"))
 
 
 @pytest.mark.parametrize("isa", cpu.isas())
@@ -32,7 +33,7 @@ def test_drawn_calls(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     # Each instruction set draws calls of its own.
     @hypothesis.seed(sum(isa.encode()))
-    @settings(max_examples=draws(400), derandomize=False, database=None)
+    @settings(max_examples=examples(400), derandomize=False, database=None)
     @given(few)
     def drawn(call: Call) -> None:
         run(call)

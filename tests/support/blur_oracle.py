@@ -1,4 +1,4 @@
-"""What query_blur() is held against: a padded image and a convolution of two dimensions, in float64."""
+"""The oracle of query_blur(): a padded image and a convolution of two dimensions, in float64."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def kernel(side: int, sigma: float) -> Tensor:
-    """(taps,): ceil(6 sigma), or one more where that is even; the largest odd number that fits into the side"""
+def gaussian_taps(side: int, sigma: float) -> Tensor:
+    """(taps,) float64 that add up to 1: ceil(6 sigma) made odd, at most the largest odd number within the side."""
     count = math.ceil(6 * sigma)
     count += count % 2 == 0
     if count > side:
@@ -20,10 +20,10 @@ def kernel(side: int, sigma: float) -> Tensor:
     return values / values.sum()
 
 
-def blurred(q: Tensor, grid: tuple[int, int], sigma: float) -> Tensor:
-    """q (batch, height * width, heads, dim) -> the same in float64"""
+def blur_by_convolution(q: Tensor, grid: tuple[int, int], sigma: float) -> Tensor:
+    """q (batch, height * width, heads, dim) -> the same shape, float64."""
     (height, width), (batch, _, heads, dim) = grid, q.shape
-    down, along = (kernel(side, sigma).to(q.device) for side in grid)
+    down, along = (gaussian_taps(side, sigma).to(q.device) for side in grid)
     image = q.double().permute(0, 2, 3, 1).reshape(batch * heads * dim, 1, height, width)
     # the padding of one dimension at a time: torch refuses to reflect a side of one, even by nothing
     for taps, pad in ((along, (len(along) // 2,) * 2 + (0, 0)), (down, (0, 0) + (len(down) // 2,) * 2)):

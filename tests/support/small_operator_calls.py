@@ -1,8 +1,6 @@
-"""Calls of the light Triton operators by name, each for a dtype: what is compiled for GPUs that are not
-there.
+"""Calls of the small Triton operators (blend_latents, adain, query_blur), to be compiled for GPUs not present.
 
-Sizes and strides are those that hosts have: FLUX's packed latents and queries, SDXL's latents in both memory
-    formats.
+Sizes and strides are those of hosts: FLUX's packed latents and queries, SDXL's latents in both memory formats.
 """
 
 from __future__ import annotations
@@ -37,7 +35,7 @@ def _query_blur(dtype: torch.dtype, side: int, text: int, contiguous_heads: bool
     return triton_query_blur.query_blur(q, text, torch.eye(side), torch.eye(side), (side // 2 - 1, 3))
 
 
-LIGHT_CALLS: dict[str, Callable[[torch.dtype], object]] = {
+SMALL_OPERATOR_CALLS: dict[str, Callable[[torch.dtype], object]] = {
     "blend_latents bool mask, number": lambda dtype: _blend(
         dtype, (2, 4096, 64), torch.ones(1, 4096, 1) > 0, 0.3
     ),

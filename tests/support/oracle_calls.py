@@ -1,4 +1,7 @@
-"""Random small calls as a user writes them, dicts and all, so that a property can rewrite them."""
+"""Random small calls for the oracle, and the library's answer to them.
+
+They hold names and dicts rather than a Control, so that a test can rewrite them.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +12,20 @@ import torch
 
 import flashbrush as fb
 
-from .oracle import Spec
+from .oracle import OracleCall
 
 
-def cut(total: int, parts: int, rng: random.Random) -> list[int]:
+def random_partition(total: int, parts: int, rng: random.Random) -> list[int]:
+    """Sizes >= 0 that add up to total."""
     marks = sorted(rng.randint(0, total) for _ in range(parts - 1))
     return [b - a for a, b in zip([0, *marks], [*marks, total], strict=True)]
 
 
-def draw(seed: int) -> Spec:
-    """A small call with a random subset of everything the operator knows; seeds 0..3 take the norms in turn."""
+def random_oracle_call(seed: int) -> OracleCall:
+    """A small float64 call with a random subset of the operator's features.
+
+    Seeds 0 to 3 have a head gain with each of the four norms.
+    """
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     batch, kv_heads, repeat = rng.randint(1, 2), rng.randint(1, 2), rng.randint(1, 2)
     heads, dim, M, N = kv_heads * repeat, rng.choice((1, 2, 5)), rng.randint(0, 7), rng.randint(1, 9)
@@ -28,8 +35,8 @@ def draw(seed: int) -> Spec:
     key_names = [f"k{i}" for i in range(rng.randint(1, 4))]
 
     def sizes(total: int, names: list[str], vary: bool) -> list[list[int]]:
-        first = cut(total, len(names), rng)
-        return [cut(total, len(names), rng) if vary and b else first for b in range(B)]
+        first = random_partition(total, len(names), rng)
+        return [random_partition(total, len(names), rng) if vary and b else first for b in range(B)]
 
     row_sizes, key_sizes = sizes(M, row_names, rng.random() < 0.4), sizes(N, key_names, rng.random() < 0.4)
     random_tensor = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
@@ -91,31 +98,40 @@ def draw(seed: int) -> Spec:
     if rng.random() < 0.3:
         mask = random_tensor(rng.choice((1, B)), rng.choice((1, heads)), M, N)
         mask = mask > -0.7 if rng.random() < 0.5 else torch.where(mask > 1, -math.inf, mask)
-    return Spec(q, k, v, row_names, key_names, row_sizes, key_sizes, options, scale, source, mask)
+    return OracleCall(q, k, v, row_names, key_names, row_sizes, key_sizes, options, scale, source, mask)
 
 
-def segments(names: list[str], sizes: list[list[int]]) -> fb.Segments:
+def without_clip(call: OracleCall) -> OracleCall:
+    """The call with an unclipped contrast and no mask where it had a contrast: what `composed` can compute."""
+    if "contrast" in call.options:
+        call.options["contrast"] = fb.Contrast(1.75, None)
+        call.mask = None
+    return call
+
+
+def to_segments(names: list[str], sizes: list[list[int]]) -> fb.Segments:
+    """sizes: (batch, segments)"""
     if all(s == sizes[0] for s in sizes):
         return fb.Segments(dict(zip(names, sizes[0], strict=True)))
     return fb.Segments({n: torch.tensor([s[i] for s in sizes]) for i, n in enumerate(names)})
 
 
-def arguments(spec: Spec) -> tuple[tuple, dict]:
-    """(q, k, v, control) and the keyword arguments of the call"""
-    rows, keys = segments(spec.row_names, spec.row_sizes), segments(spec.key_names, spec.key_sizes)
-    k, v = (t[0] if len(t) == 1 else t for t in (spec.k, spec.v))
-    kwargs = {"scale": spec.scale, "source": dict(spec.source) or None, "mask": spec.mask}
-    return (spec.q, k, v, fb.Control(rows, keys, **spec.options)), kwargs
+def library_arguments(call: OracleCall) -> tuple[tuple, dict]:
+    """(q, k, v, control) and the keyword arguments of fb.attention."""
+    rows, keys = to_segments(call.row_names, call.row_sizes), to_segments(call.key_names, call.key_sizes)
+    k, v = (t[0] if len(t) == 1 else t for t in (call.k, call.v))
+    kwargs = {"scale": call.scale, "source": dict(call.source) or None, "mask": call.mask}
+    return (call.q, k, v, fb.Control(rows, keys, **call.options)), kwargs
 
 
-def attend(spec: Spec, backend: str = "reference", **more):
-    positional, named = arguments(spec)
+def library_attention(call: OracleCall, backend: str = "reference", **more):
+    positional, named = library_arguments(call)
     return fb.attention(*positional, **named, backend=backend, **more)
 
 
-def without_values(spec: Spec) -> tuple:
-    """(q, k, lse, control, keyword arguments) for what reads the map of a call again"""
-    (q, k, v, control), kwargs = arguments(spec)
+def map_arguments(call: OracleCall) -> tuple:
+    """(q, k, lse, control, keyword arguments) of column_mass() and key_probabilities(), which take no mask."""
+    (q, k, v, control), kwargs = library_arguments(call)
     kwargs.pop("mask")
     lse = fb.attention(q, k, v, control, **kwargs, backend="reference", return_stats=True)[1].lse
     if kwargs["source"]:
