@@ -48,6 +48,7 @@ PACKAGES = [
     "flashbrush.bindings.backends.composed",
     "flashbrush.bindings.backends.cpu",
     "flashbrush.bindings.backends.cuda",
+    "flashbrush.bindings.backends.gpu",
     "flashbrush.bindings.backends.triton",
     "flashbrush.bindings.core",
     "flashbrush.bindings.operators",

@@ -35,10 +35,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """0; 1 where a result is wrong, and then no time is reported or written; wrong arguments exit with 2."""
     options = _parse(argv)
     console = Console(width=None if sys.stdout.isatty() else 140)
-    if options.tune:
-        from ..gpu import tune
-
-        return tune.main()
     if options.readme:
         changed = readme.update(machine.ROOT / "README.md", COMMITTED)
         console.print(f"README.md {'rewritten' if changed else 'is up to date'}")
@@ -83,11 +79,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="JSON file (a full run: benchmarks/results/cpu.json)")
     parser.add_argument(
         "--readme", action="store_true", help="only rewrite the README's table from the committed file"
-    )
-    parser.add_argument(
-        "--tune",
-        action="store_true",
-        help="only time the tiles of the attention kernel on this GPU, and keep the best",
     )
     options = parser.parse_args(argv)
     known = QUICK if options.quick else SHAPES

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..segments import find_rows, load_tile, rounded
-from .blocks import Traits, item_strides, list_strides, open_tensor
+from ..segments import find_rows, load_tile, pick, rounded
+from .blocks import item_strides, list_strides
 
 
 @triton.jit(do_not_specialize=["n_items", "n_kv_heads", "n_keys", "n_key_segments", "stride_starts"])
@@ -32,9 +32,13 @@ def value_sums_kernel(
     n_kv_heads,
     n_keys,
     n_key_segments,
+    TENSORS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    T: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
+    """One program per item, head and key segment: sum of its valid values, (BLOCK_D,)"""
     c = tl.program_id(0) % n_key_segments
     h = tl.program_id(0) // n_key_segments % n_kv_heads
     b = tl.program_id(0) // n_key_segments // n_kv_heads
@@ -43,34 +47,44 @@ def value_sums_kernel(
     if p_key_starts is not None:
         start = tl.load(p_key_starts + b * stride_starts + c)
         n = tl.load(p_key_starts + b * stride_starts + c + 1) - start
-    if T.TENSORS > 1:
+    t = 0
+    if TENSORS > 1:
+        t = c
         start = 0
     if p_valid is not None:
         n = tl.minimum(n, tl.maximum(tl.load(p_valid + b * n_key_segments + c), 0))
-    x = open_tensor(p_vs, stride_vb, stride_vn, stride_vh, p_source_v, None, None, b, h, c, start, n_items, T)
+    item = b
+    if p_source_v is not None:
+        item = tl.load(p_source_v + t * n_items + b)
+    stride = pick(stride_vn, t, TENSORS)
+    p_v = pick(p_vs, t, TENSORS)
+    p_v += tl.multiple_of(tl.cast(item, tl.int64) * pick(stride_vb, t, TENSORS), ALIGN)
+    p_v += tl.multiple_of(tl.cast(start, tl.int64) * stride, ALIGN)
+    p_v += tl.multiple_of(tl.cast(h, tl.int64) * pick(stride_vh, t, TENSORS), ALIGN)
     b_sum = tl.zeros([BLOCK_D], tl.float32)
-    for j in tl.range(0, n, T.BLOCK_N):
-        m_n = j + tl.arange(0, T.BLOCK_N) < n
-        p_tile = x[0] + tl.multiple_of(tl.cast(j, tl.int64) * x[1], T.ALIGN)
-        b_v = load_tile(p_tile, x[1], m_n, 0, BLOCK_D, T.D, T.BLOCK_N, T.ALIGN, True)
+    for j in tl.range(0, n, BLOCK_N):
+        m_n = j + tl.arange(0, BLOCK_N) < n
+        p_tile = p_v + tl.multiple_of(tl.cast(j, tl.int64) * stride, ALIGN)
+        b_v = load_tile(p_tile, stride, m_n, 0, BLOCK_D, D, BLOCK_N, ALIGN, True)  # (BLOCK_N, BLOCK_D)
         b_sum += tl.sum(b_v.to(tl.float32), 0)
     o_d = tl.arange(0, BLOCK_D)
-    tl.store(p_sums + tl.program_id(0).to(tl.int64) * T.D + o_d, b_sum, mask=o_d < T.D)
+    tl.store(p_sums + tl.program_id(0).to(tl.int64) * D + o_d, b_sum, mask=o_d < D)
 
 
 def value_sums(
     vs: Sequence[Tensor],
     batch: int,
     key_segments: int,
-    traits: Traits,
     *,
+    block_n: int,
+    align: int,
     key_starts: Tensor | None = None,
     valid: Tensor | None = None,
     source_v: Tensor | None = None,
 ) -> Tensor:
     """Sum of every key segment's valid values, (B, Hkv, C, D) float32; shapes as in attention_forward."""
-    kv_heads = vs[0].shape[2]
-    sums = torch.empty(batch, kv_heads, key_segments, traits.D, dtype=torch.float32, device=vs[0].device)
+    kv_heads, dim = vs[0].shape[2:]
+    sums = torch.empty(batch, kv_heads, key_segments, dim, dtype=torch.float32, device=vs[0].device)
     value_sums_kernel[(batch * kv_heads * key_segments,)](
         tuple(vs),
         sums,
@@ -83,8 +97,11 @@ def value_sums(
         n_kv_heads=kv_heads,
         n_keys=vs[0].shape[1],
         n_key_segments=key_segments,
-        BLOCK_D=max(16, triton.next_power_of_2(traits.D)),
-        T=traits.constants(),
+        TENSORS=len(vs),
+        D=dim,
+        BLOCK_N=block_n,
+        BLOCK_D=max(16, triton.next_power_of_2(dim)),
+        ALIGN=align,
         num_warps=4,
     )
     return sums
@@ -295,7 +312,7 @@ def scale_rows_kernel(
 
 
 def scale_rows(
-    out: Tensor, gain: Tensor, row_starts: Tensor, traits: Traits, block_m: int, row_blocks: int
+    out: Tensor, gain: Tensor, row_starts: Tensor, block_m: int, row_blocks: int, align: int, emulate: bool
 ) -> None:
     """out (B, M, H, D) *= gain (B, H, R) in place, by row segment; a segment whose gain is 1 is left alone."""
     batch, rows, heads, dim = out.shape
@@ -312,7 +329,7 @@ def scale_rows(
         D=dim,
         BLOCK_D=triton.next_power_of_2(dim),
         BLOCK_M=block_m,
-        ALIGN=traits.ALIGN,
-        EMULATE=traits.EMULATE,
+        ALIGN=align,
+        EMULATE=emulate,
         num_warps=4,
     )

@@ -29,8 +29,8 @@ from flashbrush.bindings.backends.triton import (
     attention as backend,
     backward as triton_backward,
     column_mass as triton_column_mass,
-    launch as triton_launch,
     qk_norm_rope as triton_norm_rope,
+    query_blur as triton_query_blur,
 )
 from flashbrush.bindings.core.problem import Problem
 
@@ -185,5 +185,7 @@ def accesses(ptx: str) -> dict[str, int]:
 if __name__ == "__main__":
     wanted = parse(sys.argv[1])
     triton.runtime.driver.set_active(Device(wanted))
-    triton_launch.arch = lambda device: int(wanted.arch) if wanted.backend == "cuda" else 0
+    # `arch` is imported by name where it is used.
+    for module in (backend, triton_backward, triton_column_mass, triton_query_blur):
+        module.arch = lambda device: int(wanted.arch) if wanted.backend == "cuda" else 0
     json.dump([{"case": case, "kernels": compile_case(*case)} for case in json.load(sys.stdin)], sys.stdout)

@@ -20,10 +20,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ....kernels.attention.tiles import forward_tile
 from ...core.problem import Problem
 from .. import Result
+from ..gpu import statistics
+from ..gpu.constants import blocks, constant, starts
+from ..gpu.device import arch, multiprocessors, on_device, triton_reasons
 from ..shared_library import open_library
-from ..triton import attention as triton, launch, statistics
+from ..triton import attention as triton
 
 name = "cuda"
 ABI = 1
@@ -84,13 +88,13 @@ def available() -> list[str]:
         return [reason]
     if not torch.cuda.is_available():
         return ["no GPU is visible to torch"]
-    return triton.available()
+    return triton_reasons()
 
 
 def why_not(problem: Problem) -> list[str]:
     p, reasons = problem, []
-    if p.q.device.type == "cuda" and launch.arch(p.q.device) != ARCH:
-        reasons.append(f"the GPU's compute capability is {launch.arch(p.q.device) / 10}, not 9.0")
+    if p.q.device.type == "cuda" and arch(p.q.device) != ARCH:
+        reasons.append(f"the GPU's compute capability is {arch(p.q.device) / 10}, not 9.0")
     if p.q.dtype not in DTYPES:
         reasons.append(f"{p.q.dtype} is not bfloat16 or float16")
     if p.dim > MOST_DIM or p.dim % 8:
@@ -114,7 +118,7 @@ def why_not(problem: Problem) -> list[str]:
 
 def forward(problem: Problem) -> Result:
     """Extra memory: a partial mass of each 64 rows where a mass is wanted."""
-    with launch.on_device(problem.q):
+    with on_device(problem.q):
         return _forward(problem)
 
 
@@ -130,18 +134,19 @@ def _forward(p: Problem) -> Result:
     out = torch.empty(B, p.rows, H, p.dim, dtype=p.q.dtype, device=device) if p.out is None else p.out
     lse = torch.empty(B, H, p.rows, G, dtype=torch.float32, device=device) if p.need_stats else None
     block = _library().flashbrush_gpu_block_rows(p.dim, G)
-    row_blocks, parts = launch.blocks(p.row_lengths, p.row_items, block), block // PART
+    row_blocks, parts = blocks(p.row_lengths, p.row_items, block), block // PART
     partial = (
         torch.empty(B, H, row_blocks * parts, C, dtype=torch.float32, device=device) if p.need_mass else None
     )
-    row_starts = launch.starts(p.row_lengths, p.row_items, device)
-    key_starts = launch.starts(p.key_lengths, p.key_items, device)
+    row_starts = starts(p.row_lengths, p.row_items, device)
+    key_starts = starts(p.key_lengths, p.key_items, device)
     kinds = [0.0 if c is None else 1.0 for c in p.contrast]
     contrast = sums = None
     if any(kinds):
         flat = [x for c in p.contrast for x in ((0.0,) * 4 if c is None else (1.0, c.beta, 0.0, 0.0))]
-        contrast = launch.constant(tuple(flat), torch.float32, device)
-        sums = statistics.value_sums(p, statistics.plain_traits(p, out), key_starts)
+        contrast = constant(tuple(flat), torch.float32, device)
+        block_n = forward_tile(arch(device), p.dim, p.q.element_size()).block_n
+        sums = statistics.value_sums(p, block_n, key_starts)
     ragged = p.row_items is not None or p.key_items is not None
     order = None if ragged else _order(p.row_lengths, p.key_lengths, p.kinds, block, device)
     keep: list[Tensor] = []
@@ -172,7 +177,7 @@ def _forward(p: Problem) -> Result:
         G=G,
         L=len(p.k),
         row_blocks=row_blocks,
-        multiprocessors=launch.multiprocessors(device),
+        multiprocessors=multiprocessors(device),
         scale=p.scale,
         q=_describe(p.q),
         out=_describe(out),
@@ -186,7 +191,7 @@ def _forward(p: Problem) -> Result:
         valid=pointer(p.valid, torch.int32),
         rows_by_item=p.row_items is not None,
         keys_by_item=p.key_items is not None,
-        groups=pointer(launch.constant(p.groups, torch.int32, device), torch.int32),
+        groups=pointer(constant(p.groups, torch.int32, device), torch.int32),
         order=pointer(order, torch.int32),
         scales=table(p.scales),
         bias=table(p.bias),
@@ -201,8 +206,7 @@ def _forward(p: Problem) -> Result:
     _run(call, device)
     mass = gain = None
     if partial is not None:
-        traits = statistics.plain_traits(p, out)
-        mass, gain = statistics.mass_and_gain(p, out, partial, row_starts, traits, block, parts)
+        mass, gain = statistics.mass_and_gain(p, out, partial, row_starts, block, parts)
     return Result(out, lse, mass, gain)
 
 
@@ -284,4 +288,4 @@ def _order(
     blocks = [
         cost for cost, length in zip(costs, row_lengths, strict=True) for _ in range(-(-length // block))
     ]
-    return launch.constant(tuple(sorted(range(len(blocks)), key=lambda i: -blocks[i])), torch.int32, device)
+    return constant(tuple(sorted(range(len(blocks)), key=lambda i: -blocks[i])), torch.int32, device)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import eligibility as triton_light, launch as triton_launch
+from ..gpu.device import on_device
+from . import eligibility as triton_light
 
 MOST_DIMS = 3  # of the space, joined; the kernels divide once for each that is left
 
@@ -31,7 +32,7 @@ def adain(x: Tensor, style: Tensor, mask: Tensor | None, style_mask: Tensor | No
         return out
     # a bool pointer is one of single bits in Triton
     masks = [None if m is None else m.view(torch.uint8) for m in (mask, style_mask)]
-    with triton_launch.on_device(x):
+    with on_device(x):
         sums, style_sums = adain_statistics(x, masks[0]), adain_statistics(style, masks[1])
         adain_apply(out, x, masks[0], sums, style_sums, eps, triton_light.emulated(x))
     return out

@@ -6,8 +6,6 @@ Verified in Triton's interpreter and compiled for GPUs that are not there; not y
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,15 +13,16 @@ from torch import Tensor
 
 from ...core.problem import Problem
 from .. import Result
-from . import launch, statistics
-from .launch import interpreted
+from ..gpu import statistics
+from ..gpu.constants import blocks, constant, starts
+from ..gpu.device import arch, interpreted, multiprocessors, on_device, triton_reasons
+from . import launch
 
 if TYPE_CHECKING:
     from ....kernels.attention.tiles import Tile
 
 name = "triton"
 
-OLDEST = (3, 6)  # with tuples of pointers as kernel arguments
 MOST_TENSORS = 32
 MOST_MASS_SEGMENTS = 128
 MOST_STRIDE = 2**31 // 256  # elements from a token to the next: the rows of a tile are addressed in 32 bits
@@ -31,24 +30,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def available() -> list[str]:
-    if reason := _unfit():
-        return [reason]
-    # The first is quicker, and says the same where it says yes.
-    if not (torch.cuda.is_initialized() or torch.cuda.is_available() or interpreted()):
-        return ["no GPU is visible to torch"]
-    return []
-
-
-@functools.cache
-def _unfit() -> str:
-    """Why the installed Triton will not do, or nothing."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    import triton
-
-    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST:
-        return f"triton {triton.__version__} is older than {OLDEST[0]}.{OLDEST[1]}"
-    return ""
+    return triton_reasons()
 
 
 def why_not(problem: Problem) -> list[str]:
@@ -72,7 +54,7 @@ def why_not(problem: Problem) -> list[str]:
 
 
 def forward(problem: Problem) -> Result:
-    with launch.on_device(problem.q):
+    with on_device(problem.q):
         return _forward(problem)
 
 
@@ -84,7 +66,7 @@ def backward(
     """
     from .backward import backward
 
-    with launch.on_device(problem.q):
+    with on_device(problem.q):
         return backward(problem, dout, out, lse, gain)
 
 
@@ -97,8 +79,8 @@ def _forward(p: Problem) -> Result:
     kinds = [0 if c is None else 1 + (c.clip is not None) for c in p.contrast]
     pieces = launch.Pieces.of(p, per_segment=p.need_mass or any(kinds))
     tile = _tile(p, pieces)
-    row_blocks = launch.blocks(p.row_lengths, p.row_items, tile.block_m)
-    row_starts = launch.starts(p.row_lengths, p.row_items, device) if R > 1 or p.need_mass else None
+    row_blocks = blocks(p.row_lengths, p.row_items, tile.block_m)
+    row_starts = starts(p.row_lengths, p.row_items, device) if R > 1 or p.need_mass else None
     described = _describe(p, tile)
     traits = launch.make_traits(
         p,
@@ -117,7 +99,7 @@ def _forward(p: Problem) -> Result:
     lse = torch.empty(B, H, p.rows, G, dtype=torch.float32, device=device) if p.need_stats else None
     partial = torch.empty(B, H, row_blocks, C, dtype=torch.float32, device=device) if p.need_mass else None
     keys = launch.piece_arguments(p, pieces)
-    sums = statistics.value_sums(p, traits, keys["key_starts"]) if 1 in kinds else None
+    sums = statistics.value_sums(p, tile.block_n, keys["key_starts"]) if 1 in kinds else None
     attention_forward(
         p.q,
         p.k,
@@ -129,7 +111,7 @@ def _forward(p: Problem) -> Result:
         row_blocks=row_blocks,
         row_segments=R,
         key_segments=C,
-        programs=launch.multiprocessors(device) if tile.persistent else None,
+        programs=multiprocessors(device) if tile.persistent else None,
         scale=p.scale,
         scales=launch.table(p.scales),
         bias=launch.table(p.bias),
@@ -152,16 +134,16 @@ def _forward(p: Problem) -> Result:
     mass = gain = None
     if partial is not None:
         assert row_starts is not None
-        mass, gain = statistics.mass_and_gain(p, out, partial, row_starts, traits, tile.block_m)
+        mass, gain = statistics.mass_and_gain(p, out, partial, row_starts, tile.block_m)
     return Result(out, lse, mass, gain)
 
 
 def _tile(p: Problem, pieces: launch.Pieces) -> Tile:
-    from . import measured_tiles as tiles
+    from ....kernels.attention import tiles
 
     mass = launch.power_of_two(len(p.key_lengths)) if p.need_mass else 0
     return tiles.forward_tile(
-        p.q.device, p.dim, p.q.element_size(), p.n_groups > 1, mass, bool(pieces.labels)
+        arch(p.q.device), p.dim, p.q.element_size(), p.n_groups > 1, mass, bool(pieces.labels)
     )
 
 
@@ -181,4 +163,4 @@ def _contrast(p: Problem, kinds: list[int], device: torch.device) -> Tensor:
     flat: list[float] = []
     for c, kind in zip(p.contrast, kinds, strict=True):
         flat += [float(kind), *((1.0, 0.0, 0.0) if c is None else (c.beta, *(c.clip or (0.0, 0.0))))]
-    return launch.constant(tuple(flat), torch.float32, device)
+    return constant(tuple(flat), torch.float32, device)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from ...core.problem import Problem
+from ..gpu.constants import blocks, starts
+from ..gpu.device import arch
 from . import launch
 
 
@@ -38,7 +40,7 @@ def backward(
 
     (dq,) = gradients([p.q], p.source_q)
     dks, dvs = gradients(p.k, p.source_k), gradients(p.v, p.source_v)
-    by_query, by_key = backward_tiles(launch.arch(device), p.dim, p.q.element_size(), p.n_groups > 1)
+    by_query, by_key = backward_tiles(arch(device), p.dim, p.q.element_size(), p.n_groups > 1)
     aligned = [p.q, *p.k, *p.v, out, dout, dq, *dks, *dvs]
     query_traits = launch.make_traits(p, by_query, pieces, aligned)
     key_traits = launch.make_traits(p, by_key, pieces, aligned, RAGGED=p.key_items is not None)
@@ -56,9 +58,9 @@ def backward(
         gain.to(torch.float32).contiguous(),
         (query_traits, by_query.warps, by_query.stages),
         (key_traits, by_key.warps, by_key.stages),
-        row_blocks=launch.blocks(p.row_lengths, p.row_items, by_query.block_m),
-        key_blocks=launch.blocks(pieces.lengths, p.key_items, by_key.block_n),
-        row_starts=launch.starts(p.row_lengths, p.row_items, device),
+        row_blocks=blocks(p.row_lengths, p.row_items, by_query.block_m),
+        key_blocks=blocks(pieces.lengths, p.key_items, by_key.block_n),
+        row_starts=starts(p.row_lengths, p.row_items, device),
         row_segments=R,
         key_segments=C,
         scale=p.scale,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import eligibility as triton_light, launch as triton_launch
+from ..gpu.device import on_device
+from . import eligibility as triton_light
 
 
 def usable(generated: Tensor, source: Tensor, noise: Tensor, mask: Tensor, sigma: float | Tensor) -> bool:
@@ -30,6 +31,6 @@ def blend_latents(
     if out.numel():
         # a bool pointer is one of single bits in Triton
         mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
-        with triton_launch.on_device(out):
+        with on_device(out):
             launch(out, generated, source, noise, mask, sigma, triton_light.emulated(out))
     return out

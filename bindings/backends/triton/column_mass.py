@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from ...core.problem import Problem
+from ..gpu.constants import blocks, constant, starts
+from ..gpu.device import arch, on_device
 from . import attention as triton, launch
 
 
@@ -17,7 +19,7 @@ def column_mass(problem: Problem, lse: Tensor, counted: tuple[int, ...]) -> Tens
     """lse (B, H, M, G), counted: indices of the row segments -> (B, H, N) float32; deterministic, no map in
     memory.
     """
-    with launch.on_device(problem.q):
+    with on_device(problem.q):
         return _column_mass(problem, lse, counted)
 
 
@@ -27,7 +29,7 @@ def _column_mass(p: Problem, lse: Tensor, counted: tuple[int, ...]) -> Tensor:
 
     device = p.q.device
     pieces = launch.Pieces.of(p, per_segment=False)
-    tile = column_tile(launch.arch(device), p.dim, p.q.element_size())
+    tile = column_tile(arch(device), p.dim, p.q.element_size())
     traits = launch.make_traits(p, tile, pieces, [p.q, *p.k], RAGGED=p.key_items is not None)
     mass = torch.empty(p.batch, p.heads, p.keys, dtype=torch.float32, device=device)
     flags = tuple(int(r in counted) for r in range(len(p.row_lengths)))
@@ -36,12 +38,12 @@ def _column_mass(p: Problem, lse: Tensor, counted: tuple[int, ...]) -> Tensor:
         p.k,
         lse.to(torch.float32).contiguous(),
         mass,
-        launch.constant(flags, torch.int32, device),
+        constant(flags, torch.int32, device),
         traits,
         warps=tile.warps,
         stages=tile.stages,
-        key_blocks=launch.blocks(pieces.lengths, p.key_items, tile.block_n),
-        row_starts=launch.starts(p.row_lengths, p.row_items, device),
+        key_blocks=blocks(pieces.lengths, p.key_items, tile.block_n),
+        row_starts=starts(p.row_lengths, p.row_items, device),
         key_segments=len(p.key_lengths),
         scale=p.scale,
         scales=launch.table(p.scales),

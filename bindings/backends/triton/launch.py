@@ -4,9 +4,7 @@ tensors.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import importlib.util
 from collections.abc import Sequence
 from itertools import accumulate, groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,42 +13,14 @@ import torch
 from torch import Tensor
 
 from ...core.problem import Problem
+from ..gpu.constants import constant, starts
+from ..gpu.device import interpreted
 
 if TYPE_CHECKING:
     from ....kernels.attention.blocks import Traits
     from ....kernels.attention.tiles import Tile
 
 SHORT = 32  # keys: neighbouring segments below it share tiles, which would be padding for the most part
-
-
-def interpreted() -> bool:
-    """Whether Triton interprets kernels on the CPU (TRITON_INTERPRET=1 when it was imported)."""
-    return (runtime := _runtime()) is not None and bool(runtime.interpret)
-
-
-@functools.cache
-def _runtime() -> Any:
-    """Triton's switches; None: it is not installed."""
-    if importlib.util.find_spec("triton") is None:
-        return None
-    from triton import knobs
-
-    return knobs.runtime
-
-
-@functools.cache
-def arch(device: torch.device) -> int:
-    """Compute capability times 10; 0 where there is none."""
-    if device.type != "cuda" or torch.version.hip:
-        return 0
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """1 where there is no GPU: the interpreter's one program then walks everything."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 class Pieces(NamedTuple):
@@ -143,26 +113,6 @@ def piece_arguments(p: Problem, pieces: Pieces) -> dict[str, Any]:
     }
 
 
-def blocks(lengths: tuple[int, ...], items: Tensor | None, size: int) -> int:
-    """Blocks of an item, at most, where each segment begins a new one."""
-    if items is None:
-        return sum(-(-length // size) for length in lengths)
-    total = sum(lengths)
-    return total // size + min(len(lengths), total)
-
-
-def starts(lengths: tuple[int, ...], items: Tensor | None, device: torch.device) -> Tensor:
-    """(1|B, segments + 1) int32 starts, the end last."""
-    if items is None:
-        return _starts(lengths, device)
-    return torch.nn.functional.pad(items.cumsum(1, dtype=torch.int32), (1, 0))
-
-
-@functools.lru_cache(maxsize=4096)
-def _starts(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    return constant(tuple(accumulate(lengths, initial=0)), torch.int32, device)[None]
-
-
 def piece_order(p: Problem, pieces: Pieces) -> Tensor | None:
     """The pieces sorted by group, then each group's first place among them; None: one group."""
     if p.n_groups == 1:
@@ -178,20 +128,9 @@ def piece_groups(p: Problem, pieces: Pieces) -> Tensor | None:
     return constant(pieces.groups, torch.int32, p.q.device) if p.n_groups > 1 else None
 
 
-def on_device(t: Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device."""
-    return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
-
-
 def table(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
 
 def power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
-
-
-@functools.lru_cache(maxsize=4096)
-def constant(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A small tensor of static structure, kept by content: only its first use copies to the device."""
-    return torch.tensor(values, dtype=dtype, device=device)

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import attention as triton, eligibility as triton_light, launch as triton_launch
+from ..gpu.device import interpreted, on_device
+from . import attention as triton, eligibility as triton_light
 
 MOST_STREAMS = 16  # each has its own address arithmetic in the kernels
 MOST_DIM = 256
@@ -40,7 +41,7 @@ def forward(
             None if t is None else _floating(t, x).expand(x.shape) for t, x in zip(offsets, xs, strict=True)
         ]
         norms = [None if w is None else _floating(w, x) for w, x in zip(weights, xs, strict=True)]
-        with triton_launch.on_device(out):
+        with on_device(out):
             qk_norm_rope(
                 _rows(xs),
                 norms,
@@ -51,7 +52,7 @@ def forward(
                 out,
                 eps,
                 half,
-                triton.interpreted(),
+                interpreted(),
             )
     return out
 
@@ -84,7 +85,7 @@ def backward(
     ]
     shifts = [None if t is None else _empty_shift(t, x) for t, x in zip(offsets, xs, strict=True)]
     if dout.numel():
-        with triton_launch.on_device(dout):
+        with on_device(dout):
             qk_norm_rope_backward(
                 _rows([dout])[0],
                 _rows(xs),
@@ -97,7 +98,7 @@ def backward(
                 shifts,
                 eps,
                 half,
-                triton.interpreted(),
+                interpreted(),
             )
     doffsets = [
         None if t is None or d is None else d.sum_to_size(t.shape).to(t.dtype)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import eligibility as triton_light, launch as triton_launch
+from ..gpu.device import arch, on_device
+from . import eligibility as triton_light
 
 
 def usable(q: Tensor) -> bool:
@@ -31,8 +32,8 @@ def query_blur(
     if image.numel():
         between = torch.empty(image.shape, dtype=torch.float32, device=q.device)
         # three products of tensor cores are a float32 one to its last bits; other machines have their own
-        precision = "tf32x3" if triton_launch.arch(q.device) >= 80 else "ieee"
-        with triton_launch.on_device(q):
+        precision = "tf32x3" if arch(q.device) >= 80 else "ieee"
+        with on_device(q):
             blur_side(between, image, along_width, radii[1], precision, False)
             turned = blurred.transpose(1, 2), between.transpose(1, 2)
             blur_side(*turned, along_height, radii[0], precision, triton_light.emulated(q))

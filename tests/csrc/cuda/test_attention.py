@@ -24,7 +24,7 @@ import flashbrush as fb
 from flashbrush.bindings.backends.cuda import attention as cuda
 from flashbrush.bindings.backends.planner import FUSED
 from flashbrush.bindings.backends.shared_library import build_report
-from flashbrush.bindings.backends.triton import attention as triton, launch as triton_launch
+from flashbrush.bindings.backends.triton import attention as triton
 from support.calls import Call, examples, random_calls
 from support.error_bars import check_result
 from support.gradients import check_gradients
@@ -50,7 +50,7 @@ def seed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], N
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "LIBRARY", path)
         patch.setattr(cuda, "available", lambda: [])
-        patch.setattr(triton_launch, "multiprocessors", lambda _: 2)
+        patch.setattr(cuda, "multiprocessors", lambda _: 2)
         yield lambda value: library.flashbrush_emulation_seed(ctypes.c_uint64(value))
 
 
@@ -135,7 +135,7 @@ def test_results_are_bitwise_the_same_in_any_order(
     first, stats = call.run("cuda", return_stats=True)
     for order in range(40 if HARDWARE else 12):
         seed(order)
-        monkeypatch.setattr(triton_launch, "multiprocessors", lambda _, n=1 + order % 5: n)
+        monkeypatch.setattr(cuda, "multiprocessors", lambda _, n=1 + order % 5: n)
         again, other = call.run("cuda", return_stats=True)
         assert torch.equal(first, again)
         for one, two in zip(stats, other, strict=True):
