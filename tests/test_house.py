@@ -47,7 +47,7 @@ FLOORS = (
     "__main__.py",
 )
 # `flashbrush info` names the instruction sets of the CPU library, for which bindings have no public word.
-SHOWN = (("integrations/cli/main.py", "bindings/backends/cpu/attention.py"),)
+SHOWN = (("integrations/cli/info.py", "bindings/backends/cpu/attention.py"),)
 
 
 def floor(place: str) -> int:

@@ -1,1 +1,1 @@
-"""The command line, one file per command."""
+"""The command line: one file per command, `shared/` for what several of them use."""

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .model import Backend, Device, Dtype, Offload, Out, Precision, Seed, load
-from .output import check_pictures, write_pictures
-from .vicl import Width
+from .shared.loading import load
+from .shared.options import Backend, Device, Dtype, Offload, Out, Precision, Seed, Width
+from .shared.output import check_pictures, write_pictures
 
 if TYPE_CHECKING:
     from ..pipelines import PromptEditingOutput
@@ -77,8 +77,8 @@ def edit(
 ) -> None:
     """Change a photo by a changed prompt, without training: four methods on Stable Diffusion, two on FLUX."""
     from ..pipelines import images as im
-    from ..pipelines.checks import check_number
     from ..pipelines.prompt_editing import METHODS
+    from ..pipelines.shared.arguments import check_number
 
     check_pictures({"output": output, "reconstruction": reconstruction}, read={"image": image, "mask": mask})
     # Before a model is loaded, which takes minutes.

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .model import Backend, Device, Dtype, Offload, Precision, Seed, Steps, load, or_tiny
-from .output import check_folder, check_packages, write_pictures
+from .shared.loading import load, or_tiny
+from .shared.options import Backend, Device, Dtype, Offload, Precision, Seed, Steps
+from .shared.output import check_folder, check_packages, write_pictures
 
 if TYPE_CHECKING:
     from ..methods import AttentionMaps
@@ -60,7 +61,7 @@ def inspect(
     """
     from ..methods import AttentionMaps, InContextBrush
     from ..pipelines import images as im
-    from .report import maps_report
+    from .shared.figures import maps_report
 
     check_folder("output", output)
     check_packages("inspect", "matplotlib")
@@ -143,7 +144,7 @@ def _write_arrays(path: Path, result: InContextBrushOutput, maps: AttentionMaps)
 
 def _write_mass(path: Path, result: InContextBrushOutput) -> None:
     """Shares of each segment's attention, mean over steps and heads, a row for each layer and segment."""
-    from ..evaluation.summary import write_csv
+    from ..evaluation.csv_files import write_csv
 
     assert result.mass is not None
     mass = result.mass[:, :, 0].mean((0, 2))  # (layers, row segments, key segments)

@@ -7,37 +7,27 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .model import Backend, Device, Dtype, Offload, Out, Precision, Seed, load
-from .output import check_folder, check_packages, check_pictures, write_pictures
+from .shared.loading import load
+from .shared.options import Backend, Device, Dtype, Offload, Out, Precision, Seed, Width
+from .shared.output import check_pictures, write_pictures
+from .shared.visual_icl_options import (
+    Adain,
+    Cache,
+    Clip,
+    Contrast,
+    Gamma,
+    Levels,
+    Model,
+    Skip,
+    Task,
+    Temperature,
+    UseCache,
+    check_cache,
+    options,
+)
 
 if TYPE_CHECKING:
     from ..pipelines import VisualICLOutput, VisualICLPipeline
-
-# What `eval vicl` asks for in the same words.
-Model = Annotated[
-    str, typer.Option(help="Stable Diffusion 1.x or 2.x: a Hugging Face name or a diffusers folder.")
-]
-Task = Annotated[
-    str, typer.Option(help="segmentation, detection, semantic, keypoints, edges or colourisation.")
-]
-Levels = Annotated[int, typer.Option(min=1, help="Levels of noise of the whole run.")]
-Skip = Annotated[int | None, typer.Option(min=0, help="Steps left out at the noisy end. Default: a seventh.")]
-Gamma = Annotated[
-    float, typer.Option(help="Of the swap guidance; it falls to 0 over the run. 0: plain sampling.")
-]
-Temperature = Annotated[float, typer.Option(help="Of the swapped attention.")]
-Contrast = Annotated[float, typer.Option(help="Of the swapped attention's map about its mean; 1: none.")]
-Clip = Annotated[bool, typer.Option(help="Keep the contrasted map within 0 and 1.")]
-Adain = Annotated[bool, typer.Option(help="Match the latents' statistics to the ground truths'.")]
-Width = Annotated[
-    int | None, typer.Option(help="At which the model sees all images, pixels; a multiple of 8.")
-]
-Cache = Annotated[
-    Path | None, typer.Option(help="Folder of inverted images. Default: in the user's cache folder.")
-]
-UseCache = Annotated[
-    bool, typer.Option("--cached/--no-cached", help="Keep inverted images, and use those that are kept.")
-]
 
 
 def vicl(
@@ -73,8 +63,8 @@ def vicl(
     The picture that is written is what the task reads from the prediction: a mask, a filled box, classes or
     points in the ground truths' colours, edges, or the photo in colour.
     """
+    from ..pipelines.shared.visual_icl_tasks import check_palette, check_task, palette_of
     from ..pipelines.visual_icl import NEEDS_PALETTE, open_prompts
-    from ..pipelines.visual_icl_tasks import check_palette, check_task, palette_of
 
     check_task(task)
     files = {
@@ -109,43 +99,6 @@ def vicl(
     )
 
 
-def options(
-    steps: int,
-    skip: int | None,
-    gamma: float,
-    temperature: float,
-    contrast: float,
-    clip: bool,
-    adain: bool,
-    seed: int,
-    width: int | None,
-    height: int | None,
-    use_cache: bool,
-) -> dict[str, Any]:
-    """Arguments of VisualICLPipeline's call; ValueError names a wrong knob before a model is loaded."""
-    from ..methods import VisualInContext
-    from ..pipelines.checks import check_number
-    from ..pipelines.images import panel_size
-    from ..pipelines.inversion.ddpm import check_skip
-
-    if skip is not None:
-        check_skip(skip, steps)
-    check_number("gamma", gamma)
-    panel_size((8, 8), width=width, height=height, multiple=8)
-    method = VisualInContext(temperature, contrast, (0.0, 1.0) if clip else None)
-    return {
-        "method": method,
-        "steps": steps,
-        "skip": skip,
-        "gamma": gamma,
-        "use_adain": adain,
-        "seed": seed,
-        "width": width,
-        "height": height,
-        "use_cache": use_cache,
-    }
-
-
 def pair(text: str) -> tuple[str, str]:
     """The two files of IMAGE:TRUTH; ValueError unless there are two."""
     image, colon, truth = text.partition(":")
@@ -155,9 +108,3 @@ def pair(text: str) -> tuple[str, str]:
             f"prompt: expected a pair IMAGE:TRUTH, got {count if colon else 'one file'}: {text!r}"
         )
     return image, truth
-
-
-def check_cache(cache: Path | None) -> None:
-    """ValueError where the folder cannot be one; ImportError where inversions cannot be written."""
-    check_folder("cache", cache)
-    check_packages("vicl", "safetensors")

@@ -14,10 +14,10 @@ from torch import Tensor
 from ..methods import CrossImageAttention, TransferRoles
 from ..methods.shared.cross_batch import scaled
 from . import images as im
-from .checks import noise_seed
 from .guidance import InversionOptions, Scale, SwapGuidancePipeline, guidance_scales
 from .images import ImageLike
 from .inversion.ddpm import steps_left_out
+from .shared.arguments import noise_seed
 
 STEPS = 100  # levels of noise in the released code
 APPEARANCE, STRUCTURE, OUTPUT = 0, 1, 3  # items of a UNet call; 2 is the output without the swap

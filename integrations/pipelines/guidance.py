@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ...bindings import adain
 from ..diffusers import Method, apply
-from .checks import check_number
 from .inversion.cache import InversionCache, WeightsDigest
 from .inversion.ddpm import DDPMSchedule, Inversion, invert, noise_predictor
-from .stable_diffusion import StableDiffusionParts
+from .shared.arguments import check_number
+from .shared.stable_diffusion_parts import StableDiffusionParts
 
 Scale = Callable[[int, int], float]  # (step, steps) -> scale of the swap guidance
 

@@ -15,10 +15,10 @@ from ..methods import KVEdit
 from ..methods.kv_edit import paste, reblend
 from ..methods.shared.token_masks import packed_mask, token_mask
 from . import images as im
-from .checks import check_number, check_steps, check_texts
-from .flux import FluxParts
 from .images import ImageLike
 from .inversion.ddpm import steps_left_out
+from .shared.arguments import check_number, check_steps, check_texts
+from .shared.flux_parts import FluxParts
 
 
 class KVInversion(NamedTuple):

@@ -18,9 +18,9 @@ from ..methods import PersonalizeAnything, PersonalSubject
 from ..methods.personalize_anything import noised
 from ..methods.shared.token_masks import moved, token_mask
 from . import images as im
-from .checks import check_number, check_steps, check_texts, noise_seed
-from .flux import FluxParts
 from .images import ImageLike
+from .shared.arguments import check_number, check_steps, check_texts, noise_seed
+from .shared.flux_parts import FluxParts
 
 
 @dataclass

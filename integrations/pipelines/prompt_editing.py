@@ -30,11 +30,11 @@ from ..methods.shared.cross_batch import scaled
 from ..methods.shared.ddcm import ddcm_step
 from ..methods.shared.token_alignment import word_tokens
 from . import images as im
-from .checks import check_number, check_texts, noise_seed
 from .images import ImageLike
 from .inversion import ddim as ddim_inversion
 from .inversion.ddpm import DDPMSchedule, noise_predictor
-from .stable_diffusion import StableDiffusionParts
+from .shared.arguments import check_number, check_texts, noise_seed
+from .shared.stable_diffusion_parts import StableDiffusionParts
 
 PromptMethod = MasaCtrl | PlugAndPlay | PromptToPrompt | InfEdit
 # name: (its class, steps, guidance), the released codes'

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from ..methods import InContextRoles, VisualInContext
 from . import images as im
-from .checks import noise_seed
 from .guidance import InversionOptions, Scale, SwapGuidancePipeline, guidance_scales
 from .images import ImageLike
 from .inversion.ddpm import steps_left_out
-from .visual_icl_tasks import Palette, check_palette, check_task, palette_of, read_task
+from .shared.arguments import noise_seed
+from .shared.visual_icl_tasks import Palette, check_palette, check_task, palette_of, read_task
 
 NEEDS_PALETTE = ("semantic", "keypoints")
 

@@ -17,7 +17,7 @@ from ...tiny_fill.data.canvases import SIDE, canvases
 from ...tiny_fill.data.photos import HELD_OUT, photos
 from ...tiny_fill.data.subjects import PHOTO
 from ...tiny_fill.data.words import COLOURS
-from ..lists import read_list
+from ..csv_files import read_list
 
 LIST = "items.csv"
 PICTURES = ("subject", "image", "mask", "subject_mask", "truth", "coverage")

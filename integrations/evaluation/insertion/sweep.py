@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
-from ..summary import Estimate, best, estimate
 from .evaluate import Outcome, Setting
+from .summary import Estimate, best, estimate
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

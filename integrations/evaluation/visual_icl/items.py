@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from ...pipelines import images as im
-from ..lists import read_list
+from ..csv_files import read_list
 
 LIST = "pairs.csv"
 COLUMNS = ("name", "image", "truth", "prompts")

@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ...pipelines import images as im
-from ...pipelines.visual_icl_tasks import Palette, check_palette, check_task, read_task
-from ..insertion.judges import frechet_distance
+from ...pipelines.shared.visual_icl_tasks import Palette, check_palette, check_task, read_task
+from ..frechet import frechet_distance
 
 MEASURES = {
     "miou": "intersection over union: mean over predictions; semantic: over classes, from the pixels of all predictions",

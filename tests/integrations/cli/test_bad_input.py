@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from flashbrush.integrations import InContextBrushPipeline
-from flashbrush.integrations.cli import main as cli, output
+from flashbrush.integrations.cli import main as cli
+from flashbrush.integrations.cli.shared import output
 
 from ..command import flashbrush, options
 

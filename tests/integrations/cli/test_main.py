@@ -227,12 +227,12 @@ def test_help_is_quick_and_module_runs() -> None:
 
 
 def test_a_failure_late_writes_nothing(capsys, photos, checkpoint, tmp_path, monkeypatch) -> None:
-    from flashbrush.integrations.cli import report
+    from flashbrush.integrations.cli.shared import figures
 
     def fail(*_: object, **__: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(report, "insertion_report", fail)
+    monkeypatch.setattr(figures, "insertion_report", fail)
     folder = tmp_path / "work"
     folder.mkdir()
     code, _, err = flashbrush(capsys, *options(photos, checkpoint, folder, report=folder / "report.png"))

@@ -22,7 +22,7 @@ from flashbrush.integrations.cli import vicl as cli_vicl
 from flashbrush.integrations.evaluation.visual_icl.items import Pair, write_pairs
 from flashbrush.integrations.pipelines import VisualICLOutput
 from flashbrush.integrations.pipelines.inversion.cache import InversionCache
-from flashbrush.integrations.pipelines.visual_icl_tasks import TASKS
+from flashbrush.integrations.pipelines.shared.visual_icl_tasks import TASKS
 
 from ..command import flashbrush
 from .test_bad_input import refused

@@ -31,8 +31,8 @@ from flashbrush.integrations.pipelines.inversion.ddpm import (
     noise_predictor,
     sample,
 )
+from flashbrush.integrations.pipelines.shared.visual_icl_tasks import TASKS
 from flashbrush.integrations.pipelines.visual_icl import linear_decay
-from flashbrush.integrations.pipelines.visual_icl_tasks import TASKS
 
 from ..tiny_sd import ddim, tiny_unet
 

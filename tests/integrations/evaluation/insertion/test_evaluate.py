@@ -14,10 +14,11 @@ from PIL import Image
 pytest.importorskip("diffusers")
 pytest.importorskip("skimage")
 pytest.importorskip("sklearn")
+from flashbrush.integrations.evaluation.csv_files import write_csv
 from flashbrush.integrations.evaluation.insertion.evaluate import Outcome, Setting, evaluate
 from flashbrush.integrations.evaluation.insertion.items import Item, held_out
+from flashbrush.integrations.evaluation.insertion.summary import best, estimate
 from flashbrush.integrations.evaluation.insertion.sweep import parse_axis, plot, settings, table
-from flashbrush.integrations.evaluation.summary import best, estimate, write_csv
 
 PANEL = {"width": 64, "height": 64, "steps": 2}
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 pytest.importorskip("torchmetrics")
 from flashbrush.integrations.evaluation.visual_icl.items import LIST, Pair, read_pairs, write_pairs
 from flashbrush.integrations.evaluation.visual_icl.judges import HIGHER_IS_BETTER, MEASURES, TaskJudge
-from flashbrush.integrations.pipelines.visual_icl_tasks import TASKS, read_task
+from flashbrush.integrations.pipelines.shared.visual_icl_tasks import TASKS, read_task
 
 
 def boxes(

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from . import images as im
+from .. import images as im
 
 TASKS = ("segmentation", "detection", "semantic", "keypoints", "edges", "colourisation")
 Palette = Mapping[str, tuple[int, int, int]] | Sequence[tuple[int, int, int]] | np.ndarray

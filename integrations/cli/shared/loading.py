@@ -1,34 +1,16 @@
-"""What commands with a model share: their options, and loading it so that whatever is wrong costs one line."""
+"""Load a pipeline for a command; anything wrong with the arguments or the checkpoint is one ValueError."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
+from .options import Dtype
 
 if TYPE_CHECKING:
     from PIL import Image
-
-
-class Dtype(StrEnum):
-    """Of a model's weights."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-Out = Annotated[Path, typer.Option("--output", "-o", help="Picture to write.")]
-Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: 50; of the tiny model, 6.")]
-Seed = Annotated[int, typer.Option(min=0, help="Of the noise.")]
-Precision = Annotated[Dtype, typer.Option(help="Of the model.")]
-Device = Annotated[str | None, typer.Option(help="Default: cuda where there is one, else cpu.")]
-Offload = Annotated[bool, typer.Option(help="Move each part of the model to the device only while it works.")]
-Backend = Annotated[str, typer.Option(help="Of the attention; see flashbrush info.")]
 
 
 def load(
@@ -45,8 +27,8 @@ def load(
     """
     import torch
 
-    from ...bindings import backends
-    from .. import pipelines
+    from ....bindings import backends
+    from ... import pipelines
 
     if backend != "auto" and backend not in (known := backends()):
         raise ValueError(f"backend: expected auto or one of {', '.join(known)}, got {backend!r}")
@@ -89,8 +71,8 @@ def or_tiny(model: str | None, hole: Image.Image, given: Mapping[str, Any]) -> t
     """The model of an insertion, and the arguments among `given` that are not None; without one the tiny one,
     and its own.
     """
-    from ... import tiny_fill as tiny_folder
-    from ..tiny_fill import options as tiny_fill
+    from .... import tiny_fill as tiny_folder
+    from ...tiny_fill import options as tiny_fill
 
     shape = {name: value for name, value in given.items() if value is not None}
     if model is not None:

@@ -1,16 +1,14 @@
-"""Means and standard errors of what was measured, paired where settings are compared, and their CSV files."""
+"""Means and standard errors of outcomes; differences between settings are paired by item and seed."""
 
 from __future__ import annotations
 
-import csv
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from .insertion.evaluate import Outcome, Setting
+from .evaluate import Outcome, Setting
 
 
 class Estimate(NamedTuple):
@@ -59,15 +57,3 @@ def best(outcomes: Sequence[Outcome], settings: Sequence[Setting], measure: str)
             if key not in found or outcome.measured[measure] > found[key].measured[measure]:
                 found[key] = outcome
     return list(found.values())
-
-
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """All columns that a row has, in the order of their first appearance; numbers with six digits."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, names, restval="")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow(
-                {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()}
-            )

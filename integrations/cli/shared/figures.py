@@ -12,10 +12,10 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from ..evaluation.insertion.evaluate import Outcome
-    from ..evaluation.insertion.items import Item
-    from ..methods import AttentionMaps
-    from ..pipelines import InContextBrushOutput
+    from ...evaluation.insertion.evaluate import Outcome
+    from ...evaluation.insertion.items import Item
+    from ...methods import AttentionMaps
+    from ...pipelines import InContextBrushOutput
 
 HEIGHT = 3.9  # inches
 CELL = 2.2  # inches, of a grid

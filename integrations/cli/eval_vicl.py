@@ -1,4 +1,4 @@
-"""flashbrush eval: how well a method does, over a folder of items, as a table on screen and in a CSV file."""
+"""flashbrush eval vicl: measure visual in-context learning over a folder of pairs."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .model import Backend, Device, Dtype, Offload, Precision, Seed, load
-from .output import check_folder, check_packages, check_pictures, print_table, write_pictures
-from .vicl import (
+from .shared.loading import load
+from .shared.options import Backend, Device, Dtype, Offload, Precision, Seed, Width
+from .shared.output import check_folder, check_packages, check_pictures, print_table, write_pictures
+from .shared.visual_icl_options import (
     Adain,
     Cache,
     Clip,
@@ -22,7 +23,6 @@ from .vicl import (
     Task,
     Temperature,
     UseCache,
-    Width,
     check_cache,
     options,
 )
@@ -33,19 +33,10 @@ if TYPE_CHECKING:
     from ..evaluation.visual_icl.items import Pair
     from ..pipelines import VisualICLPipeline
 
-eval_app = typer.Typer(
-    name="eval", help="Judge a method over a folder of items.", pretty_exceptions_enable=False
-)
-ALL = "(all)"  # the last row's name, which no file has
+ALL = "(all)"  # name of the last row; no file has it
 
 
-@eval_app.callback()
-def _group() -> None:
-    """Judge a method over a folder of items."""
-
-
-@eval_app.command()
-def vicl(
+def eval_vicl(
     folder: Annotated[
         Path, typer.Argument(help="With pairs.csv: name, image, truth, prompts (names, by spaces).")
     ],
@@ -91,11 +82,11 @@ def vicl(
     colourisation.
     """
     check_packages("eval", "torchmetrics")
-    from ..evaluation.insertion.judges import LatentStatistics
+    from ..evaluation.frechet import LatentStatistics
     from ..evaluation.visual_icl.items import read_pairs
     from ..evaluation.visual_icl.judges import TaskJudge
+    from ..pipelines.shared.visual_icl_tasks import check_palette, check_task, palette_of
     from ..pipelines.visual_icl import NEEDS_PALETTE
-    from ..pipelines.visual_icl_tasks import check_palette, check_task, palette_of
 
     check_task(task)
     check_pictures({"output": output}, (".csv",))
@@ -169,7 +160,7 @@ def _write(
     rows: Sequence[dict[str, Any]], output: Path, painted: dict[str, Image.Image], folder: Path | None
 ) -> None:
     """All files, or none."""
-    from ..evaluation.summary import write_csv
+    from ..evaluation.csv_files import write_csv
 
     files: dict[Path, Any] = {output: lambda path: write_csv(path, rows)}
     if folder is not None:

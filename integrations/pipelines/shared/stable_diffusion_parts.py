@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from . import images as im
+from .. import images as im
 
 Pipeline = TypeVar("Pipeline", bound="StableDiffusionParts")
 

@@ -1,10 +1,11 @@
-"""The CSV file that lists what is in a folder of items."""
+"""CSV files: reading the list of a folder of items, writing tables of results."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 
 def read_list(path: Path, what: str, columns: Sequence[str]) -> list[dict[str, str]]:
@@ -30,3 +31,15 @@ def read_list(path: Path, what: str, columns: Sequence[str]) -> list[dict[str, s
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"folder: {path} names {', '.join(twice)} twice")
     return rows
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """All columns that a row has, in the order of their first appearance; numbers with six digits."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, names, restval="")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow(
+                {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()}
+            )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from flashbrush.integrations.pipelines import visual_icl_tasks as vt
+from flashbrush.integrations.pipelines.shared import visual_icl_tasks as vt
 
 PALETTE = {"background": (0, 0, 0), "red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 
