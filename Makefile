@@ -1,10 +1,13 @@
 # make demo    insert a subject into a photo; says where the picture is
-# make test    the test suite
+# make test    the tests that are not marked slow; property tests draw a quarter of their examples
+# make test-all    every test with every example
 # make bench   the benchmarks, and their table
 # make lint    ruff, clang-format and pyright
 # make sanitize    the CPU library's tests under AddressSanitizer and UndefinedBehaviorSanitizer
 #
-# Each sets up .venv first. Variables: PYTHON, VENV, TORCH, PYTEST_ARGS, PYTEST_WORKERS, SANITIZED, DEMO.
+# make install    .venv with the package and its development tools, which every target above sets up first
+#
+# Variables: PYTHON, VENV, TORCH, PYTEST_MARKS, PYTEST_ARGS, PYTEST_WORKERS, SANITIZED, DEMO.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,6 +16,7 @@ CPU_WHEELS ?= https://download.pytorch.org/whl/cpu
 DEMO ?= demo
 # One thread each: two processes that both use every core slow each other many times over.
 PYTEST_WORKERS ?= -n 2 --dist worksteal
+PYTEST_MARKS ?= not slow
 PYTEST_ARGS ?=
 SANITIZED ?= tests/bindings -k "cpu or norm_rope or column_mass"
 
@@ -25,7 +29,7 @@ HAS_TORCH := "import importlib.metadata as m; assert tuple(map(int, m.version('t
 TORCH_VERSION := "import importlib.metadata as m; print('torch==' + m.version('torch'))"
 SANITIZERS = $(shell g++ -print-file-name=libasan.so) $(shell g++ -print-file-name=libstdc++.so.6)
 
-.PHONY: demo test bench lint sanitize clean
+.PHONY: install demo test test-all bench lint sanitize clean
 .DEFAULT_GOAL := demo
 
 # Debian's Python has no venv with pip in it before python3-venv is installed; the next two ways need only its pip.
@@ -48,11 +52,18 @@ $(STAMP): setup.py pyproject.toml $(wildcard csrc/*/* csrc/*/*/*) | $(PY)
 	$(PIP) --no-build-isolation -c $(CONSTRAINTS) -e ".[all,dev]"
 	$(PY) -m pip freeze --exclude-editable > $@
 
+install: $(STAMP)
+
 demo: $(STAMP)
 	$(PY) -m flashbrush demo -o $(DEMO)
 
+PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest tests -q $(PYTEST_WORKERS)
+
 test: $(STAMP)
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest tests -q $(PYTEST_WORKERS) $(PYTEST_ARGS)
+	$(PYTEST) -m "$(PYTEST_MARKS)" $(PYTEST_ARGS)
+
+test-all: $(STAMP)
+	FLASHBRUSH_TEST_PERCENT=100 $(PYTEST) $(PYTEST_ARGS)
 
 bench: $(STAMP)
 	$(PY) -m pytest benchmarks --benchmark-only
