@@ -72,6 +72,7 @@ CASES = {
 }
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("target", sorted(CASES))
 def test_kernels_fit(target: str) -> None:
     reports = compile_elsewhere(target, CASES[target])

@@ -338,6 +338,7 @@ def test_alignment_is_that_of_the_worst_row() -> None:
 # What the kernels compile to: rows of D 128 in 16-byte reads and writes, from either of two streams
 
 
+@pytest.mark.compiled
 def test_rows_are_read_and_written_whole() -> None:
     cases = [("norm_rope", variant, 128, "bfloat16") for variant in ("interleaved", "backward interleaved")]
     reports = [kernel for report in compile_elsewhere("sm_90", cases) for kernel in report["kernels"]]

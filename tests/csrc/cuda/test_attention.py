@@ -36,7 +36,10 @@ DEVICE = "cuda" if HARDWARE else "cpu"
 DTYPES = (torch.bfloat16, torch.float16)
 COMPILED = cuda.LIBRARY
 
-pytestmark = pytest.mark.skipif(bool(triton.available()), reason="; ".join(triton.available()))
+pytestmark = [
+    pytest.mark.compiled,
+    pytest.mark.skipif(bool(triton.available()), reason="; ".join(triton.available())),
+]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -12,6 +12,7 @@ import torch
 
 from support.hopper import build
 
+pytestmark = pytest.mark.compiled
 SOURCE = Path(__file__).with_name("hopper_selftest.cpp")
 OK, MISUSE, DEADLOCK = 0, 1, 2
 SEEDS = 8
