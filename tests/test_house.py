@@ -1,5 +1,6 @@
-"""The house: imports never run up a floor, files have one subject, and the public names are there and
-described.
+"""The layout's rules: what may import what, which names are public, and what an import costs.
+
+docs/architecture.md describes the layout.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from flashbrush import Stats, bindings
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("checkpoints", "kernels", "bindings", "integrations", "benchmarks")
-# From the ground up. A file imports from its own floor and from those below; the longest matching prefix
-# decides.
+# From the ground up. A file's floor is the longest matching prefix; it imports from its own and those below.
+# Benchmarks are a leaf: only the root's __main__ is above them.
 FLOORS = (
     "checkpoints",
     "kernels",
@@ -46,28 +47,27 @@ FLOORS = (
     "benchmarks",
     "__main__.py",
 )
-# `flashbrush info` names the instruction sets of the CPU library, for which bindings have no public word.
-SHOWN = (("integrations/cli/info.py", "bindings/backends/cpu/attention.py"),)
+# `flashbrush info` lists the instruction sets of the CPU library, which bindings have no public function for.
+ALLOWED = (("integrations/cli/info.py", "bindings/backends/cpu/attention.py"),)
 
 
 def floor(place: str) -> int:
-    """place: a module's file or a package's folder, from the root ("" is the root package)."""
+    """The floor's index. place: a module's file or a package's folder, from the root ("": the root package)."""
     place = place or "__init__.py"
     return FLOORS.index(max((f for f in FLOORS if f"{place}/".startswith(f"{f}/")), key=len))
 
 
 def own_files() -> list[str]:
-    """What the package is made of, and not what only pytest reads."""
+    """The package's Python files, without those that only pytest reads."""
     files = [*ROOT.glob("_*.py"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))]
     names = sorted(path.relative_to(ROOT).as_posix() for path in files)
     return [name for name in names if not Path(name).name.startswith(("test_", "conftest"))]
 
 
 def imports(place: str, source: str) -> list[tuple[int, str | None, str]]:
-    """(line, place that is imported or None where it is outside the package, name) of every import in a file
-    of ours.
+    """(line, imported place or None if outside the package, name) of every import in a file.
 
-    Those in functions and under TYPE_CHECKING count. So do the relative names of a package that imports
+    Imports in functions and under TYPE_CHECKING count, and so do the relative names of a package that imports
     lazily.
     """
     tree = ast.parse(source, place)
@@ -99,7 +99,7 @@ def imports(place: str, source: str) -> list[tuple[int, str | None, str]]:
             ]
             for name in lazy:
                 relative(name.lineno, str(name.value), "")
-            if not lazy and place != "_moved_paths.py":  # which imports by a name from its table
+            if not lazy and place != "_moved_paths.py":  # it imports by the names of its table
                 found.append((node.lineno, None, ast.unparse(node)))
     return found
 
@@ -115,7 +115,9 @@ def violations(place: str, source: str) -> list[str]:
             wrong.append(f"{place}:{line}: {name} of {target or 'the package'} is on a higher floor")
         elif inside == "kernels" and not target.startswith("kernels/"):
             wrong.append(f"{place}:{line}: {name} of {target}: kernels import nothing of ours")
-        elif (place, target) not in SHOWN and inside == "integrations" and not allowed_outside(target, name):
+        elif (
+            (place, target) not in ALLOWED and inside == "integrations" and not allowed_outside(target, name)
+        ):
             wrong.append(f"{place}:{line}: {name} of {target} is not a public name of bindings")
     return wrong
 
@@ -126,7 +128,7 @@ def allowed_outside(target: str, name: str) -> bool:
     return not target.startswith("bindings") or name in bindings.__all__
 
 
-def test_imports_never_run_up() -> None:
+def test_imports_go_to_the_same_floor_or_below() -> None:
     files = own_files()
     assert {Path(file).parts[0] for file in files} >= set(FOLDERS)
     assert not [line for file in files for line in violations(file, (ROOT / file).read_text())]
@@ -162,7 +164,7 @@ def test_imports_never_run_up() -> None:
         ("integrations/a.py", "from flashbrush.bindings import attention"),
     ],
 )
-def test_an_import_that_runs_up_is_seen(place: str, line: str) -> None:
+def test_forbidden_imports_are_found(place: str, line: str) -> None:
     assert violations(place, line)
 
 
@@ -185,12 +187,12 @@ def test_an_import_that_runs_up_is_seen(place: str, line: str) -> None:
         ("__main__.py", "from .benchmarks.cpu.table import main"),
     ],
 )
-def test_an_import_that_runs_down_is_not(place: str, line: str) -> None:
+def test_permitted_imports_are_not_reported(place: str, line: str) -> None:
     assert not violations(place, line)
 
 
 def file_of(target: str) -> str | None:
-    """The file that an import of a place runs; None for folders without an __init__.py."""
+    """The file that importing a place executes; None for a folder without an __init__.py."""
     for file in (target, f"{target}.py", f"{target}/__init__.py".lstrip("/")):
         if file.endswith(".py") and (ROOT / file).is_file():
             return file
@@ -205,12 +207,53 @@ def test_no_circle_of_files() -> None:
         uses[file] = {used for _, target, _ in found if target is not None and (used := file_of(target))} - {
             file
         }
-    # Take away files that use none of the rest, again and again; what remains is in a circle or leads into
-    # one.
+    # Remove files that use none of the rest until there is none; what remains is in a circle or uses one.
     while removable := [file for file, used in uses.items() if not used & uses.keys()]:
         for file in removable:
             del uses[file]
     assert not uses
+
+
+METHODS = sorted(path.stem for path in (ROOT / "integrations/methods").glob("[a-z]*.py"))
+WITHOUT_METHODS = ("integrations/diffusers/protocol", "integrations/diffusers/hosts", "kernels", "csrc")
+
+
+def without_comments(source: str, suffix: str) -> str:
+    """The code alone: comments and docstrings may cite the paper a formula comes from."""
+    if suffix != ".py":
+        return re.sub(r"//[^\n]*|/\*.*?\*/", "", source, flags=re.S)
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
+            node.body[0] = ast.Pass()
+    return ast.unparse(tree)  # which drops comments
+
+
+def methods_named(source: str, suffix: str) -> list[str]:
+    code = without_comments(source, suffix)
+    return [m for m in METHODS if re.search(m.replace("_", "[ _-]?"), code, re.I)]
+
+
+def test_protocol_hosts_and_kernels_name_no_method() -> None:
+    files = [path for folder in WITHOUT_METHODS for path in (ROOT / folder).rglob("*")]
+    files = [path for path in files if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh")]
+    named = {str(path): methods_named(path.read_text(), path.suffix) for path in files}
+    assert len(METHODS) > 10 and len(files) > 40
+    assert not {path: names for path, names in named.items() if names}
+
+
+@pytest.mark.parametrize(
+    ("source", "suffix", "expected"),
+    [
+        ("from ..methods.masa_ctrl import MasaCtrl", ".py", ["masa_ctrl"]),
+        ("if method.name == 'in-context brush': pass", ".py", ["in_context_brush"]),
+        ('def f():\n    """In-Context Brush, Eq. 6"""\n    # MasaCtrl', ".py", []),
+        ("void ip_adapter_forward();", ".cpp", ["ip_adapter"]),
+        ("// IP-Adapter\n/* KV-Edit\n */ int x;", ".cpp", []),
+    ],
+)
+def test_names_of_methods_are_found_in_code_only(source: str, suffix: str, expected: list[str]) -> None:
+    assert methods_named(source, suffix) == expected
 
 
 def test_tests_import_the_package_by_its_name() -> None:
@@ -248,10 +291,8 @@ NAMES = {
 }
 
 
-def described(thing: object) -> bool:
-    """With a docstring of its own: dataclasses and named tuples write their signature into one that is
-    missing.
-    """
+def has_docstring(thing: object) -> bool:
+    """True for a docstring that was written: dataclasses and named tuples make one of their signature."""
     text = (inspect.getdoc(thing) or "").strip()
     return len(text) > 20 and not text.startswith((f"{getattr(thing, '__name__', '')}(", "Alias for field"))
 
@@ -264,7 +305,7 @@ def test_the_package_has_the_public_names_and_no_others() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_public_name_takes_what_it_says(name: str) -> None:
+def test_parameters_of_public_names(name: str) -> None:
     assert list(inspect.signature(getattr(fb, name)).parameters) == NAMES[name].split()
 
 
@@ -275,9 +316,9 @@ def test_a_public_name_takes_what_it_says(name: str) -> None:
     + [(diffusers_integration, name) for name in diffusers_integration.__all__],
     ids=lambda value: value if isinstance(value, str) else value.__name__,
 )
-def test_a_public_name_is_described(module: object, name: str) -> None:
+def test_public_names_have_docstrings(module: object, name: str) -> None:
     thing = getattr(module, name)
-    assert described(thing)
+    assert has_docstring(thing)
     methods = {
         key: value
         for key, value in (vars(thing) if inspect.isclass(thing) else {}).items()
@@ -285,16 +326,16 @@ def test_a_public_name_is_described(module: object, name: str) -> None:
     }
     for protocol in ("plan", "attach"):  # which the class `Method` describes
         methods.pop(protocol, None)
-    assert not [key for key, value in methods.items() if not described(getattr(value, "__func__", value))]
+    assert not [key for key, value in methods.items() if not has_docstring(getattr(value, "__func__", value))]
 
 
-def test_a_missing_docstring_is_seen() -> None:
-    assert not described(type("Bare", (), {}))
-    assert not described(type("Record", (), {"__doc__": "Record(a: int, b: int) -> None"}))
-    assert not described(Stats.lse)
+def test_missing_docstrings_are_found() -> None:
+    assert not has_docstring(type("Bare", (), {}))
+    assert not has_docstring(type("Record", (), {"__doc__": "Record(a: int, b: int) -> None"}))
+    assert not has_docstring(Stats.lse)
 
 
-def test_integrations_have_their_names() -> None:
+def test_integrations_have_their_public_names() -> None:
     pipelines = {"InContextBrushPipeline", "VisualICLPipeline", "AppearanceTransferPipeline"}
     assert {"InContextBrush", *pipelines} <= set(flashbrush.integrations.__all__)
     names = {"FluxControlledAttnProcessor", "Handle", "Layer", "Method", "Plan", "Step", "apply"}
@@ -311,7 +352,7 @@ def test_operators_are_registered(name: str) -> None:
     assert isinstance(getattr(torch.ops.flashbrush, name), torch._ops.OpOverloadPacket)
 
 
-# What an import costs
+# The cost of an import
 
 HEAVY = (
     "diffusers",
@@ -336,7 +377,7 @@ print(seconds, *sorted(set(sys.modules) - before))
 
 
 def import_alone(module: str) -> tuple[float, set[str]]:
-    """(seconds, modules) that an import takes beside torch, in an interpreter of its own"""
+    """(seconds, modules) that an import takes in addition to torch's, in a new interpreter."""
     code = IMPORT.format(module=module)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent)
     assert done.returncode == 0, done.stderr
@@ -344,29 +385,27 @@ def import_alone(module: str) -> tuple[float, set[str]]:
     return float(seconds), set(modules)
 
 
-def heavy(modules: set[str]) -> list[str]:
+def heavy_ones(modules: set[str]) -> list[str]:
     return [m for m in modules if any(m == name or m.startswith(f"{name}.") for name in HEAVY)]
 
 
-def test_the_import_is_light() -> None:
+def test_import_takes_under_two_seconds_and_nothing_heavy() -> None:
     seconds, modules = import_alone("flashbrush")
     assert "flashbrush.bindings.attention" in modules
-    assert not heavy(modules)
+    assert not heavy_ones(modules)
     assert min([seconds, *(import_alone("flashbrush")[0] for _ in range(2 * (seconds > 2.0)))]) < 2.0
 
 
 @pytest.mark.parametrize("module", ["flashbrush.integrations", "flashbrush.integrations.diffusers"])
-def test_diffusers_is_imported_when_it_is_needed(module: str) -> None:
-    assert not heavy(import_alone(module)[1])
+def test_integrations_import_diffusers_only_when_used(module: str) -> None:
+    assert not heavy_ones(import_alone(module)[1])
 
 
-# Hugging Face's kernels
+# Hugging Face's package called kernels
 
 
-def test_kernels_shadow_nothing(tmp_path: Path) -> None:
-    """diffusers imports a package of that name; with the root as the working directory it must be found, not
-    ours.
-    """
+def test_kernels_folder_does_not_shadow_the_package_of_that_name(tmp_path: Path) -> None:
+    """diffusers imports it; it must be found when the root is the working directory."""
     assert not (ROOT / "kernels" / "__init__.py").exists()
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("theirs = True\n")
