@@ -64,11 +64,12 @@ void column_mass(const FbColumnMass* call, const ColumnTask* task, char* scratch
         multiply_strips<PAIRS, false>(steps, x.keys + i * steps, steps, x.queries, steps, Strips(KT / W), x.s,
                                       KT);
         for (int n = 0; n < MR; ++n) {
-          vf total = load(x.sums + (i + n) * W);
+          vf total = splat(0.f);
 #pragma GCC unroll 16
           for (int j = 0; j < KT; j += W)
             total = total + exp2<DEGREE>(fma(load(x.s + n * KT + j), splat(scale), load(add + j)));
-          store(x.sums + (i + n) * W, total);
+          // One addition a tile: a running sum over all rows would gather their roundings.
+          store(x.sums + (i + n) * W, load(x.sums + (i + n) * W) + total);
         }
       }
     }

@@ -117,7 +117,7 @@ void weigh(const float* const* prob, const char* const* values, int count, int a
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) acc[r][n] = load(o[r] + d + n * W);
+    for (int n = 0; n < N; ++n) acc[r][n] = splat(0.f);
   for (int j = 0; j < count; ++j) {
     if (j + ahead < KT)
       for (int64_t x = 0; x < N * W * element_size(DTYPE); x += 64)
@@ -134,7 +134,8 @@ void weigh(const float* const* prob, const char* const* values, int count, int a
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) store(o[r] + d + n * W, acc[r][n]);
+    // One addition a tile: a running sum over all keys would gather their roundings.
+    for (int n = 0; n < N; ++n) store(o[r] + d + n * W, load(o[r] + d + n * W) + acc[r][n]);
 }
 
 // Calls run(i, integral constant R) for rows i .. i + R, up to LIMIT of `count` at a time.
@@ -250,7 +251,8 @@ struct Sweep {
       const bool pieces_apart = mixed && to.mass && !second;
       for (int64_t r = i; r < i + band.count; ++r) {
         float *own_s = x.s + r * KT, *own_prob = x.prob + r * KT;
-        const RowSums row{to.m + g * rows + r, to.l + g * rows + r, x.lanes, to.o + (g * rows + r) * DP};
+        const RowSums row{to.m + g * rows + r, to.l + g * rows + r, x.lanes, to.o + (g * rows + r) * DP,
+                          nullptr};
         store(x.lanes, splat(0.f));
         // A row without a key has an lse of -inf, which would give NaN: its output is 0.
         if (second && *row.m == -kInf) continue;
@@ -281,9 +283,7 @@ struct Sweep {
     for (int64_t n = 0; n < u->count; ++n)
       read |=
           bias_of(p, u->bands[n], piece.segment) != -kInf && weight_of(p, u->bands[n], piece.segment) != 0.f;
-    float* sums = to.values + piece.segment * padded_dim(p->D);
-    for (int j = piece.lane; read && j < piece.lane + piece.count; ++j)
-      for (int64_t d = 0; d < p->D; ++d) sums[d] += to_f32<DTYPE>(values.row[j], d);
+    if (read) add_piece<DTYPE>(piece, values.row, p->D, to.values + piece.segment * padded_dim(p->D));
   }
 
   float shift(const RowTask& band, int64_t g) const {

@@ -18,9 +18,7 @@ void add_values(const FbAttention* p, const Layout* layout, const Tile& tile, co
                 float* sums) {
   for (int n = 0; n < tile.pieces; ++n) {
     const Piece& piece = layout->pieces[tile.first_piece + n];
-    float* to = sums + piece.segment * padded_dim(p->D);
-    for (int j = piece.lane; j < piece.lane + piece.count; ++j)
-      for (int64_t d = 0; d < p->D; ++d) to[d] += to_f32<DTYPE>(rows.row[j], d);
+    add_piece<DTYPE>(piece, rows.row, p->D, sums + piece.segment * padded_dim(p->D));
   }
 }
 
@@ -50,6 +48,8 @@ struct Block {
   float *m, *l, *lse;    // [rows]
   float* lanes;          // [rows][W]: row sums of the running segment, lane by lane
   float *mass, *mass_m;  // [C][rows], relative to the maximum of its time
+  float* before;         // [rows][W + padded D]: finished sums, see RowSums; float32 only
+  bool keeps_before = false;
 
   template <int DTYPE>
   size_t place(const FbAttention* p, int64_t rows, char* base) {
@@ -71,10 +71,13 @@ struct Block {
     take(lanes, rows * W);
     take(mass, p->mass ? rows * p->C : 0);
     take(mass_m, p->mass ? rows * p->C : 0);
+    take(before, DTYPE == FB_F32 ? rows * (W + DP) : 0);
     return offset;
   }
 
-  RowSums sums(int64_t i, int64_t DP) { return {m + i, l + i, lanes + i * W, o + i * DP}; }
+  RowSums sums(int64_t i, int64_t DP) {
+    return {m + i, l + i, lanes + i * W, o + i * DP, keeps_before ? before + i * (W + DP) : nullptr};
+  }
 };
 
 // What a tile's rows are multiplied with.
@@ -145,14 +148,47 @@ struct Sweep {
   float weight(int64_t c) const { return weight_of(p, *task, c); }
 
   void clear() {
-    const int64_t DP = padded_dim(p->D);
     for (int64_t i = 0; i < groups * MR; ++i) x.m[i] = -kInf, x.l[i] = 0.f;
-    memset(x.o, 0, size_t(groups * MR * DP) * 4);
+    memset(x.o, 0, size_t(groups * MR * padded_dim(p->D)) * 4);
+    clear_lanes();
+  }
+
+  void clear_lanes() { memset(x.lanes, 0, size_t(groups * MR * W) * 4); }
+
+  // Add the running sums of lanes and o to those before, and start them anew.
+  void keep_sums() {
+    const int64_t DP = padded_dim(p->D);
+    for (int64_t i = 0; i < groups * MR; ++i) {
+      const RowSums row = x.sums(i, DP);
+      auto keep = [](float* before, float* now) {
+        store(before, load(before) + load(now));
+        store(now, splat(0.f));
+      };
+      keep(row.before, row.lanes);
+      for (int64_t d = 0; d < DP; d += W) keep(row.before + W + d, row.o + d);
+    }
+  }
+
+  void join_kept_lanes() {
+    for (int64_t i = 0; i < groups * MR; ++i) {
+      const RowSums row = x.sums(i, padded_dim(p->D));
+      store(row.lanes, load(row.lanes) + load(row.before));
+      store(row.before, splat(0.f));
+    }
+  }
+
+  void join_kept_outputs() {
+    const int64_t DP = padded_dim(p->D);
+    for (int64_t i = 0; i < groups * MR; ++i) {
+      const RowSums row = x.sums(i, DP);
+      for (int64_t d = 0; d < DP; d += W) store(row.o + d, load(row.o + d) + load(row.before + W + d));
+    }
   }
 
   // Close a segment: its lanes join l, and its mass is kept with the maximum of this moment.
   void close(int64_t c, float unfold) {
     const int64_t all = groups * MR;
+    if (x.keeps_before) join_kept_lanes();
     auto add = [&](int64_t i, float part) {
       x.l[i] += part;
       if (x.mass) x.mass[c * rows + i] = part, x.mass_m[c * rows + i] = x.m[i];
@@ -165,6 +201,7 @@ struct Sweep {
       for (int n = 0; n < 4; ++n) add(i + n, parts[n] * unfold);
     }
     for (; i < all; ++i) add(i, sum(load(x.lanes + i * W)) * unfold);
+    clear_lanes();
   }
 
   void run(int64_t g, bool sums_only, const float* clip, float shift) {
@@ -172,7 +209,12 @@ struct Sweep {
     int64_t open = -1;
     float unfold = 1.f;
     alignas(64) float lane_add[KT], lane_post[KT];
-    for (int32_t n = layout->group_tiles[g]; n < layout->group_tiles[g + 1]; ++n) {
+    const int32_t first_tile = layout->group_tiles[g], last_tile = layout->group_tiles[g + 1];
+    int32_t summed = 0;  // tiles in lanes and o
+    // 16-bit outputs round far more than a long running sum.
+    x.keeps_before = DTYPE == FB_F32 && last_tile - first_tile > kTilesInSum;
+    if (x.keeps_before) memset(x.before, 0, size_t(groups * MR * (W + DP)) * 4);
+    for (int32_t n = first_tile; n < last_tile; ++n) {
       const Tile& tile = layout->tiles[n];
       const Piece* pieces = layout->pieces + tile.first_piece;
       const Operands operands{(const uint32_t*)packed->keys + n * steps * KT,
@@ -191,15 +233,14 @@ struct Sweep {
                                          : kFold,
                                k, lane_add, lane_post);
       if (!use.seen) continue;
+      if (x.keeps_before && summed == kTilesInSum) keep_sums(), summed = 0;
+      ++summed;
       const Mode mode = use.mode;
       if (mode == kClip) {
         run_tile<DTYPE>(mode, p, x, groups, k, operands, tile.count);
         continue;
       }
-      if (open < 0) {
-        memset(x.lanes, 0, size_t(groups * MR * W) * 4);
-        unfold = use.unfold;
-      }
+      if (open < 0) unfold = use.unfold;
       if (mixed && x.mass && !clip) {
         run_mixed(mode, k, tile, pieces, operands);
       } else {
@@ -212,10 +253,12 @@ struct Sweep {
       }
     }
     if (open >= 0) close(open, unfold);
+    if (x.keeps_before) join_kept_outputs();
   }
 
   void close_mixed() {
     for (int64_t i = 0; i < groups * MR; ++i) x.l[i] += sum(load(x.lanes + i * W));
+    clear_lanes();
   }
 
   // Several segments in one tile, their masses wanted: a few rows at a time, so that s still holds the
@@ -226,7 +269,7 @@ struct Sweep {
     if (mode == kSum) operands.count = 0;
     for (int64_t first = 0; first < groups * MR; first += MR) {
       part.q = x.q + first * steps, part.o = x.o + first * DP, part.lanes = x.lanes + first * W;
-      part.m = x.m + first, part.l = x.l + first;
+      part.m = x.m + first, part.l = x.l + first, part.before = x.before + first * (W + DP);
       run_tile<DTYPE>(kPost, p, part, 1, k, operands, tile.count);
       for (int n = 0; n < tile.pieces; ++n)
         for (int r = 0; r < MR; ++r) {

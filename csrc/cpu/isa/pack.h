@@ -119,6 +119,16 @@ inline void pack_values(const FbAttention* p, const TileRows<KT>& rows, uint32_t
   pack_depth<DTYPE>(rows.row, p->D, KT / per<DTYPE>(), Strips(int(padded_dim(p->D) / W)), out);
 }
 
+// sums[d] += the piece's values, which are summed first: a running sum over a segment would gather their
+// roundings.
+template <int DTYPE>
+inline void add_piece(const Piece& piece, const char* const* values, int64_t D, float* sums) {
+  float part[256] = {};
+  for (int j = piece.lane; j < piece.lane + piece.count; ++j)
+    for (int64_t d = 0; d < D; ++d) part[d] += to_f32<DTYPE>(values[j], d);
+  for (int64_t d = 0; d < D; ++d) sums[d] += part[d];
+}
+
 // Rows of one head as A operand, [rows][steps], padded with rows of zeros.
 template <int DTYPE>
 inline void pack_rows(const FbAttention* p, const FbTensor& t, int64_t item, const RowTask& task,

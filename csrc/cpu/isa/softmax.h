@@ -24,9 +24,9 @@ struct Constants {
 };
 
 // What a row has summed so far: l is a number, lanes[W] the running segment's part of it, o[padded D] the
-// output.
+// output. before[W + padded D] holds finished sums of kTilesInSum tiles each, of lanes and of o; null: none.
 struct RowSums {
-  float *m, *l, *lanes, *o;
+  float *m, *l, *lanes, *o, *before;
 };
 
 template <int DTYPE, int N>
@@ -46,8 +46,8 @@ inline void store_prob(uint32_t* prob, const vf* e) {
 // Raise the row's maximum to that of its logits in s, and rescale what was summed so far. Pointers come one
 // by one: a struct of them would be put together in memory for every row, and this is rare.
 template <int N>
-__attribute__((noinline, cold)) void rescale(float* m, float* l, float* lanes, float* o, const float* s,
-                                             const Constants& c, int64_t DP) {
+__attribute__((noinline, cold)) void rescale(float* m, float* l, float* lanes, float* o, float* before,
+                                             const float* s, const Constants& c, int64_t DP) {
   vf top = splat(-kInf);
   for (int j = 0; j < N * W; j += W)
     top = maximum(fma(load(s + j), splat(c.scale), c.lane_add ? load(c.lane_add + j) : splat(c.add)), top);
@@ -58,6 +58,7 @@ __attribute__((noinline, cold)) void rescale(float* m, float* l, float* lanes, f
   *l *= factor;
   store(lanes, load(lanes) * splat(factor));
   for (int64_t d = 0; d < DP; d += W) store(o + d, load(o + d) * splat(factor));
+  for (int64_t i = 0; before && i < W + DP; i += W) store(before + i, load(before + i) * splat(factor));
 }
 
 // A row's logits in s -> its probabilities as A operand; its sums gain theirs. N vectors hold the tile's
@@ -79,11 +80,12 @@ inline __attribute__((always_inline)) void softmax_row(const RowSums& x, float* 
       total = total + t[j];
     }
   };
-  if (MODE != kClip && __builtin_expect(*x.m == -kInf, 0)) rescale<N>(x.m, x.l, x.lanes, x.o, s, c, DP);
+  if (MODE != kClip && __builtin_expect(*x.m == -kInf, 0))
+    rescale<N>(x.m, x.l, x.lanes, x.o, x.before, s, c, DP);
   exponentials();
   // A probability above kSlack shows in its lane's sum: the maximum has to move.
   if (MODE != kClip && __builtin_expect(any_greater(total, splat(kSlack)), 0)) {
-    rescale<N>(x.m, x.l, x.lanes, x.o, s, c, DP);
+    rescale<N>(x.m, x.l, x.lanes, x.o, x.before, s, c, DP);
     exponentials();
   }
   if constexpr (MODE == kPost || MODE == kClip)

@@ -16,10 +16,12 @@ using namespace flashbrush;
 
 namespace {
 
-// Chunks of a key head: enough work for many threads, none so short that starting it shows.
+// Chunks of a key head: enough work for many threads, none so short that starting it shows, and none so long
+// that its running sums gather many roundings.
 int64_t key_chunks(int64_t units, int64_t tiles) {
   constexpr int64_t kTasks = 64, kTiles = 4;
-  return std::max<int64_t>(1, std::min((kTasks + units - 1) / std::max<int64_t>(units, 1), tiles / kTiles));
+  const int64_t for_threads = std::min((kTasks + units - 1) / std::max<int64_t>(units, 1), tiles / kTiles);
+  return std::max<int64_t>({1, for_threads, (tiles + kTilesInSum - 1) / kTilesInSum});
 }
 
 struct Job {

@@ -8,7 +8,6 @@ import torch
 from hypothesis import given, settings
 
 import flashbrush as fb
-from flashbrush.bindings.backends.cpu import attention as cpu
 from support.calls import Call, examples, random_calls
 from support.error_bars import check_result
 
@@ -35,17 +34,14 @@ def test_drawn_calls(dtype: torch.dtype) -> None:
     drawn()
 
 
-@pytest.mark.parametrize("isa", cpu.isas())
 @settings(max_examples=examples(100))
 @given(call=random_calls())
 def test_instruction_sets(isa: str, call: Call) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FLASHBRUSH_CPU_ISA", isa)
-        run(call)
+    run(call)
 
 
 @pytest.mark.parametrize(("batch", "heads", "kv_heads"), [(1, 5, 5), (2, 6, 2), (1, 3, 1)])
-def test_same_bits_for_any_number_of_threads(batch: int, heads: int, kv_heads: int) -> None:
+def test_same_bits_for_any_number_of_threads(isa: str, batch: int, heads: int, kv_heads: int) -> None:
     """Up to four have a list of heads each, if there are as many; more share one."""
     rows, keys = (
         fb.Segments(prompt=20, subject=110, target=170),

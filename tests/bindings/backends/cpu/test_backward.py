@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from hypothesis import given, settings
 
-from flashbrush.bindings.backends.cpu import attention as cpu
 from support.calls import Call, examples, random_calls
 from support.gradients import check_gradients, gradients
 
@@ -19,16 +17,13 @@ def test_drawn_calls(call: Call) -> None:
     check_gradients(call, "cpu")
 
 
-@pytest.mark.parametrize("isa", cpu.isas())
 @settings(max_examples=examples(60))
 @given(call=small)
 def test_instruction_sets(isa: str, call: Call) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FLASHBRUSH_CPU_ISA", isa)
-        check_gradients(call, "cpu")
+    check_gradients(call, "cpu")
 
 
-def test_same_bits_for_any_number_of_threads() -> None:
+def test_same_bits_for_any_number_of_threads(isa: str) -> None:
     q, k, v = (torch.randn(1, 200, 3, 64, dtype=torch.bfloat16) for _ in range(3))
     results, before = [], torch.get_num_threads()
     try:

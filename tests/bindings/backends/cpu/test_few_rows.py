@@ -12,7 +12,6 @@ import torch
 from hypothesis import given, settings
 
 import flashbrush as fb
-from flashbrush.bindings.backends.cpu import attention as cpu
 from support.calls import Call, examples, random_calls
 from support.error_bars import check_result
 
@@ -27,10 +26,7 @@ def run(call: Call) -> None:
     check_result(call, call.run("cpu"))
 
 
-@pytest.mark.parametrize("isa", cpu.isas())
-def test_drawn_calls(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FLASHBRUSH_CPU_ISA", isa)
-
+def test_drawn_calls(isa: str) -> None:
     # Each instruction set draws calls of its own.
     @hypothesis.seed(sum(isa.encode()))
     @settings(max_examples=examples(400), derandomize=False, database=None)
@@ -52,7 +48,7 @@ def test_numbers_of_rows(rows: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("clip", (None, (0.0, 1.0)))
-def test_same_bits_for_any_number_of_threads(clip: tuple[float, float] | None) -> None:
+def test_same_bits_for_any_number_of_threads(isa: str, clip: tuple[float, float] | None) -> None:
     q, k, v = (torch.randn(1, n, heads, 64) for n, heads in ((4, 4), (3000, 2), (3000, 2)))
     rows, keys = fb.Segments(a=1, b=3), fb.Segments(x=1000, y=40, z=1960)
     control = fb.Control(rows, keys, weight={("a", "x"): 1.3}, contrast=fb.Contrast(1.67, clip))
