@@ -6,12 +6,9 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
 
 import flashbrush as fb
 from flashbrush.bindings.backends.composed import backward as composed_backward
-from flashbrush.bindings.backends.cpu import attention as cpu
-from support.calls import Call, examples, random_calls
 from support.oracle import probabilities, segment_of
 from support.oracle_calls import map_arguments, random_oracle_call
 
@@ -81,39 +78,6 @@ def test_bad_calls() -> None:
     ):
         with pytest.raises(error, match=word):
             fb.column_mass(*arguments_, **more)
-
-
-@settings(max_examples=examples(200))
-@given(random_calls(contrast=False))
-def test_drawn_calls_on_the_cpu(call: Call) -> None:
-    check_on_the_cpu(call)
-
-
-@pytest.mark.parametrize("isa", cpu.isas())
-@settings(max_examples=examples(40))
-@given(call=random_calls(contrast=False))
-def test_instruction_sets(isa: str, call: Call) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FLASHBRUSH_CPU_ISA", isa)
-        check_on_the_cpu(call)
-
-
-def check_on_the_cpu(call: Call) -> None:
-    """The C++ kernel against float64; its probabilities are float32 products of the inputs as they are."""
-    if reasons := cpu.available():
-        pytest.skip("; ".join(reasons))
-    assert call.control is None or call.control.rows is not None
-    kwargs = {name: value for name, value in call.kwargs.items() if name != "mask"}
-    if (source := kwargs.pop("source", None)) is not None:
-        kwargs["source"] = {name: source[name] for name in ("q", "k")}
-    exact = call.to(torch.float64)
-    lse = exact.run("reference", return_stats=True)[1].lse
-    names = ("*",) if call.control is None else ("*", call.control.rows.names[-1])
-    for rows in names:
-        truth = fb.column_mass(exact.q, exact.k, lse, call.control, rows=rows, **kwargs)
-        got = fb.column_mass(call.q, call.k, lse.float(), call.control, rows=rows, **kwargs)
-        assert got.dtype == torch.float32
-        torch.testing.assert_close(got.double(), truth, rtol=1e-4, atol=1e-5)
 
 
 def test_in_a_compiled_graph() -> None:

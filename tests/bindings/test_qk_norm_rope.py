@@ -12,27 +12,9 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 import flashbrush as fb
-from flashbrush.bindings.backends.cpu import attention as cpu, qk_norm_rope as cpu_norm_rope
+from flashbrush.bindings.backends.cpu import qk_norm_rope as cpu_norm_rope
 from flashbrush.bindings.qk_norm_rope import composed
-
-EPS = 1e-6
-
-
-def tables(tokens: int, dim: int, rope: str, dtype=torch.float32) -> tuple[Tensor, Tensor]:
-    """cos and sin (tokens, dim) of drawn angles, each for the two halves of a pair"""
-    angles = torch.randn(tokens, dim // 2, dtype=torch.float64) * 3
-    both = angles.repeat_interleave(2, 1) if rope == "interleaved" else torch.cat((angles, angles), 1)
-    return both.cos().to(dtype), both.sin().to(dtype)
-
-
-def streams(*sizes: int, dtype=torch.float64, batch=2, heads=3, dim=8):
-    result = []
-    for i, n in enumerate(sizes):
-        x = torch.randn(batch, n, heads, dim, dtype=dtype)
-        weight = torch.rand(dim, dtype=dtype) + 0.5 if i != 2 else None
-        offset = torch.randn(n, heads, dim, dtype=dtype) if i % 2 else None
-        result.append((x, weight, offset))
-    return result
+from support.token_streams import EPS, streams, tables
 
 
 def by_loops(parts, cos: Tensor, sin: Tensor, rope: str) -> Tensor:
@@ -105,36 +87,6 @@ def test_no_further_from_the_truth_than_the_stock_processors(rope: str, dtype: t
     ulp = torch.finfo(dtype).eps * truth.abs().max()
     assert (got - truth).abs().max() <= (stock - truth).abs().max() + ulp / 2
     assert (got - truth).abs().mean() <= (stock - truth).abs().mean() * 1.01 + 1e-9
-
-
-@pytest.mark.parametrize("isa", cpu.isas())
-@pytest.mark.parametrize("rope", ("interleaved", "half"))
-def test_every_instruction_set(isa: str, rope: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FLASHBRUSH_CPU_ISA", isa)
-    if reasons := cpu.available():
-        pytest.skip("; ".join(reasons))
-    cos, sin = tables(160, 40, rope)
-    permutation = torch.stack([torch.randperm(160) for _ in range(2)])
-    for dtype in cpu.DTYPES:
-        # 40 is no multiple of a vector; 160 tokens of 11 heads are enough work for several threads
-        parts = streams(37, 60, 63, dtype=dtype, heads=11, dim=40)
-        xs = [x.requires_grad_() for x, _, _ in parts]
-        weights = [None if w is None else w.requires_grad_() for _, w, _ in parts]
-        got = fb.qk_norm_rope(parts, cos, sin, eps=EPS, rope=rope, permutation=permutation)
-        wide = [[None if t is None else t.detach().double().requires_grad_() for t in part] for part in parts]
-        args = ([part[i] for part in wide] for i in range(3))
-        truth = composed(*args, cos.double(), sin.double(), EPS, rope == "half", permutation)
-        dout = torch.randn_like(got)
-        got.backward(dout)
-        truth.backward(dout.double())
-        pairs = [(got, truth)]
-        for x, weight, (x64, weight64, _) in zip(xs, weights, wide, strict=True):
-            pairs += [
-                (a.grad, b.grad) for a, b in ((x, x64), (weight, weight64)) if a is not None and b is not None
-            ]
-        for ours, exact in pairs:
-            ulp = torch.finfo(dtype).eps * exact.abs().max()
-            assert (ours - exact).abs().max() <= (2 if dtype == torch.float32 else 0.51) * ulp
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))

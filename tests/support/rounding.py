@@ -33,12 +33,25 @@ def positive_sum(*lengths: int) -> float:
     return variance
 
 
+def cpu_attention(keys: int) -> float:
+    """Variance of the relative error of the C++ backend's output over this many keys with positive values.
+
+    In units of ROUNDING^2. Its sums (csrc/cpu/kernels.h) are over the 128 keys of a tile, over 4 to 8 tiles and over
+    those; a row's sum of probabilities has 4 lanes or more. Then come 1 / sum and the product with it.
+    """
+    tiles = math.ceil(keys / 128)
+    output = max(positive_sum(128, n, math.ceil(tiles / n)) for n in (4, 8))
+    row_sum = max(positive_sum(32, n, math.ceil(tiles / n), 4) for n in (4, 8))
+    return output + row_sum + 2
+
+
 # Operators that return what they were given, or constants.
-_EXACT = set(
-    "_to_copy _unsafe_view abs arange cat clone constant_pad_nd copy_ empty empty_like fill_ full gather index "
-    "index_select lift_fresh maximum minimum neg new_empty new_zeros ones ones_like scalar_tensor stack "
-    "upsample_nearest2d where zeros zeros_like".split()
-)
+_EXACT = {
+    "_to_copy", "_unsafe_view", "abs", "arange", "cat", "clone", "constant_pad_nd", "copy_", "empty",
+    "empty_like", "fill_", "full", "gather", "index", "index_select", "lift_fresh", "maximum",
+    "minimum", "neg", "new_empty", "new_zeros", "ones", "ones_like", "scalar_tensor", "stack",
+    "upsample_nearest2d", "where", "zeros", "zeros_like",
+}  # fmt: skip
 _PRODUCTS = {"mm": 0, "bmm": 0, "convolution": 0, "addmm": 1, "baddbmm": 1}  # name: place of the first factor
 _NORMS = ("native_group_norm", "native_layer_norm")
 

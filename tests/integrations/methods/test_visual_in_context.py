@@ -17,6 +17,7 @@ from torch import Tensor
 import flashbrush as fb
 from flashbrush.integrations import InContextRoles, VisualInContext
 from flashbrush.integrations.diffusers import Layer, Step, apply
+from support.rounding import exact_and_error
 
 from ..diffusers.tiny_images import SDXL, tiny_sd3, tiny_unet, unet_call
 from ..tiny import forward as flux_forward, in_double, relative, tiny_call, tiny_flux
@@ -106,16 +107,12 @@ def test_batches_of_any_layout(batch: str) -> None:
     roles, items = BATCHES[batch]
     model = tiny_unet()
     call = unet_call(model, batch=items)
-    expected, _ = run_eager(model, call, [eager(r) for r in roles], up)
-    exact, _ = run_eager(*in_double(model, call), [eager(r) for r in roles], up)
+    readers, wide = [eager(r) for r in roles], in_double(model, call)
+    (exact,), (rounding,) = exact_and_error(lambda: run_eager(*wide, readers, up)[:1])
     with apply(model, VisualInContext(items=roles)):
         out, _ = run(model, call)
-    # Of some batches a whole model in float32 makes more of its own rounding than the tolerance.
-    assert (
-        relative(out.double(), exact)
-        <= max(TOLERANCE, 2 * relative(expected.double(), exact))
-        <= 3 * TOLERANCE
-    )
+    # How far a whole model in float32 strays depends on the batch: "all items" multiplies roundings most.
+    assert relative(out.double(), exact) <= 3 * rounding
     plain, _ = run(model, call)
     predictions = [r.prediction for r in roles]
     others = [n for n in range(items) if n not in predictions]
