@@ -1,7 +1,7 @@
 """What `flashbrush bench` runs: check every contestant, time them in pairs, print a table, write a JSON file.
 
-python -m flashbrush.benchmarks.cpu.table --readme rewrites the README's figures from the committed file
-instead.
+python -m flashbrush.benchmarks.cpu.table --pages rewrites the figures in README.md and docs/benchmarks.md from
+the committed files instead.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rich.table import Table
 from ...integrations.evaluation import machine
 from ..cases.shapes import EVERY, QUICK, SHAPES
 from ..cases.truth import WrongResult
-from . import backward, forward, growth, layer, methods, readme, visual_in_context
+from . import backward, forward, growth, layer, methods, pages, visual_in_context
 from .forward import Row, Settings
 
 SCHEMA = 1
@@ -35,9 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """0; 1 where a result is wrong, and then no time is reported or written; wrong arguments exit with 2."""
     options = _parse(argv)
     console = Console(width=None if sys.stdout.isatty() else 140)
-    if options.readme:
-        changed = readme.update(machine.ROOT / "README.md", COMMITTED)
-        console.print(f"README.md {'rewritten' if changed else 'is up to date'}")
+    if options.pages:
+        for page in pages.PAGES:
+            changed = pages.update(machine.ROOT / page, COMMITTED.parent)
+            console.print(f"{page} {'rewritten' if changed else 'is up to date'}")
         return 0
     threads_before = torch.get_num_threads()
     torch.set_num_threads(options.threads)
@@ -78,7 +79,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--flex", action="store_true", help="FlexAttention too (compiles: minutes)")
     parser.add_argument("--output", type=Path, help="JSON file (a full run: benchmarks/results/cpu.json)")
     parser.add_argument(
-        "--readme", action="store_true", help="only rewrite the README's table from the committed file"
+        "--pages",
+        action="store_true",
+        help="only rewrite the figures in README.md and docs/benchmarks.md from the committed files",
     )
     options = parser.parse_args(argv)
     known = QUICK if options.quick else SHAPES
@@ -187,7 +190,7 @@ def _show(console: Console, results: Row) -> None:
             kind = {"layer": "FLUX layer", "unet": "UNet layer, SD-VICL"}.get(row["section"], row["section"])
             what = f"{kind} {row['shape'].get('size', '')}".rstrip()
             pairs = (
-                f"{name.replace('/', ' / ')} {readme.figure(r['median'])}"
+                f"{name.replace('/', ' / ')} {pages.figure(r['median'])}"
                 for name, r in row["ratios"].items()
             )
             notes += [f"{what}, {dtype}: {'; '.join(pairs)}"] if row["ratios"] else []
@@ -197,7 +200,7 @@ def _show(console: Console, results: Row) -> None:
         ratios = [_value(row["ratios"], n, "median") for n in names]
         extra = [_value(row.get("memory", {}), n, "extra", 1e-6) for n in ("controlled", "eager")]
         label = row["shape"]["size"] + (" fwd+bwd" if "backward" in row["section"] else "")
-        table.add_row(label, dtype, *times, *ratios, readme.of_gemm(row), *extra)
+        table.add_row(label, dtype, *times, *ratios, pages.of_gemm(row), *extra)
     table.caption = "\n".join(notes)
     console.print(table if table.row_count else f"{title}\n{table.caption}")
     for name, reason in missing.items():
@@ -206,7 +209,7 @@ def _show(console: Console, results: Row) -> None:
 
 def _value(cells: Row, name: str, field: str, factor: float = 1.0) -> str:
     cell = cells.get(name)
-    return "" if not isinstance(cell, dict) else readme.figure(factor * cell[field])
+    return "" if not isinstance(cell, dict) else pages.figure(factor * cell[field])
 
 
 if __name__ == "__main__":

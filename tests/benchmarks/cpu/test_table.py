@@ -11,7 +11,7 @@ import torch
 import flashbrush as fb
 from flashbrush.benchmarks.cases.shapes import EVERY, QUICK, SHAPES
 from flashbrush.benchmarks.cases.truth import Truth, WrongResult
-from flashbrush.benchmarks.cpu import backward, growth, layer, peers, readme, table
+from flashbrush.benchmarks.cpu import backward, growth, layer, pages, peers, table
 from flashbrush.benchmarks.timing import memory
 from flashbrush.benchmarks.timing.paired import paired, ratio, spread
 
@@ -68,7 +68,7 @@ def test_without_our_kernel(monkeypatch, capsys, tmp_path: Path) -> None:
     for row in json.loads(path.read_text())["rows"]:
         assert list(row["missing"].values()) and set(row["missing"].values()) == {"no compiler was found"}
         assert not {"plain", "controlled"} & set(row["seconds"])
-    assert readme.section(path) == ""
+    assert pages.section(pages.attention, path) == "\n"
 
 
 def broken(peer: peers.Peer, value: float) -> peers.Peer:

@@ -1,0 +1,50 @@
+"""Fails the build where a public name has no entry on the site.
+
+Public are the names in `__all__` of the package, of flashbrush.integrations, of its pipelines and of
+flashbrush.integrations.diffusers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import griffe
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
+from mkdocs.plugins import event_priority
+
+PACKAGES = (
+    "flashbrush",
+    "flashbrush.integrations",
+    "flashbrush.integrations.pipelines",
+    "flashbrush.integrations.diffusers",
+)
+NOT_DOCUMENTED = {"flashbrush.__version__"}
+
+
+def public_names(root: Path) -> dict[str, set[str]]:
+    """Each public name, as flashbrush.attention, with the paths under which its entry may stand."""
+    package = griffe.load("flashbrush", search_paths=[str(root / ".typing")])
+    found: dict[str, set[str]] = {}
+    for module in PACKAGES:
+        members = package if module == package.path else package[module.removeprefix("flashbrush.")]
+        for name in members.exports or ():
+            path = f"{module}.{name}"
+            thing = members.members[str(name)]
+            target = thing.target_path if thing.is_alias else thing.path
+            found[path] = {path, target, f"{target}.{name}"} | {
+                p for p in (f"flashbrush.integrations.{name}",) if module.endswith(".pipelines")
+            }
+    return {name: paths for name, paths in found.items() if name not in NOT_DOCUMENTED}
+
+
+def missing(names: dict[str, set[str]], documented: set[str]) -> list[str]:
+    return sorted(name for name, paths in names.items() if not paths & documented)
+
+
+@event_priority(-100)  # after mkdocstrings, which rendered the entries
+def on_post_build(config: MkDocsConfig) -> None:
+    entries = config.plugins["mkdocstrings"].handlers.inventory
+    names = public_names(Path(config.docs_dir).parent)
+    if absent := missing(names, set(entries)):
+        raise PluginError(f"public names without an entry on the site: {', '.join(absent)}")

@@ -1,0 +1,35 @@
+"""The Python in the pages runs as it stands, the blocks of a page one after the other."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+
+from .markdown import blocks, pages
+
+PYTHON = {page: [b for b in blocks(page) if b.language == "python"] for page in pages()}
+# Blocks that are not run say why in a comment before them. There are few.
+NOT_RUN = [b for found in PYTHON.values() for b in found if b.not_run]
+
+
+@pytest.mark.parametrize("page", [page for page, found in PYTHON.items() if any(not b.not_run for b in found)])
+def test_code_runs(
+    page: str, stand_ins: dict[str, object], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = ModuleType("page")
+    monkeypatch.setitem(sys.modules, "page", module)  # where a dataclass looks for its module
+    module.__dict__.update(stand_ins)
+    torch.manual_seed(0)
+    for block in PYTHON[page]:
+        if not block.not_run:
+            code = "\n" * block.line + block.code  # so that a traceback names the page's own line
+            exec(compile(code, page, "exec"), module.__dict__)
+    printed = sum("print(" in block.code for block in PYTHON[page] if not block.not_run)
+    assert len(capsys.readouterr().out.splitlines()) >= printed
+
+
+def test_blocks_that_are_not_run_are_few() -> None:
+    assert {b.page for b in NOT_RUN} <= set()
