@@ -45,7 +45,9 @@ def random_stable_diffusion() -> StableDiffusionPipeline:
         text_encoder=text.eval(),
         tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
         unet=unet.eval(),
-        scheduler=DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+        scheduler=DDIMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False
+        ),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

@@ -1,8 +1,9 @@
-"""Links from the pages to files of the repository.
+"""Links from the pages to files of the repository outside of docs/.
 
-A page links to a file as `../kernels/segments.py`, which a repository's host follows; `#name` after it is a
-function or class of that file. The site gets a page with the source of each file that is linked, and the
-link leads to it. A file or a name that does not exist fails the build.
+A page links to a file as `../kernels/segments.py`, which a repository's host follows too; `#name` after it is a
+function or class of that file, `Class.name` a method. The site gets a page with the source of each file that is
+linked (Markdown is rendered, pictures are copied), and the link leads to it. A file or a name that does not exist
+fails the strict build.
 """
 
 from __future__ import annotations
@@ -19,16 +20,69 @@ from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
-from pygments.lexers import get_lexer_for_filename
+from pygments.lexers import TextLexer, get_lexer_for_filename
+from pygments.util import ClassNotFound
 
 log = get_plugin_logger("source_links")
-LINK = re.compile(r"(?<=\]\()(\.\./[^)\s#]+)(#[^)\s]+)?(?=\))")
+LINK = re.compile(r"(?<=\]\()(?!\w+:|[#/])([^)\s#]+)(#[^)\s]+)?(?=\))")
+FOLDER = "source"  # of the site, for these pages
+PICTURES = (".png", ".svg", ".jpg")
 
 
-def repository_path(page: str, target: str) -> str | None:
-    """The path from the repository's root of what `page` (from docs/) links to; None inside docs/."""
-    path = posixpath.normpath(posixpath.join("docs", posixpath.dirname(page), target))
-    return None if path.startswith("docs/") else path
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    root = Path(config.docs_dir).parent
+    todo = [(f"docs/{page.src_uri}", page.content_string) for page in files.documentation_pages()]
+    while todo:
+        page, text = todo.pop()
+        for path in {linked(page, found[1]) for found in LINK.finditer(text)}:
+            uri = site_uri(path)
+            if path.startswith("docs/") or files.get_file_from_path(uri) is not None:
+                continue
+            source = root / path
+            if not source.is_file():
+                log.warning(f"{page}: no such file: {path}")
+                continue
+            where = {"inclusion": InclusionLevel.NOT_IN_NAV}
+            if source.suffix in PICTURES:
+                made = File.generated(config, uri, abs_src_path=str(source), **where)
+            elif source.suffix == ".md":
+                todo.append((path, source.read_text()))
+                made = File.generated(config, uri, content=without_metadata(source.read_text()), **where)
+            else:
+                made = File.generated(config, uri, content=source_page(path, source.read_text()), **where)
+            files.append(made)
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    uri = page.file.src_uri
+    path = uri.removeprefix(f"{FOLDER}/") if uri.startswith(f"{FOLDER}/") else f"docs/{uri}"
+    if uri.startswith(f"{FOLDER}/") and not Path(config.docs_dir).parent.joinpath(path).is_file():
+        return markdown  # of source, where brackets are no links
+
+    def rewritten(found: re.Match[str]) -> str:
+        target = linked(path, found[1])
+        if path.startswith("docs/") and target.startswith("docs/"):
+            return found[0]
+        return posixpath.relpath(site_uri(target), posixpath.dirname(uri) or ".") + (found[2] or "")
+
+    return LINK.sub(rewritten, markdown)
+
+
+def linked(page: str, target: str) -> str:
+    """What `page` links to; both from the repository's root."""
+    return posixpath.normpath(posixpath.join(posixpath.dirname(page), target))
+
+
+def site_uri(path: str) -> str:
+    """The source of the site's page, or file, for a file of the repository."""
+    if path.startswith("docs/"):
+        return path.removeprefix("docs/")
+    return f"{FOLDER}/{path}" + ("" if path.endswith((".md", *PICTURES)) else ".md")
+
+
+def without_metadata(markdown: str) -> str:
+    return re.sub(r"\A---\n.*?\n---\n", "", markdown, flags=re.S)
 
 
 def definitions(path: str, text: str) -> dict[str, int]:
@@ -39,7 +93,7 @@ def definitions(path: str, text: str) -> dict[str, int]:
 
     def visit(node: ast.AST, prefix: str) -> None:
         for child in ast.iter_child_nodes(node):
-            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            if isinstance(child, ast.FunctionDef | ast.ClassDef):
                 lines[prefix + child.name] = child.lineno  # of overloads the last, which has the body
                 if isinstance(child, ast.ClassDef):
                     visit(child, f"{prefix}{child.name}.")
@@ -50,9 +104,11 @@ def definitions(path: str, text: str) -> dict[str, int]:
 
 def source_page(path: str, text: str) -> str:
     """A page with the highlighted file; definitions have anchors of their names."""
-    formatter = HtmlFormatter(nowrap=True)
-    lexer = get_lexer_for_filename(path, stripnl=False)
-    lines = highlight(text, lexer, formatter).splitlines()
+    try:
+        lexer = get_lexer_for_filename(path, stripnl=False)
+    except ClassNotFound:
+        lexer = TextLexer(stripnl=False)
+    lines = highlight(text, lexer, HtmlFormatter(nowrap=True)).splitlines()
     for name, number in definitions(path, text).items():
         lines[number - 1] = f'<span id="{html.escape(name)}"></span>{lines[number - 1]}'
     code = "\n".join(lines)
@@ -60,34 +116,3 @@ def source_page(path: str, text: str) -> str:
         f'---\ntitle: "{path}"\nsearch:\n  exclude: true\n---\n\n# `{path}`\n\n'
         f'<div class="highlight"><pre><code>{code}\n</code></pre></div>\n'
     )
-
-
-def on_files(files: Files, config: MkDocsConfig) -> Files:
-    root = Path(config.docs_dir).parent
-    for page in list(files.documentation_pages()):
-        for found in LINK.finditer(page.content_string):
-            path = repository_path(page.src_uri, found[1])
-            if path is None or path.endswith(".md"):
-                continue
-            source = root / path
-            if not source.is_file():
-                log.warning(f"{page.src_uri}: no such file: {path}")
-                continue
-            uri = f"source/{path}.md"
-            if files.get_file_from_path(uri) is None:
-                content = source_page(path, source.read_text())
-                made = File.generated(config, uri, content=content, inclusion=InclusionLevel.NOT_IN_NAV)
-                files.append(made)
-    return files
-
-
-def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    def rewritten(found: re.Match[str]) -> str:
-        path = repository_path(page.file.src_uri, found[1])
-        uri = f"source/{path}.md"
-        if path is None or files.get_file_from_path(uri) is None:
-            return found[0]
-        here = posixpath.dirname(page.file.src_uri) or "."
-        return posixpath.relpath(uri, here) + (found[2] or "")
-
-    return LINK.sub(rewritten, markdown)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import runpy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,32 +13,30 @@ from PIL import Image
 
 import flashbrush as fb
 
-from ..integrations.conftest import checkpoint, flux_checkpoint, sd_checkpoint  # noqa: F401
+from .markdown import ROOT
 
 SIDE = 64
-PHOTOS = ("cat", "dog", "table", "park", "zebra", "photo")
+PHOTOS = ("cat", "dog", "table", "park", "zebra")
 MASKS = ("cat-mask", "dog-mask", "hole")
 
 
 @pytest.fixture
-def stand_ins(
-    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> dict[str, object]:
-    """The folder in which a page's code runs, and the variables that it does not define.
+def stand_ins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+    """The variables that a page's code does not define; the code runs in a folder with its photos.
 
     Names of the hub lead to tiny models in float32, and every device is the CPU.
     """
     diffusers = pytest.importorskip("diffusers")
-    standing = {
-        "black-forest-labs/FLUX.1-Fill-dev": fb.tiny_fill,
-        "black-forest-labs/FLUX.1-dev": lambda: request.getfixturevalue("flux_checkpoint"),
-        "stable-diffusion-v1-5/stable-diffusion-v1-5": lambda: request.getfixturevalue("sd_checkpoint"),
-    }
     load = diffusers.DiffusionPipeline.from_pretrained.__func__
 
-    def from_pretrained(cls, model, **options):
-        options["dtype"] = torch.float32
-        pipe = load(cls, standing[model]() if model in standing else model, **options)
+    def from_pretrained(cls: type, model: Any, **options: Any) -> Any:
+        if model == "stable-diffusion-v1-5/stable-diffusion-v1-5":
+            pipe = stable_diffusion()
+        elif model == "black-forest-labs/FLUX.1-dev":
+            pipe = flux()
+        else:
+            is_fill = model == "black-forest-labs/FLUX.1-Fill-dev"
+            pipe = load(cls, fb.tiny_fill() if is_fill else model, dtype=torch.float32)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
@@ -48,6 +48,38 @@ def stand_ins(
     diptych, mask = Image.new("RGB", (SIDE, 2 * SIDE), "white"), Image.new("L", (SIDE, 2 * SIDE), 0)
     mask.paste(255, (12, SIDE + 12, 52, SIDE + 52))
     return {"prompt": "a red disc", "diptych": diptych, "mask": mask}
+
+
+def stable_diffusion() -> Any:
+    """The one of examples/visual_in_context.py, with random weights."""
+    return runpy.run_path(str(ROOT / "examples" / "visual_in_context.py"))["random_stable_diffusion"]()
+
+
+def flux() -> Any:
+    """A FluxPipeline of the tiny model's autoencoder and text encoders, and a random transformer."""
+    from diffusers import (
+        FlowMatchEulerDiscreteScheduler,
+        FluxFillPipeline,
+        FluxPipeline,
+        FluxTransformer2DModel,
+    )
+
+    parts = dict(FluxFillPipeline.from_pretrained(fb.tiny_fill()).components)
+    channels = 4 * parts["vae"].config.latent_channels
+    parts["transformer"] = FluxTransformer2DModel(
+        in_channels=channels,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=parts["text_encoder_2"].config.d_model,
+        pooled_projection_dim=parts["text_encoder"].config.hidden_size,
+        axes_dims_rope=(4, 6, 6),
+    )
+    parts["scheduler"] = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_image_seq_len=16, max_image_seq_len=256
+    )
+    return FluxPipeline(**parts, image_encoder=None, feature_extractor=None)
 
 
 def write_photos(folder: Path) -> None:
