@@ -3,6 +3,8 @@
 # make test-all    every test with every example
 # make bench   the benchmarks, and their table
 # make lint    ruff, clang-format and pyright
+# make docs    the documentation site, into build/site; a broken link or an undocumented public name fails
+# make wheels  a wheel and a source distribution, into dist
 # make sanitize    the CPU library's tests under AddressSanitizer and UndefinedBehaviorSanitizer
 #
 # make install    .venv with the package and its development tools, which every target above sets up first
@@ -29,7 +31,7 @@ HAS_TORCH := "import importlib.metadata as m; assert tuple(map(int, m.version('t
 TORCH_VERSION := "import importlib.metadata as m; print('torch==' + m.version('torch'))"
 SANITIZERS = $(shell g++ -print-file-name=libasan.so) $(shell g++ -print-file-name=libstdc++.so.6)
 
-.PHONY: install demo test test-all bench lint sanitize clean
+.PHONY: install demo test test-all bench lint docs wheels sanitize clean
 .DEFAULT_GOAL := demo
 
 # Debian's Python has no venv with pip in it before python3-venv is installed; the next two ways need only its pip.
@@ -74,6 +76,15 @@ lint: $(STAMP)
 	$(PY) -m ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 	$(PY) -m pyright -p pyproject.toml --pythonpath $(PY)
+
+# Nothing is downloaded. The variable keeps a notice about mkdocs' successors off the screen.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	@echo "the documentation is in build/site/index.html"
+
+wheels: | $(PY)
+	$(PIP) build
+	$(PY) -m build
 
 # The library of every other target comes back whatever the tests say. Leaks are left out: the interpreter has thousands.
 # A report goes to standard error just before the process ends: pytest must not hold it.

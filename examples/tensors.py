@@ -1,6 +1,6 @@
 """Attention over segments of tokens, beside the same computed with the attention map in memory.
 
-    python examples/tensors.py
+python examples/tensors.py
 """
 
 from __future__ import annotations

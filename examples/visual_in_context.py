@@ -46,7 +46,11 @@ def random_stable_diffusion() -> StableDiffusionPipeline:
         tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
         unet=unet.eval(),
         scheduler=DDIMScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            clip_sample=False,
+            steps_offset=1,
         ),
         safety_checker=None,
         feature_extractor=None,

@@ -190,8 +190,7 @@ def _show(console: Console, results: Row) -> None:
             kind = {"layer": "FLUX layer", "unet": "UNet layer, SD-VICL"}.get(row["section"], row["section"])
             what = f"{kind} {row['shape'].get('size', '')}".rstrip()
             pairs = (
-                f"{name.replace('/', ' / ')} {pages.figure(r['median'])}"
-                for name, r in row["ratios"].items()
+                f"{name.replace('/', ' / ')} {pages.figure(r['median'])}" for name, r in row["ratios"].items()
             )
             notes += [f"{what}, {dtype}: {'; '.join(pairs)}"] if row["ratios"] else []
             continue

@@ -88,7 +88,11 @@ def write_photos(folder: Path) -> None:
     demo = folder / "demo" / "photos"
     demo.mkdir(parents=True)
     photos = [*(folder / f"{name}.png" for name in PHOTOS), demo / "cup_subject.png", demo / "cup_image.png"]
-    masks = [*(folder / f"{name}.png" for name in MASKS), demo / "cup_subject_mask.png", demo / "cup_mask.png"]
+    masks = [
+        *(folder / f"{name}.png" for name in MASKS),
+        demo / "cup_subject_mask.png",
+        demo / "cup_mask.png",
+    ]
     for path in photos:
         Image.fromarray(generator.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)).save(path)
     for path in masks:

@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-
 ROOT = Path(__file__).resolve().parents[2]
 NOT_RUN = re.compile(r"<!-- not run: (?P<why>[^\n]+) -->\n$")
 FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```$", re.M | re.S)
@@ -36,9 +35,7 @@ def blocks(page: str) -> list[Block]:
         reason = NOT_RUN.search(before)
         indent = match[1]
         code = "".join(line.removeprefix(indent) for line in match[3].splitlines(keepends=True))
-        found.append(
-            Block(page, before.count("\n") + 1, match[2], code, reason["why"] if reason else "")
-        )
+        found.append(Block(page, before.count("\n") + 1, match[2], code, reason["why"] if reason else ""))
     return found
 
 
