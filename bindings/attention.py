@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from .backends import reference
-from .backends.planner import check_name
+from .backends.planner import check_name, resolve
 from .core.autograd import first_order, refuse_tangents
-from .core.control import Control, fits_float32
-from .core.dispatcher_bypass import unwatched, written_out
-from .core.problem import GainRule, Problem, default_scale
-from .operators import attention as ops
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-MAX_DIM = 256
-Keys = Tensor | Sequence[Tensor]
-Source = Mapping[str, Tensor | Sequence[Tensor | None] | None]
+from .core.control import Control
+from .core.dispatcher_bypass import can_skip_dispatcher
+from .core.lowering import Keys, Source, lower
+from .core.problem import pack, position
+from .operators import attention as operators
 
 
 class Stats(NamedTuple):
-    """Statistics of one call; none of them is differentiable."""
+    """Statistics of one attention call, float32 (float64 for float64). None of them is differentiable.
 
-    lse: Tensor  # (batch, heads, rows, groups) float32, natural log; -inf where a row has no allowed key
-    mass: Tensor  # (batch, heads, row segments, key segments) float32, of p before weight, gate, phi and gain
-    gain: Tensor  # (batch, heads, row segments) float32, the gain applied: given times derived
+    Attributes:
+        lse: (batch, heads, rows, groups), natural log; -inf where a row has no allowed key.
+        mass: (batch, heads, row segments, key segments): the sum of p over a pair of segments, before weight, gate,
+            contrast and gain.
+        gain: (batch, heads, row segments): the gain that was applied, given times derived.
+    """
+
+    lse: Tensor
+    mass: Tensor
+    gain: Tensor
 
 
 @overload
@@ -71,38 +72,52 @@ def attention(
     out: Tensor | None = None,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, Stats]:
-    """Attention over segments of tokens, with everything a Control says; without one, plain softmax(QK^T)V.
+    """Attention over segments of tokens, changed as a Control says. Without a control: plain softmax(QK^T)V.
+
+    With a(i) the row's segment, c(j) the key's segment, and phi the contrast:
+
+        s_ij = scale * <q_i, k_j> + bias[h, a(i), c(j)]
+        p_ij = softmax over the keys of group(c(j))
+        o_i  = gain[h, a(i)] * sum_g gate_g(i) * sum_{c in g} weight[h, a(i), c] * sum_{j in c} phi(p_ij) v_j
+
+    Gradients flow to q, k and v. A derived head gain counts as a constant.
 
     Args:
-        q: (batch, rows, heads, dim); float32, bfloat16, float16 (float64: reference and composed); dim up to
-            256. Under torch.autocast, q, k and v but float64 ones are cast to its dtype, as for torch's own
-            attention.
-        k, v: (batch, keys, kv_heads, dim), or lists with one such tensor per key segment, read in place;
-            heads is a multiple of kv_heads, batch 1 broadcasts, a tensor may appear twice.
-        control: tables over row and key segments; None: plain.
-        scale: logit scale; 1/sqrt(dim) if None; a number, or a tensor (batch,) or (batch, heads).
-        source: {"q": index, "k": index, "v": index}, int tensors (out_batch,), for k and v also one per list
-            entry: output item n reads q[index[n]] and so on.
-        mask: bool (True: attend) or additive float, broadcastable to (batch, heads, rows, keys); `composed`
-            and `reference` only.
-        backend: "auto", or a name of backends(); a named one fails with its reasons rather than fall back.
-        out: where to write the output, (batch, rows, heads, dim) of q's dtype, apart from q, k and v in
-            memory; not with tensors that require grad.
+        q: (batch, rows, heads, dim), float32, bfloat16 or float16, dim up to 256; float64 on the backends
+            reference and composed. Under torch.autocast q, k and v are cast to its dtype, float64 excepted.
+        k: (batch, keys, kv_heads, dim), or a list with one such tensor per key segment, read in place. heads is a
+            multiple of kv_heads; a batch of 1 broadcasts; a tensor may appear twice.
+        v: as k.
+        control: what to change, as tables over row and key segments. None: nothing.
+        scale: logit scale: a number, or a tensor (batch,) or (batch, heads). None: 1/sqrt(dim).
+        source: {"q": index, "k": index, "v": index}, int tensors (out_batch,): output item n reads q[index[n]]
+            and so on. For k and v also one tensor per list entry.
+        mask: bool (True: attend) or additive float, broadcastable to (batch, heads, rows, keys). Only on the
+            backends composed and reference.
+        backend: "auto", or a name of backends(). A named one raises with its reasons rather than fall back.
+        out: where to write the output: (batch, rows, heads, dim) of q's dtype, not overlapping q, k or v. Not
+            with tensors that require grad.
         return_stats: also return Stats.
 
     Returns:
-        out (batch, rows, heads, dim) in q's dtype, or ``(out, Stats)``. A row without an allowed key in a
-        group gives 0 there, lse -inf, mass 0. Gradients flow to q, k and v; a derived head gain counts as a
-        constant.
+        The output (batch, rows, heads, dim) in q's dtype, or (output, Stats). A row without an allowed key in a
+        group gives 0 there, with lse -inf and mass 0.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came; nothing has been
-            computed.
-        NotImplementedError: forward-mode derivatives. A gradient of a gradient is a RuntimeError when it is
-            asked for,
-        but for backend="reference".
+        TypeError, ValueError: naming the argument, what was expected and what came. Nothing has been computed.
+        NotImplementedError: a forward-mode derivative.
+        RuntimeError: a gradient of a gradient, when it is asked for; backend="reference" has one.
+
+    Example:
+        >>> import torch, flashbrush as fb
+        >>> q, k, v = torch.randn(3, 1, 48, 2, 16)
+        >>> segments = fb.Segments(prompt=8, subject=20, target=20)
+        >>> control = fb.Control(segments, weight={("target", "prompt"): 1.3})
+        >>> out, stats = fb.attention(q, k, v, control, return_stats=True)
+        >>> out.shape, stats.mass.shape
+        (torch.Size([1, 48, 2, 16]), torch.Size([1, 2, 3, 3]))
     """
-    problem = _lower(q, k, v, control, scale, source, mask, out)
+    problem = lower(q, k, v, control, scale, source, mask, out)
     check_name(backend)
     tensors = (problem.q, *problem.k, *problem.v)
     refuse_tangents(*tensors)
@@ -110,40 +125,43 @@ def attention(
         if out is not None:
             raise ValueError("out: not with tensors that require grad")
         if backend == "reference":
-            result = reference.forward(problem)
-            stats = (result.lse, result.mass.detach(), result.gain.detach())  # type: ignore[union-attr]
-            return (result.out, Stats(*stats)) if return_stats else result.out  # type: ignore[arg-type]
+            result = resolve("attention", backend, problem.q.device, problem)(problem)
+            stats = (result.lse, result.mass.detach(), result.gain.detach())
+            return (result.out, Stats(*stats)) if return_stats else result.out
         if any(c is not None for c in problem.contrast):
             raise TypeError("contrast: has a gradient only on backend='reference'")
-        output, *stats = _Attention.apply(_arguments(problem, control)[3:], backend, len(problem.k), *tensors)
+        output, *stats = _Attention.apply(pack(problem)[_FIRST_REST:], backend, len(problem.k), *tensors)
         return (output, Stats(*stats)) if return_stats else output
-    if unwatched(*tensors, scale if isinstance(scale, Tensor) else None, mask, out):
+    if can_skip_dispatcher(*tensors, scale if isinstance(scale, Tensor) else None, mask, out):
         if return_stats or out is not None:
             problem = problem.changed(need_stats=return_stats, out=out)
-        result = ops.solve(problem, backend)
+        result = operators.solve(problem, backend)
         output = result.out.contiguous() if out is None else out
-        stats = ops.stats(problem, result) if return_stats else ()
+        stats = operators.stats(problem, result) if return_stats else ()
     elif out is not None:
-        output, stats = out, ops.attention_out(*_arguments(problem, control), return_stats, backend, out)
+        output, stats = out, operators.attention_out(*pack(problem), return_stats, backend, out)
     else:
-        output, *stats = ops.attention(*_arguments(problem, control), return_stats, backend)
+        output, *stats = operators.attention(*pack(problem), return_stats, backend)
     if out is not None and not torch.compiler.is_compiling() and not out.is_inference():
-        torch.autograd.graph.increment_version(out)  # a backend writes to its address
+        torch.autograd.graph.increment_version(
+            out
+        )  # backends write to its address, which autograd does not see
     return (output, Stats(*stats)) if return_stats else output
 
 
-SCALES, MASK = 7, 20  # among _arguments() without q, k and v
+_FIRST_REST = 3  # of the packed inputs: those after q, k and v
+# Tensors of the caller, which may change before the backward pass; the tables belong to the control.
+_CALLERS = tuple(position(name) - _FIRST_REST for name in ("scales", "mask"))
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rest, backend, n_keys, *tensors):  # type: ignore[override]
         q, k, v = tensors[0], list(tensors[1 : 1 + n_keys]), list(tensors[1 + n_keys :])
-        out, lse, mass, gain = ops.attention(q, k, v, *rest, True, backend)
-        # The caller's own, which may be changed before the backward pass; tables are a control's.
-        ctx.aliased = [i for i in (SCALES, MASK) if rest[i] is not None]
-        ctx.save_for_backward(out, lse, gain, *tensors, *(rest[i] for i in ctx.aliased))
-        ctx.rest = [None if i in ctx.aliased else x for i, x in enumerate(rest)]
+        out, lse, mass, gain = operators.attention(q, k, v, *rest, True, backend)
+        ctx.callers = [i for i in _CALLERS if rest[i] is not None]
+        ctx.save_for_backward(out, lse, gain, *tensors, *(rest[i] for i in ctx.callers))
+        ctx.rest = [None if i in ctx.callers else x for i, x in enumerate(rest)]
         ctx.n_keys, ctx.backend = n_keys, backend
         ctx.mark_non_differentiable(lse, mass, gain)
         return out, lse, mass, gain
@@ -152,320 +170,9 @@ class _Attention(torch.autograd.Function):
     @first_order
     def backward(ctx, dout, *_):  # type: ignore[override]
         out, lse, gain, q, *kv = ctx.saved_tensors
-        k, v, aliased = kv[: ctx.n_keys], kv[ctx.n_keys : 2 * ctx.n_keys], kv[2 * ctx.n_keys :]
+        k, v, callers = kv[: ctx.n_keys], kv[ctx.n_keys : 2 * ctx.n_keys], kv[2 * ctx.n_keys :]
         rest = list(ctx.rest)
-        for i, t in zip(ctx.aliased, aliased, strict=True):
+        for i, t in zip(ctx.callers, callers, strict=True):
             rest[i] = t
-        dq, dk, dv = ops.attention_backward(dout, out, lse, gain, q, k, v, *rest, ctx.backend)
+        dq, dk, dv = operators.attention_backward(dout, out, lse, gain, q, k, v, *rest, ctx.backend)
         return None, None, None, dq, *dk, *dv
-
-
-def _arguments(p: Problem, control: Control | None) -> tuple:
-    """The operators' common inputs, in the order of their schema."""
-    contrast_values = None if control is None else control.contrast_values
-    gain_values = None if control is None else control.to(p.q.device).head_gain_values
-    return (
-        p.q,
-        list(p.k),
-        list(p.v),
-        list(p.row_lengths),
-        list(p.key_lengths),
-        list(p.groups),
-        list(p.kinds),
-        ops.pack_contrast(p.contrast),
-        contrast_values,
-        p.scale,
-        p.scales,
-        p.row_items,
-        p.key_items,
-        p.valid,
-        p.bias,
-        p.weight,
-        p.gain,
-        p.gates,
-        ops.pack_gain(p.head_gain),
-        gain_values,
-        p.source_q,
-        p.source_k,
-        p.source_v,
-        p.mask,
-    )
-
-
-def _lower(
-    q: Tensor,
-    k: Keys,
-    v: Keys,
-    control: Control | None,
-    scale: float | Tensor | None,
-    source: Source | None,
-    mask: Tensor | None,
-    out: Tensor | None,
-) -> Problem:
-    cast = _autocast_dtype(q) if isinstance(q, Tensor) else None
-    q = _check_tensor("q", q, None, cast)
-    keys, values = _check_list("k", k, q, cast), _check_list("v", v, q, cast)
-    _check_pairs(q, keys, values)
-    if control is not None and not isinstance(control, Control):
-        raise TypeError(f"control: expected a Control or None, got {type(control).__name__}")
-    source_q, source_k, source_v, batch = _lower_source(source, q, keys, values)
-    fields: dict = {"scale": default_scale(q.shape[3]), "scales": None}
-    if isinstance(scale, Tensor):
-        fields["scales"] = _lower_scales(scale, batch, q)
-    elif scale is not None:
-        if not isinstance(scale, (int, float, torch.SymInt, torch.SymFloat)) or isinstance(scale, bool):
-            raise TypeError(f"scale: expected a number or a float tensor, got {type(scale).__name__}")
-        if not fits_float32(scale):
-            raise ValueError(f"scale: expected a finite number, got {scale}")
-        fields["scale"] = float(scale)
-    if control is None:
-        fields |= {"row_lengths": (q.shape[1],), "key_lengths": tuple(t.shape[1] for t in keys)}
-        fields |= {"groups": (0,) * len(keys), "kinds": (0,) * len(keys), "contrast": (None,)}
-    else:
-        _check_layout(control, q, keys, batch)
-        fields |= _lower_control(control.to(q.device), q.device)
-    if mask is not None:
-        _check_mask(mask, batch, q, sum(t.shape[1] for t in keys))
-    if out is not None:
-        _check_out(out, q, (batch, *q.shape[1:]))
-    return Problem(
-        q=q,
-        k=keys,
-        v=values,
-        batch=batch,
-        source_q=source_q,
-        source_k=source_k,
-        source_v=source_v,
-        mask=mask,
-        **fields,
-    )
-
-
-def _lower_control(control: Control, device: torch.device) -> dict:
-    def items(table: Tensor | None) -> Tensor | None:
-        return None if table is None else table.to(device)
-
-    rule = None
-    if control.head_gain is not None:
-        spec = control.head_gain
-        parts = (control.head_gain_rows, control.head_gain_keys, control.head_gain_apply)
-        rule = GainRule(*parts, values=control.head_gain_values, norm=spec.norm)  # type: ignore[arg-type]
-    return {
-        "row_lengths": control.rows.lengths,
-        "key_lengths": control.keys.lengths,
-        "row_items": items(control.rows.items),
-        "key_items": items(control.keys.items),
-        "groups": control.groups,
-        "kinds": control.kinds,
-        "contrast": control.contrast,
-        "head_gain": rule,
-        "valid": control.valid,
-        "bias": control.bias,
-        "weight": control.weight,
-        "gain": control.gain,
-        "gates": control.gates,
-    }
-
-
-def _check_tensor(name: str, t: Tensor, like: Tensor | None, cast: torch.dtype | None) -> Tensor:
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{name}: expected a tensor (batch, tokens, heads, dim), got {type(t).__name__}")
-    if t.dim() != 4:
-        raise ValueError(f"{name}: expected shape (batch, tokens, heads, dim), got {tuple(t.shape)}")
-    if t.dtype not in DTYPES:
-        raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {t.dtype}")
-    if cast is not None and t.dtype != torch.float64:
-        t = t.to(cast)
-    shape = t.shape
-    if like is None:
-        if not 1 <= shape[3] <= MAX_DIM:
-            raise ValueError(f"{name}: expected a head dim of 1 to {MAX_DIM}, got {shape[3]}")
-        if shape[2] < 1:
-            raise ValueError(f"{name}: expected at least one head, got {tuple(shape)}")
-    else:
-        if t.dtype != like.dtype:
-            raise TypeError(f"{name}: expected q's dtype {like.dtype}, got {t.dtype}")
-        if t.device != like.device:
-            raise ValueError(f"{name}: expected q's device {like.device}, got {t.device}")
-        if shape[3] != like.shape[3]:
-            raise ValueError(f"{name}: expected q's head dim {like.shape[3]}, got {shape[3]}")
-    t = written_out(t)
-    # Every kernel reads rows of D neighbours; a strided last dimension is the one layout that is copied.
-    return t if t.stride(3) == 1 or shape[3] == 1 else t.contiguous()
-
-
-def _autocast_dtype(t: Tensor) -> torch.dtype | None:
-    """What torch.autocast casts to on the tensor's device, where it is on."""
-    device = t.device.type
-    # "meta" among others has none, and is not asked.
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return None
-
-
-def _check_list(name: str, tensors: Keys, q: Tensor, cast: torch.dtype | None) -> tuple[Tensor, ...]:
-    if isinstance(tensors, Tensor):
-        return (_check_tensor(name, tensors, q, cast),)
-    if not isinstance(tensors, (list, tuple)) or not tensors:
-        got = type(tensors).__name__ if tensors or not isinstance(tensors, (list, tuple)) else "an empty list"
-        raise TypeError(f"{name}: expected a tensor or a non-empty list of tensors, got {got}")
-    return tuple(_check_tensor(f"{name}[{i}]", t, q, cast) for i, t in enumerate(tensors))
-
-
-def _check_pairs(q: Tensor, k: tuple[Tensor, ...], v: tuple[Tensor, ...]) -> None:
-    if len(k) != len(v):
-        raise ValueError(f"v: expected as many tensors as k ({len(k)}), got {len(v)}")
-    first, several = k[0], len(k) > 1
-    for i, (a, b) in enumerate(zip(k, v, strict=True)):
-        which = f"v[{i}]" if several else "v"
-        if a.shape[1:3] != b.shape[1:3]:
-            raise ValueError(
-                f"{which}: expected k's tokens and heads {tuple(a.shape[1:3])}, got {tuple(b.shape[1:3])}"
-            )
-        if a.shape[2] != first.shape[2]:
-            raise ValueError(f"k[{i}]: expected {first.shape[2]} heads as in k[0], got {a.shape[2]}")
-    if first.shape[2] < 1 or q.shape[2] % first.shape[2]:
-        raise ValueError(f"k: q's {q.shape[2]} heads are not a multiple of its {first.shape[2]} heads")
-
-
-def _check_out(out: Tensor, q: Tensor, expected: tuple[int, ...]) -> None:
-    if (
-        not isinstance(out, Tensor)
-        or out.dtype != q.dtype
-        or out.device != q.device
-        or tuple(out.shape) != expected
-    ):
-        got = (
-            f"{out.dtype} {tuple(out.shape)} on {out.device}"
-            if isinstance(out, Tensor)
-            else type(out).__name__
-        )
-        raise ValueError(f"out: expected {q.dtype} {tuple(expected)} on {q.device}, got {got}")
-    if out.shape[3] > 1 and out.stride(3) != 1:
-        raise ValueError(f"out: expected a contiguous last dimension, got strides {out.stride()}")
-    if any(n > 1 and s == 0 for n, s in zip(out.shape, out.stride(), strict=True)):
-        raise ValueError(f"out: expected elements that do not share memory, got strides {out.stride()}")
-    if written_out(out) is not out:
-        raise ValueError("out: expected a tensor with memory, got zeros that torch has not written out")
-    if out.requires_grad and torch.is_grad_enabled():
-        raise ValueError("out: expected a tensor that does not require grad")
-
-
-def _lower_source(
-    source: Source | None, q: Tensor, k: tuple[Tensor, ...], v: tuple[Tensor, ...]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, int]:
-    if source is None:
-        for name, tensors in (("k", k), ("v", v)):
-            for t in tensors:
-                if t.shape[0] not in (1, q.shape[0]):
-                    raise ValueError(f"{name}: expected a batch of {q.shape[0]} (q's) or 1, got {t.shape[0]}")
-        return None, None, None, q.shape[0]
-    if not isinstance(source, Mapping):
-        raise TypeError(f"source: expected a dict with the keys q, k and v, got {type(source).__name__}")
-    if unknown := set(source) - {"q", "k", "v"}:
-        raise ValueError(f"source: expected the keys q, k and v, got {sorted(map(str, unknown))}")
-    entries = {"q": (q,), "k": k, "v": v}
-    indices: dict[str, list[Tensor | None]] = {}
-    sizes: set[int] = set()
-    for name, tensors in entries.items():
-        given = source.get(name)
-        listed = list(given) if isinstance(given, (list, tuple)) else [given] * len(tensors)
-        if len(listed) != len(tensors):
-            raise ValueError(f"source[{name!r}]: expected {len(tensors)} index tensors, got {len(listed)}")
-        indices[name] = [
-            None if index is None else _check_index(f"source[{name!r}]", index, t)
-            for index, t in zip(listed, tensors, strict=True)
-        ]
-        sizes |= {index.shape[0] for index in indices[name] if index is not None}
-    if len(sizes) > 1:
-        raise ValueError(f"source: the index tensors' lengths differ: {sorted(sizes)}")
-    batch = sizes.pop() if sizes else q.shape[0]
-    lowered: list[Tensor | None] = []
-    for name, tensors in entries.items():
-        rows = []
-        for index, t in zip(indices[name], tensors, strict=True):
-            if index is None and t.shape[0] not in (1, batch):
-                raise ValueError(f"{name}: expected a batch of {batch} (the source's) or 1, got {t.shape[0]}")
-            if index is None:
-                index = (
-                    torch.arange(batch, device=q.device)
-                    if t.shape[0] == batch
-                    else torch.zeros(batch, dtype=torch.int64)
-                )
-            rows.append(index.to(q.device, torch.int64))
-        given = any(i is not None for i in indices[name])
-        needed = given or (name == "q" and q.shape[0] != batch)
-        lowered.append(torch.stack(rows) if needed else None)
-    source_q = None if lowered[0] is None else lowered[0][0]
-    return source_q, lowered[1], lowered[2], batch
-
-
-def _check_index(name: str, index: object, t: Tensor) -> Tensor:
-    if not isinstance(index, Tensor) or index.dtype not in (torch.int32, torch.int64) or index.dim() != 1:
-        got = f"{index.dtype} {tuple(index.shape)}" if isinstance(index, Tensor) else type(index).__name__
-        raise TypeError(f"{name}: expected an int32 or int64 tensor (out_batch,), got {got}")
-    if index.device.type == "cpu" and index.numel() and not torch.compiler.is_compiling():
-        low, high = int(index.min()), int(index.max())
-        if low < 0 or high >= t.shape[0]:
-            raise ValueError(f"{name}: expected indices in 0..{t.shape[0] - 1}, got {low}..{high}")
-    return index
-
-
-def _lower_scales(scale: Tensor, batch: int, q: Tensor) -> Tensor:
-    if not scale.is_floating_point():
-        raise TypeError(f"scale: expected a float tensor, got {scale.dtype}")
-    if scale.requires_grad:
-        raise TypeError("scale: a tensor that requires grad is not differentiated; pass scale.detach()")
-    heads, given = q.shape[2], tuple(scale.shape)
-    if scale.dim() == 0:
-        scale = scale.reshape(1, 1)
-    elif scale.dim() == 1:
-        scale = scale[:, None]
-    if scale.dim() != 2 or scale.shape[0] not in (1, batch) or scale.shape[1] not in (1, heads):
-        raise ValueError(f"scale: expected a number or shape ({batch},) or ({batch}, {heads}), got {given}")
-    if (
-        scale.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and not bool(torch.isfinite(scale).all())
-    ):
-        raise ValueError("scale: expected finite values, got others")
-    return scale.to(q.device, torch.float32)
-
-
-def _check_layout(control: Control, q: Tensor, k: tuple[Tensor, ...], batch: int) -> None:
-    if control.rows.total != q.shape[1]:
-        raise ValueError(
-            f"control.rows: the segments hold {control.rows.total} tokens, q has {q.shape[1]} rows"
-        )
-    segments = control.keys
-    if len(k) == 1:
-        if segments.total != k[0].shape[1]:
-            raise ValueError(
-                f"control.keys: the segments hold {segments.total} tokens, k has {k[0].shape[1]}"
-            )
-    elif len(k) != len(segments):
-        raise ValueError(f"k: expected one tensor per key segment ({len(segments)}), got {len(k)}")
-    elif segments.items is not None:
-        raise ValueError("control.keys: lengths that differ from item to item need k and v as single tensors")
-    else:
-        for name, length, t in zip(segments.names, segments.lengths, k, strict=True):
-            if t.shape[1] != length:
-                raise ValueError(f"k: segment {name!r} holds {length} tokens, its tensor has {t.shape[1]}")
-    if wrong := {b for b in control.batches if b != batch}:
-        raise ValueError(f"control: its tables are for a batch of {sorted(wrong)}, the call has {batch}")
-    if wrong := {h for h in control.heads if h != q.shape[2]}:
-        raise ValueError(f"control: its tables are for {sorted(wrong)} heads, q has {q.shape[2]}")
-
-
-def _check_mask(mask: Tensor, batch: int, q: Tensor, keys: int) -> None:
-    if not isinstance(mask, Tensor) or not (mask.dtype == torch.bool or mask.is_floating_point()):
-        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"mask: expected a bool or float tensor, got {got}")
-    if mask.requires_grad:
-        raise TypeError("mask: a tensor that requires grad is not differentiated; pass mask.detach()")
-    full = (batch, q.shape[2], q.shape[1], keys)
-    shape = (1,) * (4 - mask.dim()) + tuple(mask.shape)
-    if len(shape) != 4 or any(a not in (1, b) for a, b in zip(shape, full, strict=True)):
-        raise ValueError(f"mask: expected a shape broadcastable to {full}, got {tuple(mask.shape)}")
-    if mask.device != q.device:
-        raise ValueError(f"mask: expected q's device {q.device}, got {mask.device}")

@@ -8,16 +8,29 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .attention import Keys, Source, _check_out, _lower, attention
+from .attention import attention
 from .core.control import Control, fits_float32
+from .core.lowering import Keys, Source, check_out, lower
 
 
 @dataclass(frozen=True)
 class Branch:
-    """One term of attention_sum: the arguments of attention(), and a gate.
+    """One term of attention_sum().
 
-    gate: a finite number, or a float tensor (batch, rows) that does not require grad; multiplies the branch's
-        output.
+    Args:
+        q: as in attention().
+        k: as in attention().
+        v: as in attention().
+        control: as in attention().
+        gate: multiplies the output: a finite number, or a float tensor (batch, rows) that does not require grad.
+        scale: as in attention().
+        source: as in attention().
+
+    Example:
+        >>> import torch, flashbrush as fb
+        >>> q, k, v = torch.randn(3, 1, 12, 2, 8)
+        >>> fb.Branch(q, k, v, gate=0.5).gate
+        0.5
     """
 
     q: Tensor
@@ -30,10 +43,9 @@ class Branch:
 
 
 def attention_sum(branches: Sequence[Branch], out: Tensor | None = None) -> Tensor:
-    """sum_b gate_b * attention(branch b): branches with queries, scales or maps of their own.
+    """sum_b gate_b * attention(branch b), for branches with their own queries, scales or maps.
 
-    Branches that share q and scale are one call with softmax groups, `Control(groups=..., gates=...)`, which
-    is cheaper.
+    Branches that share q and scale are cheaper as one call with softmax groups: Control(groups=..., gates=...).
 
     Args:
         branches: at least one; their outputs have one shape (batch, rows, heads, dim) and one dtype.
@@ -43,7 +55,13 @@ def attention_sum(branches: Sequence[Branch], out: Tensor | None = None) -> Tens
         (batch, rows, heads, dim) in q's dtype; the branches are added in float32 (float64 for float64).
 
     Raises:
-        TypeError, ValueError: naming the branch and the argument; nothing has been computed or written.
+        TypeError, ValueError: naming the branch and the argument. Nothing has been computed or written.
+
+    Example:
+        >>> import torch, flashbrush as fb
+        >>> q, k, v = torch.randn(3, 1, 12, 2, 8)
+        >>> fb.attention_sum([fb.Branch(q, k, v), fb.Branch(2 * q, k, v, gate=0.5)]).shape
+        torch.Size([1, 12, 2, 8])
     """
     if not isinstance(branches, (list, tuple)) or not branches:
         raise TypeError("branches: expected a non-empty list of Branch")
@@ -53,7 +71,7 @@ def attention_sum(branches: Sequence[Branch], out: Tensor | None = None) -> Tens
         if not isinstance(b, Branch):
             raise TypeError(f"branches[{i}]: expected a Branch, got {type(b).__name__}")
         try:
-            problem = _lower(b.q, b.k, b.v, b.control, b.scale, b.source, None, None)
+            problem = lower(b.q, b.k, b.v, b.control, b.scale, b.source)
         except (TypeError, ValueError) as error:
             raise type(error)(f"branches[{i}]: {error}") from None
         mine, q = (problem.batch, *b.q.shape[1:]), problem.q
@@ -66,7 +84,7 @@ def attention_sum(branches: Sequence[Branch], out: Tensor | None = None) -> Tens
         _check_gate(f"branches[{i}].gate", b.gate, shape[:2], q.device)
     assert first is not None
     if out is not None:
-        _check_out(out, first, shape)
+        check_out(out, first, shape)
         tensors = [
             t for b in branches for x in (b.q, b.k, b.v) for t in ((x,) if isinstance(x, Tensor) else x)
         ]

@@ -5,100 +5,72 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backends.triton import blend_latents as triton_blend
+from .backends.composed.blend_latents import blend_latents as composed
+from .backends.planner import check_name
 from .core.autograd import has_tangent
+from .operators.blend_latents import blend_latents as operator
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def blend_latents(
-    generated: Tensor, source: Tensor, noise: Tensor, mask: Tensor, sigma: float | Tensor
+    generated: Tensor,
+    source: Tensor,
+    noise: Tensor,
+    mask: Tensor,
+    sigma: float | Tensor,
+    *,
+    backend: str = "auto",
 ) -> Tensor:
-    """Latents that are `generated` where mask is 1 and, elsewhere, the source at noise level `sigma`.
+    """Latents that are `generated` where the mask is 1, and the source at noise level `sigma` elsewhere.
 
-    The known part is the straight line of flow matching, (1 - sigma) * source + sigma * noise. Called after
-    every step with the sigma which that step has just reached, and with one and the same noise, it keeps the
-    known part on the line that ends in the source: where mask is 0 and sigma is 0 the result equals `source`
-    bitwise, where mask is 1 it equals `generated` bitwise. In-Context Brush (arXiv 2505.20271, token
-    blending), with the interpolation of rectified flow.
+        mask * generated + (1 - mask) * ((1 - sigma) * source + sigma * noise)
+
+    Called after every step with the sigma that the step has just reached, and with the same noise throughout, it keeps
+    the known part on the straight line of flow matching that ends in the source. Where mask is 1 the result equals
+    `generated` bitwise; where mask and sigma are 0 it equals `source` bitwise. This is the token blending of In-Context
+    Brush (arXiv 2505.20271) with the interpolation of rectified flow. Differentiable in everything.
 
     Args:
-        generated: (batch, ...), of any rank, spatial or packed; float32, bfloat16, float16 or float64.
-        source, noise: clean latents and the run's fixed noise, of generated's shape (batch 1 broadcasts),
-            dtype and device.
-        mask: broadcastable to generated's shape; bool, or floating point in [0, 1] (between: mixed linearly).
+        generated: (batch, ...), spatial or packed; float32, bfloat16, float16 or float64.
+        source: clean latents of generated's shape (batch 1 broadcasts), dtype and device.
+        noise: the run's fixed noise, as source.
+        mask: broadcastable to generated's shape; bool, or floating point in [0, 1] (linear in between).
         sigma: noise level in [0, 1]: a number, or a floating-point tensor () or (batch,).
+        backend: "auto", or a name of backends(). A named one raises with its reasons rather than fall back.
 
     Returns:
-        A new tensor of generated's shape and dtype; computed in float32 at least. On a GPU without gradients
-        one Triton kernel makes it, in one pass and without waiting for the device; else it is made of torch
-        operators, which are differentiable.
+        A new tensor of generated's shape and dtype, computed in float32 at least. On a GPU without gradients one Triton
+        kernel makes it in one pass, without waiting for the device.
 
     Raises:
         TypeError: dtypes or devices that differ, a mask that is neither bool nor floating point.
-        ValueError: shapes that do not fit; a mask or sigma outside of [0, 1] (numbers and CPU tensors).
+        ValueError: shapes that do not fit; a mask or sigma outside [0, 1] (checked for numbers and CPU tensors).
+
+    Example:
+        >>> import torch, flashbrush as fb
+        >>> generated, source, noise = torch.randn(3, 1, 4, 8, 8)
+        >>> hole = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
+        >>> torch.equal(fb.blend_latents(generated, source, noise, hole, sigma=0.0), source)
+        True
     """
     _check_latents(generated, source, noise)
     _check_mask(mask, generated)
     sigma = _check_sigma(sigma, generated)
+    check_name(backend)
     tensors = (generated, source, noise, mask, sigma)
     learns = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
     if learns or has_tangent(*tensors):
         return composed(generated, source, noise, mask, sigma)
-    if not isinstance(sigma, Tensor):
-        return _blend(generated, source, noise, mask, None, float(sigma))
-    if (
-        sigma.device.type == "cpu" != generated.device.type
-        and sigma.numel() == 1
-        and not torch.compiler.is_compiling()
-    ):
-        return _blend(
-            generated, source, noise, mask, None, float(sigma)
-        )  # a copy to the device would wait for it
-    return _blend(generated, source, noise, mask, sigma.to(generated.device), 0.0)
+    if isinstance(sigma, Tensor) and not _readable_number(sigma, generated):
+        return operator(generated, source, noise, mask, sigma.to(generated.device), 0.0, backend=backend)
+    return operator(generated, source, noise, mask, None, float(sigma), backend=backend)
 
 
-def composed(generated: Tensor, source: Tensor, noise: Tensor, mask: Tensor, sigma: float | Tensor) -> Tensor:
-    """The same from torch operators: any device and dtype, differentiable in everything."""
-    wide = torch.promote_types(generated.dtype, torch.float32)
-    if isinstance(sigma, Tensor):
-        # (batch, 1, ..., 1); the ends are picked, not computed: noise may be anything where it does not count
-        level = sigma.to(generated.device, wide).reshape(-1, *[1] * (generated.dim() - 1))
-        known = ((1 - level) * source.to(wide) + level * noise.to(wide)).to(generated.dtype)
-        known = torch.where(level == 0, source, torch.where(level == 1, noise, known))
-    elif sigma in (0, 1):
-        known = noise if sigma else source
-    else:
-        known = ((1 - sigma) * source.to(wide) + sigma * noise.to(wide)).to(generated.dtype)
-    if mask.dtype == torch.bool:
-        return torch.where(mask, generated, known)
-    mixed = torch.lerp(known.to(wide), generated.to(wide), mask.to(wide)).to(generated.dtype)
-    return torch.where(mask == 1, generated, torch.where(mask == 0, known, mixed))
-
-
-def _run(
-    generated: Tensor, source: Tensor, noise: Tensor, mask: Tensor, sigma: Tensor | None, number: float
-) -> Tensor:
-    level = number if sigma is None else sigma
-    if triton_blend.usable(generated, source, noise, mask, level):
-        return triton_blend.blend_latents(generated, source, noise, mask, level)
-    # in the layout that the fake promises to a compiler
-    result = composed(generated, source, noise, mask, level)
-    out = torch.empty_like(generated)
-    return result if result.stride() == out.stride() else out.copy_(result)
-
-
-def _fake(generated: Tensor, *rest) -> Tensor:
-    return torch.empty_like(generated)
-
-
-_library = torch.library.Library("flashbrush", "FRAGMENT")
-_library.define(
-    "blend_latents(Tensor generated, Tensor source, Tensor noise, Tensor mask, Tensor? sigma, float number) -> Tensor"
-)
-_library.impl("blend_latents", _run, "CompositeExplicitAutograd")
-torch.library.register_fake("flashbrush::blend_latents", _fake, lib=_library)
-_blend = torch.ops.flashbrush.blend_latents.default
+def _readable_number(sigma: Tensor, generated: Tensor) -> bool:
+    """One number on the CPU for latents on a device: read, since copying it to the device would wait for it."""
+    elsewhere = sigma.device.type == "cpu" != generated.device.type
+    return elsewhere and sigma.numel() == 1 and not torch.compiler.is_compiling()
 
 
 def _check_latents(generated: Tensor, source: Tensor, noise: Tensor) -> None:

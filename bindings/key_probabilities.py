@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from .attention import Keys, Source
-from .backends.composed.backward import blocks, compute_dtype, only, softmax_backward, to_keys, to_query
-from .backends.reference import gather
-from .column_mass import lower_with_lse
 from .core.autograd import first_order, refuse_tangents
 from .core.control import Control
+from .core.lowering import Keys, Source, lower_with_lse
 from .core.problem import Problem
+from .core.recomputed_map import blocks, compute_dtype, only, softmax_backward, to_keys, to_query
+from .core.semantics import gather
 
 
 def key_probabilities(
@@ -27,25 +25,33 @@ def key_probabilities(
     scale: float | Tensor | None = None,
     source: Source | None = None,
 ) -> Tensor:
-    """p_ij of all rows and a few keys, for cross-attention maps of words and losses on them.
+    """p_ij of all rows and a few keys: cross-attention maps of words, and losses on them.
 
-    p is the probability within the key's softmax group, before weight, gate, contrast and gain.
-    Differentiable in q and
-    k as the whole softmax is: lse counts as a function of q and all of k, although it comes in as a number,
-        so that the
-    gradient reaches the keys that were not asked for. The map is recomputed in blocks of rows and never kept.
+    p is the probability within the key's softmax group, before weight, gate, contrast and gain. The map is recomputed
+    in blocks of rows and never kept. Differentiable in q and k as the whole softmax is: lse counts as a function of q
+    and of all of k, although it comes in as a number, so the gradient also reaches the keys that were not asked for.
 
     Args:
-        q, k, control, scale, source: as in attention().
-        lse: `Stats.lse` of that attention, (batch, heads, rows, groups), without grad.
-        keys: positions of the keys wanted, ints or an int tensor (n,), in the order of k (of the joined
-            list).
+        q: as in attention().
+        k: as in attention().
+        lse: Stats.lse of that attention, (batch, heads, rows, groups), without grad.
+        keys: the positions wanted, ints or an int tensor (n,), in the order of k, or of the joined list.
+        control: as in attention().
+        scale: as in attention().
+        source: as in attention(), with the keys "q" and "k".
 
     Returns:
         (batch, heads, rows, n) float32 (float64 for float64); 0 at removed keys.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Example:
+        >>> import torch, flashbrush as fb
+        >>> q, k, v = torch.randn(3, 1, 12, 2, 8)
+        >>> _, stats = fb.attention(q, k, v, return_stats=True)
+        >>> fb.key_probabilities(q, k, stats.lse, [3, 5]).shape
+        torch.Size([1, 2, 12, 2])
     """
     p = lower_with_lse(q, k, lse, control, scale, source)
     refuse_tangents(p.q, *p.k, lse)
@@ -69,7 +75,7 @@ class _KeyProbabilities(torch.autograd.Function):
     @first_order
     def backward(ctx, dout: Tensor):  # type: ignore[override]
         lse, wanted, scales, *tensors = ctx.saved_tensors
-        p = replace(ctx.p, q=tensors[0], k=tuple(tensors[1:]), scales=scales)
+        p = ctx.p.changed(q=tensors[0], k=tuple(tensors[1:]), scales=scales)
         q, k, _ = gather(p, compute_dtype(p))
         dq, dk = torch.zeros_like(q), torch.zeros_like(k)
         if dout.numel():

@@ -13,7 +13,7 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
         lse = log sum_p exp(lse_p)        out = sum_p exp(lse_p - lse) out_p
 
-    For rings, chunked or cached keys, and a term added to each row's own key. Differentiable in every out and
+    For rings, for chunked or cached keys, and for a row's own key as a term of its own. Differentiable in every out and
     lse.
 
     Args:
@@ -22,12 +22,19 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
             has no key in that row; its out is not read there.
 
     Returns:
-        (out, lse): out in the parts' dtype, lse float32 (float64 if a part's is) in the form it was given. A
-            row without
-        a key in any part gives 0 and -inf.
+        (out, lse): out in the parts' dtype; lse float32 (float64 if a part's is), in the shape that was given. A row
+            without a key in any part gives 0 and -inf.
 
     Raises:
         TypeError, ValueError: naming the part, what was expected and what came.
+
+    Example:
+        >>> import torch, flashbrush as fb
+        >>> q, k, v = torch.randn(3, 1, 12, 2, 8)
+        >>> parts = [fb.attention(q, k[:, s], v[:, s], return_stats=True) for s in (slice(0, 5), slice(5, 12))]
+        >>> out, lse = fb.merge([(out, stats.lse) for out, stats in parts])
+        >>> torch.allclose(out, fb.attention(q, k, v), atol=1e-5)
+        True
     """
     if not isinstance(parts, Sequence) or not parts:
         raise TypeError("parts: expected a non-empty list of (out, lse) pairs")

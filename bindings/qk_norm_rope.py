@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .backends.cpu import qk_norm_rope as cpu_norm_rope
-from .backends.triton import qk_norm_rope as triton_norm_rope
+from .backends.composed import qk_norm_rope as composed
+from .backends.planner import check_name
 from .core.autograd import first_order, has_tangent
-from .core.dispatcher_bypass import unwatched, written_out
+from .core.dispatcher_bypass import can_skip_dispatcher, with_memory
+from .core.norm_rope import NormRope
+from .operators import qk_norm_rope as operators
 
 Stream = tuple[Tensor, Tensor | None, Tensor | None]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -26,31 +27,42 @@ def qk_norm_rope(
     eps: float,
     rope: Literal["interleaved", "half"] = "interleaved",
     permutation: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Normalise each stream's heads, add its offset, join the streams and rotate them by their positions.
 
         y = x / sqrt(mean(x^2) + eps) * weight + offset        out = y * cos + rotate(y) * sin
 
-    rotate maps the pair (a, b) to (-b, a); its halves are neighbours for "interleaved" (FLUX), dim/2 apart
-    for "half". Differentiable in x, weight and offset.
+    rotate maps the pair (a, b) to (-b, a). The two of a pair are neighbours for "interleaved" (FLUX), and dim/2
+    apart for "half". Differentiable in x, weight and offset, and through torch's own operators in cos and sin.
 
     Args:
-        streams: [(x, weight, offset), ...], joined in that order, for example text and image: x (batch,
-            tokens, heads, dim), all of one dtype; weight (dim,) of the RMSNorm, or None: no norm; offset
-            broadcastable to x's shape, added after the norm (IC-Custom, arXiv 2507.01926), or None.
-        cos, sin: (all tokens, dim) float, as diffusers' get_1d_rotary_pos_embed(use_real=True) gives them, in
-            the order of the joined streams; both None: no rotation.
-        eps: of the RMSNorm, > 0 or 0.
-        permutation: int (all tokens,) or (batch, all tokens), each token once, as Segments.from_labels gives
-            it; applied last, so that out[:, i] is the joined token permutation[i].
+        streams: [(x, weight, offset), ...], joined in that order, for example text and image. x: (batch, tokens,
+            heads, dim), all of one dtype. weight: (dim,) of the RMSNorm, or None: no norm. offset: broadcastable to
+            x's shape, added after the norm (IC-Custom, arXiv 2507.01926), or None.
+        cos: (all tokens, dim) float, as diffusers' get_1d_rotary_pos_embed(use_real=True) gives it, in the order of
+            the joined streams. None, with sin: no rotation.
+        sin: as cos.
+        eps: of the RMSNorm, >= 0.
+        rope: "interleaved" or "half".
+        permutation: int (all tokens,) or (batch, all tokens), each token once, as Segments.from_labels gives it.
+            Applied last: out[:, i] is the joined token permutation[i].
+        backend: "auto", or a name of backends(). A named one raises with its reasons rather than fall back.
 
     Returns:
-        (batch, all tokens, heads, dim) in x's dtype, from float32 arithmetic. The kernels (C++ on the CPU,
-        Triton on GPUs; head dims up to 256) round once, to x's dtype. Where neither runs it is torch's
-        operators, which round after the norm too, as the FLUX processor of diffusers does.
+        (batch, all tokens, heads, dim) in x's dtype. The kernels (C++ on the CPU, Triton on GPUs; head dims up to
+        256) compute in float32 and round once; torch's operators, where neither runs, round after the norm too, as
+        the FLUX processor of diffusers does.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Example:
+        >>> import torch, flashbrush as fb
+        >>> text, image = torch.randn(1, 5, 2, 16), torch.randn(1, 24, 2, 16)
+        >>> angle = torch.arange(29)[:, None] * torch.ones(16)
+        >>> fb.qk_norm_rope([(text, None, None), (image, None, None)], angle.cos(), angle.sin(), eps=1e-6).shape
+        torch.Size([1, 29, 2, 16])
     """
     checked = _check_streams(streams)
     total = sum(x.shape[1] for x, _, _ in checked)
@@ -65,184 +77,51 @@ def qk_norm_rope(
         if table is not None:
             _check_table(name, table, total, x0)
     _check_permutation(permutation, x0.shape[0], total, x0.device)
+    check_name(backend)
 
     xs, weights, offsets = (list(column) for column in zip(*checked, strict=True))
-    half = rope == "half"
-    needs_grad = [t is not None and t.requires_grad for t in (*xs, *weights, *offsets, cos, sin)]
-    if has_tangent(*xs, *weights, *offsets, cos, sin):
-        return composed(xs, weights, offsets, cos, sin, eps, half, permutation)
-    if not torch.is_grad_enabled() or not any(needs_grad):
-        run = _run_forward if unwatched(*xs, *weights, *offsets, cos, sin, permutation) else _forward
-        return run(xs, weights, offsets, cos, sin, eps, half, permutation)
-    # Positions that learn take torch's own gradient.
-    if any(needs_grad[-2:]):
-        return composed(xs, weights, offsets, cos, sin, eps, half, permutation)
-    return _NormRope.apply(len(xs), cos, sin, eps, half, permutation, *xs, *weights, *offsets)
-
-
-def composed(
-    xs: list[Tensor],
-    weights: list[Tensor | None],
-    offsets: list[Tensor | None],
-    cos: Tensor | None,
-    sin: Tensor | None,
-    eps: float,
-    half: bool,
-    permutation: Tensor | None,
-) -> Tensor:
-    """The same from torch operators: any device, differentiable in everything; rounded after the norm too."""
-    joined = []
-    for x, weight, offset in zip(xs, weights, offsets, strict=True):
-        if weight is not None:
-            x = F.rms_norm(x, (x.shape[3],), weight.to(x.dtype), eps)
-        joined.append(x if offset is None else x + offset.to(x.dtype))
-    y = torch.cat(joined, 1)
-    if cos is not None and sin is not None:
-        wide = torch.float64 if y.dtype == torch.float64 else torch.float32
-        a, b = y.chunk(2, 3) if half else y.unflatten(3, (-1, 2)).unbind(4)
-        rotated = torch.cat((-b, a), 3) if half else torch.stack((-b, a), 4).flatten(3)
-        y = (y.to(wide) * cos.to(wide)[:, None] + rotated.to(wide) * sin.to(wide)[:, None]).to(y.dtype)
-    if permutation is None:
-        return y
-    index = permutation.long()
-    return y[:, index] if index.dim() == 1 else y.gather(1, index[:, :, None, None].expand_as(y))
-
-
-def composed_backward(
-    dout: Tensor,
-    xs: list[Tensor],
-    weights: list[Tensor | None],
-    offsets: list[Tensor | None],
-    cos: Tensor | None,
-    sin: Tensor | None,
-    eps: float,
-    half: bool,
-    permutation: Tensor | None,
-    need_dweight: bool,
-) -> tuple[list[Tensor], list[Tensor | None], list[Tensor | None]]:
-    """dx, dweight and doffset from torch operators, in float32; offsets: those whose gradient is wanted.
-
-    With g = rotate^T(dout) * weight and r = 1 / sqrt(mean(x^2) + eps): dx = r * (g - x * r^2 * mean(g * x)).
-    """
-    wide = torch.float64 if dout.dtype == torch.float64 else torch.float32
-    dy = dout.to(wide)
-    if permutation is not None:
-        index = permutation.long()[..., None, None].expand(dy.shape)
-        dy = torch.zeros_like(dy).scatter_add_(1, index, dy)
-    if cos is not None and sin is not None:
-        turned = dy * sin.to(wide)[:, None]
-        a, b = turned.chunk(2, 3) if half else turned.unflatten(3, (-1, 2)).unbind(4)
-        turned = torch.cat((b, -a), 3) if half else torch.stack((b, -a), 4).flatten(3)
-        dy = dy * cos.to(wide)[:, None] + turned
-    dxs, dweights, doffsets = [], [], []
-    for x, weight, offset, d in zip(xs, weights, offsets, dy.split([x.shape[1] for x in xs], 1), strict=True):
-        doffsets.append(None if offset is None else _sum_to(offset, d))
-        dweight = None
-        if weight is not None:
-            y = x.to(wide)
-            r = (y.square().mean(3, keepdim=True) + eps).rsqrt()
-            dweight = (d * y * r).sum((0, 1, 2)).to(weight.dtype) if need_dweight else None
-            d = d * weight.to(wide)
-            d = r * (d - y * r.square() * (d * y).mean(3, keepdim=True))
-        dweights.append(dweight)
-        dxs.append(torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(d))
-    return dxs, dweights, doffsets
+    call = NormRope(xs, weights, offsets, cos, sin, eps, rope == "half", permutation)
+    tensors = [*xs, *weights, *offsets, cos, sin]
+    learned = [t is not None and t.requires_grad for t in tensors]
+    # Forward-mode derivatives, and positions that are learned, take torch's own rules.
+    if has_tangent(*tensors) or (torch.is_grad_enabled() and any(learned[-2:])):
+        return composed.forward(call)
+    if not torch.is_grad_enabled() or not any(learned):
+        run = operators.run if can_skip_dispatcher(*tensors, permutation) else operators.qk_norm_rope
+        return run(*call, backend=backend)
+    return _NormRope.apply(len(xs), call[3:], backend, *xs, *weights, *offsets)
 
 
 class _NormRope(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, n, cos, sin, eps, half, permutation, *tensors):  # type: ignore[override]
+    def forward(ctx, n, tables, backend, *tensors):  # type: ignore[override]
+        cos, sin, eps, half, permutation = tables
         ctx.save_for_backward(*tensors, cos, sin, permutation)
-        ctx.n, ctx.eps, ctx.half = n, eps, half
+        ctx.n, ctx.eps, ctx.half, ctx.backend = n, eps, half, backend
         xs, weights, offsets = (list(tensors[i * n : i * n + n]) for i in range(3))
-        return _forward(xs, weights, offsets, cos, sin, eps, half, permutation)
+        return operators.qk_norm_rope(xs, weights, offsets, *tables, backend=backend)
 
     @staticmethod
     @first_order
     def backward(ctx, dout):  # type: ignore[override]
         n, (*tensors, cos, sin, permutation) = ctx.n, ctx.saved_tensors
         xs, weights, offsets = (tensors[i * n : i * n + n] for i in range(3))
-        need_dweight = any(ctx.needs_input_grad[6 + n : 6 + 2 * n])
-        learned = [
-            t if need else None for t, need in zip(offsets, ctx.needs_input_grad[6 + 2 * n :], strict=True)
-        ]
-        dxs, dweights, doffsets = _backward(
-            dout, xs, weights, learned, cos, sin, ctx.eps, ctx.half, permutation, need_dweight
+        _, need_weights, need_offsets = (ctx.needs_input_grad[3 + i * n : 3 + i * n + n] for i in range(3))
+        need_dweight = any(need_weights)
+        learned = [t if need else None for t, need in zip(offsets, need_offsets, strict=True)]
+        tables = (cos, sin, ctx.eps, ctx.half, permutation)
+        dxs, dweights, doffsets = operators.qk_norm_rope_backward(
+            dout, xs, weights, learned, *tables, need_dweight, backend=ctx.backend
         )
-        dweights = [
-            None if w is None or not need_dweight else d for w, d in zip(weights, dweights, strict=True)
-        ]
+        no_weight = [w is None or not need_dweight for w in weights]
         return (
-            *(None,) * 6,
+            None,
+            None,
+            None,
             *dxs,
-            *dweights,
+            *(None if no else d for no, d in zip(no_weight, dweights, strict=True)),
             *(None if t is None else d for t, d in zip(learned, doffsets, strict=True)),
         )
-
-
-_TABLES = "Tensor? cos, Tensor? sin, float eps, bool half, Tensor? permutation"
-_library = torch.library.Library("flashbrush", "FRAGMENT")
-_library.define(f"qk_norm_rope(Tensor[] x, Tensor?[] weight, Tensor?[] offset, {_TABLES}) -> Tensor")
-_library.define(
-    f"qk_norm_rope_backward(Tensor dout, Tensor[] x, Tensor?[] weight, Tensor?[] offset, {_TABLES}, bool need_dweight) "
-    "-> (Tensor[] dx, Tensor[] dweight, Tensor[] doffset)"
-)
-
-
-def _run_forward(xs, weights, offsets, *rest):
-    if cpu_norm_rope.usable(xs[0]):
-        return cpu_norm_rope.forward(xs, weights, offsets, *rest)
-    run = triton_norm_rope.forward if triton_norm_rope.usable(xs) else composed
-    return run(xs, weights, offsets, *rest).contiguous()
-
-
-def _run_backward(dout, xs, weights, offsets, *rest):
-    """offsets: those whose gradient is wanted; of a weight or an offset that is not there it is an empty
-    tensor.
-    """
-    if cpu_norm_rope.usable(xs[0]):
-        run = _cpu_backward
-    else:
-        run = triton_norm_rope.backward if triton_norm_rope.usable(xs) else composed_backward
-    dxs, *more = run(dout, xs, weights, offsets, *rest)
-    return dxs, *([dout.new_empty(0) if d is None else d for d in grads] for grads in more)
-
-
-def _cpu_backward(dout, xs, weights, offsets, *rest):
-    *tables, need_dweight = rest
-    dxs, dweights = cpu_norm_rope.backward(dout, xs, weights, *tables)
-    dweights = [None if w is None or not need_dweight else d for w, d in zip(weights, dweights, strict=True)]
-    if all(t is None for t in offsets):
-        return dxs, dweights, offsets
-    # Without a norm, the gradient of x is that of an offset of its shape.
-    shifts, _ = cpu_norm_rope.backward(dout, xs, [None] * len(xs), *tables)
-    return dxs, dweights, [None if t is None else _sum_to(t, d) for t, d in zip(offsets, shifts, strict=True)]
-
-
-def _sum_to(t: Tensor, grad: Tensor) -> Tensor:
-    wide = grad.to(torch.promote_types(grad.dtype, t.dtype))
-    return wide.sum_to_size(t.shape).to(t.dtype).clone(memory_format=torch.contiguous_format)
-
-
-def _fake_forward(xs, weights, offsets, *rest):
-    return xs[0].new_empty(xs[0].shape[0], sum(x.shape[1] for x in xs), *xs[0].shape[2:])
-
-
-def _fake_backward(dout, xs, weights, offsets, *rest):
-    weights = weights if rest[-1] else [None] * len(xs)
-    given = (
-        [dout.new_empty(0) if t is None else t.new_empty(t.shape) for t in tensors]
-        for tensors in (weights, offsets)
-    )
-    return [x.new_empty(x.shape) for x in xs], *given
-
-
-_library.impl("qk_norm_rope", _run_forward, "CompositeExplicitAutograd")
-_library.impl("qk_norm_rope_backward", _run_backward, "CompositeExplicitAutograd")
-torch.library.register_fake("flashbrush::qk_norm_rope", _fake_forward, lib=_library)
-torch.library.register_fake("flashbrush::qk_norm_rope_backward", _fake_backward, lib=_library)
-_forward = torch.ops.flashbrush.qk_norm_rope.default
-_backward = torch.ops.flashbrush.qk_norm_rope_backward.default
 
 
 def _check_streams(streams: Sequence[Stream]) -> list[Stream]:
@@ -281,7 +160,7 @@ def _check_streams(streams: Sequence[Stream]) -> list[Stream]:
                 raise ValueError(
                     f"streams[{i}]: expected an offset broadcastable to {tuple(x.shape)}, got {tuple(offset.shape)}"
                 )
-    return [tuple(t if t is None else written_out(t) for t in s) for s in streams]  # type: ignore[misc]
+    return [tuple(t if t is None else with_memory(t) for t in s) for s in streams]  # type: ignore[misc]
 
 
 def _check_table(name: str, table: Tensor, total: int, x: Tensor) -> None:

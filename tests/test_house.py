@@ -48,7 +48,7 @@ FLOORS = (
     "__main__.py",
 )
 # `flashbrush info` lists the instruction sets of the CPU library, which bindings have no public function for.
-ALLOWED = (("integrations/cli/info.py", "bindings/backends/cpu/attention.py"),)
+ALLOWED = (("integrations/cli/info.py", "bindings/backends/cpu/library.py"),)
 
 
 def floor(place: str) -> int:
@@ -278,16 +278,16 @@ NAMES = {
     "HeadGain": "rows keys span floor norm apply_to",
     "Segments": "lengths named",
     "Stats": "lse mass gain",
-    "adain": "x style mask style_mask",
+    "adain": "x style mask style_mask backend",
     "attention": "q k v control scale source mask backend out return_stats",
     "attention_sum": "branches out",
     "backends": "",
-    "blend_latents": "generated source noise mask sigma",
-    "column_mass": "q k lse control scale source rows",
+    "blend_latents": "generated source noise mask sigma backend",
+    "column_mass": "q k lse control scale source rows backend",
     "key_probabilities": "q k lse keys control scale source",
     "merge": "parts",
-    "qk_norm_rope": "streams cos sin eps rope permutation",
-    "query_blur": "q grid sigma tokens",
+    "qk_norm_rope": "streams cos sin eps rope permutation backend",
+    "query_blur": "q grid sigma tokens backend",
 }
 
 

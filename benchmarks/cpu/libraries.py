@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from ...bindings import Contrast, Control, Segments, attention, column_mass
-from ...bindings.backends.cpu import attention as cpu
+from ...bindings.backends.cpu import library as cpu
 from ..timing.paired import paired, spread
 
 SHORTEST = 0.05  # seconds of a sample

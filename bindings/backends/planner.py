@@ -1,62 +1,97 @@
-"""The planner: from a problem and its device to a backend, and the words for why not another."""
+"""The planner: which backend runs a call of an operator, and in words why another does not.
+
+Every operator goes through resolve(). It reads devices, dtypes, shapes and strides, never a value, so that a changed
+number changes neither the choice nor the compilation.
+"""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
-from ..core.problem import Problem
-from . import reference
-from .composed import attention as composed, backward as composed_backward
-from .cpu import attention as cpu
-from .cuda import attention as cuda
-from .triton import attention as triton
+import torch
 
-BACKENDS: dict[str, ModuleType] = {m.name: m for m in (cpu, triton, cuda, composed, reference)}
-FUSED = {"cpu": (cpu,), "cuda": (triton,), "hip": (triton,)}
+from ..core.problem import ONLY, Problem
+from . import composed, cpu, cuda, reference, triton
+
+BACKENDS: dict[str, ModuleType] = {b.name: b for b in (cpu, triton, cuda, composed, reference)}
+OPERATORS = tuple(dict.fromkeys(operator for b in (composed, reference) for operator in b.OPERATORS))
+# By device type: the backend with kernels for it that "auto" tries first. `cuda` runs only where it is named.
+FUSED = {"cpu": cpu, "cuda": triton}
+_GENERAL = (composed, reference)
 
 
-def choose(problem: Problem) -> tuple[ModuleType, dict[str, list[str]]]:
-    """The first backend that takes the problem, fused ones of its device first, and why the earlier ones do
-    not.
+def resolve(operator: str, backend: str, device: torch.device, *call: Any) -> Callable[..., Any]:
+    """The function that runs this call of an operator.
+
+    Args:
+        operator: one of OPERATORS.
+        backend: a name of BACKENDS, or "auto": the device's fused backend, else composed, else reference. A
+            fallback from a fused backend warns once for each set of reasons; a gradient's does not, as the
+            forward pass has warned.
+        device: where the call's tensors are.
+        call: what the operator's why_not takes.
+
+    Raises:
+        ValueError: the named backend does not exist or cannot run the call; the message says why.
     """
+    if backend != "auto":
+        check_name(backend)
+        if refused := why_not(operator, backend, *call):
+            raise ValueError(f"backend: {backend!r} cannot run this call: {'; '.join(refused)}")
+        return BACKENDS[backend].OPERATORS[operator].run
+    chosen, refused = choose(operator, device, *call)
+    if refused and not operator.endswith("_backward"):
+        _warn_once(operator, chosen.name, refused)
+    return chosen.OPERATORS[operator].run
+
+
+def choose(operator: str, device: torch.device, *call: Any) -> tuple[ModuleType, dict[str, list[str]]]:
+    """The backend that "auto" takes, and the reasons of those before it that have the operator."""
     refused: dict[str, list[str]] = {}
-    for backend in (*FUSED.get(problem.q.device.type, ()), composed, reference):
-        reasons = backend.available() or backend.why_not(problem)
+    fused = FUSED.get(device.type)
+    for backend in _GENERAL if fused is None else (fused, *_GENERAL):
+        if operator not in backend.OPERATORS:
+            continue
+        reasons = why_not(operator, backend.name, *call)
         if not reasons:
             return backend, refused
         refused[backend.name] = reasons
-    raise AssertionError("the reference backend takes every problem")
+    raise AssertionError(f"{operator}: the last backend takes every call")
 
 
-def resolve(problem: Problem, name: str) -> ModuleType:
-    """The backend called `name`, or the planner's choice for "auto", which warns once when no fused one will
-    do.
+def why_not(operator: str, backend: str, *call: Any) -> list[str]:
+    """The reasons why a backend cannot run this call; empty: it can."""
+    module = BACKENDS[backend]
+    if operator not in module.OPERATORS:
+        return [f"it has no {operator}"]
+    if reasons := module.available():
+        return reasons
+    if call and isinstance(problem := call[0], Problem):
+        for field, takers, noun in ONLY:
+            if getattr(problem, field) is not None and backend not in takers:
+                return [noun]
+    return module.OPERATORS[operator].why_not(*call)
 
-    Raises:
-        ValueError: the named backend does not exist, or cannot solve the problem; the message says why.
+
+def resolve_backward(backend: str, problem: Problem) -> Callable[..., Any]:
+    """The function for the gradient of an attention that ran on `backend`.
+
+    A backend with a backward kernel computes its own. A fused one without it takes the device's, and every other
+    call the composed one, which takes them all. No warning: where the forward pass fell back it has warned.
     """
-    if name == "auto":
-        backend, refused = choose(problem)
-        if refused:
-            _warn_once(backend.name, tuple((k, tuple(v)) for k, v in refused.items()))
-        return backend
-    check_name(name)
-    backend = BACKENDS[name]
-    if reasons := (backend.available() or backend.why_not(problem)):
-        raise ValueError(f"backend: {name!r} cannot run this call: {'; '.join(reasons)}")
-    return backend
-
-
-def resolve_backward(problem: Problem, name: str) -> ModuleType:
-    """What computes the gradient of a call that ran on `name`: its own kernel where it has one, else torch
-    operators.
-    """
+    operator, device = "attention_backward", problem.q.device.type
+    fused = FUSED.get(device)
+    if backend == "auto" or (
+        operator not in BACKENDS[backend].OPERATORS and BACKENDS[backend] not in _GENERAL
+    ):
+        backend = composed.name if fused is None else fused.name
     empty = problem.batch * problem.rows * problem.heads * problem.keys == 0
-    backend = FUSED.get(problem.q.device.type, (composed,))[0] if name == "auto" else BACKENDS[name]
-    if empty or not hasattr(backend, "backward") or backend.available() or backend.why_not(problem):
-        return composed_backward
-    return backend
+    if empty or why_not(operator, backend, problem):
+        backend = composed.name
+    return BACKENDS[backend].OPERATORS[operator].run
 
 
 def check_name(name: str) -> None:
@@ -64,17 +99,55 @@ def check_name(name: str) -> None:
         raise ValueError(f"backend: expected 'auto' or one of {', '.join(BACKENDS)}, got {name!r}")
 
 
-def backends() -> dict[str, list[str]]:
-    """The backends by name, each with the reasons why it is not usable on this machine; an empty list: it is."""
-    return {name: list(backend.available()) for name, backend in BACKENDS.items()}
+class Backends(dict[str, list[str]]):
+    """{backend: the reasons why it is not usable on this machine}; an empty list: it is. Prints as a table.
+
+    Attributes:
+        operators: {operator: the names of the backends that implement it}
+    """
+
+    def __init__(self) -> None:
+        super().__init__({name: list(backend.available()) for name, backend in BACKENDS.items()})
+        self.operators = {
+            operator: tuple(name for name, backend in BACKENDS.items() if operator in backend.OPERATORS)
+            for operator in OPERATORS
+        }
+
+    def __repr__(self) -> str:
+        width = max(map(len, self.operators))
+        lines = [" ".join([" " * width, *(f"{name:>9}" for name in self)])]
+        for operator, names in self.operators.items():
+            cells = ("-" if name not in names else "no" if self[name] else "yes" for name in self)
+            lines.append(" ".join([f"{operator:{width}}", *(f"{cell:>9}" for cell in cells)]))
+        lines += [f"{name}: {'; '.join(reasons)}" for name, reasons in self.items() if reasons]
+        return "\n".join(lines)
+
+
+def backends() -> Backends:
+    """The backends: which operators each has, and which are usable on this machine.
+
+    Returns:
+        A dict {backend: reasons why it is not usable here}, where an empty list means that it is. Printed, it is a
+        table of operators and backends: yes, no (not usable here), or - (the backend does not have the operator).
+
+    Example:
+        >>> import flashbrush as fb
+        >>> fb.backends()["composed"]
+        []
+        >>> "cpu" in fb.backends().operators["attention"]
+        True
+    """
+    return Backends()
 
 
 _warned: set[tuple] = set()
 
 
-def _warn_once(chosen: str, refused: tuple[tuple[str, tuple[str, ...]], ...]) -> None:
-    if refused in _warned:
+def _warn_once(operator: str, chosen: str, refused: dict[str, list[str]]) -> None:
+    key = (operator, *((name, tuple(reasons)) for name, reasons in refused.items()))
+    if key in _warned:
         return
-    _warned.add(refused)
-    why = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in refused)
-    warnings.warn(f"flashbrush: this call runs on the {chosen!r} backend ({why})", stacklevel=2)
+    _warned.add(key)
+    why = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in refused.items())
+    call = "this call" if operator == "attention" else f"this call of {operator}"
+    warnings.warn(f"flashbrush: {call} runs on the {chosen!r} backend ({why})", stacklevel=2)

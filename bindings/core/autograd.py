@@ -1,6 +1,4 @@
-"""Derivatives that an operator of ours has no rule for, in which it would count as a constant: they are
-refused.
-"""
+"""Refusal of derivatives that our operators have no rule for. Unrefused, they would count as constants, silently."""
 
 from __future__ import annotations
 
@@ -25,16 +23,15 @@ def refuse_tangents(*tensors: object) -> None:
     """NotImplementedError where has_tangent()."""
     if has_tangent(*tensors):
         raise NotImplementedError(
-            "flashbrush: no forward-mode derivatives (torch.func.jvp, forward_ad); take reverse mode or finite differences"
+            "flashbrush: no forward-mode derivatives (torch.func.jvp, forward_ad); take reverse mode or finite "
+            "differences"
         )
 
 
 def first_order(backward: Callable[..., tuple]) -> Callable[..., tuple]:
-    """For an autograd.Function's backward: its results may not be differentiated; RuntimeError where they
-    are.
+    """Decorates the backward of an autograd.Function: differentiating its results raises RuntimeError.
 
-    torch's once_differentiable leaves them without an edge to the inputs, so that torch.autograd.grad drops
-    them unsaid.
+    torch's once_differentiable gives them no edge to the inputs, so that torch.autograd.grad silently drops them.
     """
 
     @functools.wraps(backward)

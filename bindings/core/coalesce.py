@@ -1,4 +1,8 @@
-"""Joining neighbouring segments to which the same entries apply, where no statistic tells them apart."""
+"""Join neighbouring segments to which the same entries apply, so that kernels see fewer and longer segments.
+
+A text prompt of 77 one-token segments would be 77 tiles of padding. Segments stay apart where a statistic, a gain or a
+group tells them apart.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .problem import GainRule, Problem
+from .control import GainRule
+from .problem import DIMS, Problem
 
 Indices = tuple[int, ...]
 
@@ -24,7 +29,7 @@ def coalesce(problem: Problem) -> Problem:
         p.row_lengths,
         p.key_lengths,
         p.groups,
-        p.kinds,
+        p.pair_ids,
         (rule.rows, rule.keys, rule.apply) if rule else ((), (), ()),
         p.gain is None,
         p.valid is None and len(p.k) == 1,
@@ -32,28 +37,23 @@ def coalesce(problem: Problem) -> Problem:
     if joined is None:
         return p
 
-    # Index tensors are kept, so that a call makes no copy to the device, which a GPU would have to wait for.
+    # The index tensors are cached: making one would copy to the device, for which a GPU would have to wait.
     device = p.q.device
-    rows = None if len(joined.rows) == len(p.row_lengths) else _index(joined.rows, device)
-    keys = None if len(joined.keys) == len(p.key_lengths) else _index(joined.keys, device)
-
-    def pick(table: Tensor | None, row_dim: int | None, key_dim: int | None) -> Tensor | None:
-        if table is not None and rows is not None and row_dim is not None:
-            table = table.index_select(row_dim, rows)
-        if table is not None and keys is not None and key_dim is not None:
-            table = table.index_select(key_dim, keys)
-        return table
-
+    first_rows = None if len(joined.rows) == len(p.row_lengths) else _index(joined.rows, device)
+    first_keys = None if len(joined.keys) == len(p.key_lengths) else _index(joined.keys, device)
+    tables: dict[str, Tensor] = {}
+    for name, dims in DIMS.items():
+        table = getattr(p, name)
+        for letter, index in (("R", first_rows), ("C", first_keys)):
+            if table is not None and index is not None and letter in dims:
+                table = tables[name] = table.index_select(dims.index(letter), index)
     return p.changed(
         row_lengths=joined.row_lengths,
         key_lengths=joined.key_lengths,
         groups=joined.groups,
-        kinds=joined.kinds,
-        bias=pick(p.bias, 2, 3),
-        weight=pick(p.weight, 2, 3),
-        gain=pick(p.gain, 2, None),
-        valid=pick(p.valid, None, 1),
-        head_gain=GainRule(*joined.rule, values=rule.values, norm=rule.norm) if rule else None,
+        pair_ids=joined.pair_ids,
+        head_gain=GainRule(*joined.rule, norm=rule.norm) if rule else None,
+        **tables,
     )
 
 
@@ -63,7 +63,7 @@ class _Joined(NamedTuple):
     row_lengths: Indices
     key_lengths: Indices
     groups: Indices
-    kinds: Indices
+    pair_ids: Indices
     rule: tuple[Indices, Indices, Indices]
 
 
@@ -72,7 +72,7 @@ def _join(
     row_lengths: Indices,
     key_lengths: Indices,
     groups: Indices,
-    kinds: Indices,
+    pair_ids: Indices,
     rule: tuple[Indices, Indices, Indices],
     rows_may: bool,
     keys_may: bool,
@@ -81,10 +81,10 @@ def _join(
     counted, mass_keys, scaled = map(frozenset, rule)
 
     def row_identity(r: int) -> tuple:
-        return kinds[r * C : (r + 1) * C], r in counted, r in scaled
+        return pair_ids[r * C : (r + 1) * C], r in counted, r in scaled
 
     def key_identity(c: int) -> tuple:
-        return kinds[c::C], groups[c], c in mass_keys
+        return pair_ids[c::C], groups[c], c in mass_keys
 
     rows = _runs(R, row_identity, rows_may)
     keys = _runs(C, key_identity, keys_may)
@@ -101,7 +101,7 @@ def _join(
         row_lengths=tuple(sum(row_lengths[r] for r in run) for run in rows),
         key_lengths=tuple(sum(key_lengths[c] for c in run) for run in keys),
         groups=tuple(groups[c] for c in first_keys),
-        kinds=tuple(kinds[r * C + c] for r in first_rows for c in first_keys),
+        pair_ids=tuple(pair_ids[r * C + c] for r in first_rows for c in first_keys),
         rule=(new(rule[0], rows), new(rule[1], keys), new(rule[2], rows)),
     )
 

@@ -14,25 +14,46 @@ from .segments import INT_DTYPES, Segments
 
 Value = float | Tensor
 NORMS = ("minmax", "mean", "max", "softmax")
-_TABLES = ("bias", "weight", "gain", "head_gain_values", "gates", "valid")
+_TABLES = (
+    "bias",
+    "weight",
+    "gain",
+    "head_gain_values",
+    "gates",
+    "valid",
+)  # tensors that move with the device
 EVERY = 2**31 - 1  # an entry of the `valid` table that cuts nothing
 
 
 @dataclass(frozen=True)
 class HeadGain:
-    """Gain per head derived from the attention mass of the block (`rows`, `keys`).
+    """A gain per head, derived from the attention mass of the block (`rows`, `keys`).
 
-    With m[b, h] the block's mass divided by its number of rows, over heads: ``minmax`` floor +
-    span*(m-min)/(max-min+eps), ``mean`` floor + span*m/mean(m), ``max`` floor + span*m/max(m), ``softmax``
-    floor + span*H*softmax(m); eps of float32. It multiplies the rows of `apply_to`. In-Context Brush (arXiv
-    2505.20271, Eqs. 6-8), whose code uses ``minmax``.
+    With m[b, h] the block's mass divided by its number of rows, and min, max, mean and softmax over the heads:
+
+        minmax    floor + span * (m - min) / (max - min + eps)        eps of float32
+        mean      floor + span * m / mean
+        max       floor + span * m / max
+        softmax   floor + span * H * softmax(m)
+
+    In-Context Brush (arXiv 2505.20271, Eqs. 6-8), whose code uses minmax.
 
     Args:
-        rows, keys, apply_to: a segment name, a sequence of names, or "*" for all.
-        span, floor: finite numbers.
+        rows: row segments of the block: a name, a sequence of names, or "*" for all.
+        keys: key segments of the block, as rows.
+        span: a finite number.
+        floor: a finite number.
+        norm: "minmax", "mean", "max" or "softmax".
+        apply_to: the row segments that the gain multiplies, as rows.
 
     Raises:
         ValueError: an unknown norm, a span or floor that is not finite.
+
+    Example:
+        >>> import flashbrush as fb
+        >>> segments = fb.Segments(prompt=4, target=8)
+        >>> fb.Control(segments, head_gain=fb.HeadGain(rows="target", keys="prompt", span=0.2)).head_gain.norm
+        'minmax'
     """
 
     rows: str | Sequence[str] = "target"
@@ -51,14 +72,33 @@ class HeadGain:
 
 
 @dataclass(frozen=True)
+class GainRule:
+    """The static part of a HeadGain: its segments as indices, and its norm."""
+
+    rows: tuple[int, ...]
+    keys: tuple[int, ...]
+    apply: tuple[int, ...]
+    norm: str
+
+
+@dataclass(frozen=True)
 class Contrast:
     """Contrast of the attention map: p becomes clip(beta*p - (beta-1)/Nk, lo, hi) on allowed keys.
 
-    Nk counts the allowed, valid keys of the row's group. ``clip=None`` leaves the map unclipped, which is
-    linear and takes one pass. SD-VICL (arXiv 2508.09949) and cross-image attention: beta 1.67, clip (0, 1).
+    Nk counts the allowed, valid keys of the row's softmax group. SD-VICL (arXiv 2508.09949) and cross-image attention
+    (arXiv 2311.03335) have beta 1.67 and clip (0, 1).
+
+    Args:
+        beta: a finite number; 1 changes nothing but the clip.
+        clip: (lo, hi), or None: unclipped, which is linear and takes one pass over the keys instead of two.
 
     Raises:
         ValueError: beta is not a finite number; clip is neither None nor a pair (lo, hi) with lo <= hi.
+
+    Example:
+        >>> import flashbrush as fb
+        >>> fb.Control(fb.Segments(tokens=16), contrast=fb.Contrast(1.67, clip=None)).contrast
+        (Contrast(beta=1.67, clip=None),)
     """
 
     beta: float = 1.67
@@ -85,26 +125,48 @@ class Control:
     """What an attention does beyond softmax(QK^T)V, constant on each (row segment, key segment) pair.
 
     Args:
-        rows, keys: Segments of the query rows and of the keys; keys=None: the same as rows.
-        bias: {(row segment, key segment): value} added to the logits before the softmax (natural units); -inf
-            removes the pair, whose keys are then never read; other values are within 1e4. A value is a number
-            or a float tensor (heads,) or (batch, heads); "*" matches every segment; entries apply in order,
-            later ones overwrite.
-        weight: same keys and values, finite and >= 0; multiplies probabilities after the softmax, not
-            renormalised.
-        gain: {row segment: value}; multiplies the output's rows.
-        head_gain: a gain derived from the attention mass; multiplies with `gain`.
-        groups: {group: [key segments]}: softmax groups, each normalised alone; every key segment is in
-            exactly one. dict order is the order of lse's last dimension. None: one group named "all".
-        gates: {group: value}: a number or a float tensor (batch, rows); 1 where not named.
+        rows: Segments of the query rows.
+        keys: Segments of the keys. None: the same as rows.
+        bias: {(row segment, key segment): value}, added to the logits before the softmax, natural units. -inf removes
+            the pair: its keys are never read. Other values are within 1e4. A value is a number or a float tensor
+            (heads,) or (batch, heads); "*" matches every segment; later entries overwrite earlier ones.
+        weight: {(row segment, key segment): value}, finite and >= 0: multiplies the probabilities after the softmax,
+            which are not normalised again.
+        gain: {row segment: value}: multiplies the output's rows.
+        head_gain: a gain derived from the attention mass; it multiplies with `gain`.
+        groups: {group: [key segments]}: softmax groups, each normalised alone. Every key segment is in exactly one. The
+            dict's order is the order of lse's last dimension. None: one group named "all".
+        gates: {group: value}: a number or a float tensor (batch, rows) that multiplies the group's output; 1 where not
+            named.
         contrast: a Contrast for all groups, or {group: Contrast}.
         valid: {key segment: int tensor (batch,)}: only the segment's first n keys exist for the item.
 
-    The tables are lowered to tensors here, once: inside ``torch.compile`` only they and static structure are
-        read, so
-    that a changed number does not recompile. Numbers and CPU tensors are checked by value, device tensors by
-    shape and dtype only. Raises ValueError or TypeError naming the argument, what was expected and what came.
+    Numbers and CPU tensors are checked by value, device tensors by shape and dtype only. The tables are made here,
+    once: torch.compile sees them as tensors, so that a changed number does not recompile.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Example:
+        >>> import flashbrush as fb
+        >>> segments = fb.Segments(prompt=512, subject=2304, target=2304)
+        >>> fb.Control(segments, weight={("target", "subject"): 1.3}, bias={("subject", "target"): float("-inf")})
+        Control(rows=Segments(prompt=512, subject=2304, target=2304), bias=(1, 1, 3, 3), weight=(1, 1, 3, 3))
     """
+
+    # Attributes that a Problem takes as they are, by the same names.
+    LOWERED = (
+        "groups",
+        "pair_ids",
+        "contrast",
+        "contrast_values",
+        "valid",
+        "bias",
+        "weight",
+        "gain",
+        "gates",
+        "head_gain_values",
+    )
 
     def __init__(
         self,
@@ -143,30 +205,30 @@ class Control:
         weight_ids, self.weight = self._pair_table("weight", entries_weight, 1.0)
         removed = [_is_minus_inf(v) for _, v in entries_bias]
         distinct: dict[tuple[int, int], int] = {(-1, -1): 0}
-        kinds = []
+        pair_ids = []
         for b, w in zip(bias_ids, weight_ids, strict=True):
-            kinds.append(-1 if b >= 0 and removed[b] else distinct.setdefault((b, w), len(distinct)))
+            pair_ids.append(-1 if b >= 0 and removed[b] else distinct.setdefault((b, w), len(distinct)))
         # Per pair: -1 removed, 0 untouched, else the same positive number where the same entries apply.
-        self.kinds: tuple[int, ...] = tuple(kinds)
+        self.pair_ids: tuple[int, ...] = tuple(pair_ids)
         self.gain = self._gain_table(gain or {})
         self.head_gain = head_gain
-        self.head_gain_rows: tuple[int, ...] = ()
-        self.head_gain_keys: tuple[int, ...] = ()
-        self.head_gain_apply: tuple[int, ...] = ()
+        self.gain_rule: GainRule | None = None
         self.head_gain_values: Tensor | None = None  # (2,) float32: span, floor
         if head_gain is not None:
             if not isinstance(head_gain, HeadGain):
                 raise TypeError(f"head_gain: expected HeadGain, got {type(head_gain).__name__}")
-            self.head_gain_rows = _indices("head_gain.rows", head_gain.rows, rows)
-            self.head_gain_keys = _indices("head_gain.keys", head_gain.keys, keys)
-            self.head_gain_apply = _indices("head_gain.apply_to", head_gain.apply_to, rows)
+            self.gain_rule = GainRule(
+                segment_indices("head_gain.rows", head_gain.rows, rows),
+                segment_indices("head_gain.keys", head_gain.keys, keys),
+                segment_indices("head_gain.apply_to", head_gain.apply_to, rows),
+                head_gain.norm,
+            )
             self.head_gain_values = torch.tensor(
                 [head_gain.span, head_gain.floor], dtype=torch.float32, device="cpu"
             )
         self.gates = self._gate_table(gates or {})
         self.contrast = _lower_contrast(contrast, self.group_names)
-        # (groups, 3) float64: beta, lo, hi; it stays on the CPU, where its numbers can be read without a
-        # sync.
+        # (groups, 3) float64: beta, lo, hi. On the CPU, where they can be read without waiting for a device.
         self.contrast_values: Tensor | None = None
         if any(c is not None for c in self.contrast):
             numbers = [
@@ -174,8 +236,7 @@ class Control:
             ]
             self.contrast_values = torch.tensor(numbers, dtype=torch.float64, device="cpu")
         self.valid = self._valid_table(valid or {})
-        # The batch sizes and head counts that the tables name (1 broadcasts and is left out), found once for
-        # all calls.
+        # The batch sizes and head counts that the tables have, for the check of every call; 1 broadcasts.
         tables = [t for t in (self.bias, self.weight, self.gain) if t is not None]
         broadcast = tables if self.gates is None else [*tables, self.gates]
         exact = [t for t in (self.valid, rows.items, keys.items) if t is not None]
@@ -199,8 +260,8 @@ class Control:
         for position, (pair, value) in enumerate(entries):
             if not isinstance(pair, tuple) or len(pair) != 2:
                 raise ValueError(f"{argument}: a key must be a pair (row segment, key segment), got {pair!r}")
-            for r in _indices(f"{argument}[{pair}] row", pair[0], self.rows):
-                for c in _indices(f"{argument}[{pair}] key", pair[1], self.keys):
+            for r in segment_indices(f"{argument}[{pair}] row", pair[0], self.rows):
+                for c in segment_indices(f"{argument}[{pair}] key", pair[1], self.keys):
                     table[:, :, r, c] = _as_batch_heads(value)
                     ids[r * len(self.keys) + c] = position
         return ids, table
@@ -212,7 +273,7 @@ class Control:
         checked = {name: _check_value(f"gain[{name!r}]", value, "gain") for name, value in gain.items()}
         table = _blank(list(checked.values()), (len(self.rows),), 1.0, "gain")
         for name, value in checked.items():
-            for r in _indices(f"gain[{name!r}]", name, self.rows):
+            for r in segment_indices(f"gain[{name!r}]", name, self.rows):
                 table[:, :, r] = _as_batch_heads(value)
         return table
 
@@ -279,9 +340,7 @@ class Control:
         return table
 
     def to(self, device: torch.device | str) -> Control:
-        """This control with its tables on `device`; the same object where they are there already, else
-        cached.
-        """
+        """This control with its tables on `device`: itself where they are there already, else a cached copy."""
         device = torch.device(device)
         if self._devices <= {device}:
             return self
@@ -323,16 +382,18 @@ def _is_minus_inf(value: Value) -> bool:
     return not isinstance(value, Tensor) and value == -math.inf
 
 
-# The bounds stand in the functions, where a compiler takes them for constants; those of a module it takes for
-# inputs.
+# The bounds stand in the functions: a compiler takes them for constants there, and a module's for inputs.
 def fits_float32(x: float) -> bool:
     """Whether the number is finite, and stays so in float32."""
     return -3.4028234663852886e38 <= x <= 3.4028234663852886e38
 
 
 def _limits(kind: Literal["bias", "weight", "gain"]) -> tuple[float, float]:
-    """Of finite entries. Beside a bias on all of a row's keys lse keeps what is left of float32's digits, and
-    from lse come the gradient and the statistics of columns: what is to be removed has a bias of -inf."""
+    """The least and largest finite entry.
+
+    A bias on all keys of a row takes digits of float32 away from lse, from which gradients and column_mass are
+    recomputed. So it is bounded; -inf removes keys.
+    """
     if kind == "bias":
         return -1e4, 1e4
     return 0.0 if kind == "weight" else -3.4028234663852886e38, 3.4028234663852886e38
@@ -402,7 +463,7 @@ def _blank(values: list[Value], shape: tuple[int, ...], neutral: float, argument
     return torch.full((batch, heads, *shape), neutral, dtype=torch.float32, device=device)
 
 
-def _indices(argument: str, names: str | Sequence[str], segments: Segments) -> tuple[int, ...]:
+def segment_indices(argument: str, names: str | Sequence[str], segments: Segments) -> tuple[int, ...]:
     if isinstance(names, str):
         if names == "*":
             return tuple(range(len(segments)))

@@ -1,5 +1,6 @@
-"""Whether a call may go past torch's dispatcher, which takes longer over our operators' arguments than a
-short kernel runs.
+"""Whether an operator may be called without torch's dispatcher.
+
+Boxing the operators' two dozen arguments takes longer than a short kernel runs (benchmarks/results/overheads.json).
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ from torch.nn import Parameter
 _PLAIN = (Tensor, Parameter)
 
 
-def unwatched(*tensors: Tensor | None) -> bool:
-    """Whether nobody would see a difference: no compiler, tracer, mode, transform or profiler is at work that
-    is to be shown an operator, and the tensors are torch's own, with memory that says what they hold."""
-    if torch.compiler.is_compiling() or _watched():
+def can_skip_dispatcher(*tensors: Tensor | None) -> bool:
+    """True in plain eager inference: no compiler, tracer, mode, functorch transform or profiler is active.
+
+    The tensors must be torch's own classes, with memory that holds their values.
+    """
+    if torch.compiler.is_compiling() or _observed():
         return False
     return not any(
         t is not None
@@ -30,13 +33,12 @@ def unwatched(*tensors: Tensor | None) -> bool:
     )
 
 
-def written_out(t: Tensor) -> Tensor:
-    """The tensor, or a copy with memory of a gradient of zeros that torch has not written out."""
+def with_memory(t: Tensor) -> Tensor:
+    """The tensor, or a copy of a ZeroTensor: torch's gradient of zeros that has no memory."""
     return t.clone() if not torch.compiler.is_compiling() and t._is_zerotensor() else t
 
 
-# Private, but what torch's own autograd.Function and modes ask. A torch without one of them dispatches every
-# call.
+# Private names of torch, which its own autograd.Function and modes use. Where one is missing every call is dispatched.
 try:
     from torch._C import (
         _are_functorch_transforms_active,
@@ -47,17 +49,17 @@ try:
     from torch.autograd import _profiler_enabled
 except ImportError:
 
-    def _watched() -> bool:
+    def _observed() -> bool:
         return True
 
 else:
 
-    def _watched() -> bool:
+    def _observed() -> bool:
         return bool(
             _len_torch_dispatch_stack()
             or _len_torch_function_stack()
             or _are_functorch_transforms_active()
             or _get_tracing_state() is not None
             or _profiler_enabled()
-            or getattr(profiler, "_is_profiler_enabled", True)  # in whatever thread
+            or getattr(profiler, "_is_profiler_enabled", True)  # of any thread
         )

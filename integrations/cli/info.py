@@ -30,7 +30,7 @@ def info() -> None:
     from importlib.metadata import PackageNotFoundError, version
 
     from ...bindings import backends
-    from ...bindings.backends.cpu import attention as cpu
+    from ...bindings.backends.cpu import library as cpu
 
     usable = [(name, "no" if reasons else "yes", "\n".join(reasons)) for name, reasons in backends().items()]
     print_table(("backend", "usable", "why not"), usable, "Backends")

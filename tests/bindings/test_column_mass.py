@@ -8,14 +8,14 @@ import pytest
 import torch
 
 import flashbrush as fb
-from flashbrush.bindings.backends.composed import backward as composed_backward
+from flashbrush.bindings.core import recomputed_map
 from support.oracle import probabilities, segment_of
 from support.oracle_calls import map_arguments, random_oracle_call
 
 
 @pytest.mark.parametrize("seed", range(4000, 4030))
 def test_equals_the_sum_over_the_map(seed: int, monkeypatch) -> None:
-    monkeypatch.setattr(composed_backward, "BLOCK_ELEMENTS", 40)  # several blocks of rows
+    monkeypatch.setattr(recomputed_map, "BLOCK_ELEMENTS", 40)  # several blocks of rows
     call = random_oracle_call(seed)
     call.mask = None
     q, k, lse, control, kwargs = map_arguments(call)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import flashbrush as fb
-from flashbrush.bindings.backends.cpu import attention as cpu
+from flashbrush.bindings.backends.cpu import library as cpu
 from support.calls import Call
 from support.error_bars import check_result
 from support.rounding import ROUNDING, cpu_attention, positive_sum

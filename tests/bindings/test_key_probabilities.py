@@ -10,14 +10,14 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 import flashbrush as fb
-from flashbrush.bindings.backends.composed import backward as composed_backward
+from flashbrush.bindings.core import recomputed_map
 from support.oracle import probabilities
 from support.oracle_calls import map_arguments, random_oracle_call
 
 
 @pytest.mark.parametrize("seed", range(4100, 4120))
 def test_equals_columns_of_the_map(seed: int, monkeypatch) -> None:
-    monkeypatch.setattr(composed_backward, "BLOCK_ELEMENTS", 40)
+    monkeypatch.setattr(recomputed_map, "BLOCK_ELEMENTS", 40)
     call = random_oracle_call(seed)
     call.mask = None
     q, k, lse, control, kwargs = map_arguments(call)
@@ -58,7 +58,7 @@ def test_the_gradient_is_the_whole_softmaxes() -> None:
 
 
 def test_gradcheck_of_groups_lists_and_sources(monkeypatch) -> None:
-    monkeypatch.setattr(composed_backward, "BLOCK_ELEMENTS", 40)
+    monkeypatch.setattr(recomputed_map, "BLOCK_ELEMENTS", 40)
     shapes = ((2, 4, 2, 3), (2, 2, 1, 3), (1, 3, 1, 3))
     q, a, b = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes)
     control = fb.Control(

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 import flashbrush as fb
-from flashbrush.bindings.backends.cpu import qk_norm_rope as cpu_norm_rope
-from flashbrush.bindings.qk_norm_rope import composed
+from flashbrush.bindings.backends.composed import qk_norm_rope as composed
+from flashbrush.bindings.core.norm_rope import NormRope
 from support.token_streams import EPS, streams, tables
 
 
@@ -77,7 +77,8 @@ def test_no_further_from_the_truth_than_the_stock_processors(rope: str, dtype: t
     kind = -1 if interleaved else -2
     stock = embeddings.apply_rotary_emb(joined, (cos, sin), use_real_unbind_dim=kind, sequence_dim=1)
     xs, weights = [text, image], [n.weight for n in norms]
-    assert torch.equal(composed(xs, weights, [None, None], cos, sin, EPS, not interleaved, None), stock)
+    call = NormRope(xs, weights, [None, None], cos, sin, EPS, not interleaved, None)
+    assert torch.equal(composed.forward(call), stock)
     got = fb.qk_norm_rope(
         [(x, w, None) for x, w in zip(xs, weights, strict=True)], cos, sin, eps=EPS, rope=rope
     )
@@ -94,8 +95,6 @@ def test_no_further_from_the_truth_than_the_stock_processors(rope: str, dtype: t
 def test_what_learns_has_its_gradient(
     kernel: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not kernel:
-        monkeypatch.setattr(cpu_norm_rope, "usable", lambda x: False)
     cos, sin = tables(9, 8, "half")
     permutation = torch.stack([torch.randperm(9) for _ in range(2)])
     (a, weight, _), (b, _, shift) = streams(4, 5, dtype=dtype)
@@ -103,11 +102,12 @@ def test_what_learns_has_its_gradient(
 
     def call(run, a, b, weight, shift, everyone):
         parts = [(a, weight, everyone), (b, None, shift)]
-        return run(parts, cos, sin, eps=EPS, rope="half", permutation=permutation)
+        backend = "auto" if kernel else "composed"
+        return run(parts, cos, sin, eps=EPS, rope="half", permutation=permutation, backend=backend)
 
-    def through_torch(parts, cos, sin, eps, rope, permutation):
+    def through_torch(parts, cos, sin, eps, rope, permutation, backend):
         columns = (list(column) for column in zip(*parts, strict=True))
-        return composed(*columns, cos.double(), sin.double(), eps, True, permutation)
+        return composed.forward(NormRope(*columns, cos.double(), sin.double(), eps, True, permutation))
 
     tensors = [t.requires_grad_() for t in (a, b, weight, shift, everyone)]
     out = call(fb.qk_norm_rope, *tensors)

@@ -12,12 +12,11 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 import flashbrush as fb
-from flashbrush.bindings.adain import EPS, composed
-from flashbrush.bindings.backends.triton import (
-    adain as triton_adain,
-    attention as backend,
-    eligibility as triton_light,
-)
+from flashbrush.bindings.backends import planner, triton as backend
+from flashbrush.bindings.backends.composed.adain import adain as composed
+from flashbrush.bindings.backends.gpu.eligibility import emulated
+from flashbrush.bindings.backends.interface import Operator
+from flashbrush.bindings.operators.adain import EPS
 from flashbrush.kernels.adain import MOST_CHUNKS, adain_apply, adain_statistics, tile_of, walk_space
 from support.calls import examples
 
@@ -28,15 +27,16 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @pytest.fixture
 def through_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_light, "usable", lambda t: t.dtype in DTYPES)
+    """Tensors on the CPU take the Triton kernels too, in the interpreter."""
+    monkeypatch.setitem(planner.FUSED, "cpu", backend)
 
 
 def check(x: Tensor, style: Tensor, mask: Tensor | None, style_mask: Tensor | None) -> None:
     out = torch.full_like(x, math.nan)
     masks = [None if m is None else m.view(torch.uint8) for m in (mask, style_mask)]
     sums, style_sums = adain_statistics(x, masks[0]), adain_statistics(style, masks[1])
-    adain_apply(out, x, masks[0], sums, style_sums, EPS, triton_light.emulated(x))
-    exact = composed(x.double(), style.double(), mask, style_mask)
+    adain_apply(out, x, masks[0], sums, style_sums, EPS, emulated(x))
+    exact = composed(x.double(), style.double(), mask, style_mask, EPS)
     assert out.isfinite().all()
     inside = torch.ones_like(x, dtype=torch.bool) if mask is None else mask.expand_as(x)
     # one rounding to the dtype; before it float32, with errors against the size of deviations, not of the
@@ -111,15 +111,16 @@ def test_values_outside_a_mask_do_not_count(dtype: torch.dtype, through_triton: 
 def test_layouts(through_triton: None) -> None:
     """The result has the layout of x; strides that do not fold go to torch, and nothing else does."""
     launched = []
-    original = triton_adain.adain
+    run, why_not = backend.OPERATORS["adain"]
+    spy = Operator(lambda *args: (launched.append(args), run(*args))[1], why_not)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton_adain, "adain", lambda *args: (launched.append(args), original(*args))[1])
+        patch.setitem(backend.OPERATORS, "adain", spy)
         x = torch.randn(2, 3, 4, 5, device=DEVICE).to(memory_format=torch.channels_last)
         got = fb.adain(x, x[:1].contiguous())
         assert got.is_contiguous(memory_format=torch.channels_last) and len(launched) == 1
-        torch.testing.assert_close(got, composed(x, x[:1], None, None))
+        torch.testing.assert_close(got, composed(x, x[:1], None, None, EPS))
         crop = torch.randn(1, 2, 3, 3, 3, 3, 3, device=DEVICE)[..., :2, :2, :2, :2, :2]
-        torch.testing.assert_close(fb.adain(crop, x[:1, :2]), composed(crop, x[:1, :2], None, None))
+        torch.testing.assert_close(fb.adain(crop, x[:1, :2]), composed(crop, x[:1, :2], None, None, EPS))
         assert len(launched) == 1
         assert fb.adain(x[:0], x[:1]).shape == (0, 3, 4, 5)
 

@@ -13,11 +13,9 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 import flashbrush as fb
-from flashbrush.bindings.backends.triton import (
-    attention as backend,
-    blend_latents as triton_blend,
-    eligibility as triton_light,
-)
+from flashbrush.bindings.backends import planner, triton as backend
+from flashbrush.bindings.backends.gpu.eligibility import emulated
+from flashbrush.bindings.backends.interface import Operator
 from flashbrush.kernels.blend_latents import BLOCK, blend_latents
 from flashbrush.kernels.strides import collapse
 from support.calls import examples
@@ -29,7 +27,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @pytest.fixture
 def through_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_light, "usable", lambda t: t.dtype in DTYPES)
+    """Tensors on the CPU take the Triton kernels too, in the interpreter."""
+    monkeypatch.setitem(planner.FUSED, "cpu", backend)
 
 
 def bits(t: Tensor) -> Tensor:
@@ -75,7 +74,7 @@ def blends(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, Tensor, float | Ten
 @given(blends())
 def test_drawn_blends(call: tuple[Tensor, Tensor, Tensor, Tensor, float | Tensor]) -> None:
     generated, source, noise, mask, sigma = (t.to(DEVICE) if isinstance(t, Tensor) else t for t in call)
-    emulate = triton_light.emulated(generated)
+    emulate = emulated(generated)
     byte_mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
     out = torch.full_like(generated, math.nan)
     blend_latents(out, generated, source, noise, byte_mask, sigma, emulate)
@@ -122,11 +121,10 @@ def test_layouts(through_triton: None) -> None:
     image = torch.randn(2, 4, 6, 8, device=DEVICE).to(memory_format=torch.channels_last)
     mask = torch.rand(1, 1, 6, 8, device=DEVICE)
     launched = []
-    original = triton_blend.blend_latents
+    run, why_not = backend.OPERATORS["blend_latents"]
+    spy = Operator(lambda *args: (launched.append(args), run(*args))[1], why_not)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            triton_blend, "blend_latents", lambda *args: (launched.append(args), original(*args))[1]
-        )
+        patch.setitem(backend.OPERATORS, "blend_latents", spy)
         got = fb.blend_latents(image, -image, 2 * image, mask, 0.25)
         assert got.is_contiguous(memory_format=torch.channels_last) and len(launched) == 1
         torch.testing.assert_close(got, mask * image + (1 - mask) * (-0.25 * image))

@@ -13,8 +13,10 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 import flashbrush as fb
-from flashbrush.bindings.backends.cpu import qk_norm_rope as cpu_norm_rope
-from flashbrush.bindings.backends.triton import attention as triton, qk_norm_rope as triton_norm_rope
+from flashbrush.bindings.backends import planner, triton
+from flashbrush.bindings.backends.gpu.device import interpreted
+from flashbrush.bindings.backends.triton import qk_norm_rope as triton_norm_rope
+from flashbrush.bindings.core.norm_rope import NormRope
 from flashbrush.kernels import qk_norm_rope as kernels
 from support.calls import examples
 from support.compiled import compile_elsewhere
@@ -41,6 +43,10 @@ class Case:
     @property
     def tables(self) -> tuple:
         return self.cos, self.sin, self.eps, self.half, self.permutation
+
+    @property
+    def call(self) -> NormRope:
+        return NormRope(self.xs, self.weights, self.offsets, *self.tables)
 
     def __repr__(self) -> str:
         def show(tensors):
@@ -170,14 +176,14 @@ def poisoned() -> Iterator[None]:
 def run(case: Case) -> None:
     truth = Truth(case)
     with poisoned():
-        got = triton_norm_rope.forward(case.xs, case.weights, case.offsets, *case.tables)
+        got = triton_norm_rope.forward(case.call)
     assert got.is_contiguous() and got.dtype == case.xs[0].dtype
     check("out", got, truth.out, truth.size)
 
     dout = torch.randn(got.shape, device=DEVICE).to(got.dtype)
     with pytest.MonkeyPatch.context() as patch, poisoned():
         patch.setattr(kernels, "MOST_PARTS", case.parts)
-        grads: tuple = triton_norm_rope.backward(dout, case.xs, case.weights, case.offsets, *case.tables)
+        grads: tuple = triton_norm_rope.backward(dout, case.call)
     dxs, dweights, doffsets = grads
     leaves = [t for t in (*truth.xs, *truth.weights, *truth.offsets) if t is not None]
     found = iter(torch.autograd.grad(truth.out, leaves, dout.double()))
@@ -231,8 +237,7 @@ def test_the_same_bits_again(monkeypatch: pytest.MonkeyPatch) -> None:
     case = plain_case(torch.float32, (700, 900) if DEVICE == "cuda" else (5, 3), 5, 128, False)
     dout = torch.randn(1, sum(x.shape[1] for x in case.xs), 5, 128, device=DEVICE)
     first, *others = (
-        triton_norm_rope.backward(dout, case.xs, case.weights, case.offsets, *case.tables)
-        for _ in range(50 if DEVICE == "cuda" else 2)
+        triton_norm_rope.backward(dout, case.call) for _ in range(50 if DEVICE == "cuda" else 2)
     )
     for again in others:
         for ones, twos in zip(first[:2], again[:2], strict=True):
@@ -251,11 +256,11 @@ def test_rows_of_zeros() -> None:
 
 def test_an_index_outside_gives_nan() -> None:
     case = plain_case(torch.float16, (3, 2), 2, 8, True)
-    inside = triton_norm_rope.forward(case.xs, case.weights, case.offsets, *case.tables)
+    inside = triton_norm_rope.forward(case.call)
     out = torch.zeros_like(inside)
     index = torch.tensor([[4, 5, 0, -1, 2**40]], device=DEVICE)
     streams = case.xs, case.weights, case.offsets
-    kernels.qk_norm_rope(*streams, case.cos, case.sin, index, out, EPS, case.half, triton.interpreted())
+    kernels.qk_norm_rope(*streams, case.cos, case.sin, index, out, EPS, case.half, interpreted())
     assert out[:, [1, 3, 4]].isnan().all()
     assert torch.equal(out[:, [0, 2]], inside[:, [4, 0]])
 
@@ -263,9 +268,7 @@ def test_an_index_outside_gives_nan() -> None:
 @pytest.fixture
 def chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The public function takes the Triton kernels, in the interpreter too."""
-    if DEVICE == "cpu":
-        monkeypatch.setattr(cpu_norm_rope, "usable", lambda x: False)
-        monkeypatch.setattr(triton_norm_rope, "usable", lambda xs: True)
+    monkeypatch.setitem(planner.FUSED, "cpu", triton)
 
 
 def learning(case: Case, *names: str) -> list[tuple]:
@@ -284,10 +287,10 @@ def test_public_function_differentiates_what_learns(names: tuple[str, ...]) -> N
     case.permutation = torch.randperm(5, device=DEVICE)
     parts = learning(case, *names)
     out = fb.qk_norm_rope(parts, case.cos, case.sin, eps=EPS, permutation=case.permutation)
-    assert torch.equal(out, triton_norm_rope.forward(case.xs, case.weights, case.offsets, *case.tables))
+    assert torch.equal(out, triton_norm_rope.forward(case.call))
     dout = torch.randn_like(out)
     out.backward(dout)
-    grads = triton_norm_rope.backward(dout, case.xs, case.weights, case.offsets, *case.tables)
+    grads = triton_norm_rope.backward(dout, case.call)
     for name, expected in zip(("xs", "weights", "offsets"), grads, strict=True):
         for t, d in zip(getattr(case, name), expected, strict=True):
             assert t is None or (torch.equal(t.grad, d) if name in names else t.grad is None)
@@ -308,8 +311,8 @@ def test_operators_keep_their_promises() -> None:
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the kernels are what a GPU's tensors take")
 def test_the_interpreter_is_not_chosen() -> None:
-    x = torch.zeros(1, 1, 1, 8)
-    assert triton.interpreted() and not triton_norm_rope.usable([x])
+    assert interpreted()
+    assert planner.choose("qk_norm_rope", torch.device("cpu"), [torch.zeros(1, 1, 1, 8)])[0] is not triton
 
 
 @pytest.mark.parametrize("heads", (1, 2, 3, 8, 20, 24, 38, 64))

@@ -10,11 +10,9 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 import flashbrush as fb
-from flashbrush.bindings.backends.triton import (
-    attention as backend,
-    eligibility as triton_light,
-    query_blur as triton_query_blur,
-)
+from flashbrush.bindings.backends import planner, triton as backend
+from flashbrush.bindings.backends.gpu.eligibility import emulated
+from flashbrush.bindings.backends.interface import Operator
 from flashbrush.kernels.query_blur import BLOCK_J, blur_side
 from support.blur_oracle import blur_by_convolution
 from support.calls import examples
@@ -26,7 +24,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @pytest.fixture(autouse=True)
 def through_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_light, "usable", lambda t: t.dtype in DTYPES)
+    """Tensors on the CPU take the Triton kernels too, in the interpreter."""
+    monkeypatch.setitem(planner.FUSED, "cpu", backend)
 
 
 def check(got: Tensor, q: Tensor, grid: tuple[int, int], sigma: float) -> None:
@@ -76,7 +75,7 @@ def test_every_element_is_written(dtype: torch.dtype) -> None:
     y = torch.full_like(x, math.nan)
     near = (torch.arange(side)[:, None] - torch.arange(side)).abs() <= radius
     matrix = torch.where(near, torch.rand(side, side), 0.0).to(DEVICE)
-    blur_side(y, x, matrix, radius, "ieee", triton_light.emulated(x))
+    blur_side(y, x, matrix, radius, "ieee", emulated(x))
     exact = torch.einsum("ij,bljhd->blihd", matrix.double(), x.double())
     bar = torch.finfo(dtype).eps * 0.5001 * exact.abs() + 1e-5
     assert y.isfinite().all() and ((y.double() - exact).abs() <= bar).all()
@@ -93,10 +92,9 @@ def test_gradient_is_the_transpose() -> None:
 
 def test_it_is_launched_and_compiles_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     launched = []
-    original = triton_query_blur.query_blur
-    monkeypatch.setattr(
-        triton_query_blur, "query_blur", lambda *args: (launched.append(args), original(*args))[1]
-    )
+    run, why_not = backend.OPERATORS["query_blur"]
+    spy = Operator(lambda *args: (launched.append(args), run(*args))[1], why_not)
+    monkeypatch.setitem(backend.OPERATORS, "query_blur", spy)
     torch._dynamo.reset()
     compiled = torch.compile(fb.query_blur, fullgraph=True, backend="aot_eager")
     q = torch.randn(1, 14, 2, 4, device=DEVICE)

@@ -11,7 +11,7 @@ from hypothesis import assume, strategies as st
 from torch import Tensor
 
 import flashbrush as fb
-from flashbrush.bindings.attention import _lower
+from flashbrush.bindings.core.lowering import lower
 from flashbrush.bindings.core.problem import Problem
 
 WEIGHTS = (0.0, 0.25, 0.7, 1.0, 1.3, 4.0)
@@ -53,7 +53,7 @@ class Call:
 
     def problem(self) -> Problem:
         more = {name: self.kwargs.get(name) for name in ("scale", "source", "mask")}
-        return _lower(self.q, self.k, self.v, self.control, out=None, **more)
+        return lower(self.q, self.k, self.v, self.control, **more)
 
     def __repr__(self) -> str:
         def show(t):

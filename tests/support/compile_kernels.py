@@ -24,7 +24,6 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 import flashbrush as fb
-from flashbrush.bindings.attention import _lower
 from flashbrush.bindings.backends.triton import (
     attention as backend,
     backward as triton_backward,
@@ -32,6 +31,8 @@ from flashbrush.bindings.backends.triton import (
     qk_norm_rope as triton_norm_rope,
     query_blur as triton_query_blur,
 )
+from flashbrush.bindings.core.lowering import lower
+from flashbrush.bindings.core.norm_rope import NormRope
 from flashbrush.bindings.core.problem import Problem
 
 from .small_operator_calls import SMALL_OPERATOR_CALLS
@@ -75,7 +76,7 @@ def problem_of(control: str, dim: int, dtype: torch.dtype) -> Problem:
     keys = fb.Segments({f"w{i}": 1 for i in range(77)}) if control == "words" else rows
     q = torch.zeros(1, rows.total, 4, dim, dtype=dtype)
     k, v = (torch.zeros(1, keys.total, 4, dim, dtype=dtype) for _ in range(2))
-    return _lower(q, k, v, fb.Control(rows, keys, **CONTROLS[control]), None, None, None, None)
+    return lower(q, k, v, fb.Control(rows, keys, **CONTROLS[control]))
 
 
 def backward(p: Problem) -> None:
@@ -93,12 +94,11 @@ def norm_rope(variant: str, dim: int, dtype: torch.dtype) -> None:
     xs = [torch.zeros(1, tokens, 24, dim, dtype=dtype) for tokens in (512, 1024)]
     weights: list[torch.Tensor | None] = [torch.ones(dim, dtype=dtype) for _ in xs]
     tables = torch.zeros(1536, dim), torch.zeros(1536, dim), 1e-6, "half" in variant, None
+    call = NormRope(xs, weights, [None] * 2, *tables)
     if "backward" in variant:
-        triton_norm_rope.backward(
-            torch.zeros(1, 1536, 24, dim, dtype=dtype), xs, weights, [None] * 2, *tables
-        )
+        triton_norm_rope.backward(torch.zeros(1, 1536, 24, dim, dtype=dtype), call)
     else:
-        triton_norm_rope.forward(xs, weights, [None] * 2, *tables)
+        triton_norm_rope.forward(call)
 
 
 ATTENTION = {"forward": lambda p: backend._forward(p), "backward": backward, "column_mass": column_mass}

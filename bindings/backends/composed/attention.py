@@ -10,21 +10,14 @@ beat.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ...core.problem import Problem
-from .. import Result
-from ..reference import total_gain
+from ...core.problem import DIMS, Problem
+from ...core.semantics import total_gain
+from ..interface import Result
 from . import vendor_sdpa as sdpa
-
-name = "composed"
-
-
-def available() -> list[str]:
-    return []
 
 
 def why_not(problem: Problem) -> list[str]:
@@ -59,11 +52,11 @@ def item(p: Problem, b: int) -> tuple[Problem, list[int] | None]:
         return None if table is None else table[b : b + 1] if table.shape[0] > 1 else table
 
     def take(tensors: tuple[Tensor, ...], source: Tensor | None) -> tuple[Tensor, ...]:
-        places = [
+        items = [
             (b if t.shape[0] > 1 else 0) if source is None else int(source[i, b])
             for i, t in enumerate(tensors)
         ]
-        return tuple(t[n : n + 1] for n, t in zip(places, tensors, strict=True))
+        return tuple(t[n : n + 1] for n, t in zip(items, tensors, strict=True))
 
     n = b if p.source_q is None else int(p.source_q[b])
     rows = p.row_lengths if p.row_items is None else tuple(p.row_items[b].tolist())
@@ -73,8 +66,8 @@ def item(p: Problem, b: int) -> tuple[Problem, list[int] | None]:
         if p.valid is None
         else [min(max(a, 0), n) for a, n in zip(p.valid[b].tolist(), keys, strict=True)]
     )
-    single = replace(
-        p,
+    tables = {name: pick(getattr(p, name)) for name, dims in DIMS.items() if dims.startswith("B")}
+    single = p.changed(**tables).changed(
         q=p.q[n : n + 1],
         k=take(p.k, p.source_k),
         v=take(p.v, p.source_v),
@@ -87,11 +80,6 @@ def item(p: Problem, b: int) -> tuple[Problem, list[int] | None]:
         source_q=None,
         source_k=None,
         source_v=None,
-        scales=pick(p.scales),
-        bias=pick(p.bias),
-        weight=pick(p.weight),
-        gain=pick(p.gain),
-        gates=pick(p.gates),
         mask=None if p.mask is None else pick(p.mask.reshape((1,) * (4 - p.mask.dim()) + p.mask.shape)),
     )
     return single, exist
@@ -200,7 +188,7 @@ def _segment(p: Problem, c: int, n: int, shift: Tensor | None) -> tuple[Tensor, 
     """First n keys and values of segment c, (B, Hkv, n, D), and the additive mask of its columns, less the
     shift.
     """
-    i, start = p.key_place(c)
+    i, start = p.key_location(c)
 
     def take(t: Tensor, source: Tensor | None) -> Tensor:
         t = t[:, start : start + n]

@@ -8,15 +8,12 @@ import torch
 from torch import Tensor
 
 from ...core.problem import Problem
-from . import attention as cpu
+from .library import run
+from .structures import Attention, describe_call
 
 
 class _ColumnMass(Structure):
-    _fields_ = (("call", cpu.Attention), ("counted", c_char_p), ("mass", c_void_p), ("N", c_int64))
-
-
-def usable(p: Problem) -> bool:
-    return not cpu.available() and not cpu.why_not(p)
+    _fields_ = (("call", Attention), ("counted", c_char_p), ("mass", c_void_p), ("N", c_int64))
 
 
 def column_mass(p: Problem, lse: Tensor, counted: tuple[int, ...]) -> Tensor:
@@ -24,10 +21,10 @@ def column_mass(p: Problem, lse: Tensor, counted: tuple[int, ...]) -> Tensor:
     mass = torch.zeros(p.batch, p.heads, p.keys, dtype=torch.float32)
     keep: list = []
     call = _ColumnMass(
-        call=cpu.describe_call(p, p.q, lse.to(torch.float32).contiguous(), keep),
+        call=describe_call(p, p.q, lse.to(torch.float32).contiguous(), keep),
         counted=bytes(r in counted for r in range(len(p.row_lengths))),
         mass=mass.data_ptr(),
         N=p.keys,
     )
-    cpu.run("column_mass", call)
+    run("column_mass", call)
     return mass

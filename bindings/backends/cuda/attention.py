@@ -22,14 +22,13 @@ from torch import Tensor
 
 from ....kernels.attention.tiles import forward_tile
 from ...core.problem import Problem
-from .. import Result
 from ..gpu import statistics
 from ..gpu.constants import blocks, constant, starts
 from ..gpu.device import arch, multiprocessors, on_device, triton_reasons
+from ..gpu.eligibility import attention_reasons
+from ..interface import Result
 from ..shared_library import open_library
-from ..triton import attention as triton
 
-name = "cuda"
 ABI = 1
 LIBRARY = Path(__file__).parents[1] / "libflashbrush_cuda.so"
 DTYPES = {torch.bfloat16: 1, torch.float16: 2}
@@ -99,8 +98,6 @@ def why_not(problem: Problem) -> list[str]:
         reasons.append(f"{p.q.dtype} is not bfloat16 or float16")
     if p.dim > MOST_DIM or p.dim % 8:
         reasons.append(f"the head dim {p.dim} is not a multiple of 8 up to {MOST_DIM}")
-    if p.mask is not None:
-        reasons.append("a dense mask is not a table over segments")
     if len(p.key_lengths) > MOST_SEGMENTS:
         reasons.append(f"{len(p.key_lengths)} key segments are more than {MOST_SEGMENTS}")
     if p.n_groups > MOST_GROUPS:
@@ -113,20 +110,13 @@ def why_not(problem: Problem) -> list[str]:
             reasons.append(
                 f"{which}: the copy engine needs addresses and strides that are multiples of 16 bytes"
             )
-    return reasons or triton.why_not(p)
+    return reasons or attention_reasons(p)
 
 
 def forward(problem: Problem) -> Result:
     """Extra memory: a partial mass of each 64 rows where a mass is wanted."""
     with on_device(problem.q):
         return _forward(problem)
-
-
-def backward(
-    problem: Problem, dout: Tensor, out: Tensor, lse: Tensor, gain: Tensor
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """The Triton backend's; shapes as there."""
-    return triton.backward(problem, dout, out, lse, gain)
 
 
 def _forward(p: Problem) -> Result:
@@ -148,7 +138,7 @@ def _forward(p: Problem) -> Result:
         block_n = forward_tile(arch(device), p.dim, p.q.element_size()).block_n
         sums = statistics.value_sums(p, block_n, key_starts)
     ragged = p.row_items is not None or p.key_items is not None
-    order = None if ragged else _order(p.row_lengths, p.key_lengths, p.kinds, block, device)
+    order = None if ragged else _order(p.row_lengths, p.key_lengths, p.pair_ids, block, device)
     keep: list[Tensor] = []
 
     def pointer(t: Tensor | None, dtype: torch.dtype) -> int | None:
@@ -273,7 +263,7 @@ def _describe_all(tensors: tuple[Tensor, ...]):
 def _order(
     row_lengths: tuple[int, ...],
     key_lengths: tuple[int, ...],
-    kinds: tuple[int, ...],
+    pair_ids: tuple[int, ...],
     block: int,
     device: torch.device,
 ) -> Tensor | None:
@@ -281,7 +271,7 @@ def _order(
     as many.
     """
     C = len(key_lengths)
-    seen = [zip(key_lengths, kinds[r * C : (r + 1) * C], strict=True) for r in range(len(row_lengths))]
+    seen = [zip(key_lengths, pair_ids[r * C : (r + 1) * C], strict=True) for r in range(len(row_lengths))]
     costs = [sum(length for length, kind in pairs if kind >= 0) for pairs in seen]
     if len(set(costs)) == 1:
         return None

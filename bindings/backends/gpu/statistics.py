@@ -62,14 +62,14 @@ def mass_and_gain(
     mass = kernels.sum_mass(partial, row_starts, R, block_m, parts)
     gain = None
     if (rule := p.head_gain) is not None:
+        assert p.head_gain_values is not None
         flags = (*_flags(rule.rows, R), *_flags(rule.apply, R), *_flags(rule.keys, C))
         gain = kernels.head_gain(
             mass,
             constant(flags, torch.int32, device),
             row_starts,
             rule.norm,
-            rule.span,
-            rule.floor,
+            *p.head_gain_values,
             None if p.gain is None else p.gain.contiguous(),
         )
         kernels.scale_rows(

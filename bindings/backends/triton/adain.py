@@ -6,13 +6,15 @@ import torch
 from torch import Tensor
 
 from ..gpu.device import on_device
-from . import eligibility as triton_light
+from ..gpu.eligibility import emulated, tensor_reasons
 
 MOST_DIMS = 3  # of the space, joined; the kernels divide once for each that is left
 
 
-def usable(x: Tensor, style: Tensor, mask: Tensor | None, style_mask: Tensor | None) -> bool:
-    return triton_light.usable(x) and walkable(x, style, mask, style_mask)
+def why_not(x: Tensor, style: Tensor, mask: Tensor | None, style_mask: Tensor | None) -> list[str]:
+    if reasons := tensor_reasons(x):
+        return reasons
+    return [] if walkable(x, style, mask, style_mask) else ["strides that do not fold into few dimensions"]
 
 
 def walkable(x: Tensor, style: Tensor, mask: Tensor | None, style_mask: Tensor | None) -> bool:
@@ -34,5 +36,5 @@ def adain(x: Tensor, style: Tensor, mask: Tensor | None, style_mask: Tensor | No
     masks = [None if m is None else m.view(torch.uint8) for m in (mask, style_mask)]
     with on_device(x):
         sums, style_sums = adain_statistics(x, masks[0]), adain_statistics(style, masks[1])
-        adain_apply(out, x, masks[0], sums, style_sums, eps, triton_light.emulated(x))
+        adain_apply(out, x, masks[0], sums, style_sums, eps, emulated(x))
     return out

@@ -12,62 +12,19 @@ import torch
 from torch import Tensor
 
 from ...core.problem import Problem
-from .. import Result
 from ..gpu import statistics
 from ..gpu.constants import blocks, constant, starts
-from ..gpu.device import arch, interpreted, multiprocessors, on_device, triton_reasons
+from ..gpu.device import arch, multiprocessors, on_device
+from ..interface import Result
 from . import launch
 
 if TYPE_CHECKING:
     from ....kernels.attention.tiles import Tile
 
-name = "triton"
-
-MOST_TENSORS = 32
-MOST_MASS_SEGMENTS = 128
-MOST_STRIDE = 2**31 // 256  # elements from a token to the next: the rows of a tile are addressed in 32 bits
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def available() -> list[str]:
-    return triton_reasons()
-
-
-def why_not(problem: Problem) -> list[str]:
-    p, reasons = problem, []
-    if p.q.device.type != "cuda" and not interpreted():
-        reasons.append(f"no Triton kernels for {p.q.device.type} tensors")
-    if p.q.device.type == "cuda" and interpreted():
-        reasons.append("Triton runs in its interpreter")
-    if p.q.dtype not in DTYPES:
-        reasons.append(f"{p.q.dtype} is not among float32, bfloat16 and float16")
-    if p.mask is not None:
-        reasons.append("a dense mask is not a table over segments")
-    if len(p.k) > MOST_TENSORS:
-        reasons.append(f"{len(p.k)} key tensors are more than {MOST_TENSORS}")
-    if p.need_mass and len(p.key_lengths) > MOST_MASS_SEGMENTS:
-        reasons.append(f"the mass of {len(p.key_lengths)} key segments, more than {MOST_MASS_SEGMENTS}")
-    tensors = (p.q, *p.k, *p.v) if p.out is None else (p.q, *p.k, *p.v, p.out)
-    if (widest := max(t.stride(1) if t.shape[1] > 1 else 0 for t in tensors)) >= MOST_STRIDE:
-        reasons.append(f"tokens that lie {widest} elements apart, {MOST_STRIDE} or more")
-    return reasons
-
 
 def forward(problem: Problem) -> Result:
     with on_device(problem.q):
         return _forward(problem)
-
-
-def backward(
-    problem: Problem, dout: Tensor, out: Tensor, lse: Tensor, gain: Tensor
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """dout and out (B, M, H, D), lse (B, H, M, G), gain (B, H, R) -> dq, and dk and dv, one for each of k and
-    v.
-    """
-    from .backward import backward
-
-    with on_device(problem.q):
-        return backward(problem, dout, out, lse, gain)
 
 
 def _forward(p: Problem) -> Result:

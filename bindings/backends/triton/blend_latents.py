@@ -6,11 +6,16 @@ import torch
 from torch import Tensor
 
 from ..gpu.device import on_device
-from . import eligibility as triton_light
+from ..gpu.eligibility import emulated, tensor_reasons
 
 
-def usable(generated: Tensor, source: Tensor, noise: Tensor, mask: Tensor, sigma: float | Tensor) -> bool:
-    return triton_light.usable(generated) and walkable(generated, source, noise, mask, sigma)
+def why_not(
+    generated: Tensor, source: Tensor, noise: Tensor, mask: Tensor, sigma: float | Tensor
+) -> list[str]:
+    if reasons := tensor_reasons(generated):
+        return reasons
+    fits = walkable(generated, source, noise, mask, sigma)
+    return [] if fits else ["strides that do not fold into few dimensions"]
 
 
 def walkable(generated: Tensor, source: Tensor, noise: Tensor, mask: Tensor, sigma: float | Tensor) -> bool:
@@ -32,5 +37,5 @@ def blend_latents(
         # a bool pointer is one of single bits in Triton
         mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
         with on_device(out):
-            launch(out, generated, source, noise, mask, sigma, triton_light.emulated(out))
+            launch(out, generated, source, noise, mask, sigma, emulated(out))
     return out

@@ -8,11 +8,7 @@ from torch import Tensor
 from ...core.problem import Problem
 from ..gpu.constants import blocks, constant, starts
 from ..gpu.device import arch, on_device
-from . import attention as triton, launch
-
-
-def usable(problem: Problem) -> bool:
-    return not triton.available() and not triton.why_not(problem) and problem.q.is_cuda
+from . import launch
 
 
 def column_mass(problem: Problem, lse: Tensor, counted: tuple[int, ...]) -> Tensor:

@@ -10,30 +10,28 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ...core.norm_rope import NormRope
 from ..gpu.device import interpreted, on_device
-from . import attention as triton, eligibility as triton_light
+from ..gpu.eligibility import DTYPES, tensor_reasons
 
 MOST_STREAMS = 16  # each has its own address arithmetic in the kernels
 MOST_DIM = 256
 
 
-def usable(xs: Sequence[Tensor]) -> bool:
-    """Whether the kernels take such streams where they are; the interpreter is for the kernels' own tests."""
-    return triton_light.usable(xs[0]) and xs[0].shape[3] <= MOST_DIM and len(xs) <= MOST_STREAMS
+def why_not(xs: Sequence[Tensor]) -> list[str]:
+    reasons = tensor_reasons(xs[0])
+    if xs[0].shape[3] > MOST_DIM:
+        reasons.append(f"the head dim {xs[0].shape[3]} is more than {MOST_DIM}")
+    if len(xs) > MOST_STREAMS:
+        reasons.append(f"{len(xs)} streams are more than {MOST_STREAMS}")
+    return reasons
 
 
-def forward(
-    xs: Sequence[Tensor],
-    weights: Sequence[Tensor | None],
-    offsets: Sequence[Tensor | None],
-    cos: Tensor | None,
-    sin: Tensor | None,
-    eps: float,
-    half: bool,
-    permutation: Tensor | None,
-) -> Tensor:
-    """As qk_norm_rope, whose arguments these are; what lies between is kept in float32 and rounded once."""
+def forward(call: NormRope) -> Tensor:
+    """Computed in float32 and rounded once."""
     from ....kernels.qk_norm_rope import qk_norm_rope
+
+    xs, weights, offsets, cos, sin, eps, half, permutation = call
 
     out = xs[0].new_empty(xs[0].shape[0], sum(x.shape[1] for x in xs), *xs[0].shape[2:])
     if out.numel():
@@ -59,14 +57,7 @@ def forward(
 
 def backward(
     dout: Tensor,
-    xs: Sequence[Tensor],
-    weights: Sequence[Tensor | None],
-    offsets: Sequence[Tensor | None],
-    cos: Tensor | None,
-    sin: Tensor | None,
-    eps: float,
-    half: bool,
-    permutation: Tensor | None,
+    call: NormRope,
     need_dweight: bool = True,
 ) -> tuple[list[Tensor], list[Tensor | None], list[Tensor | None]]:
     """dout as the output -> dx, dweight and doffset of each stream; None for a weight or an offset that is
@@ -75,6 +66,8 @@ def backward(
     offsets: those whose gradient is wanted. need_dweight: False leaves every dweight None.
     """
     from ....kernels.qk_norm_rope import qk_norm_rope_backward
+
+    xs, weights, offsets, cos, sin, eps, half, permutation = call
 
     norms = [None if w is None else _floating(w, x) for w, x in zip(weights, xs, strict=True)]
     make = torch.empty if dout.numel() else torch.zeros
@@ -112,7 +105,7 @@ def _rows(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _floating(t: Tensor, x: Tensor) -> Tensor:
-    return t if t.dtype in (*triton.DTYPES, torch.float64) else t.to(x.dtype)
+    return t if t.dtype in (*DTYPES, torch.float64) else t.to(x.dtype)
 
 
 def _empty_shift(offset: Tensor, x: Tensor) -> Tensor:

@@ -6,11 +6,7 @@ import torch
 from torch import Tensor
 
 from ..gpu.device import arch, on_device
-from . import eligibility as triton_light
-
-
-def usable(q: Tensor) -> bool:
-    return triton_light.usable(q)
+from ..gpu.eligibility import emulated
 
 
 def query_blur(
@@ -36,5 +32,5 @@ def query_blur(
         with on_device(q):
             blur_side(between, image, along_width, radii[1], precision, False)
             turned = blurred.transpose(1, 2), between.transpose(1, 2)
-            blur_side(*turned, along_height, radii[0], precision, triton_light.emulated(q))
+            blur_side(*turned, along_height, radii[0], precision, emulated(q))
     return out

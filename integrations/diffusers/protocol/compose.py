@@ -279,9 +279,9 @@ def _head_gain(
         new = [
             [name for name, parts in zip(names, of, strict=True) if parts[which] in wanted]
             for names, of, wanted in (
-                (row_names, rows, t.control.head_gain_rows),
-                (key_names, pairs, t.control.head_gain_keys),
-                (row_names, rows, t.control.head_gain_apply),
+                (row_names, rows, t.control.gain_rule.rows),
+                (key_names, pairs, t.control.gain_rule.keys),
+                (row_names, rows, t.control.gain_rule.apply),
             )
         ]
         if not all(new):

@@ -9,19 +9,20 @@ import pytest
 import torch
 
 import flashbrush as fb
-from flashbrush.bindings.attention import _lower
-from flashbrush.bindings.backends import planner as plan
-from flashbrush.bindings.backends.cpu import attention as cpu
-from flashbrush.bindings.backends.triton import attention as triton
+from flashbrush.bindings.backends import planner, triton as triton_package
+from flashbrush.bindings.backends.cpu import library as cpu
+from flashbrush.bindings.backends.gpu.eligibility import MOST_STRIDE, attention_reasons
+from flashbrush.bindings.core.lowering import lower
+from flashbrush.bindings.core.problem import Problem
 
 needs_cpu = pytest.mark.skipif(bool(cpu.available()), reason="; ".join(cpu.available()))
 
 
-def problem(dtype=torch.float32, **options):
+def problem(dtype: torch.dtype = torch.float32, **options) -> Problem:
     q = torch.randn(1, 6, 2, 8, dtype=dtype)
     mask = options.pop("mask", None)
     control = fb.Control(fb.Segments(a=2, b=4), **options) if options else None
-    return _lower(q, q, q, control, None, None, mask, None)
+    return lower(q, q, q, control, mask=mask)
 
 
 def test_backends_say_why_not() -> None:
@@ -31,6 +32,60 @@ def test_backends_say_why_not() -> None:
     assert all(isinstance(reason, str) and reason for reasons in found.values() for reason in reasons)
     found["cpu"].append("changed by a caller")
     assert fb.backends()["cpu"] != found["cpu"]
+
+
+def test_backends_print_a_table_of_operators() -> None:
+    found = fb.backends()
+    head, *lines = repr(found).splitlines()
+    assert head.split() == list(found)
+    assert [line.split()[0] for line in lines[: len(found.operators)]] == list(found.operators)
+    cells = dict(
+        zip(found, next(line for line in lines if line.startswith("adain")).split()[1:], strict=True)
+    )
+    assert cells["composed"] == "yes" and cells["cpu"] == "-" and cells["reference"] == "-"
+
+
+X = torch.randn(1, 12, 2, 8)
+IMAGE = torch.randn(1, 2, 3, 4)
+MASK = torch.ones(1, 1, 3, 4)
+LSE = fb.attention(X, X, X, return_stats=True)[1].lse
+OPERATOR_CALLS = {
+    "attention": lambda backend: fb.attention(X, X, X, backend=backend),
+    "column_mass": lambda backend: fb.column_mass(X, X, LSE, backend=backend),
+    "qk_norm_rope": lambda backend: fb.qk_norm_rope([(X, None, None)], None, None, eps=1e-6, backend=backend),
+    "query_blur": lambda backend: fb.query_blur(X, (3, 4), 1.0, backend=backend),
+    "blend_latents": lambda backend: fb.blend_latents(IMAGE, IMAGE, IMAGE, MASK, 0.5, backend=backend),
+    "adain": lambda backend: fb.adain(IMAGE, IMAGE, backend=backend),
+}
+
+
+@pytest.mark.parametrize("operator", OPERATOR_CALLS)
+def test_every_operator_takes_a_backend_by_name(operator: str) -> None:
+    expected = OPERATOR_CALLS[operator]("composed")
+    found = fb.backends()
+    for name in found:
+        if name in found.operators[operator] and not found[name]:
+            torch.testing.assert_close(OPERATOR_CALLS[operator](name), expected)
+        else:
+            with pytest.raises(ValueError, match=f"backend: '{name}' cannot run this call: "):
+                OPERATOR_CALLS[operator](name)
+    with pytest.raises(ValueError, match=r"backend: expected 'auto' or one of .*, got 'fast'"):
+        OPERATOR_CALLS[operator]("fast")
+
+
+@pytest.mark.parametrize("operator", OPERATOR_CALLS)
+def test_every_operator_warns_once_when_its_fused_backend_cannot_run(
+    operator: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(planner.FUSED, "cpu", triton_package)
+    monkeypatch.setattr(planner, "_warned", set())
+    if not triton_package.available():
+        pytest.skip("Triton runs here")
+    with pytest.warns(UserWarning, match="runs on the 'composed' backend .*triton: "):
+        OPERATOR_CALLS[operator]("auto")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        OPERATOR_CALLS[operator]("auto")
 
 
 @needs_cpu
@@ -46,26 +101,26 @@ def test_backends_say_why_not() -> None:
     ],
 )
 def test_choice(call: dict, expected: str, reason: str | None) -> None:
-    backend, refused = plan.choose(problem(**call))
+    backend, refused = planner.choose("attention", torch.device("cpu"), problem(**call))
     assert backend.name == expected
     words = " ".join(" ".join(reasons) for reasons in refused.values())
     assert (reason is None and not refused) or (reason is not None and reason in words)
 
 
-@pytest.mark.parametrize(("stride", "refused"), [(triton.MOST_STRIDE, True), (triton.MOST_STRIDE - 1, False)])
+@pytest.mark.parametrize(("stride", "refused"), [(MOST_STRIDE, True), (MOST_STRIDE - 1, False)])
 def test_triton_addresses_the_rows_of_a_tile_in_32_bits(stride: int, refused: bool) -> None:
     far = torch.empty_strided((1, 6, 2, 8), (8, stride, 8, 1), device="meta")
     for name in ("q", "k", "v", "out"):
-        reasons = triton.why_not(replace(problem(), **{name: (far,) if name in "kv" else far}))
+        reasons = attention_reasons(replace(problem(), **{name: (far,) if name in "kv" else far}))
         assert any("lie" in reason for reason in reasons) == refused
     one = torch.empty_strided((1, 1, 2, 8), (8, stride, 8, 1), device="meta")
-    assert not any("lie" in reason for reason in triton.why_not(replace(problem(), k=(one,), v=(one,))))
+    assert not any("lie" in reason for reason in attention_reasons(replace(problem(), k=(one,), v=(one,))))
 
 
 def test_every_named_backend_runs_or_fails_with_reasons() -> None:
     q = torch.randn(1, 6, 2, 8, dtype=torch.float64)
     for name in fb.backends():
-        if reasons := plan.BACKENDS[name].available() or plan.BACKENDS[name].why_not(problem(torch.float64)):
+        if reasons := planner.why_not("attention", name, problem(torch.float64)):
             with pytest.raises(ValueError, match=f"backend: '{name}' cannot run this call: ") as error:
                 fb.attention(q, q, q, backend=name)
             assert all(reason in str(error.value) for reason in reasons)
@@ -79,7 +134,7 @@ def test_every_named_backend_runs_or_fails_with_reasons() -> None:
 
 
 def test_a_fallback_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "_warned", set())
+    monkeypatch.setattr(planner, "_warned", set())
     q = torch.randn(1, 6, 2, 8, dtype=torch.float64)
     with pytest.warns(UserWarning, match="'composed' backend .*cpu: .*"):
         fb.attention(q, q, q)
@@ -91,5 +146,6 @@ def test_a_fallback_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_values_are_read() -> None:
     """The choice depends on structure alone, so that a changed number changes neither launch nor compilation."""
+    device = torch.device("cpu")
     first, second = (problem(weight={("a", "b"): w}, bias={("b", "a"): 0.5}) for w in (0.0, 1e20))
-    assert plan.choose(first)[0] is plan.choose(second)[0]
+    assert planner.choose("attention", device, first)[0] is planner.choose("attention", device, second)[0]

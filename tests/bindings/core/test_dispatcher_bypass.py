@@ -16,7 +16,7 @@ from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flashbrush as fb
-from flashbrush.bindings.core.dispatcher_bypass import unwatched
+from flashbrush.bindings.core.dispatcher_bypass import can_skip_dispatcher
 from flashbrush.bindings.operators import attention as ops
 from support.calls import Call, examples, random_calls
 
@@ -67,7 +67,7 @@ class Subclass(torch.Tensor):
 @pytest.mark.parametrize("name", CALLS)
 def test_nobody_looks(name: str) -> None:
     x = small()
-    assert unwatched(x, None, torch.nn.Parameter(x)) and CALLS[name](x).isfinite().all()
+    assert can_skip_dispatcher(x, None, torch.nn.Parameter(x)) and CALLS[name](x).isfinite().all()
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -75,7 +75,7 @@ def test_nobody_looks(name: str) -> None:
 def test_modes_see_the_operator(name: str, mode: type) -> None:
     expected = CALLS[name](small())
     with mode() as seen:
-        assert not unwatched(small())
+        assert not can_skip_dispatcher(small())
         result = CALLS[name](small())
     assert torch.equal(result, expected) and any(f"flashbrush.{name}" in one for one in seen.names)
 
@@ -83,7 +83,7 @@ def test_modes_see_the_operator(name: str, mode: type) -> None:
 @pytest.mark.parametrize("name", CALLS)
 def test_a_subclass_sees_the_operator(name: str) -> None:
     x = torch.Tensor._make_subclass(Subclass, small())
-    assert not unwatched(x)
+    assert not can_skip_dispatcher(x)
     with pytest.raises(Shown, match=f"flashbrush.{name}"):
         CALLS[name](x)
 
@@ -121,7 +121,7 @@ def test_transforms_are_told(name: str) -> None:
 @pytest.mark.parametrize("name", CALLS)
 def test_a_negated_view_is_negative(name: str) -> None:
     x = torch.complex(small(), small(1)).conj().imag
-    assert x.is_neg() and not unwatched(x)
+    assert x.is_neg() and not can_skip_dispatcher(x)
     assert torch.equal(CALLS[name](x), CALLS[name](x.resolve_neg()))
 
 
@@ -130,7 +130,7 @@ def test_a_negated_view_is_negative(name: str) -> None:
 def test_the_same_bits_as_the_operator(call: Call) -> None:
     warnings.simplefilter("ignore")
     tensors = [t for x in (call.q, call.k, call.v) for t in ([x] if isinstance(x, Tensor) else x)]
-    assert unwatched(*tensors)
+    assert can_skip_dispatcher(*tensors)
     direct, plain = call.run("auto", return_stats=True), call.run("auto")
     with Seen() as seen:
         dispatched, alone = call.run("auto", return_stats=True), call.run("auto")

@@ -12,7 +12,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import gradcheck
 
 import flashbrush as fb
-from flashbrush.bindings.attention import _arguments, _lower
+from flashbrush.bindings.core.lowering import lower
+from flashbrush.bindings.core.problem import pack
 from flashbrush.bindings.operators import attention as ops
 from support.calls import Call, examples, random_calls
 from support.gradients import check_gradients_against_eager
@@ -33,7 +34,7 @@ def lowered(seed: int, dtype: torch.dtype, heads_first: bool) -> tuple:
 
     call.q, call.k, call.v = place(call.q), [place(t) for t in call.k], [place(t) for t in call.v]
     (q, k, v, control), kwargs = library_arguments(call)
-    return _arguments(_lower(q, k, v, control, out=None, **kwargs), control)
+    return pack(lower(q, k, v, control, **kwargs))
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))

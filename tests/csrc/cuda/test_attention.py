@@ -21,10 +21,10 @@ from hypothesis import assume, given, settings, strategies as st
 from torch import Tensor
 
 import flashbrush as fb
+from flashbrush.bindings.backends import cuda as cuda_package, triton as triton_package
 from flashbrush.bindings.backends.cuda import attention as cuda
 from flashbrush.bindings.backends.planner import FUSED
 from flashbrush.bindings.backends.shared_library import build_report
-from flashbrush.bindings.backends.triton import attention as triton
 from support.calls import Call, examples, random_calls
 from support.error_bars import check_result
 from support.gradients import check_gradients
@@ -38,7 +38,7 @@ COMPILED = cuda.LIBRARY
 
 pytestmark = [
     pytest.mark.compiled,
-    pytest.mark.skipif(bool(triton.available()), reason="; ".join(triton.available())),
+    pytest.mark.skipif(bool(triton_package.available()), reason="; ".join(triton_package.available())),
 ]
 
 
@@ -52,7 +52,7 @@ def seed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], N
     library = ctypes.CDLL(str(path))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "LIBRARY", path)
-        patch.setattr(cuda, "available", lambda: [])
+        patch.setattr(cuda_package, "available", lambda: [])
         patch.setattr(cuda, "multiprocessors", lambda _: 2)
         yield lambda value: library.flashbrush_emulation_seed(ctypes.c_uint64(value))
 

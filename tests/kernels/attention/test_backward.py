@@ -9,11 +9,13 @@ import torch
 from hypothesis import given, settings
 
 import flashbrush as fb
-from flashbrush.bindings.backends.triton import attention as backend
+from flashbrush.bindings.backends import triton as triton_package
 from support.calls import Call, examples, random_calls
 from support.gradients import check_gradients, gradients
 
-pytestmark = pytest.mark.skipif(bool(backend.available()), reason="; ".join(backend.available()))
+pytestmark = pytest.mark.skipif(
+    bool(triton_package.available()), reason="; ".join(triton_package.available())
+)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 
 import flashbrush as fb
-from flashbrush.bindings.backends.triton import attention as triton, column_mass as triton_column_mass
+from flashbrush.bindings.backends import triton
+from flashbrush.bindings.backends.triton import column_mass as triton_column_mass
 from support.calls import Call, examples, random_calls
 
 pytestmark = pytest.mark.skipif(bool(triton.available()), reason="; ".join(triton.available()))

@@ -7,12 +7,15 @@ import torch
 from hypothesis import given, settings
 
 import flashbrush as fb
-from flashbrush.bindings.backends.triton import attention as backend, launch as triton_launch
+from flashbrush.bindings.backends import triton as triton_package
+from flashbrush.bindings.backends.triton import launch as triton_launch
 from flashbrush.kernels.attention import blocks as attention_blocks, tiles as attention_tiles
 from support.calls import Call, examples, random_calls
 from support.error_bars import check_result
 
-pytestmark = pytest.mark.skipif(bool(backend.available()), reason="; ".join(backend.available()))
+pytestmark = pytest.mark.skipif(
+    bool(triton_package.available()), reason="; ".join(triton_package.available())
+)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

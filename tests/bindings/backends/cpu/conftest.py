@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from flashbrush.bindings.backends.cpu import attention as cpu
+from flashbrush.bindings.backends.cpu import library as cpu
 
 
 @pytest.fixture(params=cpu.isas())

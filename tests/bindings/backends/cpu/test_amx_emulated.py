@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 
 import flashbrush as fb
-from flashbrush.bindings.backends.cpu import attention as cpu
+from flashbrush.bindings.backends.cpu import library as cpu
 from support.builder import ROOT, load_setup
 from support.calls import Call, examples, random_calls
 from support.error_bars import check_result

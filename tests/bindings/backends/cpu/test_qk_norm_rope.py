@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import flashbrush as fb
-from flashbrush.bindings.backends.cpu import attention as cpu
-from flashbrush.bindings.qk_norm_rope import composed
+from flashbrush.bindings.backends.composed import qk_norm_rope as composed
+from flashbrush.bindings.backends.cpu import library as cpu
+from flashbrush.bindings.core.norm_rope import NormRope
 from support.token_streams import EPS, streams, tables
 
 
@@ -23,7 +24,8 @@ def test_instruction_sets(isa: str, rope: str) -> None:
         got = fb.qk_norm_rope(parts, cos, sin, eps=EPS, rope=rope, permutation=permutation)
         wide = [[None if t is None else t.detach().double().requires_grad_() for t in part] for part in parts]
         args = ([part[i] for part in wide] for i in range(3))
-        truth = composed(*args, cos.double(), sin.double(), EPS, rope == "half", permutation)
+        call = NormRope(*args, cos.double(), sin.double(), EPS, rope == "half", permutation)
+        truth = composed.forward(call)
         dout = torch.randn_like(got)
         got.backward(dout)
         truth.backward(dout.double())
