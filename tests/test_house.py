@@ -191,6 +191,20 @@ def test_permitted_imports_are_not_reported(place: str, line: str) -> None:
     assert not violations(place, line)
 
 
+def test_a_backend_imports_no_other_backend() -> None:
+    packages = {"composed", "cpu", "cuda", "triton", "reference.py"}
+    wrong = []
+    for file in own_files():
+        parts = file.split("/")
+        if parts[:2] != ["bindings", "backends"] or parts[2] not in packages:
+            continue
+        for line, target, name in imports(file, (ROOT / file).read_text()):
+            used = (target or "").split("/")
+            if used[:2] == parts[:2] and len(used) > 2 and used[2] in packages - {parts[2]}:
+                wrong.append(f"{file}:{line}: {name} of {target}")
+    assert not wrong
+
+
 def file_of(target: str) -> str | None:
     """The file that importing a place executes; None for a folder without an __init__.py."""
     for file in (target, f"{target}.py", f"{target}/__init__.py".lstrip("/")):

@@ -257,7 +257,7 @@ def test_why_not() -> None:
 
 
 def test_it_runs_where_it_is_named_alone() -> None:
-    assert cuda not in FUSED["cuda"], "say in the README and in cuda.py on what hardware it was verified"
+    assert cuda_package is not FUSED["cuda"], "say in README.md on what hardware it was verified"
 
 
 def test_a_failure_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
