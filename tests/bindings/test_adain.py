@@ -1,4 +1,4 @@
-"""adain: the result has the style's statistics, inside the mask and nowhere else."""
+"""adain(): inside the mask x gets the style's mean and variance; outside it is unchanged."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from flashbrush.bindings.adain import adain
 
 
-def by_hand(
+def adain_by_loops(
     x: torch.Tensor, style: torch.Tensor, inside: torch.Tensor, style_inside: torch.Tensor
 ) -> torch.Tensor:
     """Loops over items and channels in float64."""
@@ -25,7 +25,7 @@ def by_hand(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("masked", ["none", "both", "x", "style"])
 @pytest.mark.parametrize("items", [1, 2])
-def test_against_loops(dtype: torch.dtype, masked: str, items: int) -> None:
+def test_equals_loops(dtype: torch.dtype, masked: str, items: int) -> None:
     x = (torch.randn(2, 3, 5, 7, dtype=torch.float64) * 2 + 1).to(dtype)
     style = (torch.randn(items, 3, 4, 6, dtype=torch.float64) / 3 - 2).to(dtype)
     inside, style_inside = (
@@ -38,7 +38,7 @@ def test_against_loops(dtype: torch.dtype, masked: str, items: int) -> None:
     if masked in ("both", "style"):
         style_inside = masks["style_mask"] = torch.rand(items, 1, 4, 6) < 0.5
     got = adain(x, style, **masks)
-    expected = by_hand(x, style, inside, style_inside)
+    expected = adain_by_loops(x, style, inside, style_inside)
     assert got.dtype == dtype
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(got.double(), expected, rtol=16 * eps, atol=16 * eps)
@@ -46,24 +46,24 @@ def test_against_loops(dtype: torch.dtype, masked: str, items: int) -> None:
     assert torch.equal(got[outside], x[outside])
 
 
-def test_variance_is_unbiased_and_eps_is_under_the_root() -> None:
-    """Of two elements the two deviations differ by sqrt(2); a flat style shows eps."""
+def test_variance_is_unbiased_and_eps_is_inside_the_root() -> None:
+    """For two elements the biased and unbiased deviations differ by sqrt(2); a constant style leaves eps alone."""
     x = torch.tensor([-1.0, 1.0], dtype=torch.float64).reshape(1, 1, 2)
     flat = torch.full((1, 1, 2), 5.0, dtype=torch.float64)
     step = torch.tensor(1e-5, dtype=torch.float64).sqrt() / torch.tensor(2 + 1e-5, dtype=torch.float64).sqrt()
     torch.testing.assert_close(adain(x, flat), 5 + x * step)
 
 
-def test_values_outside_a_mask_do_not_count() -> None:
+def test_values_outside_a_mask_are_not_read() -> None:
     x, style = torch.randn(1, 2, 4, 4), torch.randn(1, 2, 4, 4)
     mask = torch.zeros(1, 1, 4, 4, dtype=torch.bool)
     mask[..., :2] = True
     clean = adain(x, style, mask, mask)
-    spoilt = torch.where(mask, x, torch.nan), torch.where(mask, style, torch.nan)
-    assert torch.equal(adain(*spoilt, mask, mask)[..., :2], clean[..., :2])
+    with_nan = torch.where(mask, x, torch.nan), torch.where(mask, style, torch.nan)
+    assert torch.equal(adain(*with_nan, mask, mask)[..., :2], clean[..., :2])
 
 
-def test_of_itself_changes_nothing() -> None:
+def test_style_of_x_itself_changes_nothing() -> None:
     x = torch.randn(2, 3, 8, 8)
     torch.testing.assert_close(adain(x, x), x)
 

@@ -1,4 +1,4 @@
-"""attention_sum() against the sum written out."""
+"""attention_sum() equals its branches computed one by one and added."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
     return F.scaled_dot_product_attention(*swapped, scale=scale, enable_gqa=True).transpose(1, 2)
 
 
-def test_equals_the_sum() -> None:
+def test_equals_the_branches_added() -> None:
     a, b, c = tensors(), tensors(), tensors()
     gate, index = torch.rand(2, 7), torch.tensor([1, 0])
     branches = [
@@ -40,7 +40,7 @@ def test_equals_the_sum() -> None:
     torch.testing.assert_close(out, expected)
 
 
-def test_branches_with_shared_queries_are_groups() -> None:
+def test_branches_with_the_same_queries_equal_softmax_groups() -> None:
     q, k, v = tensors()
     keys = fb.Segments(text=4, image=5)
     gate = torch.rand(2, 7)
@@ -50,14 +50,14 @@ def test_branches_with_shared_queries_are_groups() -> None:
     torch.testing.assert_close(fb.attention_sum(branches), fb.attention(q, k, v, groups, backend="reference"))
 
 
-def test_a_control_of_its_own() -> None:
+def test_branch_with_its_own_control() -> None:
     q, k, v = tensors()
     control = fb.Control(fb.Segments(r=7), fb.Segments(x=4, y=5), weight={("*", "x"): 2.0}, gain={"r": 0.5})
     expected = fb.attention(q, k, v, control, backend="reference") + sdpa(q, v, k)
     torch.testing.assert_close(fb.attention_sum([fb.Branch(q, k, v, control), fb.Branch(q, v, k)]), expected)
 
 
-def test_sixteen_bits_round_each_branch_and_the_sum_once() -> None:
+def test_16_bits_round_each_branch_once_and_the_sum_once() -> None:
     branches = [fb.Branch(*tensors(torch.bfloat16)) for _ in range(3)]
     exact = sum(sdpa(*(t.double() for t in (b.q, b.k, b.v))) for b in branches)
     out = fb.attention_sum(branches)

@@ -1,6 +1,4 @@
-"""Calls that must be refused: the right type, the argument by name, what was expected and what came; nothing
-written.
-"""
+"""Bad calls raise the right type and name the argument, what was expected and what came; out is not written."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ import torch
 import flashbrush as fb
 
 NAN, INF = math.nan, math.inf
-S, C, A = fb.Segments, fb.Control, fb.attention
+S, C, A = fb.Segments, fb.Control, fb.attention  # short for the tables below
 
 
 def rows() -> fb.Segments:
@@ -202,7 +200,7 @@ def source(**index) -> dict:
     return {"source": index}
 
 
-# Each: q, k, v, control and keyword arguments of attention(); a control's tables are right in themselves.
+# Each: (q, k, v, control) and keyword arguments of attention(), the error, and a pattern of its message.
 CALLS = (
     (lambda: ([1.0], kv(), kv()), {}, TypeError, r"q: .*tensor.*list"),
     (lambda: (q(5, 4, 8), kv(), kv()), {}, ValueError, r"q: .*\(batch, tokens, heads, dim\).*\(5, 4, 8\)"),
@@ -379,13 +377,13 @@ OUTS = (
 
 
 @pytest.mark.parametrize(("make", "error", "words"), (*SEGMENTS, *CONTROL))
-def test_segments_and_controls(make: Callable, error: type, words: str) -> None:
+def test_bad_segments_and_controls(make: Callable, error: type, words: str) -> None:
     with pytest.raises(error, match=words):
         make()
 
 
 @pytest.mark.parametrize(("arguments", "more", "error", "words"), CALLS)
-def test_calls(arguments: Callable, more: dict, error, words: str) -> None:
+def test_bad_arguments_of_attention(arguments: Callable, more: dict, error, words: str) -> None:
     out = torch.full((2, 5, 4, 8), NAN)
     with pytest.raises(error, match=words):
         A(*arguments(), out=out, **more)
@@ -393,15 +391,15 @@ def test_calls(arguments: Callable, more: dict, error, words: str) -> None:
 
 
 @pytest.mark.parametrize(("make", "words"), OUTS)
-def test_outs(make: Callable, words: str) -> None:
+def test_bad_out(make: Callable, words: str) -> None:
     out = make()
     with pytest.raises(ValueError, match=words):
         A(q(), kv(), kv(), out=out)
     assert not isinstance(out, torch.Tensor) or bool(torch.isnan(out).all())
 
 
-def test_the_tables_are_right_but_for_one_thing() -> None:
-    """The same arguments pass where the named one is right, so that no case is refused for another reason."""
+def test_the_same_arguments_pass_without_the_mistake() -> None:
+    """So no case above is refused for another reason than the one it names."""
     options = {
         "bias": {("a", "*"): -INF, ("b", ("x", "y")): torch.zeros(2, 4)},
         "weight": {("*", "x"): 0.0, ("a", "y"): torch.ones(4)},

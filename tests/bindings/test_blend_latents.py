@@ -1,4 +1,4 @@
-"""blend_latents: exact at its ends, the straight line between, and nothing leaks through the mask."""
+"""blend_latents(): exact at the ends of sigma and mask, linear between, and hidden values do not leak."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from flashbrush.bindings.blend_latents import blend_latents
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def make(dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = (2, 6, 8)) -> tuple[torch.Tensor, ...]:
+def random_latents(
+    dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = (2, 6, 8)
+) -> tuple[torch.Tensor, ...]:
     return tuple(torch.randn(shape, dtype=torch.float64).to(dtype) for _ in range(3))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sigma_kind", ["number", "tensor", "per item"])
 @pytest.mark.parametrize("mask_kind", ["bool", "float"])
-def test_the_ends_are_bitwise(dtype: torch.dtype, sigma_kind: str, mask_kind: str) -> None:
-    generated, source, noise = make(dtype)
+def test_sigma_0_and_1_are_bitwise(dtype: torch.dtype, sigma_kind: str, mask_kind: str) -> None:
+    generated, source, noise = random_latents(dtype)
     mask = torch.rand(2, 6, 1) < 0.5
     given = mask if mask_kind == "bool" else mask.to(dtype)
     for level, known in ((0.0, source), (1.0, noise)):
@@ -34,8 +36,8 @@ def test_the_ends_are_bitwise(dtype: torch.dtype, sigma_kind: str, mask_kind: st
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_between_it_is_the_line(dtype: torch.dtype) -> None:
-    generated, source, noise = make(dtype)
+def test_interpolates_linearly(dtype: torch.dtype) -> None:
+    generated, source, noise = random_latents(dtype)
     mask = torch.rand(2, 6, 1).to(dtype)
     mask[:, 0], mask[:, 1] = 0, 1
     wide = [t.double() for t in (generated, source, noise, mask)]
@@ -44,14 +46,14 @@ def test_between_it_is_the_line(dtype: torch.dtype) -> None:
         expected = wide[3] * wide[0] + (1 - wide[3]) * ((1 - level) * wide[1] + level * wide[2])
         got = blend_latents(generated, source, noise, mask, sigma)
         assert got.dtype == dtype
-        # the known part and the mixture are each rounded to the dtype once
+        # The known part and the mixture are each rounded to the dtype once.
         error = 2 * torch.finfo(dtype).eps
         torch.testing.assert_close(got.double(), expected, rtol=error, atol=error)
 
 
 @pytest.mark.parametrize("sigma", [0.0, torch.tensor(0.0), torch.zeros(2), 0.5])
-def test_what_the_mask_hides_does_not_leak(sigma: float | torch.Tensor) -> None:
-    generated, source, noise = make()
+def test_hidden_values_do_not_leak_through_the_mask(sigma: float | torch.Tensor) -> None:
+    generated, source, noise = random_latents()
     mask = torch.zeros(2, 6, 1)
     mask[:, 3:] = 1
     generated[:, :3], source[:, 3:], noise[:, 3:] = math.nan, math.nan, math.inf
@@ -60,9 +62,9 @@ def test_what_the_mask_hides_does_not_leak(sigma: float | torch.Tensor) -> None:
     assert blend_latents(generated, source, noise, mask, sigma).isfinite().all()
 
 
-def test_a_trajectory_kept_on_the_line_ends_in_the_source() -> None:
-    """A sampler with the true velocity eps - z0 stays on the line; a wrong one is pulled back to it."""
-    _, source, noise = make()
+def test_blending_at_every_step_ends_in_the_source() -> None:
+    """Whatever velocity the sampler takes, blending returns the latents to (1 - sigma) source + sigma noise."""
+    _, source, noise = random_latents()
     mask = torch.zeros(2, 6, 1, dtype=torch.bool)
     sigmas = torch.linspace(1, 0, 5)
     latents = noise
@@ -73,8 +75,8 @@ def test_a_trajectory_kept_on_the_line_ends_in_the_source() -> None:
     assert torch.equal(latents, source)
 
 
-def test_it_broadcasts_and_makes_a_new_tensor() -> None:
-    generated, source, noise = make()
+def test_broadcasts_into_a_new_tensor() -> None:
+    generated, source, noise = random_latents()
     mask = torch.zeros(1, 6, 1, dtype=torch.bool)
     got = blend_latents(generated, source[:1], noise[:1], mask, 0)
     assert torch.equal(got, source[:1].expand(2, 6, 8))
@@ -82,10 +84,10 @@ def test_it_broadcasts_and_makes_a_new_tensor() -> None:
     assert source.abs().sum() > 0
 
 
-def test_compiles_whole() -> None:
+def test_compiles_without_a_graph_break() -> None:
     torch._dynamo.reset()
     compiled = torch.compile(blend_latents, fullgraph=True, backend="aot_eager")
-    generated, source, noise = make()
+    generated, source, noise = random_latents()
     mask = torch.rand(2, 6, 1)
     for sigma in (torch.tensor(0.5), torch.tensor(0.25)):
         torch.testing.assert_close(
@@ -121,7 +123,7 @@ BAD = [
     ("argument", "error", "changed"), BAD, ids=[f"{i}-{b[0]}" for i, b in enumerate(BAD)]
 )
 def test_bad_calls_name_the_argument(argument: str, error: type[Exception], changed: dict) -> None:
-    generated, source, noise = make()
+    generated, source, noise = random_latents()
     call = {
         "generated": generated,
         "source": source,

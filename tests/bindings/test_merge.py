@@ -1,4 +1,4 @@
-"""merge() against one attention over the joined keys."""
+"""merge() of attentions over parts of the keys equals one attention over all of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.autograd import gradcheck
 import flashbrush as fb
 
 
-def parts(sizes, dtype=torch.float64, rows=7):
+def attention_in_parts(sizes, dtype=torch.float64, rows=7):
     q = torch.randn(2, rows, 3, 8, dtype=dtype)
     keys = [torch.randn(2, n, 3, 8, dtype=dtype) for n in sizes]
     values = [torch.randn(2, n, 3, 8, dtype=dtype) for n in sizes]
@@ -25,7 +25,7 @@ def parts(sizes, dtype=torch.float64, rows=7):
 @pytest.mark.parametrize("squeezed", (False, True))
 @pytest.mark.parametrize("sizes", ((5,), (5, 1), (3, 0, 9), (0, 0), (40, 2, 17, 1)))
 def test_equals_one_attention(sizes, squeezed: bool) -> None:
-    q, keys, values, pairs = parts(sizes)
+    q, keys, values, pairs = attention_in_parts(sizes)
     truth, stats = fb.attention(
         q, torch.cat(keys, 1), torch.cat(values, 1), backend="reference", return_stats=True
     )
@@ -37,8 +37,8 @@ def test_equals_one_attention(sizes, squeezed: bool) -> None:
     torch.testing.assert_close(lse.reshape(stats.lse.shape), stats.lse)
 
 
-def test_a_part_without_keys_is_not_read() -> None:
-    *_, pairs = parts((5, 4))
+def test_part_without_keys_is_not_read() -> None:
+    *_, pairs = attention_in_parts((5, 4))
     clean = fb.merge(pairs)
     nothing = (torch.full_like(pairs[0][0], math.nan), torch.full_like(pairs[0][1], -math.inf))
     for order in ([nothing, *pairs], [*pairs, nothing]):
@@ -56,12 +56,12 @@ def test_large_and_small_lse() -> None:
         )
         torch.testing.assert_close(
             out, (a + 3 * b) / 4, rtol=1e-3, atol=1e-3
-        )  # 3e4 + log 3 rounds in float32
+        )  # 3e4 + log 3 is rounded in float32
         torch.testing.assert_close(lse, torch.full((1, 2, 4), shift + math.log(4)))
 
 
-def test_bad_numbers_spread() -> None:
-    *_, pairs = parts((5, 4))
+def test_nan_propagates() -> None:
+    *_, pairs = attention_in_parts((5, 4))
     pairs[1][0][0, 3, 1, 2] = math.nan
     out, _ = fb.merge(pairs)
     assert int(torch.isnan(out).sum()) == 1 and bool(torch.isnan(out[0, 3, 1, 2]))
@@ -69,7 +69,7 @@ def test_bad_numbers_spread() -> None:
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32))
 def test_dtypes(dtype: torch.dtype) -> None:
-    q, keys, values, pairs = parts((33, 20), dtype)
+    q, keys, values, pairs = attention_in_parts((33, 20), dtype)
     out, lse = fb.merge(pairs)
     assert out.dtype == dtype and lse.dtype == torch.float32
     truth = fb.attention(
@@ -91,7 +91,7 @@ def test_gradcheck() -> None:
 
 
 def test_bad_calls() -> None:
-    *_, ((out, lse), (other, other_lse)) = parts((5, 4))
+    *_, ((out, lse), (other, other_lse)) = attention_in_parts((5, 4))
     for bad, error, word in (
         ([], TypeError, "parts"),
         (5, TypeError, "parts"),

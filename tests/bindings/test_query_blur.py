@@ -1,4 +1,4 @@
-"""query_blur() against a padded convolution in float64, its gradient, and what it does at the ends of sigma."""
+"""query_blur() equals a padded float64 convolution; its gradient, and the limits of sigma."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def queries(
 
 @settings(max_examples=examples(200))
 @given(sides, sides, sigmas, st.integers(0, 2), st.sampled_from(DTYPES), st.integers(0, 3), st.integers(0, 3))
-def test_drawn_calls(
+def test_equals_convolution(
     h: int, w: int, sigma: float, batch: int, dtype: torch.dtype, before: int, after: int
 ) -> None:
     q = queries(batch, before + h * w + after, dtype)
@@ -43,7 +43,7 @@ def test_drawn_calls(
 
 
 def test_the_number_of_taps() -> None:
-    """An impulse spreads over as many places as there are taps; an even count grows, and the side bounds it."""
+    """An impulse spreads over as many positions as there are taps: an odd number, at most the side."""
     for side, sigma, expected in (
         (31, 0.1, 1),
         (31, 1 / 6, 1),
@@ -60,13 +60,13 @@ def test_the_number_of_taps() -> None:
         q[:, side // 2] = 1
         got = fb.query_blur(q, (1, side), sigma)
         assert len(gaussian_taps(side, sigma)) == expected
-        # a tap beyond the border falls back onto a place of its own side, so that none is lost
+        # Taps beyond the border are reflected onto the image, so none is lost.
         assert int((got != 0).sum()) == min(expected, side)
 
 
 @pytest.mark.parametrize("sigma", (0.7, 3.0))
-def test_it_is_a_mean(sigma: float) -> None:
-    """Weights add up to one, and no value lies outside of those that are averaged."""
+def test_output_is_a_weighted_mean_of_the_input(sigma: float) -> None:
+    """The weights add up to one, and no output lies outside the range of the input."""
     constant = torch.full((1, 30, 2, 4), 2.5)
     torch.testing.assert_close(fb.query_blur(constant, (5, 6), sigma), constant)
     q = queries(1, 30)
@@ -76,7 +76,7 @@ def test_it_is_a_mean(sigma: float) -> None:
 
 
 @pytest.mark.parametrize("sigma", (0.7, 3.0, math.inf))
-def test_turning_the_image_turns_the_result(sigma: float) -> None:
+def test_transposing_the_image_transposes_the_result(sigma: float) -> None:
     q = queries(2, 35)
     turned = q.unflatten(1, (5, 7)).transpose(1, 2).flatten(1, 2)
     expected = fb.query_blur(q, (5, 7), sigma).unflatten(1, (5, 7)).transpose(1, 2).flatten(1, 2)
@@ -99,27 +99,27 @@ def test_infinite_sigma_is_the_mean(dtype: torch.dtype) -> None:
     assert torch.equal(part[:, :3], q[:, :3]) and torch.equal(part[:, 11:], q[:, 11:])
 
 
-def test_one_row_stands_for_all_in_attention() -> None:
+def test_infinite_sigma_needs_one_row_of_attention() -> None:
     q, k, v = (queries(1, 12, torch.float32) for _ in range(3))
     rows = fb.query_blur(q, (3, 4), math.inf)
     one = fb.attention(rows[:, :1].contiguous(), k, v)
     torch.testing.assert_close(one.expand_as(q), fb.attention(rows.contiguous(), k, v))
 
 
-def test_sigma_zero_is_q() -> None:
+def test_sigma_zero_returns_q() -> None:
     q = queries(1, 12)
     assert fb.query_blur(q, (3, 4), 0) is q and fb.query_blur(q, (3, 2), 0.0, tokens=slice(6)) is q
 
 
 @pytest.mark.parametrize("tokens", (slice(2, 14), slice(2, -1), slice(-13, -1), slice(2, 14, 1)), ids=str)
-def test_slices(tokens: slice) -> None:
+def test_tokens_as_slices(tokens: slice) -> None:
     q = queries(1, 15)
     expected = fb.query_blur(q, (3, 4), 1.0, tokens=slice(2, 14))
     assert torch.equal(fb.query_blur(q, (3, 4), 1.0, tokens=tokens), expected)
     assert torch.equal(expected[:, 2:14], fb.query_blur(q[:, 2:14], (3, 4), 1.0))
 
 
-def test_strides() -> None:
+def test_any_strides() -> None:
     q = queries(2, 12, heads=3, dim=4)
     expected = fb.query_blur(q, (3, 4), 1.0)
     for strided in (
@@ -146,7 +146,7 @@ def test_opcheck(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("sigma", (0.0, 0.7, math.inf))
-def test_compiles_whole(sigma: float) -> None:
+def test_compiles_without_a_graph_break(sigma: float) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(
         lambda q: fb.query_blur(q, (3, q.shape[1] // 3 - 1), sigma, tokens=slice(3, None)) * 2,
