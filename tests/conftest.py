@@ -1,7 +1,7 @@
 """The same start for every test, hypothesis without deadlines, and Triton's interpreter.
 
-Triton reads TRITON_INTERPRET when it is imported, and any library may import it first, so it is set here. On a
-machine without a GPU the tests in kernels/ and csrc/ run in the interpreter; all others see the machine as it is.
+Triton reads TRITON_INTERPRET when it is imported, and any library may import it first, so it is set here.
+Without a GPU the tests in kernels/ and csrc/ run in the interpreter; all others see the machine as it is.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ settings.load_profile("flashbrush")
 
 @pytest.fixture(autouse=True)
 def same_global_state() -> Iterator[None]:
-    """Seeds, forgets the warnings given once, and afterwards restores what a test may have set for the process."""
+    """Seeds, forgets which warnings were given, and afterwards restores the process's settings."""
     from flashbrush.bindings.backends import planner  # here, as it may import Triton
 
     torch.manual_seed(0)
@@ -84,7 +84,7 @@ def interpreter_patches_once() -> Iterator[None]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Prints the time of the workers, those that compile kernels apart: each has a budget (docs/development)."""
+    """Prints the workers' time; tests that compile kernels have a budget of their own (docs/development)."""
     seconds = {"compile kernels": 0.0, "others": 0.0}
     for reports in terminalreporter.stats.values():
         for report in reports:

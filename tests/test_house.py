@@ -52,7 +52,7 @@ ALLOWED = (("integrations/cli/info.py", "bindings/backends/cpu/library.py"),)
 
 
 def floor(place: str) -> int:
-    """The floor's index. place: a module's file or a package's folder, from the root ("": the root package)."""
+    """The floor's index; place: a module's file or a package's folder, from the root ("": the root)."""
     place = place or "__init__.py"
     return FLOORS.index(max((f for f in FLOORS if f"{place}/".startswith(f"{f}/")), key=len))
 

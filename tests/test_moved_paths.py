@@ -1,4 +1,4 @@
-"""Import paths of version 0.1 that moved: each still gives the module, with a warning that names the new path."""
+"""Import paths of version 0.1 that moved still give the module, with a warning that names the new path."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def test_equals_loops(dtype: torch.dtype, masked: str, items: int) -> None:
 
 
 def test_variance_is_unbiased_and_eps_is_inside_the_root() -> None:
-    """For two elements the biased and unbiased deviations differ by sqrt(2); a constant style leaves eps alone."""
+    """The biased and unbiased deviations of two elements differ by sqrt(2); a constant style shows eps."""
     x = torch.tensor([-1.0, 1.0], dtype=torch.float64).reshape(1, 1, 2)
     flat = torch.full((1, 1, 2), 5.0, dtype=torch.float64)
     step = torch.tensor(1e-5, dtype=torch.float64).sqrt() / torch.tensor(2 + 1e-5, dtype=torch.float64).sqrt()

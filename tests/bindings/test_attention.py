@@ -249,6 +249,11 @@ def test_permuting_segments_permutes_the_result(backend: str) -> None:
         assert_close(again_stats.mass, stats.mass[:, :, row_order][..., key_order])
 
 
+def split(sizes: list[list[int]], at: int) -> list[list[int]]:
+    """Sizes with the segment of that index cut into two halves."""
+    return [[*s[:at], s[at] // 2, s[at] - s[at] // 2, *s[at + 1 :]] for s in sizes]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_splitting_a_segment_changes_nothing(backend: str) -> None:
     for seed in SEEDS:
@@ -259,8 +264,7 @@ def test_splitting_a_segment_changes_nothing(backend: str) -> None:
         fine, row, key = copy.copy(call), call.row_names[r], call.key_names[c]
         fine.row_names = [x for n in call.row_names for x in ([n, "row2"] if n == row else [n])]
         fine.key_names = [x for n in call.key_names for x in ([n, "key2"] if n == key else [n])]
-        halves = lambda sizes, at: [[*s[:at], s[at] // 2, s[at] - s[at] // 2, *s[at + 1 :]] for s in sizes]  # noqa: E731
-        fine.row_sizes, fine.key_sizes = halves(call.row_sizes, r), halves(call.key_sizes, c)
+        fine.row_sizes, fine.key_sizes = split(call.row_sizes, r), split(call.key_sizes, c)
         options = dict(call.options)
         for name in ("bias", "weight"):
             entries = {}
@@ -281,8 +285,8 @@ def test_splitting_a_segment_changes_nothing(backend: str) -> None:
                 "apply_to": (rule.apply_to, row, "row2"),
             }
             wider = {
-                k: v if v == "*" else [*([v] if isinstance(v, str) else v), *([new] if split in v else [])]
-                for k, (v, split, new) in parts.items()
+                k: v if v == "*" else [*([v] if isinstance(v, str) else v), *([new] if old in v else [])]
+                for k, (v, old, new) in parts.items()
             }
             options["head_gain"] = fb.HeadGain(**wider, span=rule.span, floor=rule.floor, norm=rule.norm)
         fine.options = options

@@ -1,4 +1,4 @@
-"""Bad calls raise the right type and name the argument, what was expected and what came; out is not written."""
+"""Bad calls raise the right type, name the argument, what was expected and what came, and write nothing."""
 
 from __future__ import annotations
 

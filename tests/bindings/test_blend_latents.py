@@ -63,7 +63,7 @@ def test_hidden_values_do_not_leak_through_the_mask(sigma: float | torch.Tensor)
 
 
 def test_blending_at_every_step_ends_in_the_source() -> None:
-    """Whatever velocity the sampler takes, blending returns the latents to (1 - sigma) source + sigma noise."""
+    """Whatever step the sampler takes, blending returns to (1 - sigma) source + sigma noise."""
     _, source, noise = random_latents()
     mask = torch.zeros(2, 6, 1, dtype=torch.bool)
     sigmas = torch.linspace(1, 0, 5)

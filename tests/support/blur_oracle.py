@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def gaussian_taps(side: int, sigma: float) -> Tensor:
-    """(taps,) float64 that add up to 1: ceil(6 sigma) made odd, at most the largest odd number within the side."""
+    """(taps,) float64 that add up to 1: ceil(6 sigma) made odd, at most the side's largest odd number."""
     count = math.ceil(6 * sigma)
     count += count % 2 == 0
     if count > side:

@@ -59,7 +59,8 @@ class Call:
         def show(t):
             return [tuple(x.shape) for x in t] if isinstance(t, list) else (tuple(t.shape), t.stride())
 
-        return f"Call(q={show(self.q)}, k={show(self.k)}, {self.q.dtype}, {self.control!r}, {sorted(self.kwargs)})"
+        tensors = f"q={show(self.q)}, k={show(self.k)}, {self.q.dtype}"
+        return f"Call({tensors}, {self.control!r}, {sorted(self.kwargs)})"
 
 
 @st.composite
@@ -76,7 +77,7 @@ def random_calls(
     weights: tuple[float, ...] | None = None,
     row_sizes: tuple[int, ...] | None = None,
 ) -> Call:
-    """A call with random segments (empty ones too), tables, groups, gates, contrast, strides, lists and sources.
+    """A call with random segments (empty ones too), tables, groups, gates, contrast, strides and sources.
 
     Args:
         dtypes: of q, k and v.

@@ -15,7 +15,7 @@ from .calls import Call
 def check_result(
     call: Call, out: Tensor, stats: fb.Stats | None = None, stats_tolerance: float | None = None
 ) -> None:
-    """Compares with float64 of the reference: everything finite, then mean and largest error of out, then stats.
+    """Compares with float64 of the reference: all finite, mean and largest error of out, statistics.
 
     Args:
         call: what was computed.
@@ -82,8 +82,8 @@ def rounding_slack(exact: Call, call: Call, size: int) -> float:
     """What eager code's error may fall short of by chance; exact: the call in float64, size: elements of out.
 
     In units of the sum of the terms' magnitudes: 8 float32 ulps, because both make the same few roundings in
-    another order; and in 16 bits 2 ulps where few elements or keys, whose probabilities may happen to be exact,
-    are too small a sample of an error.
+    another order; and in 16 bits 2 ulps where there are few elements or keys, whose probabilities may happen
+    to be exact.
     """
     if exact.q.numel() == 0:
         return 0.0

@@ -8,10 +8,10 @@ from torch import Tensor
 from .calls import Call
 from .error_bars import check_error, rounding_slack
 
-# Relative error of the root mean square: P and dS are rounded to the dtype once, products are summed in float32.
+# Relative error of the root mean square: P and dS are rounded to the dtype once, sums are float32.
 LIMIT = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 3e-3}
-# The least root mean square that the limit refers to, in units of dout's. dq and dk nearly cancel where a row has
-# one key or weighs all its keys alike; their error is then that of the terms.
+# The least root mean square that the limit refers to, in units of dout's. dq and dk nearly cancel where a row
+# has one key or weighs all its keys alike; their error is then that of the terms.
 SMALLEST_SCALE = 0.3
 
 
@@ -61,7 +61,7 @@ def root_mean_square(t: Tensor) -> float:
 
 
 def check_gradients_against_eager(call: Call, backend: str) -> None:
-    """For torch operators: mean and largest error are at most twice those of eager autograd in the same dtype."""
+    """For torch operators: mean and largest error are at most twice those of eager autograd."""
     exact = call.to(torch.float64)
     out = call.run(backend)
     dout = torch.randn(out.shape).to(out.dtype)

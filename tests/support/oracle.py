@@ -1,7 +1,7 @@
 """The operator's formula (docs/architecture.md) in Python loops over float64 numbers: the tests' own truth.
 
 It takes names, dicts and tensors as a user writes them, not the lowered problem, and imports nothing of the
-library. The reference backend is tested against it, everything else against the reference backend or against it.
+library. The reference backend is tested against it, everything else against the reference or against it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ REMOVED = -math.inf
 
 @dataclass
 class OracleCall:
-    """One call of attention(). Segment sizes are per item, (batch, segments), whether or not the items agree."""
+    """One call of attention(). Segment sizes are per item, (batch, segments), even where items agree."""
 
     q: torch.Tensor  # (batch, rows, heads, dim)
     k: list[torch.Tensor]  # each (batch or 1, keys, kv_heads, dim)
@@ -140,7 +140,7 @@ def logit_of(
     q: np.ndarray,
     k: np.ndarray,
 ) -> float | None:
-    """scale * <q, k> + bias + mask, or None where the pair is removed; place: the key's within its segment."""
+    """scale * <q, k> + bias + mask, None where the pair is removed; place: the key's within its segment."""
     valid = call.options.get("valid", {})
     if key in valid and place >= int(valid[key][b]):
         return None

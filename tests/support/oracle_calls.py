@@ -102,7 +102,7 @@ def random_oracle_call(seed: int) -> OracleCall:
 
 
 def without_clip(call: OracleCall) -> OracleCall:
-    """The call with an unclipped contrast and no mask where it had a contrast: what `composed` can compute."""
+    """Where the call has a contrast, makes it an unclipped one and drops the mask, for `composed`."""
     if "contrast" in call.options:
         call.options["contrast"] = fb.Contrast(1.75, None)
         call.mask = None
@@ -130,7 +130,7 @@ def library_attention(call: OracleCall, backend: str = "reference", **more):
 
 
 def map_arguments(call: OracleCall) -> tuple:
-    """(q, k, lse, control, keyword arguments) of column_mass() and key_probabilities(), which take no mask."""
+    """(q, k, lse, control, keyword arguments) of column_mass() and key_probabilities(): without a mask."""
     (q, k, v, control), kwargs = library_arguments(call)
     kwargs.pop("mask")
     lse = fb.attention(q, k, v, control, **kwargs, backend="reference", return_stats=True)[1].lse

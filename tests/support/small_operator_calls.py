@@ -1,6 +1,6 @@
-"""Calls of the small Triton operators (blend_latents, adain, query_blur), to be compiled for GPUs not present.
+"""Calls of blend_latents, adain and query_blur in Triton, to be compiled for GPUs that are not present.
 
-Sizes and strides are those of hosts: FLUX's packed latents and queries, SDXL's latents in both memory formats.
+Sizes and strides are those of hosts: FLUX's packed latents and queries, SDXL's latents in both formats.
 """
 
 from __future__ import annotations

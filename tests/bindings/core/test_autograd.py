@@ -1,4 +1,4 @@
-"""Derivatives that an operator does not have are refused; those that torch's operators have are right."""
+"""Derivatives that an operator lacks are refused; those that torch's operators give are right."""
 
 from __future__ import annotations
 
@@ -14,41 +14,41 @@ import flashbrush as fb
 ROWS, HEADS, DIM = 6, 2, 8
 
 
-def draw(*shape: int) -> Tensor:
+def random_tensor(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=torch.float32)
 
 
-def attend(backend: str) -> Callable[[Tensor], Tensor]:
-    k, v = draw(1, ROWS, HEADS, DIM), draw(1, ROWS, HEADS, DIM)
+def attention_of(backend: str) -> Callable[[Tensor], Tensor]:
+    k, v = random_tensor(1, ROWS, HEADS, DIM), random_tensor(1, ROWS, HEADS, DIM)
     return lambda q: fb.attention(q, k, v, backend=backend)
 
 
-def see(q: Tensor) -> Tensor:
+def probabilities_of(q: Tensor) -> Tensor:
     lse = torch.zeros(1, HEADS, ROWS, 1)
     return fb.key_probabilities(q, q.detach(), lse, [0, 2])
 
 
-def mass(q: Tensor) -> Tensor:
+def column_mass_of(q: Tensor) -> Tensor:
     return fb.column_mass(q, q.detach(), torch.zeros(1, HEADS, ROWS, 1))
 
 
 REFUSED = {
-    "reference": lambda: attend("reference"),
-    "composed": lambda: attend("composed"),
-    "cpu": lambda: attend("cpu"),
-    "key_probabilities": lambda: see,
-    "column_mass": lambda: mass,
+    "reference": lambda: attention_of("reference"),
+    "composed": lambda: attention_of("composed"),
+    "cpu": lambda: attention_of("cpu"),
+    "key_probabilities": lambda: probabilities_of,
+    "column_mass": lambda: column_mass_of,
     "query_blur": lambda: lambda q: fb.query_blur(q, (2, 3), 1.0),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_forward_mode_is_refused(name: str) -> None:
-    f, q, tangent = REFUSED[name](), draw(1, ROWS, HEADS, DIM), draw(1, ROWS, HEADS, DIM)
+    f, q, tangent = REFUSED[name](), random_tensor(1, ROWS, HEADS, DIM), random_tensor(1, ROWS, HEADS, DIM)
     with pytest.raises(NotImplementedError, match="forward-mode"):
         torch.func.jvp(f, (q,), (tangent,))
     with forward_ad.dual_level():
-        f(q)  # another tensor's derivative is wanted
+        f(q)  # allowed: the derivative asked for is of another tensor
         with pytest.raises(NotImplementedError, match="forward-mode"):
             f(forward_ad.make_dual(q, tangent))
 
@@ -69,19 +69,21 @@ FORWARD = {
 
 @pytest.mark.parametrize("name", FORWARD)
 def test_forward_mode_agrees_with_reverse_mode(name: str) -> None:
-    x, tangent = draw(1, ROWS, HEADS, DIM), draw(1, ROWS, HEADS, DIM)
+    x, tangent = random_tensor(1, ROWS, HEADS, DIM), random_tensor(1, ROWS, HEADS, DIM)
     forward = torch.func.jvp(FORWARD[name], (x,), (tangent,))[1]
     x.requires_grad_()
-    out, given = FORWARD[name](x), draw(1, ROWS, HEADS, DIM)
+    out, given = FORWARD[name](x), random_tensor(1, ROWS, HEADS, DIM)
     (gradient,) = torch.autograd.grad(out, x, given)
     torch.testing.assert_close((forward * given).sum(), (gradient * tangent).sum(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
-    "f", [attend("cpu"), attend("composed"), norm_rope, see], ids=["cpu", "composed", "norm", "see"]
+    "f",
+    [attention_of("cpu"), attention_of("composed"), norm_rope, probabilities_of],
+    ids=["cpu", "composed", "qk_norm_rope", "key_probabilities"],
 )
-def test_a_gradient_of_a_gradient_is_refused(f: Callable[[Tensor], Tensor]) -> None:
-    x = draw(1, ROWS, HEADS, DIM).requires_grad_()
+def test_gradient_of_a_gradient_is_refused(f: Callable[[Tensor], Tensor]) -> None:
+    x = random_tensor(1, ROWS, HEADS, DIM).requires_grad_()
     (gradient,) = torch.autograd.grad(f(x).square().sum(), x, create_graph=True)
     for again in (
         lambda: gradient.square().sum().backward(retain_graph=True),
@@ -93,12 +95,12 @@ def test_a_gradient_of_a_gradient_is_refused(f: Callable[[Tensor], Tensor]) -> N
 
 
 @pytest.mark.parametrize("what", ["scale", "mask", "probabilities"])
-def test_what_the_caller_changes_before_the_backward_pass_is_told(what: str) -> None:
+def test_argument_changed_before_backward_raises(what: str) -> None:
     q, (k, v) = (
-        draw(1, ROWS, HEADS, DIM).requires_grad_(),
-        (draw(1, ROWS, HEADS, DIM), draw(1, ROWS, HEADS, DIM)),
+        random_tensor(1, ROWS, HEADS, DIM).requires_grad_(),
+        (random_tensor(1, ROWS, HEADS, DIM), random_tensor(1, ROWS, HEADS, DIM)),
     )
-    scale, mask = torch.full((1,), 0.3), draw(ROWS, ROWS)
+    scale, mask = torch.full((1,), 0.3), random_tensor(ROWS, ROWS)
     if what == "probabilities":
         out = fb.key_probabilities(q, k, torch.zeros(1, HEADS, ROWS, 1), [1], scale=scale)
     else:
@@ -109,8 +111,8 @@ def test_what_the_caller_changes_before_the_backward_pass_is_told(what: str) -> 
 
 
 @pytest.mark.parametrize("backend", ["cpu", "composed", "reference"])
-def test_a_buffer_that_is_written_again_is_told(backend: str) -> None:
-    q, k, v = (draw(1, ROWS, HEADS, DIM) for _ in range(3))
+def test_out_written_again_before_backward_raises(backend: str) -> None:
+    q, k, v = (random_tensor(1, ROWS, HEADS, DIM) for _ in range(3))
     buffer, weight = torch.zeros_like(q), torch.ones_like(q, requires_grad=True)
     fb.attention(q, k, v, out=buffer, backend=backend)
     loss = (weight * buffer).sum()
@@ -120,6 +122,6 @@ def test_a_buffer_that_is_written_again_is_told(backend: str) -> None:
 
 
 def test_reference_has_a_gradient_of_a_gradient() -> None:
-    q = draw(1, 3, 1, 4).double().requires_grad_()
-    k, v = draw(1, 3, 1, 4).double(), draw(1, 3, 1, 4).double()
+    q = random_tensor(1, 3, 1, 4).double().requires_grad_()
+    k, v = random_tensor(1, 3, 1, 4).double(), random_tensor(1, 3, 1, 4).double()
     assert torch.autograd.gradgradcheck(lambda q: fb.attention(q, k, v, backend="reference"), (q,))

@@ -40,7 +40,7 @@ def test_random_calls_with_dense_masks_meet_the_error_bar(call: Call) -> None:
         ({"weight": {("*", "c"): 1.3}}, [(60, 30), (60, 30)]),
         ({"weight": {("c", "a"): 1.3, ("c", "b"): 0.7}}, [(60, 10), (60, 20), (60, 30)]),
         ({"groups": {"x": ["a"], "y": ["b", "c"]}}, [(60, 10), (60, 50)]),
-        # A removed pair takes its rows out of a call: one call for each run of neighbouring rows that are left.
+        # A removed pair takes its rows out of a call: one call for each run of rows that are left.
         ({"bias": {("a", "b"): -math.inf}}, [(60, 10), (50, 20), (60, 30)]),
         ({"bias": {("b", "a"): -math.inf}}, [(10, 10), (30, 10), (60, 50)]),
     ],
