@@ -1,13 +1,10 @@
-"""CustomShift (arXiv 2606.16866): an image of SD 3 reads what the model itself makes of clean reference
-images.
-"""
+"""CustomShift (arXiv 2606.16866): an image of SD 3 reads keys and values of clean references."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,56 +13,65 @@ from ...bindings import Control, Segments
 from ..diffusers.protocol.batch_call import Part
 from ..diffusers.protocol.layer import Layer, Step
 from ..diffusers.protocol.plan import Plan, Seen
-from .shared import cross_batch as borrowed
+from .shared.knobs import Items
+from .shared.reference_guidance import guide
+
+__all__ = ["CustomShift", "guide"]
 
 
 @dataclass(eq=False)
 class CustomShift:
-    """Image x and prompt p read the references R; a reference reads itself and its subject's name s alone. In
-    each head:
+    """Image x and prompt p read the references R; a reference reads itself and its subject's name s alone.
+
+    In each head, with d the head dim:
 
         o_{x, p} = softmax(q [K_x ; K_p ; K_R1 ; ... ; K_Rn]^T / sqrt(d)) [V_x ; V_p ; V_R1 ; ... ; V_Rn]
-        o_{R, s} = softmax(q [K_R ; K_s]^T / sqrt(d)) [V_R ; V_s]                                  for each R, at t = 0
+        o_{R, s} = softmax(q [K_R ; K_s]^T / sqrt(d)) [V_R ; V_s]                   for each R, at t = 0
 
-    The references are clean and hear of nothing else, so that their K and V are the same in every step:
-    `remember` keeps them, layer by layer, and generation reads them in place.
+    The references are clean and read nothing else, so their K and V are the same in every step: `remember`
+    keeps them, layer by layer, and generation reads them in place.
 
-        with apply(transformer, CustomShift()) as handle:
-            handle.method.remember(transformer, references, names, pooled)
-            ...
+    We know summaries of the paper only, and no code is published. That the routing is one softmax over
+    tokens, and that x and p do not read s, are our readings. The paper fine-tunes by LoRA, which is loaded
+    as usual. SD 3.5's second attention, of the image alone, stays plain. A knob may be set at any time.
 
-    Read from summaries of the paper, of which no code is published: that the routing is one softmax over
-    tokens, and that x and p do not see s, are our readings. The paper fine-tunes by LoRA, which is loaded as
-    ever. SD 3.5's second attention, of the image alone, is left plain.
+    Examples:
+        ```python
+        method = CustomShift()
+        with apply(pipe.transformer, method):
+            method.remember(pipe.transformer, references, names, pooled)
+            velocity = pipe.transformer(latents, text, pooled_text, t).sample
+        neither, with_references, both = velocity.chunk(3)
+        velocity = guide(neither, with_references, both)
+        ```
 
     Args:
         items: the batch items that read the references; None: the last two thirds of a batch [neither,
-            references, references and prompt], as `guide` takes them. May be set at any time; ValueError
-            names a wrong one.
+            references, references and prompt], as `guide` takes them.
+
+    Raises:
+        ValueError: a wrong knob, by name. When the model is called: another model than SD 3, a batch that
+            does not fit.
     """
 
-    items: Sequence[int] | None = None
+    items: Sequence[int] | None = Items()
 
     def __post_init__(self) -> None:
         self._reading = False
-        self._kept: dict[
-            int, tuple[Tensor, Tensor]
-        ] = {}  # k and v (1, tokens of all references, heads, head_dim)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, borrowed.check_items(name, value) if name == "items" else value)
+        # {layer: (k, v)}, each (1, tokens of all references, heads, head_dim)
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
 
     @torch.no_grad()
     def remember(self, transformer: nn.Module, latents: Tensor, text: Tensor, pooled: Tensor) -> None:
-        """Run the references and keep their keys and values, beside those that are kept already; see
-        `forget`.
+        """Run the references through the model once and keep their keys and values, beside those kept before.
 
-        One forward call, which a counting handle counts as a step: handle.reset() starts over.
+        It is one forward call, which a counting handle counts as a step: handle.reset() starts over.
 
         Args:
             transformer: the model under this method's control.
-            latents: (references, channels, rows, columns), clean. text, pooled: the embeddings of the
-                subjects' names.
+            latents: clean latents, (references, channels, rows, columns).
+            text: embeddings of the subjects' names, (references, tokens, channels).
+            pooled: their pooled embeddings, (references, channels).
 
         Raises:
             RuntimeError: the model is not under this method's control.
@@ -89,13 +95,13 @@ class CustomShift:
             self._kept[i] = torch.cat([old_k, k], 1), torch.cat([old_v, v], 1)
 
     def forget(self) -> None:
-        """Drop what `remember` has kept: the model is plain until it has references again."""
+        """Drop what `remember` keeps; without references the model is plain."""
         self._kept = {}
 
     def plan(self, layer: Layer, step: Step) -> Plan | None:
         if layer.kind not in ("joint", "self") or layer.place is not None:
             raise ValueError(
-                f"CustomShift: it is made for the joint attention of SD 3; layer {layer.index} is {layer.kind!r}"
+                f"CustomShift: expected the joint attention of SD 3; layer {layer.index} is {layer.kind!r}"
             )
         if layer.kind == "self":
             return None
@@ -104,9 +110,7 @@ class CustomShift:
         if layer.index not in self._kept:
             return None
         if self.items is None and layer.batch % 3:
-            raise ValueError(
-                f"items: without them a batch has 3 equal parts, which {layer.batch} items have not"
-            )
+            raise ValueError(f"items: without them a batch has 3 equal parts, got {layer.batch} items")
         items = tuple(range(layer.batch // 3, layer.batch)) if self.items is None else tuple(self.items)
         references = self._kept[layer.index]
         control = _control(layer.text_len, layer.image_len, references[0].shape[1])
@@ -121,46 +125,3 @@ class CustomShift:
 def _control(text_len: int, image_len: int, references: int) -> Control:
     rows = {"prompt": text_len, "image": image_len}
     return Control(Segments(rows), Segments(rows | {"references": references}))
-
-
-def guide(
-    neither: Tensor,
-    references: Tensor,
-    both: Tensor,
-    *,
-    scale_references: float = 7.0,
-    scale_prompt: float = 7.0,
-    norm: str = "least",
-    base: str = "neither",
-) -> Tensor:
-    """base + scale_references n(g_R) + scale_prompt n(g_p), with g_R = references - neither and g_p = both -
-    references.
-
-    Args:
-        neither, references, both: the velocities without references and prompt, with references, with both.
-        scale_references, scale_prompt: the paper's 7.
-        norm: n(g): "unit", g / ||g||, as the paper writes it, over all of an item's latents; "least", g m /
-            ||g|| with m the smaller of the two norms, which is SynCD's, whose data the paper builds on: with
-            unit norms a scale of 7 would be next to nothing; "none", g.
-        base: "neither" (CustomShift), or "references" (SynCD).
-
-    Raises:
-        ValueError: another norm or base.
-    """
-    if norm not in ("unit", "least", "none") or base not in ("neither", "references"):
-        raise ValueError(
-            f"guide: expected norm unit, least or none and base neither or references, got {norm!r}, {base!r}"
-        )
-    steps = references - neither, both - references
-    lengths = [torch.linalg.vector_norm(g, dim=tuple(range(1, g.dim())), keepdim=True) for g in steps]
-    least = torch.minimum(*lengths) if norm == "least" else 1.0
-    scaled = (
-        steps
-        if norm == "none"
-        else [g * least / n.clamp(min=1e-12) for g, n in zip(steps, lengths, strict=True)]
-    )
-    return (
-        (neither if base == "neither" else references)
-        + scale_references * scaled[0]
-        + scale_prompt * scaled[1]
-    )

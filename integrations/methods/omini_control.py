@@ -1,4 +1,4 @@
-"""OminiControl (arXiv 2411.15098): how strongly condition tokens and the rest of the sequence see each other."""
+"""OminiControl (arXiv 2411.15098): how strongly condition tokens and other tokens attend to each other."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,53 +13,48 @@ from torch import Tensor
 from ...bindings import Control, Segments
 from ..diffusers.protocol.layer import Layer, Step
 from ..diffusers.protocol.plan import Plan, Seen
-from .shared.cross_batch import is_count
+from .shared.knobs import Counts, Flag, Number
 
 
 @dataclass
 class OminiControl:
-    """Attention over [text ; image ; conditions] whose blocks between the conditions and the rest are weighed
-    by gamma.
+    """Attention over [text ; image ; conditions] with a bias between the conditions and the others.
 
-        o = softmax(Q K^T / sqrt(d) + B) V,     B = log(gamma) on (conditions, others) and (others, conditions)
+        o = softmax(Q K^T / sqrt(d) + B) V,    B = log(gamma) on (conditions, others), (others, conditions)
 
-    in all layers of FLUX. The conditions are the last of the image tokens. Text and image see all, a
-    condition sees itself, text and image, and no other condition. The first release weighs one condition by
-    gamma; the second has none, several conditions, and optionally keeps their keys and values (`cached`): at
-    step 0 a condition then sees itself alone, and the calls of later steps are without the conditions'
-    tokens. As their stream depends on nothing else, step 0 may be a call of [text ; conditions] alone, with
-    the LoRA of the conditions and at time 0 as released, and the sampling's steps count from 1. LoRA, time
-    and ids (`offset_ids`) are the caller's. A knob may be set at any time; ValueError names a wrong one.
+    in all layers of FLUX. The conditions are the last image tokens. Text and image see all; a condition
+    sees itself, text and image, and no other condition. The first release has one condition and gamma. The
+    second has several conditions, no gamma, and optionally keeps their keys and values (`cached`): at step
+    0 a condition then sees itself only, and later calls are without the conditions' tokens. As the
+    conditions depend on nothing else, step 0 may be a call of [text ; conditions] alone, as released with
+    the conditions' LoRA and at time 0, and the sampling's steps count from 1. LoRA, time and ids
+    (`offset_ids`) are the caller's. A knob may be set at any time.
+
+    Examples:
+        ```python
+        with apply(pipe.transformer, OminiControl(condition_tokens=8, strength=0.8)):
+            pipe("a mug on a table")
+        ```
 
     Args:
-        condition_tokens: how many there are, or one number for each condition; > 0.
-        strength: gamma >= 0; 1 is neutral, 0 cuts the conditions off.
-        independent_condition: the conditions do not see text and image.
-        cached: keep their keys and values at step 0 and read them, in place, at later steps.
+        condition_tokens: the number of tokens, > 0, or one for each condition.
+        strength: gamma, >= 0; 1: neutral, 0: the conditions are cut off.
+        independent_condition: whether the conditions do not see text and image.
+        cached: keep the conditions' keys and values at step 0, and read them in place at later steps.
+
+    Raises:
+        ValueError: a wrong knob, by name. When the model is called: fewer image tokens than condition
+            tokens; a later step of which nothing is kept.
     """
 
-    condition_tokens: int | Sequence[int]
-    strength: float = 1.0
-    independent_condition: bool = False
-    cached: bool = False
-    # {layer: (k, v)}, (batch, condition tokens, heads, head_dim)
+    condition_tokens: int | Sequence[int] = Counts("condition", low=1)
+    strength: float = Number(1.0, low=0)
+    independent_condition: bool = Flag(False)
+    cached: bool = Flag(False)
+    # {layer: (k, v)}, each (batch, condition tokens, heads, head_dim)
     kept: dict[int, tuple[Tensor, Tensor]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "condition_tokens":
-            lengths = (
-                (value,) if isinstance(value, int) else tuple(value) if isinstance(value, Sequence) else ()
-            )
-            if not lengths or not all(is_count(n) and n for n in lengths):
-                raise ValueError(
-                    f"condition_tokens: expected a number > 0, or one for each condition, got {value!r}"
-                )
-            value = lengths
-        if name == "strength" and not (isinstance(value, (int, float)) and 0 <= value < math.inf):
-            raise ValueError(f"strength: expected a finite number >= 0, got {value!r}")
-        object.__setattr__(self, name, value)
 
     def plan(self, layer: Layer, step: Step) -> Plan:
         lengths = self._lengths
@@ -92,7 +86,7 @@ class OminiControl:
 def _control(
     others: int, lengths: tuple[int, ...], strength: float, independent: bool, extra: bool
 ) -> Control:
-    """Of rows [others ; conditions], or where the conditions are extra keys of the others alone."""
+    """Of the rows [others ; conditions]; with `extra`, of the others, with the conditions as extra keys."""
     gamma = -math.inf if strength == 0 else math.log(strength)
     if extra:
         keys = Segments(others=others, conditions=sum(lengths))
@@ -108,10 +102,14 @@ def _control(
 
 
 def offset_ids(ids: Tensor, rows: float = 0, columns: float = 0) -> Tensor:
-    """Image ids (..., 3) of a condition that lies that many tokens below and to the right of the image.
+    """Image ids of a condition that lies beside the image.
 
-    Subject tasks: columns=W/16 of the image (32 at 512 pixels) in current examples, of the other sign in
-        older models.
-    Spatial tasks: none, a condition has the image's own ids.
+    Subject tasks have columns = W/16 of the image, 32 at 512 pixels, in current examples, and the other
+    sign in older models. Spatial tasks have no offset.
+
+    Args:
+        ids: of the condition, (..., 3).
+        rows: tokens below the image.
+        columns: tokens to the right of the image.
     """
     return ids + torch.tensor([0, rows, columns], dtype=ids.dtype, device=ids.device)

@@ -1,6 +1,4 @@
-"""Personalize Anything (arXiv 2503.12590): a subject's tokens put where it shall be, while the image takes
-shape.
-"""
+"""Personalize Anything (arXiv 2503.12590): a subject's tokens replace others while the image takes shape."""
 
 from __future__ import annotations
 
@@ -16,91 +14,84 @@ from ...bindings import Control, Segments, qk_norm_rope
 from ..diffusers.protocol.batch_call import Pair, Part
 from ..diffusers.protocol.layer import Layer, Step
 from ..diffusers.protocol.plan import Plan
-from .shared.cross_batch import is_count
-from .shared.personal_subject import PersonalSubject
-
-CONCATENATIONS = ("none", "target", "zero")
+from .shared.knobs import Choice, Count, Several, Share
+from .shared.personal_subject import PersonalSubject, replace_tokens
 
 
 @dataclass
 class PersonalizeAnything:
-    """While the noise is above tau, image tokens of references replace the generation's before q, k and v of
-    each layer.
+    """While the noise is above tau, image tokens of references replace the generation's before q, k and v.
 
         y_gen[target] <- y_ref[mask]     while sigma > tau
 
-    in all layers of FLUX; each keeps the RoPE of where it comes to be. The batch holds the reconstructions
-    and, last, the generation. As released (an inversion with gamma = eta = 1), a reconstruction is its photo
-    noised on a straight line: `noised` puts it back before each step. A knob may be set at any time;
-    ValueError names a wrong one.
+    in all layers of FLUX; each token keeps the RoPE of its new place. The batch holds the reconstructions
+    and, last, the generation. As released (an inversion with gamma = eta = 1) a reconstruction is its photo
+    noised on a straight line: `noised` gives its latents before each step. A knob may be set at any time.
+
+    Examples:
+        ```python
+        method = PersonalizeAnything(PersonalSubject(mask))
+        with apply(pipe.transformer, method) as handle:
+            handle.set_step(0, 28)
+            pipe(["a dog", "a dog on a beach"])
+        ```
 
     Args:
-        subjects: one or several.
+        subjects: one or several, with masks of one shape.
         tau: noise level, 0 to 1: 0.5 in the released demo, 0.45 to 0.7 in its notebooks.
-        share: of the steps, where Handle.set_step tells no sigma but a count. The paper: 0.8, and 0.1 for
-            editing.
-        shuffle: width of the windows within which the reference's tokens change places, anew at each step; 1:
-            none (released code), 3: the paper, which does not say how often.
-        seed: of the shuffle.
+        share: of the steps, 0 to 1, in place of tau where Handle.set_step() gives a count and no sigma. The
+            paper has 0.8, and 0.1 for editing.
+        shuffle: side of the windows within which the reference's tokens change places, anew at each step;
+            1: none (released code), 3: the paper, which does not say how often.
+        seed: of the shuffle, >= 0.
         concatenation: the reference's tokens as additional keys. "none": released default. "target": at the
-            target's positions, at all steps and in all items (released option). "zero": at position 0, in the
-            generation at the steps without replacement (paper). Positions are those of FLUX's ids (0, row,
+            target's positions, at all steps and in all items (released option). "zero": at position 0, in
+            the generation, at the steps without replacement (paper). Positions are FLUX's ids (0, row,
             column).
+
+    Raises:
+        ValueError: a wrong knob, by name. When the model is called: another model, masks or items that do
+            not fit, a step with neither sigma nor count.
     """
 
-    subjects: PersonalSubject | Sequence[PersonalSubject]
-    tau: float = 0.5
-    share: float = 0.8
-    shuffle: int = 1
-    seed: int = 0
-    concatenation: Literal["none", "target", "zero"] = "none"
+    subjects: PersonalSubject | Sequence[PersonalSubject] = Several(PersonalSubject)
+    tau: float = Share(0.5)
+    share: float = Share(0.8)
+    shuffle: int = Count(1, low=1)
+    seed: int = Count(0)
+    concatenation: Literal["none", "target", "zero"] = Choice("none", "target", "zero")
     _pos_embed: nn.Module | None = field(default=None, init=False, repr=False, compare=False)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "subjects":
-            value = (
-                (value,)
-                if isinstance(value, PersonalSubject)
-                else tuple(value)
-                if isinstance(value, Sequence)
-                else ()
-            )
-            if not value or not all(isinstance(subject, PersonalSubject) for subject in value):
-                raise ValueError(f"subjects: expected one or several PersonalSubject, got {value!r}")
-            if len({tuple(subject.mask.shape) for subject in value}) > 1:
-                raise ValueError("subjects: expected masks of one shape")
-        if name in ("tau", "share") and not (isinstance(value, (int, float)) and 0 <= value <= 1):
-            raise ValueError(f"{name}: expected a number from 0 to 1, got {value!r}")
-        if name == "shuffle" and not (is_count(value) and value):
-            raise ValueError(f"shuffle: expected the width of a window in tokens, > 0, got {value!r}")
-        if name == "seed" and not is_count(value):
-            raise ValueError(f"seed: expected a whole number >= 0, got {value!r}")
-        if name == "concatenation" and value not in CONCATENATIONS:
-            raise ValueError(f"concatenation: expected one of {', '.join(CONCATENATIONS)}, got {value!r}")
-        object.__setattr__(self, name, value)
+    def _knob_changes(self, name: str, value: Any) -> None:
+        if name == "subjects" and len({tuple(subject.mask.shape) for subject in value}) > 1:
+            raise ValueError("subjects: expected masks of one shape")
 
     def attach(self, model: nn.Module) -> list:
-        """Takes note of the model's RoPE."""
+        """Finds the model's RoPE; there is nothing to remove."""
         self._pos_embed = getattr(model, "pos_embed", None)
         return []
 
     def replaces(self, step: Step) -> bool:
-        """Whether tokens are replaced at this step."""
+        """Whether tokens are replaced at this step.
+
+        Raises:
+            ValueError: the step has neither sigma nor count.
+        """
         if step.sigma is not None:
             return step.sigma > self.tau
         if step.count is None:
             raise ValueError(
-                "tau: neither the step's sigma is known nor the number of steps; Handle.set_step tells them"
+                "tau: neither the step's sigma is known nor the number of steps; call Handle.set_step()"
             )
         return step.index < self.share * step.count
 
     def plan(self, layer: Layer, step: Step) -> Plan:
         subjects: tuple[PersonalSubject, ...] = self.subjects  # type: ignore[assignment]
         if layer.kind not in ("double", "single"):
-            raise ValueError(f"method: it is made for FLUX; layer {layer.index} is {layer.kind!r}")
+            raise ValueError(f"method: expected FLUX; layer {layer.index} is {layer.kind!r}")
         if layer.image_len != subjects[0].mask.numel():
             raise ValueError(
-                f"subjects: masks of {subjects[0].mask.numel()} tokens, but the call has {layer.image_len} of image"
+                f"subjects: masks of {subjects[0].mask.numel()} tokens, but the call has {layer.image_len}"
             )
         generation = layer.batch - 1
         if any(subject.item >= generation for subject in subjects):
@@ -110,7 +101,7 @@ class PersonalizeAnything:
         hidden = None
         if replaces := self.replaces(step):
             start = layer.text_len if layer.kind == "single" else 0
-            hidden = partial(_replace, subjects, (self.shuffle, self.seed, step.index), start)
+            hidden = partial(replace_tokens, subjects, (self.shuffle, self.seed, step.index), start)
         if self.concatenation == "none" or (self.concatenation == "zero" and replaces):
             return Plan(hidden=hidden)
         control = _control(layer.rows, sum(len(subject.positions(False)) for subject in subjects))
@@ -120,24 +111,12 @@ class PersonalizeAnything:
         return Plan(control, extra=extra, hidden=hidden)
 
     def _references(self, subjects: tuple[PersonalSubject, ...], text: int, k: Tensor, v: Tensor) -> Pair:
-        """(1, tokens of all subjects, heads, head_dim), with the RoPE turned on to where they are said to be."""
+        """k and v of the references, (1, tokens, heads, head_dim), with the RoPE of their new positions."""
         places = [(s.item, text + s.tokens(False, k.device)) for s in subjects]
         keys, values = (torch.cat([t[item, tokens] for item, tokens in places])[None] for t in (k, v))
         assert self._pos_embed is not None
         cos, sin = _turn(self._pos_embed, subjects, self.concatenation == "target", k.device)
         return qk_norm_rope([(keys, None, None)], cos, sin, eps=0.0), values
-
-
-def _replace(
-    subjects: tuple[PersonalSubject, ...], draw: tuple[int, int, int], start: int, x: Tensor
-) -> Tensor:
-    """x (batch, [text and] image tokens, channels) with the image's tokens from `start` on."""
-    y = x.clone()
-    for subject in subjects:
-        y[-1, start + subject.tokens(True, x.device)] = x[
-            subject.item, start + subject.shuffled(*draw, x.device)
-        ]
-    return y
 
 
 @lru_cache(maxsize=64)
@@ -146,17 +125,21 @@ def _control(tokens: int, references: int) -> Control:
 
 
 @lru_cache(maxsize=64)
-@torch.inference_mode(False)  # what is kept outlives a call in inference mode
+@torch.inference_mode(False)  # kept: tensors made in inference mode have no gradient
 def _turn(
     pos_embed: nn.Module, subjects: tuple[PersonalSubject, ...], target: bool, device: torch.device
 ) -> Pair:
-    """cos and sin (tokens, head_dim) of the way from the reference's positions to the target's, or to
-    position 0.
-    """
+    """cos and sin (tokens, head_dim) of the step from the reference's positions to the target's, or to 0."""
     way = torch.cat([(s.positions(True) if target else 0) - s.positions(False) for s in subjects])
     return pos_embed(nn.functional.pad(way, (1, 0)).to(device))
 
 
 def noised(source: Tensor, noise: Tensor, sigma: float) -> Tensor:
-    """(1 - sigma) source + sigma noise: a reconstruction's latents at a noise level."""
+    """A reconstruction's latents at a noise level: (1 - sigma) source + sigma noise.
+
+    Args:
+        source: the photo's latents.
+        noise: the same shape.
+        sigma: 0 to 1.
+    """
     return (1 - sigma) * source + sigma * noise

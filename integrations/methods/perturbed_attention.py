@@ -1,4 +1,4 @@
-"""PAG (arXiv 2403.17377): guidance away from a model whose image tokens see only themselves."""
+"""PAG (arXiv 2403.17377): guidance away from a model whose image tokens attend to themselves alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import lru_cache
 from ..diffusers.protocol.batch_call import Part
 from ..diffusers.protocol.layer import Layer, Step
 from ..diffusers.protocol.plan import Plan
-from .shared.perturbed import Perturbed
+from .shared.perturbed_guidance import Perturbed
 
 
 @dataclass
@@ -16,17 +16,32 @@ class PerturbedAttention(Perturbed):
     """The self-attention map of the perturbed items is the identity.
 
         UNet:       o = V
-        SD 3, FLUX: an image token sees the text and itself, a text token sees all, as diffusers' SD 3
-            processor does
+        SD 3, FLUX: an image token attends to the text and to itself, a text token to all
 
-    Around it, `perturbed.guide` with the scale 3 of the paper and, if wanted, `perturbed.adaptive`.
-    diffusers' newer
-    guider differs from its processors, which this follows: it takes V for the text tokens too, in some steps
-        only. The
-    second attention of an SD 3.5 block, of the image alone, is as in a UNet. A knob may be set at any time;
-    ValueError names a wrong one.
+    as in diffusers' PAG processors. Its newer guider differs: it takes V for the text tokens too, and in
+    some steps only. The second attention of an SD 3.5 block, of the image alone, is as in a UNet. Guide
+    with `perturbed_guidance.guide`, with a scale of 3 in the paper, and if wanted
+    `perturbed_guidance.adaptive`. A knob may be set at any time.
 
-    Args: those of Perturbed.
+    Examples:
+        ```python
+        with apply(pipe.unet, PerturbedAttention()):
+            noise = pipe.unet(latents, t, text).sample  # of the batch [unconditional, conditional, perturbed]
+        unconditional, conditional, perturbed = noise.chunk(3)
+        noise = guide(perturbed, conditional, unconditional, scale=3.0, guidance=7.5)
+        ```
+
+    Args:
+        layers: places or kinds of Layer, or its indices; of a UNet, self-attention only. None: "mid" in a
+            UNet, layer 1 elsewhere, as the PAG pipelines of diffusers have it for SD, SDXL and SD 3.
+        items: the perturbed items of a call. None: the last third of a batch [unconditional, conditional,
+            perturbed], or with guided=False the last half of [conditional, perturbed].
+        guided: whether a batch has an unconditional third; only read where `items` is None.
+        steps: (first, the one after the last or None).
+
+    Raises:
+        ValueError: a wrong knob, by name. When the model is called: layers other than self-attention, a
+            batch that does not fit.
     """
 
     def plan(self, layer: Layer, step: Step) -> Plan | None:

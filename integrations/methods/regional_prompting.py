@@ -1,174 +1,127 @@
-"""Regional prompting, or localised attention: words of the prompt that are seen only from their part of the
-image.
-"""
+"""Regional prompting, or localised attention: only a part of the image attends to some words."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...bindings import Control, Segments
 from ..diffusers.protocol.batch_call import Part
 from ..diffusers.protocol.layer import Layer, Step
 from ..diffusers.protocol.plan import Plan
-from .shared import cross_batch as borrowed
-from .shared.cross_batch import Window
-
-Span = tuple[int, int]
+from .shared.knobs import Choice, Flag, Items, Share, SoftMask, Spans, Window
+from .shared.layers_and_steps import known_grid, within
+from .shared.regions import image_segments, joined, on_grid, outside_pairs, text_first, text_segments
 
 
 @dataclass(eq=False)
 class RegionalPrompting:
-    """Regions of the image, each with its own tokens of the text; tokens of no region are everybody's.
+    """Regions of the image, each with its own tokens of the text; all regions attend to the other tokens.
 
-    form="bias": an image token outside of region k sees the tokens of k with a bias, the rest as ever, so
-        that they share
-    one softmax:
+    form="bias": an image token outside of region k attends to the tokens of k with a bias, in one softmax:
 
-        S_ij + log(outside)        (removed where outside is 0)       j of region k's span, i not in region k
+        S_ij + log(outside)        (removed where outside is 0)       j in region k's span, i not in region k
 
-    form="groups", for a UNet's cross-attention, where each region has a prompt of its own: the spans are
-    softmaxes of their own, mixed by the masks m_k, which may be soft; s(i) = sum_k m_k(i):
+    form="groups", for a UNet's cross-attention, where each region has a prompt of its own: each span has a
+    softmax of its own, and they are mixed by the masks m_k, which may be soft; s(i) = sum_k m_k(i):
 
         o_i = sum_k g_k(i) softmax(q_i K_k^T) V_k + (1 - sum_k g_k(i)) softmax(q_i K_rest^T) V_rest
         g_k = (1 - shared) m_k / max(1, s)
 
-    In joint attention (FLUX, SD 3) image tokens go on seeing each other. The idea is a survey's, which gives
-    no algorithm; the formulas are ours. A knob may be set at any time; ValueError names a wrong one.
+    In joint attention (FLUX, SD 3) image tokens still attend to each other. The idea is a survey's, which
+    gives no algorithm; the formulas are ours. A knob may be set at any time.
+
+    Examples:
+        ```python
+        left, right = torch.zeros(2, 8, 8)
+        left[:, :4] = right[:, 4:] = 1
+        method = RegionalPrompting(torch.stack([left, right]), spans=[(1, 3), (4, 6)])  # "a cat", "a dog"
+        with apply(pipe.unet, method):
+            pipe("a cat and a dog")
+        ```
 
     Args:
-        masks: (regions, rows, columns) within 0 and 1, resized to each layer's grid by area. A token is in a
-            region, for form="bias", where its area is covered to a half or more. Regions may overlap.
-        spans: for each region the tokens of the text (first, one after the last), padding included.
-        form: see above.
-        outside: 0 to 1; 1: plain. shared: 0 to 1, how much of the region's prompts gives way to the rest of
-            the text.
-        closed: with form="bias" in joint attention, whether a span's text tokens, too, see only their region
-            of the image and no other span; else they see all.
-        items: the batch items; None: all. With classifier-free guidance the conditional ones are meant.
-        steps: (first, after the last or None).
+        masks: (regions, rows, columns) within 0 and 1, resized to each layer's grid by area; regions may
+            overlap. For form="bias" a token is in a region that covers half of it or more.
+        spans: for each region its text tokens (first, one after the last), padding included.
+        form: "bias" or "groups".
+        outside: 0 to 1, for form="bias"; 1: plain.
+        shared: 0 to 1, for form="groups": how much of the regions' prompts gives way to the rest of the
+            text.
+        closed: for form="bias" in joint attention: whether a span's text tokens, too, attend only to their
+            region of the image and to no other span. False: they attend to all.
+        items: the batch items, with classifier-free guidance the conditional ones; None: all.
+        steps: (first, the one after the last or None).
+
+    Raises:
+        ValueError: a wrong knob, by name; other numbers of masks and spans. When the model is called: a
+            knob of the other form, spans or items that do not fit, a grid that is not known (FLUX without
+            ``handle.grid``).
     """
 
-    masks: Tensor
-    spans: Sequence[Span]
-    form: str = "bias"
-    outside: float = 0.0
-    shared: float = 0.0
-    closed: bool = False
-    items: Sequence[int] | None = None
-    steps: Window = (0, None)
+    masks: Tensor = SoftMask("regions, rows, columns")
+    spans: Sequence[tuple[int, int]] = Spans()
+    form: Literal["bias", "groups"] = Choice("bias", "groups")
+    outside: float = Share(0.0)
+    shared: float = Share(0.0)
+    closed: bool = Flag(False)
+    items: Sequence[int] | None = Items()
+    steps: tuple[int, int | None] = Window()
 
-    def __post_init__(self) -> None:
+    def _knob_changes(self, name: str, value: Any) -> None:
+        other = {"masks": "spans", "spans": "masks"}.get(name, name)
+        if other != name and len(value) != (count := len(getattr(self, other, value))):
+            raise ValueError(f"{name}: expected {count} regions, as in {other}, got {len(value)}")
         self._plans: dict[tuple, Plan] = {}
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "masks" and (
-            not isinstance(value, Tensor) or value.dim() != 3 or not ((value >= 0) & (value <= 1)).all()
-        ):
-            raise ValueError("masks: expected a tensor (regions, rows, columns) within 0 and 1")
-        if name == "masks" and len(value) != len(self.__dict__.get("spans", value)):
-            raise ValueError(
-                f"masks: expected {len(self.spans)} regions, as there are spans, got {len(value)}"
-            )
-        if name == "masks":
-            value = value.clone()
-        if name == "spans":
-            value = _spans(value, len(self.masks))
-        if name == "form" and value not in ("bias", "groups"):
-            raise ValueError(f"form: expected 'bias' or 'groups', got {value!r}")
-        if name in ("outside", "shared") and not (isinstance(value, (int, float)) and 0 <= value <= 1):
-            raise ValueError(f"{name}: expected a number from 0 to 1, got {value!r}")
-        if name == "closed" and not isinstance(value, bool):
-            raise ValueError(f"closed: expected True or False, got {value!r}")
-        if name == "items":
-            value = borrowed.check_items(name, value)
-        if name == "steps":
-            value = borrowed.check_window(name, value)
-        object.__setattr__(self, name, value)
-        self.__dict__["_plans"] = {}
-
     def plan(self, layer: Layer, step: Step) -> Plan | None:
-        idle = {"bias": ("shared",), "groups": ("outside", "closed")}[self.form]
-        if unused := [f.name for f in fields(self) if f.name in idle and getattr(self, f.name) != f.default]:
+        bias = self.form == "bias"
+        idle = {"shared": self.shared} if bias else {"outside": self.outside, "closed": self.closed}
+        if unused := [name for name, value in idle.items() if value]:
             raise ValueError(
-                f"{unused[0]}: it has no part in the form {self.form!r}, got {getattr(self, unused[0])!r}"
+                f"{unused[0]}: it has no part in the form {self.form!r}, got {idle[unused[0]]!r}"
             )
-        if not borrowed.within(self.steps, step.index) or layer.kind == "self":
+        if not within(self.steps, step.index) or layer.kind == "self":
             return None
-        if layer.kind == "added" or (self.form == "groups" and layer.kind != "cross"):
-            expected = "cross-attention or joint attention" if self.form == "bias" else "cross-attention"
-            raise ValueError(
-                f"form: {self.form!r} is made for {expected}; layer {layer.index} is {layer.kind!r}"
-            )
-        if layer.grid is None:
-            raise ValueError(
-                "RegionalPrompting: the model's inputs do not tell the grid of image tokens; set handle.grid"
-            )
+        if layer.kind == "added" or not (bias or layer.kind == "cross"):
+            expected = "cross-attention or joint attention" if bias else "cross-attention"
+            raise ValueError(f"form: {self.form!r} is for {expected}; layer {layer.index} is {layer.kind!r}")
         if max(end for _, end in self.spans) > layer.text_len:
             raise ValueError(
                 f"spans: expected tokens of the text, which has {layer.text_len}, got {self.spans}"
             )
-        key = (layer.kind == "cross", layer.batch, layer.text_len, layer.grid)
+        key = (layer.kind == "cross", layer.batch, layer.text_len, known_grid(layer))
         if key not in self._plans:
-            with torch.inference_mode(False):
-                masks = F.interpolate(self.masks.detach().cpu().float()[None], layer.grid, mode="area")[
-                    0
-                ].flatten(1)
-                self._plans[key] = (self._biases if self.form == "bias" else self._groups)(layer, masks)
+            with torch.inference_mode(False):  # kept: tensors made in inference mode have no gradient
+                masks = on_grid(self.masks, known_grid(layer))
+                self._plans[key] = self._biases(layer, masks) if bias else self._groups(layer, masks)
         return self._plans[key]
 
-    def _text(self, text_len: int) -> tuple[Segments, dict[str, int]]:
-        """The text cut into spans and what is between them, and which of its segments is of which region."""
-        lengths, start = {}, 0
-        for first, end, k in sorted((*span, k) for k, span in enumerate(self.spans)):
-            lengths |= {f"rest_{k}": first - start, f"span_{k}": end - first}
-            start = end
-        lengths["rest"] = text_len - start
-        return Segments({n: length for n, length in lengths.items() if length}), {
-            f"span_{k}": k for k in range(len(self.spans))
-        }
-
     def _biases(self, layer: Layer, masks: Tensor) -> Plan:
-        text, regions = self._text(layer.text_len)
-        # Image tokens of the same regions are one segment.
-        kinds, labels = (masks >= 0.5).unique(dim=1, return_inverse=True)
-        image, order, _ = Segments.from_labels(labels, [f"image_{n}" for n in range(kinds.shape[1])])
-        lengths = dict(zip(image.names, image.lengths, strict=True))
-        rows = (
-            image
-            if layer.kind == "cross"
-            else Segments(dict(zip(text.names, text.lengths, strict=True)) | lengths)
-        )
-        apart = [
-            (f"image_{n}", span)
-            for span, k in regions.items()
-            for n in range(kinds.shape[1])
-            if not kinds[k, n]
-        ]
-        if self.closed and layer.kind != "cross":
-            apart += [(span, row) for row, span in apart] + [
-                (a, b) for a in regions for b in regions if a != b
-            ]
+        text, regions = text_segments(self.spans, layer.text_len)
+        image, order, members = image_segments(masks)
+        outside = outside_pairs(image, members, regions)
+        rows, keys = image, text
+        if layer.kind != "cross":
+            rows = keys = joined(text, image)
+            order = text_first(order, layer.text_len)
+            if self.closed:
+                outside += [(span, row) for row, span in outside]
+                outside += [(a, b) for a in regions for b in regions if a != b]
         bias: float | Tensor = math.log(self.outside) if self.outside else -math.inf
         if self.items is not None:
             if max(self.items) >= layer.batch:
                 raise ValueError(f"items: expected items below the batch of {layer.batch}, got {self.items}")
             bias = torch.zeros(layer.batch, 1).index_fill(0, torch.tensor(self.items), bias)
-        apart = [pair for pair in apart if pair[0] in rows and pair[1] in (*text, *rows)]
-        if layer.kind != "cross":
-            order = torch.cat([torch.arange(layer.text_len), layer.text_len + order])
-        keys = text if layer.kind == "cross" else rows
-        return Plan(Control(rows, keys, bias=dict.fromkeys(apart, bias)), order=order)
+        return Plan(Control(rows, keys, bias=dict.fromkeys(outside, bias)), order=order)
 
     def _groups(self, layer: Layer, masks: Tensor) -> Plan:
-        text, regions = self._text(layer.text_len)
-        regions = {span: k for span, k in regions.items() if span in text}
+        text, regions = text_segments(self.spans, layer.text_len)
         share = (1 - self.shared) * masks / masks.sum(0).clamp(min=1)
         rest = [name for name in text if name not in regions]
         groups = {span: [span] for span in regions} | ({"rest": rest} if rest else {})
@@ -177,15 +130,3 @@ class RegionalPrompting:
             gates["rest"] = (1 - share.sum(0))[None]
         control = Control(Segments(image=layer.image_len), text, groups=groups, gates=gates)
         return Plan(control) if self.items is None else Plan(parts=[Part(self.items, control=control)])
-
-
-def _spans(value: Any, count: int) -> tuple:
-    spans = [
-        tuple(span) if isinstance(span, (tuple, list)) else ()
-        for span in (value if isinstance(value, Sequence) else ())
-    ]
-    right = all(len(span) == 2 and all(map(borrowed.is_count, span)) and span[0] < span[1] for span in spans)
-    ends = [n for span in sorted(spans) for n in span]
-    if len(spans) != count or not right or ends != sorted(ends):
-        raise ValueError(f"spans: expected {count} disjoint (first, one after the last), got {value!r}")
-    return tuple(spans)

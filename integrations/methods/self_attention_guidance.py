@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,42 +11,46 @@ from torch import Tensor, nn
 from ..diffusers.hosts.registry import find_host
 from ..diffusers.protocol.layer import Layer, Step
 from ..diffusers.protocol.plan import Plan, Seen
-from .shared import cross_batch as borrowed
+from .shared.knobs import Count, Number
 
 
 @dataclass
 class SelfAttentionGuidance:
-    """Reads how much attention each token of the image receives; the attention itself stays plain.
+    """Read how much attention each token of the image receives; the attention itself stays plain.
 
-        c_j = mean over heads of sum_i P_ij,   mask_j = c_j > threshold         in the middle block's first self-attention
+        c_j = mean over heads of sum_i P_ij,   mask_j = c_j > threshold
 
-    A step has two calls of the model: of the latents, after which `mask` is read, and of `degrade`'s result,
-        whose
-    prediction `guide` leads away from. The paper blurs the latents, the released code the estimate of the
-    clean ones and adds the predicted noise again, which is what `degrade` does. With classifier-free guidance
-    the unconditional items'
-    map counts: `mask(...)[:n]`. A knob may be set at any time; ValueError names a wrong one.
+    in the middle block's first self-attention.
+
+    A step calls the model twice: with the latents, after which `mask` is read, and with what `degrade`
+    returns, whose prediction `guide` leads away from. The paper blurs the latents; the released code, and
+    `degrade`, blur the estimate of the clean latents and add the predicted noise again. With
+    classifier-free guidance the unconditional items' mask counts: `mask(...)[:n]`. A knob may be set at any
+    time.
+
+    Examples:
+        ```python
+        method = SelfAttentionGuidance()
+        with apply(pipe.unet, method):
+            noise = pipe.unet(latents, t, text).sample
+            worse = degrade(latents, noise, method.mask(*latents.shape[2:]), alpha_bar)
+            noise = guide(noise, pipe.unet(worse, t, text).sample)
+        ```
 
     Args:
-        threshold: the released code's; c_j is 1 in the mean.
+        threshold: of c_j, whose mean is 1; >= 0. The released code has 1.
         layer: Layer.index of the self-attention that is read; None: the first of a UNet's middle block.
+
+    Raises:
+        ValueError: a wrong knob, by name. When the model is called: `layer` is not self-attention.
     """
 
-    threshold: float = 1.0
-    layer: int | None = None
+    threshold: float = Number(1.0, low=0)
+    layer: int | None = Count(None)
 
     def __post_init__(self) -> None:
         self.mass: Tensor | None = None  # (batch, tokens) of the last call
         self._middle, self._grid = -1, (0, 0)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "threshold" and not (
-            isinstance(value, (int, float)) and math.isfinite(value) and value >= 0
-        ):
-            raise ValueError(f"threshold: expected a finite number >= 0, got {value!r}")
-        if name == "layer" and value is not None and not borrowed.is_count(value):
-            raise ValueError(f"layer: expected the index of a layer or None, got {value!r}")
-        object.__setattr__(self, name, value)
 
     def attach(self, model: nn.Module) -> list:
         """Finds the model's middle block; there is nothing to remove."""
@@ -72,11 +74,14 @@ class SelfAttentionGuidance:
         self.mass = seen.column_mass().mean(1)
 
     def mask(self, height: int, width: int) -> Tensor:
-        """(batch, 1, height, width) float32, 1 where the image of the last call looked, resized by nearest
-        neighbours.
+        """1 where the image of the last call looked; (batch, 1, height, width) float32, resized to nearest.
+
+        Args:
+            height: rows of the latents.
+            width: columns of the latents.
 
         Raises:
-            RuntimeError: no call has been seen, as where the model has no self-attention in a middle block.
+            RuntimeError: no layer was read, as where the model has no self-attention in a middle block.
         """
         if self.mass is None:
             raise RuntimeError(
@@ -93,12 +98,13 @@ def degrade(
     """The latents with their estimate of the clean ones blurred where the mask is 1, and the same noise.
 
     Args:
-        latents, noise: x_t and the predicted epsilon, (batch, channels, rows, columns); what another
-            parametrisation predicts is to be turned into epsilon first.
+        latents: x_t, (batch, channels, rows, columns); rows and columns over taps // 2.
+        noise: the predicted epsilon, the same shape; another parametrisation's prediction must be
+            converted.
         mask: (batch or 1, 1, rows, columns).
         alpha_bar: the scheduler's cumulative alpha at t.
-        taps, sigma: of the Gaussian, whose borders are reflected; the released code's. Sides must be over
-            taps // 2.
+        taps: of the Gaussian, whose borders are reflected; the released code's 9.
+        sigma: of the Gaussian, in latents; the released code's 1.
     """
     alpha = torch.as_tensor(alpha_bar, dtype=torch.float32, device=latents.device).to(latents.dtype)
     clean = (latents - (1 - alpha).sqrt() * noise) / alpha.sqrt()
@@ -120,9 +126,11 @@ def guide(
     """u + guidance (c - u) + scale (u - d); without classifier-free guidance e + scale (e - d).
 
     Args:
-        noise, degraded: u, or e: the unconditional prediction or the only one, and d, that of the degraded
-            latents under the same condition. conditional: c.
-        scale: the paper's. guidance: the classifier-free guidance scale.
+        noise: u, the unconditional prediction; or e, the only one.
+        degraded: d, the prediction for the degraded latents under the same condition.
+        conditional: c, or None.
+        scale: of the degradation; 0.75 in the paper.
+        guidance: the scale of classifier-free guidance.
     """
     base = noise if conditional is None else noise + guidance * (conditional - noise)
     return base + scale * (noise - degraded)

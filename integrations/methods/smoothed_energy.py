@@ -5,52 +5,58 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any
 
 from ...bindings import query_blur
 from ..diffusers.protocol.batch_call import Part
 from ..diffusers.protocol.layer import Layer, Step
 from ..diffusers.protocol.plan import Plan
-from .shared.perturbed import Perturbed
+from .shared.knobs import Number
+from .shared.layers_and_steps import known_grid
+from .shared.perturbed_guidance import Perturbed
 
 
 @dataclass
 class SmoothedEnergy(Perturbed):
-    """The perturbed items' queries are blurred, which flattens the energy of their attention: o =
-    softmax(G(Q) K^T) V.
+    """The perturbed items' queries are blurred, which flattens the energy of their attention.
 
-    G is a Gaussian over the grid of image tokens; see bindings' query_blur for its taps. With an infinite
-    sigma it is
-    the mean, and all rows are the same: one is computed. In joint attention the text's queries stay
-        (diffusers' guider
-    blurs them, and has its two branches the wrong way round). Around it, `perturbed.guide` with the paper's
-    scale 3. A knob may be set at any time; ValueError names a wrong one.
+        o = softmax(G(Q) K^T / sqrt(d)) V
+
+    G is a Gaussian over the grid of image tokens; query_blur says which taps it has. With an infinite sigma
+    it is the mean: all rows are equal, and one is computed. In joint attention the text's queries stay as
+    they are; diffusers' guider blurs them, and has its two branches the wrong way round. Guide with
+    `perturbed_guidance.guide`, with a scale of 3 in the paper. A knob may be set at any time.
+
+    Examples:
+        ```python
+        with apply(pipe.unet, SmoothedEnergy(sigma=10.0)):
+            noise = pipe.unet(latents, t, text).sample  # of the batch [unconditional, conditional, perturbed]
+        unconditional, conditional, perturbed = noise.chunk(3)
+        noise = guide(perturbed, conditional, unconditional, scale=3.0, guidance=7.5)
+        ```
 
     Args:
-        sigma: in tokens, >= 0; 0: plain. The released code's default is infinite, which there is any number
-            over 9999.
-        Further ones: those of Perturbed.
+        layers: places or kinds of Layer, or its indices; of a UNet, self-attention only. None: "mid" in a
+            UNet, layer 1 elsewhere.
+        items: the perturbed items of a call. None: the last third of a batch [unconditional, conditional,
+            perturbed], or with guided=False the last half of [conditional, perturbed].
+        guided: whether a batch has an unconditional third; only read where `items` is None.
+        steps: (first, the one after the last or None).
+        sigma: in tokens, >= 0. 0: plain. More than 9999 is infinite, as in the released code, whose default
+            it is.
+
+    Raises:
+        ValueError: a wrong knob, by name. When the model is called: layers other than self-attention, a
+            batch that does not fit, a grid that is not known (FLUX without ``handle.grid``).
     """
 
-    sigma: float = math.inf
-
-    def checked(self, name: str, value: Any) -> Any:
-        if name == "sigma" and not (
-            isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
-        ):
-            raise ValueError(f"sigma: expected a number >= 0 or inf, got {value!r}")
-        return super().checked(name, value)
+    sigma: float = Number(math.inf, low=0, infinite=True)
 
     def plan(self, layer: Layer, step: Step) -> Plan | None:
         items = self.perturbed(layer, step)
         if not items or not self.sigma:
             return None
-        if layer.grid is None:
-            raise ValueError(
-                "SmoothedEnergy: the model's inputs do not tell the grid of image tokens; set handle.grid"
-            )
         sigma = math.inf if self.sigma > 9999 else float(self.sigma)
-        return _plan(items, layer.rows - layer.image_len, layer.grid, sigma)
+        return _plan(items, layer.rows - layer.image_len, known_grid(layer), sigma)
 
 
 @lru_cache(maxsize=64)

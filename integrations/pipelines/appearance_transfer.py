@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..methods import CrossImageAttention, TransferRoles
-from ..methods.shared.cross_batch import scaled
+from ..methods.shared.layers_and_steps import scaled
 from . import images as im
 from .guidance import InversionOptions, Scale, SwapGuidancePipeline, guidance_scales
 from .images import ImageLike

@@ -26,8 +26,8 @@ from ..methods import (
     TokenAlignment,
     WordMaps,
 )
-from ..methods.shared.cross_batch import scaled
 from ..methods.shared.ddcm import ddcm_step
+from ..methods.shared.layers_and_steps import scaled
 from ..methods.shared.token_alignment import word_tokens
 from . import images as im
 from .images import ImageLike

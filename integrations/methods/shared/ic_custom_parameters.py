@@ -14,15 +14,23 @@ FILE = "ic_custom.safetensors"
 
 
 class ICCustomParameters(nn.Module):
-    """Boundary embeddings and task registers, shared by all layers; zeros as published before training.
+    """IC-Custom's boundary embeddings and task registers, shared by all layers; zeros before training.
 
-    They have the names of the released files and take part in attention in the dtype and on the device of the
-    model:
-    `.to()` brings them there. They train: gradients reach them through the attention.
+    They have the names of the released files. Bring them to the model's dtype and device with `.to()`. They
+    can be trained: gradients reach them through the attention.
+
+    Examples:
+        ```python
+        parameters = ICCustomParameters(hidden, references=2).to(pipe.transformer.dtype)
+        with apply(pipe.transformer, ICCustom(parameters, grid=grid)):
+            pipe("a chair in a garden")
+        parameters.save_pretrained(folder)
+        parameters = ICCustomParameters.from_pretrained(folder)
+        ```
 
     Args:
         hidden: heads * head_dim of the model; 3072 in FLUX.1.
-        references: the most panels beside the target.
+        references: the largest number of panels beside the target.
         registers: key and value tokens for each task; 0: none.
     """
 
@@ -37,11 +45,11 @@ class ICCustomParameters(nn.Module):
 
     @property
     def hidden(self) -> int:
-        """Channels, of all heads together."""
+        """Channels of all heads together."""
         return self.cond_embedding.embedding_dim
 
     def boundary(self, references: int) -> Tensor:
-        """(references + 1, hidden): cond + idx[k] for each reference's panel, then the target's."""
+        """The embedding of each panel, (references + 1, hidden): cond + idx[k], and the target's last."""
         return torch.cat(
             [
                 self.cond_embedding.weight + self.idx_embedding.weight[:references],
@@ -50,7 +58,7 @@ class ICCustomParameters(nn.Module):
         )
 
     def registers(self, task: str) -> tuple[Tensor, Tensor]:
-        """(keys, values) of a task, (registers, hidden) each."""
+        """The keys and values of a task, (registers, hidden) each."""
         table = self.task_register_embeddings.weight
         keys, values = table.unflatten(0, (len(TASKS), 2, table.shape[0] // (2 * len(TASKS))))[
             TASKS.index(task)
@@ -59,14 +67,15 @@ class ICCustomParameters(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str]) -> ICCustomParameters:
-        """From a safetensors file, or from a folder whose files have them together, as published or by
-        save_pretrained.
+        """Read published parameters, or those of save_pretrained().
 
-        Other tensors in them are not read.
+        Args:
+            path: a safetensors file, or a folder whose safetensors files hold them together. Other tensors
+                in them are not read.
 
         Raises:
-            FileNotFoundError: no such file or folder. ValueError: a file that is none, a name that is missing
-                or is there twice, or shapes that do not go together.
+            FileNotFoundError: no such file or folder.
+            ValueError: no safetensors file; a name that is missing or there twice; shapes that do not fit.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -102,7 +111,14 @@ class ICCustomParameters(nn.Module):
         return self
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
-        """Write ic_custom.safetensors into a folder, which is made if it is missing; the file's path."""
+        """Write ic_custom.safetensors.
+
+        Args:
+            folder: where to; made if it is missing.
+
+        Returns:
+            The file's path.
+        """
         from safetensors.torch import save_file
 
         folder = Path(folder)

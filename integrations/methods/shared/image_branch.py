@@ -1,6 +1,4 @@
-"""The branch of an IP-Adapter in FLUX: the image's queries attend to image prompts beside a block, and it is
-added after it.
-"""
+"""The IP-Adapter's branch in FLUX, which runs beside a double block and is added to the block's output."""
 
 from __future__ import annotations
 
@@ -13,10 +11,10 @@ from ....bindings import Control, attention
 
 
 class ImageBranch:
-    """Of one double block. Its queries are the image's after the norm and without RoPE; no output projection
-    follows.
+    """The branch of one double block, in which the image's queries without RoPE attend to image prompts.
 
-    The block's own projection of q is listened to, so that q is projected once.
+    It takes q from the block's own projection by a hook, so that q is projected once. It has no output
+    projection.
     """
 
     def __init__(self, block: Any) -> None:
@@ -31,7 +29,7 @@ class ImageBranch:
     def remove(self) -> None:
         for hook in (*self._hooks, self._listening):
             hook.remove()
-        self.block, self._listened = None, None  # the method may outlive the model
+        self.block, self._listened = None, None  # the method may live longer than the model
 
     def _listen(self) -> None:
         attn = self.block.attn

@@ -1,4 +1,4 @@
-"""ImagePrompt: the weights of an IP-Adapter, and the images that it is shown."""
+"""The weights of an IP-Adapter, and the images that it shows to a model."""
 
 from __future__ import annotations
 
@@ -16,13 +16,21 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, eq=False)
 class ImagePrompt:
-    """One adapter's weights, loaded, and what it is shown.
+    """The weights of one IP-Adapter (arXiv 2308.06721) and its images.
 
-    Attributes:
+    Examples:
+        ```python
+        prompt = ImagePrompt.load(pipe.unet, state).showing(embeds)  # state: a file, or a state dict
+        with apply(pipe.unet, IPAdapter([prompt], scale=0.6)):
+            pipe("a cat")
+        ```
+
+    Args:
         weights: {name of an attention layer in the model: (to_k, to_v), each (heads * head_dim, channels)}.
-        biases: the same for biases, of adapters that have them.
         projection: diffusers' module from an image encoder's output to tokens, or None.
-        tokens: (batch or 1, images, tokens of an image, channels), see `showing`.
+        tokens: (batch or 1, images, tokens of an image, channels); None before `showing`.
+        biases: {name of an attention layer: (to_k's, to_v's), each (heads * head_dim,)}, of adapters with
+            biases.
     """
 
     weights: Mapping[str, tuple[Tensor, Tensor]]
@@ -34,18 +42,17 @@ class ImagePrompt:
     def load(
         model: nn.Module, state: Mapping[str, Mapping[str, Tensor]] | str | os.PathLike[str]
     ) -> ImagePrompt:
-        """From a published file of safetensors, or the state dict of pipe.load_ip_adapter.
-
-        The model is left as it is: nothing is set on it.
+        """Read a published adapter; the model is left as it is.
 
         Args:
             model: a UNet with cross-attention, or FLUX's transformer.
-            state: a path, or {"image_proj": ..., "ip_adapter": {"1.to_k_ip.weight": ...}}.
+            state: the path of a safetensors file, or the state dict that pipe.load_ip_adapter takes,
+                {"image_proj": ..., "ip_adapter": {"1.to_k_ip.weight": ...}}.
 
         Raises:
-            TypeError: another model: the adapters of SD 3 are of another form.
-            ValueError: a file that is none of safetensors; weights for other layers, or others than keys and
-                values (the LoRA of FaceID).
+            TypeError: another model; SD 3's adapters have another form.
+            ValueError: no safetensors file; weights for other layers, or others than keys and values, as
+                the LoRA of FaceID.
         """
         if not isinstance(state, Mapping):
             state = _read(Path(state))
@@ -69,10 +76,11 @@ class ImagePrompt:
         if wanted != set(state["ip_adapter"]):
             other = sorted(wanted ^ set(state["ip_adapter"]))
             raise ValueError(
-                f"state: expected to_k_ip and to_v_ip of {len(numbered)} layers; missing or unknown: {other[0]}"
+                f"state: expected to_k_ip and to_v_ip of {len(numbered)} layers; "
+                f"missing or unknown: {other[0]}"
             )
         like = next(model.parameters())
-        # An offloaded model's parameters may be nowhere.
+        # An offloaded model's parameters may be on the meta device.
         place = {"dtype": like.dtype, "device": None if like.is_meta else like.device}
         found = {key: t.detach().to(**place) for key, t in state["ip_adapter"].items()}
         weights, biases = (
@@ -90,9 +98,17 @@ class ImagePrompt:
         )
 
     def showing(self, embeds: Tensor | None = None, *, tokens: Tensor | None = None) -> ImagePrompt:
-        """This adapter with images: their encoder's output (batch or 1, images, ...), or their tokens.
+        """This adapter with images.
 
-        With classifier-free guidance the batch has both halves, zeros or the encoding of a black image first.
+        With classifier-free guidance the batch holds both halves, first zeros or the encoding of a black
+        image.
+
+        Args:
+            embeds: the image encoder's output, (batch or 1, images, ...), for an adapter with a projection.
+            tokens: in its place the tokens, (batch or 1, images, tokens of an image, channels).
+
+        Raises:
+            ValueError: neither of them, or tokens of another shape.
         """
         if embeds is not None and self.projection is not None:
             with torch.no_grad():
@@ -104,8 +120,14 @@ class ImagePrompt:
         return replace(self, tokens=tokens.detach())
 
     def project(self, layer: str, heads: int) -> tuple[Tensor, Tensor]:
-        """k and v of a layer for what is shown, (batch or 1, images, tokens, heads, head_dim); ValueError
-        without weights.
+        """k and v of the images in a layer, (batch or 1, images, tokens, heads, head_dim).
+
+        Args:
+            layer: name of the attention layer in the model.
+            heads: of the layer.
+
+        Raises:
+            ValueError: no images, or no weights for the layer.
         """
         tokens = self.tokens
         if tokens is None or layer not in self.weights:
@@ -115,7 +137,41 @@ class ImagePrompt:
         return k, v
 
 
-# What published files call the two parts of a state dict.
+def softmax_groups(
+    name: str,
+    pair: tuple[Tensor, Tensor],
+    scale: float,
+    mask: Tensor | None,
+    grid: tuple[int, int] | None,
+) -> dict[str, tuple[tuple[Tensor, Tensor], float | Tensor]]:
+    """An adapter's softmax groups in a layer: one for all its images, or with a mask one for each.
+
+    Args:
+        name: of the adapter.
+        pair: its k and v, (batch or 1, images, tokens, heads, head_dim).
+        scale: of the adapter in this layer.
+        mask: (batch or 1, images, rows, columns), or None.
+        grid: (rows, columns) of the layer's image tokens, to which a mask is resized bicubically.
+
+    Returns:
+        {name: ((k, v), gate)}; k and v (batch or 1, keys, heads, head_dim), a gate is a number or (batch or
+        1, image tokens).
+
+    Raises:
+        ValueError: a mask, but no grid.
+    """
+    k, v = pair
+    if mask is None:
+        return {name: ((k.flatten(1, 2), v.flatten(1, 2)), scale)}
+    if grid is None:
+        raise ValueError("masks: the grid of image tokens is not known; set handle.grid = (rows, columns)")
+    gates = F.interpolate(mask.float(), grid, mode="bicubic").flatten(2)  # (batch or 1, images, image tokens)
+    return {
+        f"{name}_{i}": ((k[:, i], v[:, i]), scale * gates[:, i].to(k.device)) for i in range(mask.shape[1])
+    }
+
+
+# The first part of a name in published files, and the part of the state dict that it belongs to.
 PREFIXES = {
     "image_proj": "image_proj",
     "ip_adapter_proj_model": "image_proj",
@@ -131,7 +187,7 @@ def _read(path: Path) -> dict[str, dict[str, Tensor]]:
     try:
         tensors = load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"state: {path} is no file of safetensors: {error}") from error
+        raise ValueError(f"state: {path} is not a safetensors file: {error}") from error
     state: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
     for key, tensor in tensors.items():
         prefix, _, rest = key.partition(".")

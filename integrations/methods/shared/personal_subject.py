@@ -1,63 +1,92 @@
-"""A subject of Personalize Anything: its tokens in the reference, and those that they shall take the place
-of.
-"""
+"""A subject of Personalize Anything: its tokens in a reference image, and their new places."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from .cross_batch import is_count
+from .knobs import Count, Mask
 
 
 @dataclass(frozen=True, eq=False)
 class PersonalSubject:
-    """A subject: where it is in its reference image, and where it shall be.
+    """A subject of PersonalizeAnything: where it is in its reference image, and where it goes.
+
+    Examples:
+        ```python
+        subject = PersonalSubject(mask, target=mask.roll(1, dims=1))  # one token to the right
+        with apply(pipe.transformer, PersonalizeAnything(subject)) as handle:
+            handle.set_step(0, 28)
+            pipe(["a dog", "a dog on a beach"])
+        ```
 
     Args:
-        mask: bool (rows, columns) of the image tokens, at least one.
-        target: as many tokens as in `mask`, matched in raster order; None: the same place. token_masks.py
-            moves, dilates and erodes masks.
-        item: of the batch, the reference's reconstruction.
+        mask: bool (rows, columns), the subject's image tokens in the reference, at least one.
+        target: bool, the same shape and number of tokens: the places they go to, matched in raster order.
+            None: the same places. token_masks.py moves, dilates and erodes masks.
+        item: the batch item of the reference's reconstruction.
+
+    Raises:
+        ValueError: a wrong argument, by name.
     """
 
-    mask: Tensor
-    target: Tensor | None = None
-    item: int = 0
+    mask: Tensor = Mask("rows, columns", some=True)
+    target: Tensor | None = Mask("rows, columns", some=True, default=None)
+    item: int = Count(0)
 
     def __post_init__(self) -> None:
-        for name, mask in (
-            ("mask", self.mask),
-            ("target", self.mask if self.target is None else self.target),
-        ):
-            if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 2 or not mask.any():
-                raise ValueError(f"{name}: expected a bool tensor (rows, columns) with at least one token")
-            if mask.shape != self.mask.shape or mask.sum() != self.mask.sum():
-                raise ValueError(
-                    f"{name}: expected {int(self.mask.sum())} tokens of {tuple(self.mask.shape)}, as in mask, got "
-                    f"{int(mask.sum())} of {tuple(mask.shape)}"
-                )
-        if not is_count(self.item):
-            raise ValueError(f"item: expected an item of the batch, got {self.item!r}")
+        mask, target = self.mask, self.mask if self.target is None else self.target
+        if target.shape != mask.shape or target.sum() != mask.sum():
+            raise ValueError(
+                f"target: expected {int(mask.sum())} tokens of {tuple(mask.shape)}, as in mask, got "
+                f"{int(target.sum())} of {tuple(target.shape)}"
+            )
 
     def positions(self, target: bool) -> Tensor:
-        """int64 (tokens, 2): row and column of the target's tokens, or of the reference's, in raster order."""
+        """Rows and columns of the reference's tokens or the target's; int64 (tokens, 2), in raster order."""
         return (self.mask if self.target is None or not target else self.target).nonzero()
 
     def tokens(self, target: bool, device: torch.device) -> Tensor:
-        """int64 (tokens,): the target's image tokens, or the reference's, in raster order."""
+        """Indices of the reference's image tokens, or of the target's; int64 (tokens,), in raster order."""
         return _tokens(self, target, device)
 
     def shuffled(self, width: int, seed: int, step: int, device: torch.device) -> Tensor:
-        """The reference's tokens, those in each window of width x width in a random order."""
+        """The reference's tokens, in a random order within each window of width x width; int64 (tokens,).
+
+        Args:
+            width: of the windows, in tokens.
+            seed: of the order.
+            step: index of the step, at each of which the order is drawn anew.
+            device: of the result.
+        """
         return _shuffled(self, width, seed, step, device)
 
 
+def replace_tokens(
+    subjects: Sequence[PersonalSubject], draw: tuple[int, int, int], start: int, x: Tensor
+) -> Tensor:
+    """The states of a batch whose last item has the subjects' tokens of the others; a new tensor.
+
+    Args:
+        subjects: which tokens go where.
+        draw: width, seed and step of PersonalSubject.shuffled().
+        start: position of the first image token.
+        x: (batch, tokens, channels).
+    """
+    y = x.clone()
+    for subject in subjects:
+        y[-1, start + subject.tokens(True, x.device)] = x[
+            subject.item, start + subject.shuffled(*draw, x.device)
+        ]
+    return y
+
+
 @lru_cache(maxsize=64)
-@torch.inference_mode(False)  # what is kept outlives a call in inference mode
+@torch.inference_mode(False)  # kept: tensors made in inference mode have no gradient
 def _tokens(subject: PersonalSubject, target: bool, device: torch.device) -> Tensor:
     row, column = subject.positions(target).unbind(1)
     return (row * subject.mask.shape[1] + column).to(device)

@@ -1,6 +1,4 @@
-"""Which text tokens of an edited prompt are which of the source's: Prompt-to-Prompt's aligners (arXiv
-2208.01626).
-"""
+"""Which text tokens of an edited prompt are which of the source's: the aligners of Prompt-to-Prompt."""
 
 from __future__ import annotations
 
@@ -18,16 +16,23 @@ GAP, MATCH, MISMATCH = 0, 1, -1
 
 @dataclass(frozen=True, eq=False)
 class TokenAlignment:
-    """What the edit's text tokens take over from the source's.
+    """Which of the source's text tokens each of the edit's takes its attention from (arXiv 2208.01626).
+
+    Examples:
+        ```python
+        alignment = TokenAlignment.refine("a cat", "a fluffy cat", pipe.tokenizer)
+        with apply(pipe.unet, PromptToPrompt(PromptEdit(alignment))):
+            pipe(["a cat", "a fluffy cat"])
+        ```
 
     Args:
-        mapper: (source tokens, target tokens) float32; column j says which of the source's columns the j-th
-            is made of.
-        alphas: (target tokens,) float32: 1 where the token has a counterpart, 0 where it is new.
-        prompts: (source, target) for which it was made, where that is known.
+        mapper: (tokens, tokens) float32; column j holds the share of each source token in the edit's token
+            j.
+        alphas: (tokens,) float32: 1 where the edit's token has a counterpart, 0 where it is new.
+        prompts: (source, edit) that it was made for, where they are known.
 
     Raises:
-        ValueError: other shapes or types.
+        ValueError: other shapes or dtypes.
     """
 
     mapper: Tensor
@@ -43,20 +48,20 @@ class TokenAlignment:
 
     @staticmethod
     def replace(source: str, target: str, tokenizer: Any, length: int = 77) -> TokenAlignment:
-        """For prompts of equally many words, some of them other ones: each word has the attention of that in
-        its place.
+        """For prompts with equally many words: each word takes the attention of the word in its place.
 
-        Where a word has another number of tokens than the one it replaces, each of its n tokens has 1/n of
-        the sum of the other's. The rest, padding too, keeps its place within its word, or in the sequence.
-        (The released code goes by the place in the sequence from the last replaced word on, which is another
-        word's where token counts differ.)
+        Where the two words have different numbers of tokens, each of the n new tokens takes 1/n of the sum
+        over the old ones. Padding keeps its position in the sequence. The released code counts positions in
+        the sequence from the last replaced word on; where token counts differ it then hits another word.
 
         Args:
-            source, target: prompts; words are separated by white space. tokenizer: any of Hugging Face's.
+            source: the source's prompt; words are separated by white space.
+            target: the edit's prompt.
+            tokenizer: a Hugging Face tokenizer.
             length: of the padded sequence, in tokens.
 
         Raises:
-            ValueError: different numbers of words; a prompt that is too long, or whose words are not tokens
+            ValueError: different numbers of words; a prompt that is too long, or has words without tokens
                 of their own.
         """
         ours, theirs = _words(source, tokenizer, length), _words(target, tokenizer, length)
@@ -75,13 +80,18 @@ class TokenAlignment:
 
     @staticmethod
     def refine(source: str, target: str, tokenizer: Any, length: int = 77) -> TokenAlignment:
-        """For a prompt that adds words: tokens that both have keep the source's attention, new ones have
-        their own.
+        """For a prompt that adds words: common tokens keep the source's attention, new ones have their own.
 
-        The sequences are aligned by Needleman and Wunsch; padding keeps its place in the sequence.
+        The token sequences are aligned by Needleman-Wunsch. Padding keeps its position in the sequence.
 
-        Args, Raises:
-            as in replace(), for prompts of any number of words.
+        Args:
+            source: the source's prompt.
+            target: the edit's prompt.
+            tokenizer: a Hugging Face tokenizer.
+            length: of the padded sequence, in tokens.
+
+        Raises:
+            ValueError: a prompt that is too long.
         """
         ours, theirs = _encode(source, tokenizer, length), _encode(target, tokenizer, length)
         mapper, alphas = torch.zeros(length, length), torch.zeros(length)
@@ -92,16 +102,20 @@ class TokenAlignment:
 
 
 def word_tokens(prompt: str, words: str | Sequence[str], tokenizer: Any, length: int = 77) -> list[int]:
-    """The positions of the tokens of words, or phrases, of the prompt, wherever they occur.
+    """Positions of the tokens of words or phrases, wherever the prompt has them.
 
     Args:
-        prompt: what the model is given. words: one or several, whole words as the prompt has them, in upper
-            or lower case.
-        tokenizer: any of Hugging Face's. length: tokens that the model reads.
+        prompt: the model's prompt.
+        words: one word or phrase, or several; whole words, in any case.
+        tokenizer: a Hugging Face tokenizer.
+        length: number of tokens that the model reads.
+
+    Returns:
+        The positions in the padded sequence, rising.
 
     Raises:
-        ValueError: the prompt has no such word, or only beyond what is read; a tokenizer that joins words in
-            a token.
+        ValueError: the prompt has no such word, or only beyond `length`; a tokenizer whose tokens span
+            words.
     """
     found: set[int] = set()
     tokens = _bare(prompt, tokenizer)
@@ -129,10 +143,14 @@ def word_tokens(prompt: str, words: str | Sequence[str], tokenizer: Any, length:
 
 
 def align(source: Sequence[int], target: Sequence[int]) -> list[tuple[int, int]]:
-    """Pairs of positions with the same token in the best global alignment (Needleman-Wunsch), in order.
+    """Pairs of positions with equal tokens in the best global alignment (Needleman-Wunsch), in order.
 
-    Of equally good ones that which, from the end, first takes a token of the target as new, then one of the
-    source as gone.
+    Of equally good alignments the one that, read from the end, first takes a target token as new, then a
+    source token as removed.
+
+    Args:
+        source: tokens.
+        target: tokens.
     """
     rows, columns = len(source) + 1, len(target) + 1
     score = [[GAP * (i + j) if not i or not j else 0 for j in range(columns)] for i in range(rows)]
@@ -156,7 +174,7 @@ def align(source: Sequence[int], target: Sequence[int]) -> list[tuple[int, int]]
 
 
 def _pad(mapper: Tensor, end: int) -> Tensor:
-    """The mapper, with each token from `end` on at its own place."""
+    """The mapper, with each token from `end` on mapped to its own position."""
     rest = torch.arange(end, len(mapper))
     mapper[:, rest] = 0
     mapper[rest, rest] = 1
@@ -171,12 +189,12 @@ def _encode(prompt: str, tokenizer: Any, length: int) -> list[int]:
 
 
 def _bare(text: str, tokenizer: Any) -> list[int]:
-    """Tokens without special ones."""
+    """The text's tokens, without special ones."""
     return list(tokenizer(text, add_special_tokens=False).input_ids) if text else []
 
 
 def _place(tokens: list[int], among: list[int], prompt: str) -> int:
-    """Where they begin, among special ones."""
+    """The position among `among`, which has special tokens around them, at which the tokens begin."""
     starts = [n for n in range(len(among) - len(tokens) + 1) if among[n : n + len(tokens)] == tokens]
     if not starts:
         raise ValueError(

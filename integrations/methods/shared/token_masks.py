@@ -1,4 +1,4 @@
-"""Masks of latents and of image tokens: from one to the other, larger, smaller and elsewhere."""
+"""Masks of latents and of image tokens: converted, moved, dilated and eroded."""
 
 from __future__ import annotations
 
@@ -7,14 +7,27 @@ from torch import Tensor, nn
 
 
 def token_mask(mask: Tensor) -> Tensor:
-    """bool (tokens,) from a mask of the latents (rows, columns): tokens of which any of the 2 x 2 latents is
-    masked.
+    """The tokens of which any of the 2 x 2 latents is masked, bool (tokens,).
+
+    Args:
+        mask: of the latents, (rows, columns), even numbers; anything but 0 is masked.
+
+    Raises:
+        ValueError: another shape.
     """
     return _blocks(mask).bool().any(1)
 
 
 def packed_mask(mask: Tensor, channels: int) -> Tensor:
-    """The mask of the latents (rows, columns) as FLUX packs `channels` of them, (tokens, 4 * channels)."""
+    """The mask as FLUX packs its latents, (tokens, 4 * channels).
+
+    Args:
+        mask: of the latents, (rows, columns), even numbers.
+        channels: of the latents.
+
+    Raises:
+        ValueError: another shape.
+    """
     return _blocks(mask)[:, None].expand(-1, channels, -1).flatten(1)
 
 
@@ -29,7 +42,16 @@ def _blocks(mask: Tensor) -> Tensor:
 
 
 def moved(mask: Tensor, rows: int = 0, columns: int = 0) -> Tensor:
-    """The mask (rows, columns) moved down and right; ValueError where it would leave the image."""
+    """The mask moved down and right.
+
+    Args:
+        mask: bool (rows, columns).
+        rows: how far down, in tokens.
+        columns: how far to the right, in tokens.
+
+    Raises:
+        ValueError: it would leave the image.
+    """
     height, width = mask.shape
     places = mask.nonzero() + torch.tensor([rows, columns], device=mask.device)
     if bool(((places < 0) | (places >= torch.tensor([height, width], device=mask.device))).any()):
@@ -38,14 +60,28 @@ def moved(mask: Tensor, rows: int = 0, columns: int = 0) -> Tensor:
 
 
 def dilated(mask: Tensor, size: int = 3) -> Tensor:
-    """The mask (rows, columns) and all tokens within a square of size x size, odd, around one of its tokens."""
+    """The mask and all tokens in a square of size x size around one of its tokens.
+
+    Args:
+        mask: bool (rows, columns).
+        size: an odd number of tokens.
+
+    Raises:
+        ValueError: another size.
+    """
     if size % 2 == 0 or size < 1:
         raise ValueError(f"size: expected an odd number of tokens, got {size!r}")
     return nn.functional.max_pool2d(mask[None].float(), size, 1, size // 2)[0] > 0
 
 
 def eroded(mask: Tensor, size: int = 3) -> Tensor:
-    """The tokens of the mask (rows, columns) around which a square of size x size has no other; beyond the
-    image is none.
+    """The tokens of the mask whose square of size x size is all masked; beyond the image counts as masked.
+
+    Args:
+        mask: bool (rows, columns).
+        size: an odd number of tokens.
+
+    Raises:
+        ValueError: another size.
     """
     return ~dilated(~mask, size)

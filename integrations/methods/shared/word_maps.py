@@ -1,86 +1,86 @@
-"""Where chosen words are looked at: cross-attention maps of a few text tokens, gathered through Plan.see."""
+"""Cross-attention maps of chosen words, gathered while a model runs."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...diffusers.protocol.layer import Layer
 from ...diffusers.protocol.plan import Plan, Seen
-from . import cross_batch as borrowed
-from .cross_batch import Resolution
+from .knobs import Knob, Mask, Positions, Resolution
+from .layers_and_steps import has_resolution
 
 
 class WordMaps:
-    """Cross-attention maps of some items' words, without a map: the columns alone are computed.
+    """Where the words of some items are looked at: their cross-attention maps, of which MasaCtrl makes masks.
 
-    A map is a layer's mean over heads, summed over the words; each item's own attention, whatever a method
-    does to it.
+    A map is one layer's mean over heads, summed over an item's words: each item's own attention, whatever a
+    method changes. Only the words' columns of the map are computed.
+
+    Examples:
+        ```python
+        words = WordMaps({-2: [2], -1: [2]})  # token 2 of the last two items: source and edit, conditional
+        with apply(pipe.unet, MasaCtrl(masks=words)):
+            pipe(["a sitting cat", "a jumping cat"])
+        print(words.mean.shape)  # (2, 16, 16)
+        ```
 
     Args:
-        words: {item: text tokens}: items of a call's batch, from its end where negative, as that of the
-            conditional half is; positions among the text tokens.
-        resolution: of the layers, the side of a square of as many tokens or (rows, columns).
+        words: {item: positions of its words among the text tokens}. Items count from the end of a call's
+            batch where negative, as those of the conditional half do.
+        resolution: which layers count: the side of a square of as many tokens, or (rows, columns).
 
     Attributes:
-        seen: how many layers' maps there are, each step's counted.
+        seen: how many maps of layers were added, over all steps.
 
     Raises:
-        ValueError: naming the argument, what was expected and what came.
+        ValueError: a wrong argument, by name. When the model is called: items or positions beyond the
+            call's.
     """
 
-    def __init__(self, words: Mapping[int, Sequence[int]], resolution: Resolution = 16) -> None:
-        if not isinstance(words, Mapping) or not words:
-            raise ValueError(f"words: expected {{item: text tokens}}, got {words!r}")
-        for item, tokens in words.items():
-            if isinstance(item, bool) or not isinstance(item, int):
-                raise ValueError(f"words: expected items of the batch, got {item!r}")
-            if (
-                not isinstance(tokens, Sequence)
-                or not tokens
-                or not all(borrowed.is_count(n) for n in tokens)
-            ):
-                raise ValueError(
-                    f"words[{item}]: expected positions of text tokens, at least one, got {tokens!r}"
-                )
-        self.words = {item: tuple(tokens) for item, tokens in words.items()}
-        self.resolution = borrowed.check_resolution("resolution", resolution)
+    words: Mapping[int, Sequence[int]] = Positions("item", int)
+    resolution: int | tuple[int, int] = Resolution(16)
+
+    def __init__(self, words: Mapping[int, Sequence[int]], resolution: int | tuple[int, int] = 16) -> None:
+        self.words, self.resolution = words, resolution
         self._last, self._grid = sys.maxsize, (0, 0)
         self.clear()
 
     def clear(self) -> None:
-        """Forget what has been seen, as for a new image."""
+        """Forget all maps, as before a new image."""
         self._sums: Tensor | None = None
         self._mean: Tensor | None = None
         self.seen = 0
 
     def begins(self, layer: Layer) -> bool:
-        """Whether the layer is the first that is planned of a forward call; to be asked for every layer that
-        is.
-        """
+        """Whether the layer is the first planned of a forward call; to be asked once for every layer."""
         first, self._last = layer.index <= self._last, layer.index
         return first
 
     def plan(self, layer: Layer) -> Plan | None:
-        """The plan that gathers the layer's maps, None where it is none of them; ValueError for words beyond
-        its text.
+        """The plan that gathers the layer's maps; None where the layer does not count.
+
+        Raises:
+            ValueError: items beyond the batch, or positions beyond the text.
         """
-        if layer.kind != "cross" or not borrowed.has_resolution(layer, self.resolution):
+        if layer.kind != "cross" or not has_resolution(layer, self.resolution):
             return None
         for item, tokens in self.words.items():
             if not -layer.batch <= item < layer.batch or max(tokens) >= layer.text_len:
                 raise ValueError(
-                    f"words: expected items below {layer.batch} and tokens below {layer.text_len}, got {item}: {tokens}"
+                    f"words: expected items below {layer.batch} and tokens below {layer.text_len}, "
+                    f"got {item}: {tokens}"
                 )
         assert layer.grid is not None
         self._grid = layer.grid
         return Plan(see=self.see)
 
     def see(self, seen: Seen) -> None:
-        """Add the maps of one layer of the call, as Plan.see."""
+        """Add the maps of one layer of the call; for Plan.see."""
         if seen.again:
             return
         tokens = sorted({n for tokens in self.words.values() for n in tokens})
@@ -89,17 +89,19 @@ class WordMaps:
         maps = [
             means[item][:, [tokens.index(n) for n in chosen]].sum(-1) for item, chosen in self.words.items()
         ]
-        added = torch.stack(maps)
+        added = torch.stack(maps)  # (items, rows)
         self._sums = added if self._sums is None else self._sums + added
         self._mean = None
         self.seen += 1
 
     @property
     def mean(self) -> Tensor:
-        """Of what has been seen, (items, rows, columns) float32, in the order of `words`, the same tensor
-        until more is seen.
+        """The mean map of each item, (items, rows, columns) float32, in the order of `words`.
 
-        ValueError before there is any map.
+        It is the same tensor until more is seen.
+
+        Raises:
+            ValueError: no map was seen yet.
         """
         if self._sums is None:
             raise ValueError(
@@ -108,3 +110,21 @@ class WordMaps:
         if self._mean is None:
             self._mean = (self._sums / self.seen).unflatten(1, self._grid)
         return self._mean
+
+
+class MaskPair(Knob):
+    """Masks of a source and its edit, bool (rows, columns) each, of which copies are kept; WordMaps of two
+    items, from which masks are made; or None.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(None, expected="two bool tensors (rows, columns), WordMaps of two items")
+
+    def convert(self, value: Any) -> tuple[Tensor, Tensor] | WordMaps:
+        if isinstance(value, WordMaps):
+            if len(value.words) != 2:
+                raise ValueError
+            return value
+        source, target = value
+        mask: Any = Mask("rows, columns")
+        return mask.convert(source), mask.convert(target)

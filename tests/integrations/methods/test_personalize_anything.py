@@ -261,5 +261,5 @@ def test_calls_that_do_not_fit(batch: int, image: int, step: Step, match: str) -
 
 def test_other_models_raise() -> None:
     model = tiny_sd3()
-    with apply(model, PersonalizeAnything(ONE)), pytest.raises(ValueError, match="made for FLUX"):
+    with apply(model, PersonalizeAnything(ONE)), pytest.raises(ValueError, match="expected FLUX"):
         model(**sd3_call(batch=2))

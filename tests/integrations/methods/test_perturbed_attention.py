@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flashbrush.integrations import PerturbedAttention
 from flashbrush.integrations.diffusers import Layer, Step, apply
-from flashbrush.integrations.methods.shared.perturbed import adaptive, guide
+from flashbrush.integrations.methods.shared.perturbed_guidance import adaptive, guide
 
 from ..diffusers.tiny_images import ADDED, SDXL, sd3_call, tiny_sd3, tiny_unet, unet_call
 from ..tiny import relative, tiny_call, tiny_flux

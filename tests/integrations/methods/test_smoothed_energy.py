@@ -14,7 +14,7 @@ from torch import Tensor
 import flashbrush as fb
 from flashbrush.integrations import SmoothedEnergy
 from flashbrush.integrations.diffusers import Layer, Step, apply
-from flashbrush.integrations.methods.shared.perturbed import guide
+from flashbrush.integrations.methods.shared.perturbed_guidance import guide
 
 from ..diffusers.tiny_images import sd3_call, tiny_sd3, tiny_unet, unet_call
 from ..tiny import COLUMNS, ROWS, relative, tiny_call, tiny_flux
