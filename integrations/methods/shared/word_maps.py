@@ -50,6 +50,9 @@ class WordMaps:
         self._last, self._grid = sys.maxsize, (0, 0)
         self.clear()
 
+    def __repr__(self) -> str:
+        return f"WordMaps({self.words}, {self.resolution})"
+
     def clear(self) -> None:
         """Forget all maps, as before a new image."""
         self._sums: Tensor | None = None

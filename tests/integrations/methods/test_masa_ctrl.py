@@ -263,7 +263,7 @@ def test_no_map_is_made(form: str) -> None:
         ({"steps": (3, 1)}, r"^steps: "),
         ({"masks": torch.ones(4, 4)}, r"^masks: "),
         ({"masks": (torch.ones(4, 4), torch.ones(4, 4))}, r"^masks: "),
-        ({"masks": WordMaps({0: [1]})}, r"^masks: .*those of 1"),
+        ({"masks": WordMaps({0: [1]})}, r"^masks: .*WordMaps of two items"),
         ({"threshold": 1.5}, r"^threshold: "),
         ({"union": 1}, r"^union: "),
         ({"items": ()}, r"^items: "),
