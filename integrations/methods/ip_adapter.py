@@ -62,13 +62,12 @@ class IPAdapter:
         self._branches: list[ImageBranch] = []  # of FLUX's double blocks
 
     def _knob_changes(self, name: str, value: Any) -> None:
-        knobs = {n: getattr(self, n, None) for n in ("prompts", "scale", "masks")} | {name: value}
-        check_adapters(name, **knobs)
+        knobs: dict[str, Any] = {n: getattr(self, n, None) for n in ("prompts", "scale", "masks")}
+        check_adapters(name, **knobs | {name: value})
         self._plans: dict[Layer, Plan | None] = {}
         if name == "prompts":
-            self._kept: dict[
-                tuple[int, int], tuple[Tensor, ...]
-            ] = {}  # k and v of each adapter in each layer
+            # {(adapter, layer): (k, v)}
+            self._kept: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def attach(self, model: nn.Module) -> list:
         """Finds the names of the model's layers; hooks on the double blocks of FLUX.
