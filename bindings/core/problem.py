@@ -6,8 +6,6 @@ decides the attention map (which column_mass takes), and the dimensions by which
 taken out. docs/architecture.md shows how a field is added.
 """
 
-# ruff: noqa: RUF009  (_input makes a dataclasses.field)
-
 from __future__ import annotations
 
 import math
