@@ -15,13 +15,17 @@ from griffe import Alias, Extension, GriffeLoader, Module, Object
 def defined_by(module: Module, name: str) -> Object:
     """The object that `from module import name` gives."""
     for node in ast.walk(ast.parse(module.source)):
-        if isinstance(node, ast.ImportFrom) and node.level and any(a.name == name for a in node.names):
-            home = module if module.is_init_module else module.parent
-            for _ in range(node.level - 1):
-                home = home.parent
-            for part in (node.module or "").split("."):
-                home = home.members[part]
-            return defined_by(home, name)
+        if not isinstance(node, ast.ImportFrom) or not node.level:
+            continue
+        imported = next((a.name for a in node.names if (a.asname or a.name) == name), None)
+        if imported is None:
+            continue
+        home = module if module.is_init_module else module.parent
+        for _ in range(node.level - 1):
+            home = home.parent
+        for part in (node.module or "").split("."):
+            home = home.members[part]
+        return defined_by(home, imported)
     return module.members[name]
 
 
