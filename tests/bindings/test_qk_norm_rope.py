@@ -14,6 +14,7 @@ from torch.autograd import gradcheck
 import flashbrush as fb
 from flashbrush.bindings.backends.composed import qk_norm_rope as composed
 from flashbrush.bindings.core.norm_rope import NormRope
+from support.rounding import ROUNDING
 from support.token_streams import EPS, streams, tables
 
 
@@ -87,7 +88,17 @@ def test_no_further_from_the_truth_than_the_stock_processors(rope: str, dtype: t
     )
     ulp = torch.finfo(dtype).eps * truth.abs().max()
     assert (got - truth).abs().max() <= (stock - truth).abs().max() + ulp / 2
-    assert (got - truth).abs().mean() <= (stock - truth).abs().mean() * 1.01 + 1e-9
+    if dtype == torch.float32:
+        # Squares of the errors: 1.5 of the sum of 32 squares, 2.5 of 1 / sqrt(mean + eps), 2 of the products with x
+        # and the weight, 2 of the rotation, none relative to more than the length of a rotated pair.
+        pairs = truth.unflatten(-1, (-1, 2) if interleaved else (2, -1))
+        length = pairs.square().sum(-1 if interleaved else -2).sqrt().mean()
+        allowed = (
+            0.8 * ROUNDING * 8**0.5 * length
+        )  # the mean of a normal error is 0.8 of its root mean square
+    else:  # stock rounds to 16 bits between its steps
+        allowed = (stock - truth).abs().mean()
+    assert (got - truth).abs().mean() <= allowed
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
