@@ -1,4 +1,4 @@
-"""column_mass() against the map summed over its rows."""
+"""column_mass() equals the oracle's probabilities summed over rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from support.oracle_calls import map_arguments, random_oracle_call
 
 
 @pytest.mark.parametrize("seed", range(4000, 4030))
-def test_equals_the_sum_over_the_map(seed: int, monkeypatch) -> None:
+def test_equals_the_probabilities_summed_over_rows(seed: int, monkeypatch) -> None:
     monkeypatch.setattr(recomputed_map, "BLOCK_ELEMENTS", 40)  # several blocks of rows
     call = random_oracle_call(seed)
     call.mask = None
@@ -32,7 +32,7 @@ def test_equals_the_sum_over_the_map(seed: int, monkeypatch) -> None:
         torch.testing.assert_close(got, (truth * counted).sum(2), rtol=1e-9, atol=1e-9)
 
 
-def test_sums_to_the_mass_of_the_statistics() -> None:
+def test_sums_to_the_mass_of_stats() -> None:
     q, k, v = torch.randn(2, 40, 4, 16), torch.randn(2, 70, 2, 16), torch.randn(2, 70, 2, 16)
     rows, keys = fb.Segments(a=15, b=25), fb.Segments(x=30, y=40)
     control = fb.Control(rows, keys, bias={("a", "x"): 0.7, ("b", "y"): -0.3}, weight={("*", "x"): 3.0})
@@ -67,7 +67,7 @@ def test_empty_calls() -> None:
 def test_bad_calls() -> None:
     q, k, lse = torch.randn(2, 5, 2, 8), torch.randn(2, 9, 2, 8), torch.zeros(2, 2, 5, 1)
     control = fb.Control(fb.Segments(a=2, b=3), fb.Segments(x=9))
-    for arguments_, more, error, word in (
+    for call, more, error, word in (
         ((q, k, None), {}, TypeError, "lse"),
         ((q, k, lse[..., 0]), {}, ValueError, r"lse.*\(2, 2, 5, 1\)"),
         ((q, k, lse.clone().requires_grad_()), {}, TypeError, "lse"),
@@ -77,10 +77,10 @@ def test_bad_calls() -> None:
         ((q, k, lse), {"source": {"v": torch.tensor([0, 1])}}, ValueError, "source"),
     ):
         with pytest.raises(error, match=word):
-            fb.column_mass(*arguments_, **more)
+            fb.column_mass(*call, **more)
 
 
-def test_in_a_compiled_graph() -> None:
+def test_compiles_and_passes_opcheck() -> None:
     q, k, lse = torch.randn(2, 40, 4, 16), torch.randn(2, 70, 2, 16), torch.randn(2, 4, 40, 1) + 4
     compiled = torch.compile(fb.column_mass, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(q, k, lse), fb.column_mass(q, k, lse))
@@ -89,8 +89,8 @@ def test_in_a_compiled_graph() -> None:
 
 
 @pytest.mark.parametrize("change", ["dtype", "strides"])
-def test_lse_of_any_layout(change: str) -> None:
-    """What is converted has to live until the kernel has read it; small tensors are soon overwritten."""
+def test_lse_of_any_dtype_and_strides(change: str) -> None:
+    """The converted lse must stay alive until the kernel has read it: freed memory is soon overwritten."""
     q = torch.randn(2, 300, 4, 32, generator=torch.Generator().manual_seed(0))
     lse = fb.attention(q, q, q, return_stats=True)[1].lse
     expected = fb.column_mass(q, q, lse)

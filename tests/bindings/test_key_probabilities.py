@@ -1,4 +1,4 @@
-"""key_probabilities() against columns of the map, and its gradient against the whole softmax's."""
+"""key_probabilities() equals columns of the oracle's map; its gradient is that of the whole softmax."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from support.oracle_calls import map_arguments, random_oracle_call
 
 
 @pytest.mark.parametrize("seed", range(4100, 4120))
-def test_equals_columns_of_the_map(seed: int, monkeypatch) -> None:
+def test_equals_columns_of_the_probabilities(seed: int, monkeypatch) -> None:
     monkeypatch.setattr(recomputed_map, "BLOCK_ELEMENTS", 40)
     call = random_oracle_call(seed)
     call.mask = None
@@ -34,7 +34,7 @@ def softmax_columns(q: Tensor, k: Tensor, keys: list[int], bias: Tensor) -> Tens
     return torch.softmax(s, -1)[..., keys]
 
 
-def test_the_gradient_is_the_whole_softmaxes() -> None:
+def test_gradient_is_that_of_the_whole_softmax() -> None:
     q, k = torch.randn(2, 5, 4, 8, dtype=torch.float64), torch.randn(2, 9, 2, 8, dtype=torch.float64)
     control = fb.Control(
         fb.Segments(a=2, b=3), fb.Segments(x=4, y=5), bias={("a", "y"): 0.75, ("b", "x"): -1.5}
@@ -82,7 +82,7 @@ def test_gradcheck_of_groups_lists_and_sources(monkeypatch) -> None:
     assert gradcheck(columns, (q, a, b))
 
 
-def test_a_loss_on_a_few_columns_in_16_bits() -> None:
+def test_gradient_of_a_loss_on_a_few_columns_in_16_bits() -> None:
     q, k = (torch.randn(1, n, 2, 64).bfloat16().requires_grad_() for n in (30, 40))
     lse = fb.attention(q, k, k, backend="composed", return_stats=True)[1].lse
     p = fb.key_probabilities(q, k, lse, range(3))

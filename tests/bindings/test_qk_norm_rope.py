@@ -1,6 +1,4 @@
-"""qk_norm_rope() against loops over complex numbers, and against diffusers' own functions where they are
-installed.
-"""
+"""qk_norm_rope() equals loops over complex numbers, and diffusers' own functions where they are installed."""
 
 from __future__ import annotations
 
@@ -18,7 +16,7 @@ from support.rounding import ROUNDING
 from support.token_streams import EPS, streams, tables
 
 
-def by_loops(parts, cos: Tensor, sin: Tensor, rope: str) -> Tensor:
+def norm_rope_by_loops(parts, cos: Tensor, sin: Tensor, rope: str) -> Tensor:
     tokens = []
     for x, weight, offset in parts:
         for t in range(x.shape[1]):
@@ -44,14 +42,16 @@ def test_equals_loops(sizes: tuple[int, ...], rope: str) -> None:
     parts = streams(*sizes)
     cos, sin = tables(sum(sizes), 8, rope, torch.float64)
     got = fb.qk_norm_rope(parts, cos, sin, eps=EPS, rope=rope)
-    torch.testing.assert_close(got, by_loops(parts, cos, sin, rope))
+    torch.testing.assert_close(got, norm_rope_by_loops(parts, cos, sin, rope))
 
 
-def test_without_rotation_and_permuted() -> None:
+def test_without_rotation_and_with_permutation() -> None:
     parts = streams(4, 7)
     cos, sin = tables(11, 8, "half", torch.float64)
     plain = fb.qk_norm_rope(parts, None, None, eps=EPS)
-    torch.testing.assert_close(plain, by_loops(parts, torch.ones(11, 8), torch.zeros(11, 8), "half"))
+    torch.testing.assert_close(
+        plain, norm_rope_by_loops(parts, torch.ones(11, 8), torch.zeros(11, 8), "half")
+    )
     rotated = fb.qk_norm_rope(parts, cos, sin, eps=EPS, rope="half")
     labels = torch.randint(0, 3, (2, 11))
     for given in (labels[0], labels):
@@ -64,7 +64,7 @@ def test_without_rotation_and_permuted() -> None:
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
 @pytest.mark.parametrize("rope", ("interleaved", "half"))
-def test_no_further_from_the_truth_than_the_stock_processors(rope: str, dtype: torch.dtype) -> None:
+def test_error_is_at_most_that_of_stock_processors(rope: str, dtype: torch.dtype) -> None:
     embeddings = pytest.importorskip("diffusers.models.embeddings")
     text, image = (torch.randn(2, n, 3, 32).to(dtype) for n in (5, 9))
     norms = [torch.nn.RMSNorm(32, eps=EPS).to(dtype).requires_grad_(False) for _ in range(2)]
@@ -83,7 +83,7 @@ def test_no_further_from_the_truth_than_the_stock_processors(rope: str, dtype: t
     got = fb.qk_norm_rope(
         [(x, w, None) for x, w in zip(xs, weights, strict=True)], cos, sin, eps=EPS, rope=rope
     )
-    truth = by_loops(
+    truth = norm_rope_by_loops(
         [(x.double(), w.double(), None) for x, w in zip(xs, weights, strict=True)], cos, sin, rope
     )
     ulp = torch.finfo(dtype).eps * truth.abs().max()
@@ -103,7 +103,7 @@ def test_no_further_from_the_truth_than_the_stock_processors(rope: str, dtype: t
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("kernel", (True, False), ids=("kernel", "torch"))
-def test_what_learns_has_its_gradient(
+def test_gradients_of_inputs_weights_and_offsets(
     kernel: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cos, sin = tables(9, 8, "half")

@@ -9,7 +9,7 @@ EPS = 1e-6
 
 
 def tables(tokens: int, dim: int, rope: str, dtype=torch.float32) -> tuple[Tensor, Tensor]:
-    """cos and sin (tokens, dim) of drawn angles, each for the two halves of a pair"""
+    """cos and sin (tokens, dim) of random angles, the same in both halves of a pair."""
     angles = torch.randn(tokens, dim // 2, dtype=torch.float64) * 3
     both = angles.repeat_interleave(2, 1) if rope == "interleaved" else torch.cat((angles, angles), 1)
     return both.cos().to(dtype), both.sin().to(dtype)

@@ -1,4 +1,4 @@
-"""The planner: who takes a call, what it says when nobody fast does, and what a named backend answers."""
+"""The planner: which backend runs a call, what a fallback warns of, and how a named backend is refused."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def problem(dtype: torch.dtype = torch.float32, **options) -> Problem:
     return lower(q, q, q, control, mask=mask)
 
 
-def test_backends_say_why_not() -> None:
+def test_backends_give_reasons() -> None:
     found = fb.backends()
     assert list(found) == ["cpu", "triton", "cuda", "composed", "reference"]
     assert found["composed"] == [] and found["reference"] == []
@@ -100,7 +100,7 @@ def test_every_operator_warns_once_when_its_fused_backend_cannot_run(
         ({"dtype": torch.float64, "contrast": fb.Contrast()}, "reference", "clipped contrast"),
     ],
 )
-def test_choice(call: dict, expected: str, reason: str | None) -> None:
+def test_backend_chosen_and_reasons_against_others(call: dict, expected: str, reason: str | None) -> None:
     backend, refused = planner.choose("attention", torch.device("cpu"), problem(**call))
     assert backend.name == expected
     words = " ".join(" ".join(reasons) for reasons in refused.values())
@@ -144,8 +144,8 @@ def test_a_fallback_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
         fb.attention(q.float(), q.float(), q.float(), backend="reference")
 
 
-def test_no_values_are_read() -> None:
-    """The choice depends on structure alone, so that a changed number changes neither launch nor compilation."""
+def test_choice_depends_on_structure_only() -> None:
+    """So a changed number changes neither the launch nor the compilation."""
     device = torch.device("cpu")
     first, second = (problem(weight={("a", "b"): w}, bias={("b", "a"): 0.5}) for w in (0.0, 1e20))
     assert planner.choose("attention", device, first)[0] is planner.choose("attention", device, second)[0]

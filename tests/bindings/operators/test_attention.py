@@ -1,4 +1,4 @@
-"""The registered operators: what torch demands of them, compilation, and gradients."""
+"""The registered attention operators: torch's own checks, compilation without recompiles, gradients."""
 
 from __future__ import annotations
 
@@ -19,20 +19,17 @@ from support.calls import Call, examples, random_calls
 from support.gradients import check_gradients_against_eager
 from support.oracle_calls import library_arguments, random_oracle_call, without_clip
 
-# --- what torch demands
-# ---------------------------------------------------------------------------------------------
+# What torch demands of an operator
 
 
-def lowered(seed: int, dtype: torch.dtype, heads_first: bool) -> tuple:
-    """The operators' inputs for a drawn call, on tensors that lie in memory as (batch, heads, tokens, dim) if
-    asked.
-    """
+def packed_call(seed: int, dtype: torch.dtype, heads_first: bool) -> tuple:
+    """A random call as the operators take it; heads_first: memory order (batch, heads, tokens, dim)."""
     call = without_clip(random_oracle_call(seed))
 
-    def place(t: Tensor) -> Tensor:
+    def convert(t: Tensor) -> Tensor:
         return t.to(dtype).transpose(1, 2).contiguous().transpose(1, 2) if heads_first else t.to(dtype)
 
-    call.q, call.k, call.v = place(call.q), [place(t) for t in call.k], [place(t) for t in call.v]
+    call.q, call.k, call.v = convert(call.q), [convert(t) for t in call.k], [convert(t) for t in call.v]
     (q, k, v, control), kwargs = library_arguments(call)
     return pack(lower(q, k, v, control, **kwargs))
 
@@ -40,7 +37,7 @@ def lowered(seed: int, dtype: torch.dtype, heads_first: bool) -> tuple:
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("seed", range(3000, 3010))
 def test_opcheck(seed: int, dtype: torch.dtype) -> None:
-    inputs = lowered(seed, dtype, heads_first=seed % 2 == 0)
+    inputs = packed_call(seed, dtype, heads_first=seed % 2 == 0)
     q = inputs[0]
     torch.library.opcheck(ops.attention, (*inputs, seed % 3 == 0, "composed"))
     out, lse, _, gain = ops.attention(*inputs, True, "composed")
@@ -49,8 +46,8 @@ def test_opcheck(seed: int, dtype: torch.dtype) -> None:
     torch.library.opcheck(ops.attention_backward, (torch.randn_like(out), out, lse, gain, *inputs, "auto"))
 
 
-def test_outputs_never_share_memory_with_inputs() -> None:
-    """A gain table that is given whole, an empty call: what could be handed through must be copied."""
+def test_outputs_share_no_memory_with_inputs() -> None:
+    """A gain table given for all rows, and an empty call: where an input could be returned it is copied."""
     gain = torch.rand(2, 4)
     for n in (6, 0):
         q = torch.randn(2, n, 4, 8)
@@ -60,8 +57,7 @@ def test_outputs_never_share_memory_with_inputs() -> None:
         assert control.gain is not None and bool((control.gain[..., 0] == gain).all())
 
 
-# --- compilation
-# ----------------------------------------------------------------------------------------------------
+# Compilation
 
 
 def halves(n: int) -> fb.Segments:
@@ -90,32 +86,32 @@ CHANGED = {
 
 
 @pytest.mark.parametrize("name", CHANGED)
-def test_a_changed_number_does_not_recompile(name: str) -> None:
+def test_changed_number_does_not_recompile(name: str) -> None:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(attend_and_scale, fullgraph=True, backend=counter, dynamic=True)
+    compiled = torch.compile(attention_amid_other_work, fullgraph=True, backend=counter, dynamic=True)
     for i, n in enumerate((127, 127, 193, 127, 200)):
         q, k, v = qkv(n)
         control = CHANGED[name](i, n)
         out, stats = compiled(q, k, v, control, "reference")
-        expected, expected_stats = attend_and_scale(q, k, v, control, "reference")
+        expected, expected_stats = attention_amid_other_work(q, k, v, control, "reference")
         torch.testing.assert_close(out, expected)
         torch.testing.assert_close(stats, expected_stats)
     assert counter.frame_count == 1
 
 
-def attend_and_scale(q, k, v, control, backend):
-    """Work of the caller's before and after, so that the operator sits inside a graph."""
+def attention_amid_other_work(q, k, v, control, backend):
+    """Operations before and after, so that the operator is inside a graph."""
     out, stats = fb.attention(q * 1.5, k, v.relu(), control, backend=backend, return_stats=True)
     return out + q, stats
 
 
 @pytest.mark.parametrize("grad", (False, True))
 @pytest.mark.parametrize("backend", ("aot_eager", "inductor"))
-def test_compiles_whole_with_dynamic_sizes(backend: str, grad: bool) -> None:
+def test_compiles_without_a_graph_break_at_dynamic_sizes(backend: str, grad: bool) -> None:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(backend)
-    compiled = torch.compile(attend_and_scale, fullgraph=True, backend=counter, dynamic=True)
+    compiled = torch.compile(attention_amid_other_work, fullgraph=True, backend=counter, dynamic=True)
     for i, n in enumerate((127, 193)):
         q, k, v = qkv(n, grad)
         rule = fb.HeadGain("b", "a", span=0.1 + i)
@@ -123,7 +119,7 @@ def test_compiles_whole_with_dynamic_sizes(backend: str, grad: bool) -> None:
             halves(n), weight={("a", "b"): 1.3 + i}, head_gain=rule, gain={"a": torch.rand(2, 4)}
         )
         results = []
-        for function in (compiled, attend_and_scale):
+        for function in (compiled, attention_amid_other_work):
             out, stats = function(q, k, v, control, "composed")
             grads = torch.autograd.grad(out.square().sum(), (q, k, v)) if grad else ()
             results.append((out.detach(), stats, grads))
@@ -131,7 +127,7 @@ def test_compiles_whole_with_dynamic_sizes(backend: str, grad: bool) -> None:
     assert counter.frame_count == 1
 
 
-def test_a_plain_call_takes_marked_sizes() -> None:
+def test_plain_call_compiles_with_marked_sizes() -> None:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(
@@ -145,7 +141,7 @@ def test_a_plain_call_takes_marked_sizes() -> None:
     assert counter.frame_count == 1
 
 
-def test_a_control_made_inside_a_compiled_function() -> None:
+def test_control_made_inside_a_compiled_function() -> None:
     torch._dynamo.reset()
 
     def inside(q, k, v, strength):
@@ -183,8 +179,7 @@ def test_lists_sources_masks_and_out_compile() -> None:
     assert bool(torch.isfinite(outs).all())
 
 
-# --- gradients
-# ------------------------------------------------------------------------------------------------------
+# Gradients
 
 GRADIENTS = {
     "plain": {},
@@ -228,7 +223,7 @@ def test_gradcheck_of_lists_sources_and_broadcast(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ("reference", "composed"))
-def test_gradcheck_of_one_tensor_in_several_places(backend: str) -> None:
+def test_gradcheck_of_one_tensor_in_several_arguments(backend: str) -> None:
     (x,) = leaves((2, 4, 2, 3))
     assert gradcheck(lambda x: fb.attention(x, x, x, backend=backend), [x])
     control = fb.Control(
@@ -245,7 +240,7 @@ def test_gradcheck_of_a_contrast_on_the_reference() -> None:
 
 
 @pytest.mark.parametrize("backend", ("reference", "composed"))
-def test_a_derived_gain_is_a_constant_of_the_gradient(backend: str) -> None:
+def test_derived_gain_is_a_constant_in_the_gradient(backend: str) -> None:
     rows, keys = fb.Segments(a=2, b=3), fb.Segments(x=2, y=4)
     q, k, v = leaves((2, 5, 2, 3), (2, 6, 2, 3), (2, 6, 2, 3))
     derived = fb.Control(rows, keys, head_gain=fb.HeadGain("b", "x", span=0.9, apply_to="a"))
@@ -259,7 +254,7 @@ def test_a_derived_gain_is_a_constant_of_the_gradient(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ("composed",))
-def test_removed_keys_are_not_read_by_the_gradient(backend: str) -> None:
+def test_gradient_does_not_read_removed_keys(backend: str) -> None:
     rows, keys = fb.Segments(see=2, blind=4), fb.Segments(a=4, b=5, c=3)
     options = {
         "bias": {("*", "c"): torch.full((2,), -math.inf), ("blind", "b"): -math.inf},
@@ -282,7 +277,7 @@ def test_removed_keys_are_not_read_by_the_gradient(backend: str) -> None:
         for mine, expected in zip(gradients(q, *bad), clean, strict=True):
             torch.testing.assert_close(mine, expected)
     assert all(bool((t[gone] == 0).all()) for t in clean[1:])
-    # What only some rows may see spoils their gradient and nothing of the others'.
+    # NaN in a key reaches the gradient of rows that attend to it only.
     k[:, 6] = math.nan
     dq = gradients(q, k, v)[0]
     assert bool(torch.isnan(dq[:, :2]).any())
@@ -291,17 +286,17 @@ def test_removed_keys_are_not_read_by_the_gradient(backend: str) -> None:
 
 @settings(max_examples=examples(120))
 @given(random_calls(contrast=False, dtypes=(torch.float32,), longest=50, mask=True))
-def test_gradients_of_drawn_calls(call: Call) -> None:
+def test_gradients_of_random_calls(call: Call) -> None:
     check_gradients_against_eager(call, "composed")
 
 
 @settings(max_examples=examples(80))
 @given(random_calls(contrast=False, dtypes=(torch.bfloat16, torch.float16), longest=50))
-def test_gradients_of_drawn_calls_in_16_bits(call: Call) -> None:
+def test_gradients_of_random_calls_in_16_bits(call: Call) -> None:
     check_gradients_against_eager(call, "composed")
 
 
-def test_what_has_no_gradient_says_so() -> None:
+def test_calls_without_a_gradient_are_refused() -> None:
     q = torch.randn(1, 4, 2, 8, requires_grad=True)
     control = fb.Control(fb.Segments(a=4), contrast=fb.Contrast())
     with pytest.raises(TypeError, match=r"contrast.*reference"):
