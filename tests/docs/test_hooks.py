@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 from types import SimpleNamespace
 from typing import Any
@@ -60,3 +61,23 @@ def test_definitions_are_anchors() -> None:
     page = source.source_page("a.py", text)
     assert '<span id="A.f"></span>' in page and '<span id="g"></span>' in page
     assert "<code>" in source.source_page("LICENSE", "text of no known language")
+
+
+def test_entries_of_the_pages_exist() -> None:
+    """Checked by the build too, but here in a second."""
+    griffe = pytest.importorskip("griffe")
+    package = griffe.load("flashbrush", search_paths=[str(ROOT / ".typing")])
+    entries = {
+        name
+        for page in (ROOT / "docs").rglob("*.md")
+        for name in re.findall(r"^#+ ::: (\S+)$", page.read_text(), re.M)
+    }
+    assert len(entries) > 50
+
+    def exists(name: str) -> bool:
+        try:
+            return package[name.removeprefix("flashbrush.")] is not None
+        except KeyError:
+            return False
+
+    assert not sorted(name for name in entries if not exists(name))
