@@ -46,7 +46,7 @@ def adain(
         TypeError: dtypes or devices that differ, a mask that is not bool.
         ValueError: shapes that do not fit; fewer than two elements for a variance (masks: checked on the CPU).
 
-    Example:
+    Examples:
         >>> import torch, flashbrush as fb
         >>> x, style = torch.randn(1, 4, 8, 8), 3 + 2 * torch.randn(1, 4, 16, 16)
         >>> torch.allclose(fb.adain(x, style).mean((2, 3)), style.mean((2, 3)), atol=1e-4)

@@ -108,7 +108,7 @@ def attention(
         NotImplementedError: a forward-mode derivative.
         RuntimeError: a gradient of a gradient, when it is asked for; backend="reference" has one.
 
-    Example:
+    Examples:
         >>> import torch, flashbrush as fb
         >>> q, k, v = torch.randn(3, 1, 48, 2, 16)
         >>> segments = fb.Segments(prompt=8, subject=20, target=20)

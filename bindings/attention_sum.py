@@ -26,7 +26,7 @@ class Branch:
         scale: as in attention().
         source: as in attention().
 
-    Example:
+    Examples:
         >>> import torch, flashbrush as fb
         >>> q, k, v = torch.randn(3, 1, 12, 2, 8)
         >>> fb.Branch(q, k, v, gate=0.5).gate
@@ -57,7 +57,7 @@ def attention_sum(branches: Sequence[Branch], out: Tensor | None = None) -> Tens
     Raises:
         TypeError, ValueError: naming the branch and the argument. Nothing has been computed or written.
 
-    Example:
+    Examples:
         >>> import torch, flashbrush as fb
         >>> q, k, v = torch.randn(3, 1, 12, 2, 8)
         >>> fb.attention_sum([fb.Branch(q, k, v), fb.Branch(2 * q, k, v, gate=0.5)]).shape

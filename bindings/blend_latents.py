@@ -47,7 +47,7 @@ def blend_latents(
         TypeError: dtypes or devices that differ, a mask that is neither bool nor floating point.
         ValueError: shapes that do not fit; a mask or sigma outside [0, 1] (checked for numbers and CPU tensors).
 
-    Example:
+    Examples:
         >>> import torch, flashbrush as fb
         >>> generated, source, noise = torch.randn(3, 1, 4, 8, 8)
         >>> hole = torch.zeros(1, 1, 8, 8, dtype=torch.bool)

@@ -46,7 +46,7 @@ def key_probabilities(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
 
-    Example:
+    Examples:
         >>> import torch, flashbrush as fb
         >>> q, k, v = torch.randn(3, 1, 12, 2, 8)
         >>> _, stats = fb.attention(q, k, v, return_stats=True)

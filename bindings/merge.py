@@ -28,7 +28,7 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     Raises:
         TypeError, ValueError: naming the part, what was expected and what came.
 
-    Example:
+    Examples:
         >>> import torch, flashbrush as fb
         >>> q, k, v = torch.randn(3, 1, 12, 2, 8)
         >>> parts = [fb.attention(q, k[:, s], v[:, s], return_stats=True) for s in (slice(0, 5), slice(5, 12))]

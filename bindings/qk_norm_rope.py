@@ -57,7 +57,7 @@ def qk_norm_rope(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
 
-    Example:
+    Examples:
         >>> import torch, flashbrush as fb
         >>> text, image = torch.randn(1, 5, 2, 16), torch.randn(1, 24, 2, 16)
         >>> angle = torch.arange(29)[:, None] * torch.ones(16)

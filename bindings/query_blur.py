@@ -45,7 +45,7 @@ def query_blur(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
 
-    Example:
+    Examples:
         >>> import torch, flashbrush as fb
         >>> fb.query_blur(torch.randn(1, 12, 2, 8), (3, 4), sigma=1.0).shape
         torch.Size([1, 12, 2, 8])

@@ -130,7 +130,7 @@ def backends() -> Backends:
         A dict {backend: reasons why it is not usable here}, where an empty list means that it is. Printed, it is a
         table of operators and backends: yes, no (not usable here), or - (the backend does not have the operator).
 
-    Example:
+    Examples:
         >>> import flashbrush as fb
         >>> fb.backends()["composed"]
         []

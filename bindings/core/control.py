@@ -49,7 +49,7 @@ class HeadGain:
     Raises:
         ValueError: an unknown norm, a span or floor that is not finite.
 
-    Example:
+    Examples:
         >>> import flashbrush as fb
         >>> segments = fb.Segments(prompt=4, target=8)
         >>> fb.Control(segments, head_gain=fb.HeadGain(rows="target", keys="prompt", span=0.2)).head_gain.norm
@@ -95,7 +95,7 @@ class Contrast:
     Raises:
         ValueError: beta is not a finite number; clip is neither None nor a pair (lo, hi) with lo <= hi.
 
-    Example:
+    Examples:
         >>> import flashbrush as fb
         >>> fb.Control(fb.Segments(tokens=16), contrast=fb.Contrast(1.67, clip=None)).contrast
         (Contrast(beta=1.67, clip=None),)
@@ -147,7 +147,7 @@ class Control:
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
 
-    Example:
+    Examples:
         >>> import flashbrush as fb
         >>> segments = fb.Segments(prompt=512, subject=2304, target=2304)
         >>> fb.Control(segments, weight={("target", "subject"): 1.3}, bias={("subject", "target"): float("-inf")})
