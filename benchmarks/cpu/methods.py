@@ -264,14 +264,14 @@ def draw(case: Case, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor, Ten
 
 
 def _calls(name: str, case: Case, dtype: torch.dtype, seed: int) -> dict[str, Callable[[], Tensor]]:
-    from ...integrations.diffusers.hosts.processor import ControlledProcessor
+    from ...integrations.diffusers.protocol.plan_call import PlanCall
 
     q, k, v = draw(case, dtype, seed)
-    processor, layer = ControlledProcessor(case.plan, backend="cpu"), case.layer
+    layer, call = case.layer, PlanCall(case.plan, backend="cpu")
     case.plan.check(layer)
     heads = [t.transpose(1, 2).contiguous() for t in (q, k, v)]
     calls: dict[str, Callable[[], Tensor]] = {
-        name: lambda: processor.attend(q, k, [v], None, layer.heads, cross=layer.kind == "cross"),
+        name: lambda: call.attend(q, k, v, cross=layer.kind == "cross"),
         f"eager {name}": functools.partial(case.eager, *heads),
     }
     if case.other is not None:

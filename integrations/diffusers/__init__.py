@@ -1,6 +1,6 @@
-"""apply() and what it speaks: the method protocol, handles, and one processor per architecture.
+"""apply(), the method protocol, and one processor per architecture.
 
-Importing this does not import diffusers: a processor does, when apply() first needs it.
+Importing this does not import diffusers: a host is imported when apply() first needs it.
 """
 
 from __future__ import annotations
@@ -8,11 +8,13 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .apply import Handle, Record, apply
+from .apply import apply
+from .handle import Handle
 from .protocol.batch_call import Part
 from .protocol.compose import compose
 from .protocol.layer import Layer, Step
 from .protocol.plan import Method, Plan, Seen
+from .statistics import Record
 
 if TYPE_CHECKING:
     from .hosts.flux import FluxControlledAttnProcessor

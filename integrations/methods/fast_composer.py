@@ -64,7 +64,7 @@ class FastComposer:
 
     def attach(self, model: nn.Module) -> list:
         """Finds the model's stages; there is nothing to remove."""
-        places = find_host(model).places(model)
+        places = find_host(model).sites(model)
         self._cross = {
             i: (place.place, place.level) for i, place in enumerate(places) if place.kind == "cross"
         }

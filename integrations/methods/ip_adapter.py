@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -76,10 +75,10 @@ class IPAdapter:
             ValueError: a scale that fits no layer.
         """
         names = {id(module): name for name, module in model.named_modules()}
-        places = find_host(model).places(model)
-        self._names, self._kept, self._plans = [names[id(place.attn)] for place in places], {}, {}
-        check_layers(self.scale, places, self._names)  # type: ignore[arg-type]
-        doubles = model.transformer_blocks if places[0].kind == "double" else ()
+        sites = find_host(model).sites(model)
+        self._names, self._kept, self._plans = [names[id(site.attn)] for site in sites], {}, {}
+        check_layers(self.scale, sites, self._names)  # type: ignore[arg-type]
+        doubles = model.transformer_blocks if sites[0].kind == "double" else ()
         self._branches = [ImageBranch(block) for block in doubles]  # type: ignore[union-attr]
         return list(self._branches)
 
@@ -92,7 +91,16 @@ class IPAdapter:
             return None
         if layer not in self._plans:
             self._plans[layer] = self._plan(layer)
-        return self._plans[layer]
+        plan = self._plans[layer]
+        if layer.kind != "double":
+            return plan
+        branch = self._branches[layer.index]
+        branch.asked = None
+        if plan is not None and plan.control is not None:
+            pairs = list((plan.extra or {}).values())
+            device = pairs[0][0].device
+            branch.asked = plan.control.to(device), [k for k, _ in pairs], [v for _, v in pairs]
+        return None  # the block's own attention is plain
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -111,12 +119,7 @@ class IPAdapter:
         gates = {name: gate for name, (_, gate) in groups.items()}
         rows, alone = Segments(image=layer.image_len), {name: [name] for name in keys}
         control = Control(rows, keys, groups=alone, gates=gates)
-        if layer.kind != "double":
-            return Plan(control, extra=extra)
-        pairs = list(extra.values())
-        device = pairs[0][0].device
-        ask = self._branches[layer.index].ask
-        return Plan(hidden=partial(ask, control.to(device), [k for k, _ in pairs], [v for _, v in pairs]))
+        return Plan(control, extra=extra)
 
     def _keys(self, a: int, layer: Layer, prompt: ImagePrompt) -> tuple[Tensor, Tensor]:
         if (a, layer.index) not in self._kept:

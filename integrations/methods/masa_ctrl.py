@@ -13,7 +13,7 @@ from torch import Tensor
 from ...bindings import Control, Segments
 from ..diffusers.protocol.batch_call import Part
 from ..diffusers.protocol.layer import Layer, Step
-from ..diffusers.protocol.plan import Plan
+from ..diffusers.protocol.plan import LatePlan, Plan
 from .shared.cross_batch import read_source
 from .shared.knobs import Flag, Several, Share, Window
 from .shared.layers_and_steps import block_index, is_self_attention, within
@@ -70,7 +70,7 @@ class MasaCtrl:
     union: bool = Flag(False)
     items: Sequence[EditRoles] | None = Several(EditRoles, None)
 
-    def plan(self, layer: Layer, step: Step) -> Plan | None:
+    def plan(self, layer: Layer, step: Step) -> Plan | LatePlan | None:
         masks, now = self.masks, within(self.steps, step.index)
         if self.union and masks is not None:
             raise ValueError("union: expected no masks beside it")
@@ -87,10 +87,8 @@ class MasaCtrl:
             return read_source(roles, self.union)
         if isinstance(masks, WordMaps):
             words = masks
-            return Plan(
-                late=lambda: (
-                    _by_words(roles, words.mean, self.threshold, grid) if words.seen else read_source(roles)
-                )
+            return lambda: (
+                _by_words(roles, words.mean, self.threshold, grid) if words.seen else read_source(roles)
             )
         return _masked(roles, *masks, grid)
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ...bindings import Control, Segments, qk_norm_rope
-from ..diffusers.protocol.batch_call import Pair, Part
+from ..diffusers.protocol.batch_call import Part
+from ..diffusers.protocol.fields import Pair
 from ..diffusers.protocol.layer import Layer, Step
 from ..diffusers.protocol.plan import Plan
 from .shared.knobs import Choice, Count, Several, Share

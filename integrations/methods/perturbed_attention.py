@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
+import torch
+from torch import Tensor
+
+from ...bindings import attention, merge
 from ..diffusers.protocol.batch_call import Part
 from ..diffusers.protocol.layer import Layer, Step
 from ..diffusers.protocol.plan import Plan
@@ -51,4 +55,20 @@ class PerturbedAttention(Perturbed):
 
 @lru_cache(maxsize=64)
 def _plan(items: tuple[int, ...], image_len: int) -> Plan:
-    return Plan(parts=[Part(items, isolated=image_len)])
+    return Plan(parts=[Part(items, attend=partial(_identity, image_len))])
+
+
+def _identity(image_len: int, q: Tensor, k: Tensor, v: Tensor, *, backend: str) -> Tensor:
+    """softmax over [text ; itself] for image tokens and over all tokens for text, (batch, tokens, heads, dim)."""
+    text_len = q.shape[1] - image_len
+    if not text_len:
+        return v  # one key a row: its probability is 1
+    scale = q.shape[-1] ** -0.5
+    text = attention(q[:, :text_len], k, v, scale=scale, backend=backend)
+    rows = q[:, text_len:]
+    image, stats = attention(
+        rows, k[:, :text_len], v[:, :text_len], scale=scale, backend=backend, return_stats=True
+    )
+    itself = scale * (rows.float() * k[:, text_len:].float()).sum(-1).transpose(1, 2)  # (batch, heads, image)
+    image, _ = merge([(image, stats.lse), (v[:, text_len:], itself[..., None])])
+    return torch.cat([text, image], 1)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..diffusers.apply import Handle
+from ..diffusers.handle import Handle
 from ..diffusers.protocol.layer import Layer, Step
 from ..diffusers.protocol.plan import Plan
 from .shared.cross_batch import inject_maps

@@ -54,7 +54,7 @@ class SelfAttentionGuidance:
 
     def attach(self, model: nn.Module) -> list:
         """Finds the model's middle block; there is nothing to remove."""
-        places = find_host(model).places(model)
+        places = find_host(model).sites(model)
         self._middle = next(
             (i for i, place in enumerate(places) if (place.kind, place.place) == ("self", "mid")), -1
         )

@@ -213,7 +213,7 @@ class PromptEditingPipeline(StableDiffusionParts):
         """
         unet, scale = self.pipe.unet, self.pipe.vae_scale_factor
         host = find_host(unet)
-        level = max(place.level for place in host.places(unet) if place.kind == "cross" and place.level <= 2)
+        level = max(site.level for site in host.sites(unet) if site.kind == "cross" and site.level <= 2)
         return host.grids(unet, size[1] // scale, size[0] // scale)[level]
 
     def _scheduler(self) -> Any:

@@ -1,1 +1,1 @@
-"""One file per model architecture, and what they share: what the author of a new host copies."""
+"""One file per architecture: its processor, and where its attention is. host.py has the recipe for another."""

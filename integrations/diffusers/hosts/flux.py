@@ -1,24 +1,31 @@
-"""FLUX: the processor, and how apply() finds its layers and reads its calls (FLUX.1 dev, Fill, Kontext,
-Krea).
-"""
+"""FLUX.1 (dev, Fill, Kontext, Krea): the processor, and where the model's attention is."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, FluxTransformer2DModel
 from torch import Tensor, nn
 
-from .host import Geometry, Place
-from .processor import ControlledProcessor, join
+from .host import Geometry, Site
+from .processor import ControlledProcessor, Stream
 
 
 class FluxControlledAttnProcessor(ControlledProcessor):
-    """Attention of a FLUX block through flashbrush: a drop-in for diffusers' FluxAttnProcessor.
+    """Attention of a FLUX block through flashbrush; a drop-in for diffusers' FluxAttnProcessor.
 
-    Text comes first; each stream has its own projections and norms in a double block; a single block's text
-    is joined already. Heads are counted from the projections, so that a tensor-parallel rank's share works.
+    Token order is [text ; image], as in the model. In a double block text and image have projections and norms
+    of their own; in a single block they come joined. Heads are counted from the projections' outputs, so that
+    a tensor-parallel rank's share works.
+
+    Examples:
+        >>> from flashbrush.integrations.diffusers import FluxControlledAttnProcessor, apply
+        >>> from diffusers import FluxTransformer2DModel
+        >>> model = FluxTransformer2DModel(num_layers=1, num_single_layers=1, attention_head_dim=16,
+        ...     num_attention_heads=2, joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(4, 6, 6))
+        >>> with apply(model):
+        ...     isinstance(model.transformer_blocks[0].attn.processor, FluxControlledAttnProcessor)
+        True
     """
 
     def __call__(
@@ -29,49 +36,48 @@ class FluxControlledAttnProcessor(ControlledProcessor):
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """As FluxAttnProcessor: hidden_states (batch, tokens, channels), encoder_hidden_states (batch, text,
-        channels).
+        """As FluxAttnProcessor.
 
-        attention_mask is bool (True: attend) or additive, broadcastable to (batch, heads, tokens, tokens) of
-            the
-        joint sequence. Returns (image, text) after their output projections in a double block; the
-        attention's output (batch, tokens, heads * head_dim) in a single block, which projects it together
-        with its MLP.
+        Args:
+            attn: the attention module.
+            hidden_states: double block: the image (batch, image tokens, channels); single block: [text ;
+                image].
+            encoder_hidden_states: double block: the text (batch, text tokens, channels); single block: None.
+            attention_mask: bool (True: attend) or additive, broadcastable to (batch, heads, tokens, tokens).
+            image_rotary_emb: cos and sin (tokens, head_dim) of [text ; image].
+
+        Returns:
+            Double block: (image, text) after their output projections. Single block: (batch, tokens, heads *
+            head_dim), which the block projects together with its MLP.
         """
-        query, key, value = _project(attn, self.hidden(hidden_states))
-        queries, keys, values = [(query, attn.norm_q)], [(key, attn.norm_k)], [value]
-        if encoder_hidden_states is not None:
-            query, key, value = _project_text(attn, encoder_hidden_states)
-            queries.insert(0, (query, attn.norm_added_q))
-            keys.insert(0, (key, attn.norm_added_k))
-            values.insert(0, value)
-        q_offset, k_offset = (None, None) if self.plan is None else (self.plan.q_offset, self.plan.k_offset)
-        query = join(queries, q_offset, image_rotary_emb)
-        key = join(keys, k_offset, image_rotary_emb)
-        out = self.attend(query, key, values, attention_mask, attn.heads)
-        out = out.flatten(2, 3).to(query.dtype)
-        if encoder_hidden_states is None:
+        text = encoder_hidden_states
+        image = Stream(*_project(attn, self.hidden(hidden_states)), attn.norm_q, attn.norm_k)
+        streams = [image]
+        if text is not None:  # the order of tokens: [text ; image]
+            streams = [Stream(*_project_text(attn, text), attn.norm_added_q, attn.norm_added_k), image]
+        out = self.attend(streams, attn.heads, rope=image_rotary_emb, mask=attention_mask)
+        if text is None:
             return out
-        text_len = encoder_hidden_states.shape[1]
-        text, image = out.split_with_sizes([text_len, out.shape[1] - text_len], 1)
-        image = attn.to_out[1](attn.to_out[0](image.contiguous()))
-        return image, attn.to_add_out(text.contiguous())
+        text_out, image_out = out.split_with_sizes([text.shape[1], out.shape[1] - text.shape[1]], 1)
+        image_out = attn.to_out[1](attn.to_out[0](image_out.contiguous()))
+        return image_out, attn.to_add_out(text_out.contiguous())
 
 
-def _project(attn: Any, x: Tensor) -> Iterator[Tensor]:
-    """q, k, v (batch, tokens, heads, head_dim) of hidden states (batch, tokens, channels)"""
-    joint = (
+def _project(attn: Any, x: Tensor) -> list[Tensor]:
+    """q, k, v (batch, tokens, heads, head_dim) of the image, x (batch, tokens, channels)."""
+    qkv = (
         attn.to_qkv(x).chunk(3, -1) if attn.fused_projections else (attn.to_q(x), attn.to_k(x), attn.to_v(x))
     )
-    return (t.unflatten(-1, (-1, attn.head_dim)) for t in joint)
+    return [t.unflatten(-1, (-1, attn.head_dim)) for t in qkv]
 
 
-def _project_text(attn: Any, x: Tensor) -> Iterator[Tensor]:
+def _project_text(attn: Any, x: Tensor) -> list[Tensor]:
+    """q, k, v (batch, tokens, heads, head_dim) of the text, x (batch, tokens, channels)."""
     if attn.fused_projections:
-        joint = attn.to_added_qkv(x).chunk(3, -1)
+        qkv = attn.to_added_qkv(x).chunk(3, -1)
     else:
-        joint = (attn.add_q_proj(x), attn.add_k_proj(x), attn.add_v_proj(x))
-    return (t.unflatten(-1, (-1, attn.head_dim)) for t in joint)
+        qkv = (attn.add_q_proj(x), attn.add_k_proj(x), attn.add_v_proj(x))
+    return [t.unflatten(-1, (-1, attn.head_dim)) for t in qkv]
 
 
 class FluxHost:
@@ -83,9 +89,9 @@ class FluxHost:
     takes_tokens = True
 
     @staticmethod
-    def places(model: nn.Module) -> list[Place]:
-        doubles = [Place(block.attn, "double") for block in model.transformer_blocks]  # type: ignore[union-attr]
-        return doubles + [Place(block.attn, "single") for block in model.single_transformer_blocks]  # type: ignore[union-attr]
+    def sites(model: nn.Module) -> list[Site]:
+        doubles = [Site(block.attn, "double") for block in model.transformer_blocks]  # type: ignore[union-attr]
+        return doubles + [Site(block.attn, "single") for block in model.single_transformer_blocks]  # type: ignore[union-attr]
 
     @staticmethod
     def geometry(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Geometry:

@@ -1,16 +1,13 @@
-"""What apply() must know of an architecture: where its attention layers are, and what a call's inputs say.
+"""What apply() needs to know of an architecture. To add one:
 
-To add an architecture, write one file beside flux.py with
-
-1. a processor: a subclass of ControlledProcessor whose __call__ has the stock processor's signature
-   (diffusers filters joint_attention_kwargs by it) and does the stock processor's work around the attention
-   itself: projections; `join`, which normalises the streams, joins them as [text ; image], adds the plan's
-   offset and rotates; `self.attend`; output projections, in the model's own order of outputs;
-2. a Host: the model's class, that processor, the stock processors it may replace, `places`, `geometry` and
-    `grids`;
-
-and name the model's class in registry.py. The tests that every architecture must pass are those of
-tests/.../test_flux.py.
+1. Copy flux.py. In its processor, `__call__` has the stock processor's signature (diffusers filters
+   joint_attention_kwargs by it). Project each stream, hand the streams to `attend` in the order [text ;
+   image], split the result and project it out, in the model's own order of outputs.
+2. In its Host, fill in the model class, the processor, the stock processors that it may replace, `sites`,
+   `geometry` and `grids`.
+3. Name the model class in registry.py.
+4. Add one entry to tests/integrations/diffusers/hosts/entries.py and run
+   `pytest tests/integrations/diffusers/hosts/test_contract.py`.
 """
 
 from __future__ import annotations
@@ -21,43 +18,67 @@ import torch
 from torch import nn
 
 
-class Place(NamedTuple):
-    """An attention module that holds a processor."""
+class Site(NamedTuple):
+    """An attention module of the model, which holds a processor.
+
+    Attributes:
+        attn: the module.
+        kind: Layer.kind.
+        place: Layer.place: "down", "mid", "up", or None.
+        level: index into Geometry.grids: how often the image was halved before this layer.
+    """
 
     attn: Any
-    kind: str  # Layer.kind
-    place: str | None = None  # "down", "mid", "up"
-    level: int = 0  # index into Geometry.grids: how often the image has been halved before
+    kind: str
+    place: str | None = None
+    level: int = 0
 
 
 class Geometry(NamedTuple):
-    """Shapes of one forward call of the model."""
+    """Sizes of one forward call of the model.
+
+    Attributes:
+        text_len: text tokens.
+        image_len: image tokens, where `grids` is empty.
+        batch: items of the call.
+        device: where the inputs are.
+        grids: (rows, columns) of the image tokens on each level; () where the inputs do not say.
+    """
 
     text_len: int
-    image_len: int  # where `grids` is empty
+    image_len: int
     batch: int
     device: torch.device
-    grids: tuple[
-        tuple[int, int], ...
-    ] = ()  # (rows, columns) of the image tokens on each level, where they are known
+    grids: tuple[tuple[int, int], ...] = ()
 
 
 class Host(Protocol):
+    """One architecture.
+
+    Attributes:
+        model_class: of diffusers.
+        processor_class: a ControlledProcessor.
+        stock: diffusers' processors that ours can replace.
+        takes_tokens: the model's image input is a sequence of tokens whose grid is not among its inputs.
+    """
+
     model_class: type[nn.Module]
     processor_class: type
-    stock: tuple[type, ...]  # processors of which ours is a drop-in
-    takes_tokens: bool  # whether the image comes as a sequence of tokens, whose grid the model is not told
+    stock: tuple[type, ...]
+    takes_tokens: bool
 
     @staticmethod
-    def places(model: nn.Module) -> list[Place]:
-        """All attention layers, in the order of the forward pass; NotImplementedError for what they do that
-        ours cannot.
+    def sites(model: nn.Module) -> list[Site]:
+        """All attention modules, in the order of the forward pass.
+
+        Raises:
+            NotImplementedError: the model has attention that our processor cannot compute.
         """
         ...
 
     @staticmethod
     def geometry(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Geometry:
-        """From the arguments of model.forward, reading shapes only."""
+        """The sizes of a call, from the arguments of model.forward; reads shapes only."""
         ...
 
     @staticmethod

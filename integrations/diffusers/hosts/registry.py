@@ -1,4 +1,4 @@
-"""Which host serves a model: the table that a new host joins with one line."""
+"""Which host serves which model class: a new host adds one line."""
 
 from __future__ import annotations
 
@@ -17,14 +17,17 @@ HOSTS = {
 
 
 def find_host(model: nn.Module) -> Host:
-    """TypeError where the model's class has no processor here."""
+    """The host of the model's class or of a base class of it.
+
+    Raises:
+        TypeError: there is none.
+    """
     for cls in type(model).__mro__:
         if cls.__name__ in HOSTS:
             module, name = HOSTS[cls.__name__]
             host = getattr(import_module(module, __package__), name)()
             if isinstance(model, host.model_class):
                 return host
-    hint = next(
-        (f"; pass its {name}" for name in ("transformer", "unet") if hasattr(model, name)), ""
-    )  # a pipeline
+    # A pipeline in place of its model.
+    hint = next((f"; pass its {name}" for name in ("transformer", "unet") if hasattr(model, name)), "")
     raise TypeError(f"model: expected one of {', '.join(HOSTS)}, got {type(model).__name__}{hint}")

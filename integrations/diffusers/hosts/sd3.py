@@ -1,4 +1,4 @@
-"""SD 3 and 3.5: the processor, and how apply() finds its layers and reads its calls."""
+"""SD 3 and 3.5: the processor, and where the model's attention is."""
 
 from __future__ import annotations
 
@@ -8,15 +8,25 @@ from diffusers.models.attention_processor import FusedJointAttnProcessor2_0, Joi
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from torch import Tensor, nn
 
-from .host import Geometry, Place
-from .processor import ControlledProcessor, join
+from .host import Geometry, Site
+from .processor import ControlledProcessor, Stream
 
 
 class SD3ControlledAttnProcessor(ControlledProcessor):
-    """Attention of an SD 3 block through flashbrush: a drop-in for diffusers' JointAttnProcessor2_0.
+    """Attention of an SD 3 block through flashbrush; a drop-in for diffusers' JointAttnProcessor2_0.
 
-    Text and image have their own projections and norms and attend jointly, text first here whatever the
-    model's order of outputs; SD 3.5's second attention, of the image alone, has no text. There is no RoPE.
+    Text and image have projections and norms of their own and attend jointly. Token order is [text ; image]
+    here, though the model returns the image first. SD 3.5's second attention is of the image alone. There is
+    no RoPE.
+
+    Examples:
+        >>> from flashbrush.integrations.diffusers import SD3ControlledAttnProcessor, apply
+        >>> from diffusers import SD3Transformer2DModel
+        >>> model = SD3Transformer2DModel(sample_size=8, in_channels=4, num_layers=1, attention_head_dim=8,
+        ...     num_attention_heads=2, joint_attention_dim=8, caption_projection_dim=16, pooled_projection_dim=8)
+        >>> with apply(model):
+        ...     isinstance(model.transformer_blocks[0].attn.processor, SD3ControlledAttnProcessor)
+        True
     """
 
     dispatches = False
@@ -27,8 +37,8 @@ class SD3ControlledAttnProcessor(ControlledProcessor):
         self.fused = isinstance(original, FusedJointAttnProcessor2_0)
         if self.fused and (attn.norm_q is not None or attn.add_q_proj is None):
             raise TypeError(
-                "model: diffusers' fused projections leave out SD 3.5's norms and second attention; "
-                "unfuse_qkv_projections() comes first"
+                "model: diffusers' fused projections leave out SD 3.5's norms and second attention; call "
+                "unfuse_qkv_projections() first"
             )
 
     def __call__(
@@ -38,11 +48,17 @@ class SD3ControlledAttnProcessor(ControlledProcessor):
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """As JointAttnProcessor2_0: hidden_states (batch, tokens, channels), encoder_hidden_states (batch,
-        text, channels).
+        """As JointAttnProcessor2_0.
 
-        Returns (image, text) after their output projections, the text unprojected in the last block, whose
-        text goes no further; without text the image alone.
+        Args:
+            attn: the attention module.
+            hidden_states: the image (batch, image tokens, channels).
+            encoder_hidden_states: the text (batch, text tokens, channels); None: the image alone.
+            attention_mask: must be None.
+
+        Returns:
+            (image, text) after their output projections; in the last block the text is not projected, as
+            nothing reads it. Without text: the image alone.
 
         Raises:
             NotImplementedError: an attention_mask, which the stock processor would ignore.
@@ -50,38 +66,35 @@ class SD3ControlledAttnProcessor(ControlledProcessor):
         if attention_mask is not None:
             raise NotImplementedError("flashbrush: attention_mask, which diffusers' SD 3 processor ignores")
         text = encoder_hidden_states
-        query, key, value = _project(attn, self.hidden(hidden_states), self.fused)
-        queries, keys, values = [(query, attn.norm_q)], [(key, attn.norm_k)], [value]
-        if text is not None:
-            query, key, value = _project_text(attn, text, self.fused)
-            queries.insert(0, (query, attn.norm_added_q))
-            keys.insert(0, (key, attn.norm_added_k))
-            values.insert(0, value)
-        q_offset, k_offset = (None, None) if self.plan is None else (self.plan.q_offset, self.plan.k_offset)
-        query = join(queries, q_offset, None)
-        out = self.attend(query, join(keys, k_offset, None), values, None, attn.heads)
-        out = out.flatten(2, 3).to(query.dtype)
+        image = Stream(*_project(attn, self.hidden(hidden_states), self.fused), attn.norm_q, attn.norm_k)
+        streams = [image]
+        if text is not None:  # the order of tokens: [text ; image]
+            streams = [
+                Stream(*_project_text(attn, text, self.fused), attn.norm_added_q, attn.norm_added_k),
+                image,
+            ]
+        out = self.attend(streams, attn.heads)
         text_len = 0 if text is None else text.shape[1]
-        text_out, image = out.split_with_sizes([text_len, out.shape[1] - text_len], 1)
-        image = attn.to_out[1](attn.to_out[0](image.contiguous()))
+        text_out, image_out = out.split_with_sizes([text_len, out.shape[1] - text_len], 1)
+        image_out = attn.to_out[1](attn.to_out[0](image_out.contiguous()))
         if text is None:
-            return image
-        return image, text_out if attn.context_pre_only else attn.to_add_out(text_out.contiguous())
+            return image_out
+        return image_out, text_out if attn.context_pre_only else attn.to_add_out(text_out.contiguous())
 
 
 def _project(attn: Any, x: Tensor, fused: bool) -> list[Tensor]:
-    """q, k, v (batch, tokens, heads, head_dim) of hidden states (batch, tokens, channels)"""
-    joint = attn.to_qkv(x).chunk(3, -1) if fused else (attn.to_q(x), attn.to_k(x), attn.to_v(x))
-    return [t.unflatten(-1, (-1, attn.inner_dim // attn.heads)) for t in joint]
+    """q, k, v (batch, tokens, heads, head_dim) of the image, x (batch, tokens, channels)."""
+    qkv = attn.to_qkv(x).chunk(3, -1) if fused else (attn.to_q(x), attn.to_k(x), attn.to_v(x))
+    return [t.unflatten(-1, (-1, attn.inner_dim // attn.heads)) for t in qkv]
 
 
 def _project_text(attn: Any, x: Tensor, fused: bool) -> list[Tensor]:
-    joint = (
-        attn.to_added_qkv(x).chunk(3, -1)
-        if fused
-        else (attn.add_q_proj(x), attn.add_k_proj(x), attn.add_v_proj(x))
-    )
-    return [t.unflatten(-1, (-1, attn.inner_dim // attn.heads)) for t in joint]
+    """q, k, v (batch, tokens, heads, head_dim) of the text, x (batch, tokens, channels)."""
+    if fused:
+        qkv = attn.to_added_qkv(x).chunk(3, -1)
+    else:
+        qkv = (attn.add_q_proj(x), attn.add_k_proj(x), attn.add_v_proj(x))
+    return [t.unflatten(-1, (-1, attn.inner_dim // attn.heads)) for t in qkv]
 
 
 class SD3Host:
@@ -93,13 +106,13 @@ class SD3Host:
     takes_tokens = False
 
     @staticmethod
-    def places(model: nn.Module) -> list[Place]:
-        places = []
+    def sites(model: nn.Module) -> list[Site]:
+        sites = []
         for block in model.transformer_blocks:  # type: ignore[union-attr]
-            places.append(Place(block.attn, "joint"))
+            sites.append(Site(block.attn, "joint"))
             if block.attn2 is not None:
-                places.append(Place(block.attn2, "self"))
-        return places
+                sites.append(Site(block.attn2, "self"))
+        return sites
 
     @staticmethod
     def geometry(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Geometry:

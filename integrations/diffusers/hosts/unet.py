@@ -1,6 +1,4 @@
-"""The UNet of SD 1.5, SD 2, SDXL and DeepFloyd IF: the processor, and how apply() finds its layers and reads
-its calls.
-"""
+"""The UNet of SD 1.5, SD 2, SDXL and DeepFloyd IF: the processor, and where the model's attention is."""
 
 from __future__ import annotations
 
@@ -19,11 +17,11 @@ from diffusers.models.transformers.dual_transformer_2d import DualTransformer2DM
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
-from .host import Geometry, Place
-from .processor import ControlledProcessor, join
+from .host import Geometry, Site
+from .processor import ControlledProcessor, Stream
 
 ADDED = (AttnAddedKVProcessor, AttnAddedKVProcessor2_0)
-# Blocks whose attention layers run in the order of their definition, on one resolution.
+# Known blocks: their attention layers run in the order of their definition, at one resolution.
 DOWN = (
     "DownBlock2D",
     "AttnDownBlock2D",
@@ -36,10 +34,20 @@ UP = ("UpBlock2D", "AttnUpBlock2D", "CrossAttnUpBlock2D", "ResnetUpsampleBlock2D
 
 
 class UNetControlledAttnProcessor(ControlledProcessor):
-    """Attention of a UNet through flashbrush: a drop-in for diffusers' AttnProcessor2_0 and
+    """Attention of a UNet through flashbrush; a drop-in for diffusers' AttnProcessor2_0 and
     AttnAddedKVProcessor2_0.
 
-    Logits and sums are float32, so that `upcast_attention` has nothing to change.
+    Logits and sums are always float32, so `upcast_attention` changes nothing.
+
+    Examples:
+        >>> from flashbrush.integrations.diffusers import UNetControlledAttnProcessor, apply
+        >>> from diffusers import UNet2DConditionModel
+        >>> model = UNet2DConditionModel(sample_size=8, block_out_channels=(8, 8), norm_num_groups=4,
+        ...     down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), cross_attention_dim=8,
+        ...     up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), layers_per_block=1, attention_head_dim=2)
+        >>> with apply(model):
+        ...     {type(processor) for processor in model.attn_processors.values()} == {UNetControlledAttnProcessor}
+        True
     """
 
     dispatches = False
@@ -68,20 +76,23 @@ class UNetControlledAttnProcessor(ControlledProcessor):
         """As AttnProcessor2_0, or AttnAddedKVProcessor2_0 in a layer with added keys.
 
         Args:
-            attn: the layer; its spatial, group, cross, q and k norms, residual connection and rescaling are
-                applied.
-            hidden_states: (batch, tokens, channels) or (batch, channels, rows, columns); the result has its
-                shape. With added keys (batch, channels, rows, columns) or (batch, channels, tokens).
+            attn: the attention module; its spatial, group, cross, q and k norms, residual connection and
+                rescaling are applied.
+            hidden_states: (batch, tokens, channels) or (batch, channels, rows, columns); with added keys
+                (batch, channels, rows, columns) or (batch, channels, tokens).
             encoder_hidden_states: (batch, text, channels); None: self-attention.
             attention_mask: additive, (batch, 1 or rows, keys) or (batch * heads, 1 or rows, keys); with added
                 keys it may cover the text alone.
-            temb: what the spatial norm is conditioned on.
+            temb: input of the spatial norm.
+
+        Returns:
+            A tensor of the shape of `hidden_states`.
 
         Raises:
             ValueError: a mask of another shape.
         """
         if attn.added_kv_proj_dim is not None:
-            return self._added(attn, hidden_states, encoder_hidden_states, attention_mask)
+            return self._attend_added(attn, hidden_states, encoder_hidden_states, attention_mask)
         residual, x = hidden_states, hidden_states
         if attn.spatial_norm is not None:
             x = attn.spatial_norm(x, temb)
@@ -91,49 +102,48 @@ class UNetControlledAttnProcessor(ControlledProcessor):
         if attn.group_norm is not None:
             x = attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
         x = self.hidden(x)
-        context = x
-        if encoder_hidden_states is not None:
-            context = _norm_cross(attn, encoder_hidden_states)
-        if self.fused and encoder_hidden_states is None:
+        cross = encoder_hidden_states is not None
+        context = _norm_cross(attn, encoder_hidden_states) if cross else x
+        if self.fused and not cross:
             projected = attn.to_qkv(x).chunk(3, -1)
         elif self.fused:
             projected = (attn.to_q(x), *attn.to_kv(context).chunk(2, -1))
         else:
             projected = (attn.to_q(x), attn.to_k(context), attn.to_v(context))
-        query, key, value = (_heads(attn, t) for t in projected)
-        x = self._attend(attn, query, [key], [value], attention_mask, cross=encoder_hidden_states is not None)
+        stream = Stream(*(_heads(attn, t) for t in projected), attn.norm_q, attn.norm_k)
+        x = self._attend_and_project(attn, [stream], attention_mask, cross=cross)
         if image is not None:
             x = x.transpose(1, 2).unflatten(2, image)
         if attn.residual_connection:
             x = x + residual
         return x if attn.rescale_output_factor == 1 else x / attn.rescale_output_factor
 
-    def _added(self, attn: Any, hidden_states: Tensor, text: Tensor | None, mask: Tensor | None) -> Tensor:
+    def _attend_added(
+        self, attn: Any, hidden_states: Tensor, text: Tensor | None, mask: Tensor | None
+    ) -> Tensor:
+        """The image attends to [text ; image], or to the text alone."""
         x = hidden_states.flatten(2).transpose(1, 2)
         text = x if text is None else _norm_cross(attn, text)
         x = self.hidden(attn.group_norm(x.transpose(1, 2)).transpose(1, 2))
-        keys, values = [_heads(attn, attn.add_k_proj(text))], [_heads(attn, attn.add_v_proj(text))]
-        if not attn.only_cross_attention:
-            keys.append(_heads(attn, attn.to_k(x)))
-            values.append(_heads(attn, attn.to_v(x)))
-        x = self._attend(attn, _heads(attn, attn.to_q(x)), keys, values, mask)
+        query = _heads(attn, attn.to_q(x))
+        key, value = _heads(attn, attn.add_k_proj(text)), _heads(attn, attn.add_v_proj(text))
+        if attn.only_cross_attention:
+            streams = [Stream(query, key, value, attn.norm_q, attn.norm_k)]
+        else:  # the order of keys: [text ; image]
+            own_key, own_value = _heads(attn, attn.to_k(x)), _heads(attn, attn.to_v(x))
+            streams = [
+                Stream(None, key, value, None, attn.norm_k),
+                Stream(query, own_key, own_value, attn.norm_q, attn.norm_k),
+            ]
+        x = self._attend_and_project(attn, streams, mask)
         return x.transpose(1, 2).reshape(hidden_states.shape) + hidden_states
 
-    def _attend(
-        self,
-        attn: Any,
-        query: Tensor,
-        keys: list[Tensor],
-        values: list[Tensor],
-        mask: Tensor | None,
-        cross: bool = False,
+    def _attend_and_project(
+        self, attn: Any, streams: list[Stream], mask: Tensor | None, cross: bool = False
     ) -> Tensor:
-        """The attention and its output projection, (batch, tokens, channels)."""
-        q_offset, k_offset = (None, None) if self.plan is None else (self.plan.q_offset, self.plan.k_offset)
-        query = join([(query, attn.norm_q)], q_offset, None)
-        key = join([(k, attn.norm_k) for k in keys], k_offset, None)
-        out = self.attend(query, key, values, _mask(attn, mask, query, key), attn.heads, cross=cross)
-        return attn.to_out[1](attn.to_out[0](out.flatten(2, 3).to(query.dtype)))
+        """(batch, rows, channels) after the output projection."""
+        out = self.attend(streams, attn.heads, mask=_mask(attn, mask, streams), cross=cross)
+        return attn.to_out[1](attn.to_out[0](out))
 
 
 def _heads(attn: Any, x: Tensor) -> Tensor:
@@ -145,11 +155,13 @@ def _norm_cross(attn: Any, text: Tensor) -> Tensor:
     return text if attn.norm_cross is None else attn.norm_encoder_hidden_states(text)
 
 
-def _mask(attn: Any, mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
-    """(batch, 1 or heads, 1 or rows, keys), without a copy for every head"""
+def _mask(attn: Any, mask: Tensor | None, streams: list[Stream]) -> Tensor | None:
+    """(batch, 1 or heads, 1 or rows, keys), without a copy per head."""
     if mask is None:
         return None
-    batch, rows, keys, given = query.shape[0], query.shape[1], key.shape[1], tuple(mask.shape)
+    batch, given = streams[0].value.shape[0], tuple(mask.shape)
+    rows = sum(s.query.shape[1] for s in streams if s.query is not None)
+    keys = sum(s.key.shape[1] for s in streams)
     if attn.added_kv_proj_dim is not None and mask.shape[-1] == keys - rows:
         mask = F.pad(mask, (0, rows))
     if mask.dim() == 2:
@@ -168,25 +180,25 @@ class UNetHost:
     takes_tokens = False
 
     @staticmethod
-    def places(model: nn.Module) -> list[Place]:
+    def sites(model: nn.Module) -> list[Site]:
         config: Any = model.config
         if config.attention_type != "default":
             raise NotImplementedError(f"model: a UNet with attention_type={config.attention_type!r} (GLIGEN)")
         if config.encoder_hid_dim_type not in (None, "text_proj"):
             raise NotImplementedError(
-                f"model: a UNet with encoder_hid_dim_type={config.encoder_hid_dim_type!r}, whose calls do not tell how "
-                "many tokens its text has"
+                f"model: a UNet with encoder_hid_dim_type={config.encoder_hid_dim_type!r}, whose inputs do not give "
+                "the number of text tokens"
             )
-        level, places = 0, []
+        level, sites = 0, []
         for block in model.down_blocks:  # type: ignore[union-attr]
-            places += _block_places(block, "down", DOWN, level)
+            sites += _block_sites(block, "down", DOWN, level)
             level += block.downsamplers is not None
         if (middle := model.mid_block) is not None:
-            places += _block_places(middle, "mid", MID, level)  # type: ignore[arg-type]
+            sites += _block_sites(middle, "mid", MID, level)  # type: ignore[arg-type]
         for block in model.up_blocks:  # type: ignore[union-attr]
-            places += _block_places(block, "up", UP, level)
+            sites += _block_sites(block, "up", UP, level)
             level -= block.upsamplers is not None
-        return places
+        return sites
 
     @staticmethod
     def geometry(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Geometry:
@@ -200,17 +212,16 @@ class UNetHost:
         grids = [(rows, columns)]
         for block in model.down_blocks:  # type: ignore[union-attr]
             for sampler in block.downsamplers or ():
-                # A convolution with padding on both sides rounds up; pooling, and padding on one side, rounds
-                # down.
+                # A convolution padded on both sides rounds up; pooling and padding on one side round down.
                 up = int(getattr(sampler, "padding", 0) != 0 and getattr(sampler, "use_conv", False))
                 grids.append(((grids[-1][0] + up) // 2, (grids[-1][1] + up) // 2))
         return tuple(grids)
 
 
-def _block_places(block: nn.Module, place: str, known: tuple[str, ...], level: int) -> list[Place]:
+def _block_sites(block: nn.Module, place: str, known: tuple[str, ...], level: int) -> list[Site]:
     if type(block).__name__ not in known:
         raise NotImplementedError(f"model: a UNet with a {type(block).__name__}; expected {', '.join(known)}")
-    places = []
+    sites = []
     for module in block.modules():
         if isinstance(module, DualTransformer2DModel):
             raise NotImplementedError(
@@ -219,5 +230,5 @@ def _block_places(block: nn.Module, place: str, known: tuple[str, ...], level: i
         if isinstance(module, Attention):
             added = module.added_kv_proj_dim is not None and not module.only_cross_attention
             kind = "added" if added else "cross" if module.is_cross_attention else "self"
-            places.append(Place(module, kind, place, level))
-    return places
+            sites.append(Site(module, kind, place, level))
+    return sites

@@ -1,9 +1,10 @@
-"""compose(): several methods on one model, where their plans can be joined."""
+"""compose(): several methods on one model, as one method whose plans are joined."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -11,26 +12,41 @@ import torch
 from torch import Tensor, nn
 
 from ....bindings import Contrast, Control, HeadGain, Segments
-from .batch_call import Extra
+from .fields import Extra
 from .layer import Layer, Step
-from .plan import Method, Plan
+from .model_hooks import Attachment
+from .plan import LatePlan, Method, Plan
 
 
 def compose(*methods: Method) -> Composition:
-    """Several methods as one: ``apply(unet, compose(RegionalPrompting(...), IPAdapter(...)))``.
+    """Several methods as one method.
 
-    In each layer and step the plans are joined, those to the right on top of those to the left:
+    In each layer and step the plans are joined from left to right:
 
-    * tables over the same tokens: on the segments that both distinguish, biases add up, weights, gains and
-      gates multiply; softmax groups that one method alone makes of the layer's keys are kept, and extra keys
-      join the group they share with the layer's keys, or come as groups of their own;
-    * parts: items that a method puts into parts are its own; what other methods do holds for the remaining
+    * tables over the same tokens: on the segments that both distinguish, biases add up; weights, gains and
+      gates multiply. Softmax groups that one method makes of the layer's keys are kept. Extra keys join the
+      softmax group that they share with the layer's keys, or are a group of their own;
+    * parts: an item that one method puts into a part is that method's; the other methods act on the remaining
       items;
-    * offsets add up; `query`, `value` and `hidden` follow one upon the other; every `see` is called.
+    * offsets add up; `query`, `value` and `hidden` are applied one after the other; every `see` is called.
+
+    Args:
+        methods: objects with plan(layer, step), at least one.
+
+    Returns:
+        A method for apply().
 
     Raises:
-        TypeError: no method. ValueError: when the model is called, where two plans cannot be joined: it names
-            the methods, the layer and the reason.
+        TypeError: no method.
+        ValueError: when the model is called, where two plans cannot be joined; names the methods, the layer
+            and the reason.
+
+    Examples:
+        >>> from flashbrush.integrations import InContextBrush, PerturbedAttention
+        >>> from flashbrush.integrations.diffusers import compose
+        >>> both = compose(InContextBrush(alpha_subject=0.5), PerturbedAttention(items=(1,)))
+        >>> [type(method).__name__ for method in both.methods]
+        ['InContextBrush', 'PerturbedAttention']
     """
     if not methods or any(isinstance(m, type) or not isinstance(m, Method) for m in methods):
         raise TypeError(f"methods: expected objects with plan(layer, step), got {methods!r}")
@@ -38,57 +54,51 @@ def compose(*methods: Method) -> Composition:
 
 
 class Composition:
-    """A method made of several; see compose()."""
+    """A method made of several; made by compose()."""
 
     def __init__(self, methods: tuple[Method, ...]) -> None:
         self.methods = methods
-        # A joined plan is kept while its own plans come again, so that its tables stay on the device.
-        self._kept: dict[tuple[int, ...], tuple[tuple[Plan, ...], Plan]] = {}
+        # Plans are compared by identity. The same plans give the same joined plan, whose tables then stay on
+        # the device.
+        self._kept: dict[tuple[Plan, ...], Plan] = {}
 
-    def plan(self, layer: Layer, step: Step) -> Plan | None:
-        asked = [(type(method).__name__, method.plan(layer, step)) for method in self.methods]
-        plans = [(name, plan) for name, plan in asked if plan is not None]
-        if all(plan.late is None for _, plan in plans):
-            return self._joined(layer, plans)
+    def plan(self, layer: Layer, step: Step) -> Plan | LatePlan | None:
+        plans = [(type(method).__name__, method.plan(layer, step)) for method in self.methods]
+        late = partial(self._joined, layer, plans)
+        return late if any(callable(plan) for _, plan in plans) else late()
 
-        def late() -> Plan | None:
-            known = [(name, plan if plan.late is None else plan.late()) for name, plan in plans]
-            return self._joined(layer, [(name, plan) for name, plan in known if plan is not None])
-
-        return Plan(late=late)
-
-    def _joined(self, layer: Layer, plans: list[tuple[str, Plan]]) -> Plan | None:
-        if len(plans) < 2:
-            return plans[0][1] if plans else None
-        key = tuple(id(plan) for _, plan in plans)
+    def _joined(self, layer: Layer, plans: list[tuple[str, Plan | LatePlan | None]]) -> Plan | None:
+        made = [(name, plan() if callable(plan) else plan) for name, plan in plans]
+        given = [(name, plan) for name, plan in made if plan is not None]
+        if len(given) < 2:
+            return given[0][1] if given else None
+        key = tuple(plan for _, plan in given)
         if key in self._kept:
-            return self._kept[key][1]
-        name, joined = plans[0]
-        for other, plan in plans[1:]:
+            return self._kept[key]
+        name, joined = given[0]
+        for other, plan in given[1:]:
             try:
                 joined = _join(joined, plan)
             except ValueError as error:
-                where = f"layer {layer.index} ({layer.kind})"
                 raise ValueError(
-                    f"compose: {name} and {other} do not go together in {where}: {error}"
+                    f"compose: {name} and {other} cannot be joined in layer {layer.index} ({layer.kind}): {error}"
                 ) from None
             name = f"{name} with {other}"
         if len(self._kept) >= 512:
             self._kept.clear()
-        self._kept[key] = tuple(plan for _, plan in plans), joined
+        self._kept[key] = joined
         return joined
 
-    def attach(self, model: nn.Module) -> list[Any]:
-        hooks: list[Any] = []
+    def attach(self, model: nn.Module) -> list[Attachment]:
+        attached: list[Attachment] = []
         try:
             for method in self.methods:
-                if (attach := getattr(method, "attach", None)) is not None:
-                    hooks += attach(model)
-        except BaseException:  # one refuses the model, or somebody interrupts: the others leave it as it was
-            for hook in hooks:
-                hook.remove()
+                attached.append(Attachment(method, model))
+        except BaseException:  # one method refuses the model, or an interrupt: take the others' hooks out
+            for attachment in attached:
+                attachment.remove()
             raise
-        return hooks
+        return attached
 
     def __repr__(self) -> str:
         return f"compose({', '.join(map(repr, self.methods))})"
@@ -152,7 +162,7 @@ def _join_controls(a: Plan, b: Plan) -> tuple[Control | None, Tensor | None]:
 
 
 def _renames(a: Plan, b: Plan) -> dict[str, str]:
-    """New names for b's extra keys that are called like a's."""
+    """{name: new name} of b's extra keys whose name a's control has too."""
     taken = set(a.control.keys.names if a.control is not None else ())
     if a.control is None or b.control is None:
         return {}
@@ -171,11 +181,11 @@ def _renamed(plan: Plan, names: Mapping[str, str]) -> Extra:
 
 
 class _Tables:
-    """A control taken apart: its own keys and its extra ones, and what it says of a pair of segments."""
+    """A control's tables, its key segments divided into the layer's own and extra ones."""
 
     def __init__(self, control: Control, extra: Extra, names: Mapping[str, str]) -> None:
         if any(segments.items is not None for segments in (control.rows, control.keys)):
-            raise ValueError("one has segments of another length in each item of the batch")
+            raise ValueError("one has segments whose lengths differ from item to item")
         self.control, self.gates = control, control.gates
         self.rows = list(zip(control.rows.names, control.rows.lengths, strict=True))
         positions = range(len(control.keys))
@@ -185,7 +195,7 @@ class _Tables:
         self.own_groups = sorted({control.groups[c] for c in self.own})
 
     def sort(self, order: Tensor) -> None:
-        """Follow the rows, and the keys, into the other's order."""
+        """Bring gates into the other control's order of tokens."""
         if len(self.rows) > 1 or len(self.own) > 1:
             raise ValueError("one sorts the tokens, the other has segments of them in the layer's order")
         if self.gates is not None and self.gates.shape[1] > 1:
@@ -196,12 +206,12 @@ class _Tables:
             )
 
     def at(self, table: str, r: int, c: int | None) -> Tensor | None:
-        """(1|batch, 1|heads) of the pair, or None where nothing is said of it"""
+        """The table's entry (1 or batch, 1 or heads) of a pair of segments; None: neutral."""
         values = getattr(self.control, table)
         return None if values is None or c is None else values[:, :, r, c]
 
     def gate(self, group: int) -> Tensor | None:
-        """(1|batch, 1|rows)"""
+        """(1 or batch, 1 or rows); None: 1."""
         return None if self.gates is None else self.gates[:, :, group]
 
 
@@ -270,7 +280,7 @@ def _join_tables(a: _Tables, b: _Tables) -> Control:
 def _head_gain(
     a: _Tables, b: _Tables, rows: list, row_names: list[str], pairs: list, key_names: list[str]
 ) -> HeadGain | None:
-    """The one method's derived gain, its segments by their new names."""
+    """The derived gain of the one method that has one, with its segments' new names."""
     with_gain = [(t, which) for which, t in enumerate((a, b)) if t.control.head_gain is not None]
     if len(with_gain) > 1:
         raise ValueError("both derive a gain of the heads")
@@ -301,8 +311,7 @@ def _groups(
     for (c, d, _), key in zip(pairs, names, strict=True):
         g = None if c is None else a.control.groups[c]
         h = None if d is None else b.control.groups[d]
-        # Extra keys in a softmax with the layer's own are where those are, which the other must not have
-        # split.
+        # Extra keys that share the softmax of the layer's keys need that softmax whole in the other control.
         for shared, mine, other in ((g, a, b), (h, b, a)):
             if (c is None or d is None) and shared in mine.own_groups and len(other.own_groups) > 1:
                 raise ValueError("one adds keys to the softmax that the other splits into groups")
@@ -343,9 +352,9 @@ def _group_name(a: _Tables, g: int | None, b: _Tables, h: int | None) -> str:
 
 
 def _refine(a: list[tuple[str, int]], b: list[tuple[str, int]]) -> list[tuple[int, int, int]]:
-    """(index in a, index in b, length) of the segments that both distinguish"""
+    """The common refinement of two segmentations: (index in a, index in b, length) of each piece."""
     if sum(n for _, n in a) != sum(n for _, n in b):
-        raise ValueError(f"their tokens are {sum(n for _, n in a)} and {sum(n for _, n in b)}")
+        raise ValueError(f"their tables are for {sum(n for _, n in a)} and {sum(n for _, n in b)} tokens")
     out, i, j = [], 0, 0
     ends = [list(accumulate(n for _, n in segments)) for segments in (a, b)]
     for start, end in pairwise(sorted({0, *ends[0], *ends[1]})):
@@ -358,14 +367,14 @@ def _refine(a: list[tuple[str, int]], b: list[tuple[str, int]]) -> list[tuple[in
 
 
 def _names(pairs: list[tuple[str, str]], in_a: int, in_b: int) -> list[str]:
-    """The names of the control that tells more apart, or both."""
+    """Names of the pieces: those of the control with several segments, or "a+b" where both have several."""
     if in_b == 1:
         return [name for name, _ in pairs]
     return [other if in_a == 1 else name if name == other else f"{name}+{other}" for name, other in pairs]
 
 
 def _number(value: Tensor) -> float | None:
-    """The number that a table holds throughout, where that can be read without a sync."""
+    """The number, where all entries are equal and it can be read without waiting for a GPU."""
     if value.device.type != "cpu" or not bool((value == value.flatten()[0]).all()):
         return None
     return float(value.flatten()[0])

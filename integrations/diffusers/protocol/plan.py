@@ -1,9 +1,9 @@
-"""The method protocol: the plan with which a method answers for a layer and a step."""
+"""The method protocol: Method.plan(layer, step) returns a Plan."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol, runtime_checkable
 
@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from ....bindings import Control, attention, column_mass, key_probabilities
-from .batch_call import (
+from .batch_call import Part
+from .fields import (
     Extra,
-    Part,
     broadcasts,
     check_callables,
+    check_control,
     check_extra,
     check_extra_shapes,
+    check_source_names,
     check_tables,
     moved,
     moved_extra,
@@ -26,12 +28,14 @@ from .layer import Layer, Step
 
 
 class Seen:
-    """What one layer attends with in one call, given to Plan.see: maps without a map, and keys to keep.
+    """What Plan.see receives: q, k and v of one layer in one call, and columns of its map without the map.
 
     Attributes:
-        q: (batch, rows, heads, head_dim); k, v: (batch, keys, heads, head_dim): normalised, with offsets and
-            RoPE, before Plan.query, Plan.value and Plan.order.
-        again: whether a backward pass with gradient checkpointing runs the layer once more.
+        q: (batch, rows, heads, head_dim), normalised, with offset and RoPE, before Plan.query and Plan.order.
+        k: (batch, keys, heads, head_dim), likewise.
+        v: (batch, keys, heads, head_dim), before Plan.value and Plan.order.
+        again: True where a backward pass with gradient checkpointing runs the layer a second time: do not
+            count it twice.
     """
 
     def __init__(
@@ -43,16 +47,19 @@ class Seen:
 
     @cached_property
     def lse(self) -> Tensor:
-        """Of plain attention, (batch, heads, rows, 1) float32. Free where the plan leaves attention plain."""
+        """lse of plain attention, (batch, heads, rows, 1) float32.
+
+        Free where the plan leaves attention plain, else one more attention call.
+        """
         with torch.no_grad():
             return attention(self.q, self.k, self.v, return_stats=True)[1].lse
 
     def probabilities(self, keys: Sequence[int] | Tensor) -> Tensor:
-        """Plain attention's map at some keys, (batch, heads, rows, len(keys)) float32; has its gradient."""
+        """Columns of plain attention's map, (batch, heads, rows, len(keys)) float32; differentiable."""
         return key_probabilities(self.q, self.k, self.lse, keys)
 
     def column_mass(self) -> Tensor:
-        """Plain attention's map summed over the rows, (batch, heads, keys) float32."""
+        """Plain attention's map summed over its rows, (batch, heads, keys) float32."""
         return column_mass(self.q, self.k, self.lse)
 
 
@@ -60,42 +67,45 @@ class Seen:
 class Plan:
     """What to do in one attention layer; Plan() is plain attention.
 
-    The processor calls `hidden`, projects, normalises q and k of each stream, joins them as [text ; image],
-    adds `q_offset` and `k_offset`, applies RoPE, calls `query` and `value`, and then flashbrush.attention
-    with the rest; see Layer for rows and keys. A callable is not for a region that is compiled with
-    fullgraph=True.
+    Order of a call: `hidden`; projections; norms of q and k; streams joined as [text ; image]; `q_offset` and
+    `k_offset`; RoPE; `query` and `value`; flashbrush.attention with the other fields; `see`. plan_call.py
+    executes it. A region compiled with fullgraph=True may not be able to take a callable.
 
     Args:
-        control: tables whose rows, and whose keys other than those in `extra`, cover the layer's in order.
+        control: its rows are the layer's rows; its keys are the layer's keys in order, and those in `extra`.
         source: as in attention(): {"q": index, "k": index, "v": index}, int tensors (batch,).
-        extra: {key segment of the control: (k, v)}: keys that no token of the layer provides (registers,
-            cached references), each (1 or batch, length, heads, head_dim), used as they are: without norm or
-            RoPE. In the layer's dtype they are read in place, else cast. In place of the pair a callable that
-            makes it of the layer's k and v (batch, keys, heads, head_dim), after RoPE and `value`, before
-            `order`, as for a copy at another position.
-        q_offset, k_offset: added after the norm and before RoPE; broadcastable to (batch, rows, heads,
-            head_dim) and (batch, keys, heads, head_dim).
-        query: maps q (batch, rows, heads, head_dim) after RoPE to a tensor of the same shape.
-        value: the same for v (batch, keys, heads, head_dim).
-        scale: logit scale as in attention(); None: 1/sqrt(head_dim). With a temperature tau:
-            1/(tau*sqrt(head_dim)).
-        order: int64 (rows,) or (batch, rows): the control's i-th row is token order[i] of [text ; image], as
-            Segments.from_labels sorts interleaved segments, and so is its i-th key where tokens attend to
-            themselves (in "cross" the keys are the text as it is). Gates and statistics are in that order,
-            offsets, transforms and the output in the layer's own.
-        parts: items of the batch that get calls of their own. `control`, `source`, `extra` and `scale` are
-            then those of the remaining items, and their batch is the number of these; offsets and transforms
-            are for all items.
-        hidden: maps the hidden states that q, k and v of the image are projected from, (batch, image tokens,
-            channels), in "single" layers those of [text ; image], to a tensor of the same shape.
-        see: is called with a Seen, after the attention.
-        late: is called when the forward pass reaches the layer, where what earlier layers saw in the same
-            call decides; the plan that it returns is followed instead of this one. Alone.
+        extra: {key segment of the control: (k, v)}: keys that are no tokens of the layer, such as registers or
+            cached references, each (1 or batch, length, heads, head_dim). They get neither norm nor RoPE, and
+            are read in place in the layer's dtype, else cast. A callable in place of the pair makes it from
+            the layer's k and v (batch, keys, heads, head_dim), after RoPE and `value`, before `order`.
+        q_offset: added to q between norm and RoPE; broadcasts to (batch, rows, heads, head_dim).
+        k_offset: added to k between norm and RoPE; broadcasts to (batch, keys, heads, head_dim).
+        query: maps q (batch, rows, heads, head_dim), after RoPE, to a tensor of the same shape.
+        value: maps v (batch, keys, heads, head_dim) to a tensor of the same shape.
+        scale: logit scale as in attention(); None: 1/sqrt(head_dim). A temperature tau is
+            1 / (tau * sqrt(head_dim)).
+        order: int64 (rows,) or (batch, rows): row i of the control is token order[i] of [text ; image], as
+            Segments.from_labels sorts interleaved segments. Key i too, except in "cross". Gates and statistics
+            follow this order; offsets, transforms and the output keep the layer's.
+        parts: batch items with calls of their own. `control`, `source`, `extra` and `scale` are then for the
+            remaining items; offsets and transforms for all.
+        hidden: maps the hidden states that the image's q, k and v are projected from, (batch, image tokens,
+            channels), in "single" layers (batch, [text ; image] tokens, channels), to a tensor of the same
+            shape.
+        see: called with a Seen after the attention.
 
     Raises:
-        TypeError: a field of another type. ValueError: `extra` without a control that names its segments, a
-            `source` with other keys than q, k and v, an `order` together with parts, or one for each item
-            together with a `source`; `late` together with another field.
+        TypeError: a field of another type.
+        ValueError: `extra` without a control that names its segments; a `source` with other keys than q, k, v;
+            an `order` together with parts, or one per item together with a `source`.
+
+    Examples:
+        Image tokens give the prompt 1.5 times the weight:
+
+        >>> import flashbrush as fb
+        >>> from flashbrush.integrations.diffusers import Plan
+        >>> tokens = fb.Segments(prompt=512, image=4096)
+        >>> plan = Plan(fb.Control(tokens, weight={("image", "prompt"): 1.5}))
     """
 
     control: Control | None = None
@@ -110,13 +120,10 @@ class Plan:
     parts: Sequence[Part] = ()
     hidden: Callable[[Tensor], Tensor] | None = None
     see: Callable[[Seen], None] | None = None
-    late: Callable[[], Plan | None] | None = None
 
     def __post_init__(self) -> None:
-        if self.control is not None and not isinstance(self.control, Control):
-            raise TypeError(f"Plan.control: expected a Control or None, got {type(self.control).__name__}")
-        if unknown := set(self.source or ()) - {"q", "k", "v"}:
-            raise ValueError(f"Plan.source: expected the keys q, k and v, got {sorted(map(str, unknown))}")
+        check_control("Plan", self.control)
+        check_source_names("Plan", self.source)
         for name, index in (self.source or {}).items():
             if not isinstance(index, Tensor):
                 raise TypeError(
@@ -125,16 +132,7 @@ class Plan:
         for name in ("q_offset", "k_offset"):
             if not isinstance(offset := getattr(self, name), Tensor | None):
                 raise TypeError(f"Plan.{name}: expected a tensor or None, got {type(offset).__name__}")
-        check_callables("Plan", self, ("query", "value", "hidden", "see", "late"))
-        others = [
-            f.name
-            for f in fields(self)
-            if f.name not in ("late", "parts") and getattr(self, f.name) is not None
-        ]
-        if self.late is not None and (others or self.parts):
-            raise ValueError(
-                f"Plan.late: expected no other field beside it, got {', '.join(others) or 'parts'}"
-            )
+        check_callables("Plan", self, ("query", "value", "hidden", "see"))
         check_extra("Plan", self.extra, self.control)
         if (order := self.order) is not None:
             if not isinstance(order, Tensor) or order.dtype != torch.int64:
@@ -142,7 +140,7 @@ class Plan:
                 raise TypeError(f"Plan.order: expected an int64 tensor (rows,) or (batch, rows), got {got}")
             if self.parts or (self.source and order.dim() == 2):
                 raise ValueError(
-                    "Plan.order: expected none together with parts, nor one for each item with a source"
+                    "Plan.order: expected none together with parts, nor one per item together with a source"
                 )
         object.__setattr__(self, "parts", tuple(self.parts))
         for part in self.parts:
@@ -156,7 +154,7 @@ class Plan:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the attention itself is left as it is."""
+        """Whether the attention itself is plain: see, hidden and offsets do not count."""
         changes = (self.control, self.source, self.query, self.value, self.scale, self.order)
         return not self.parts and all(change is None for change in changes)
 
@@ -173,7 +171,8 @@ class Plan:
         batch = len(self.rest(layer.batch))
         if not batch and (self.control is not None or self.source is not None or self.scale is not None):
             raise ValueError(
-                f"Plan: its parts take all {layer.batch} items of {where}; control, source and scale have none"
+                f"Plan: its parts take all {layer.batch} items of {where}; no item is left for its control, "
+                "source and scale"
             )
         if (control := self.control) is not None:
             own = control.keys.total - sum(
@@ -193,8 +192,8 @@ class Plan:
         if (order := self.order) is not None:
             if layer.kind == "added" or tuple(order.shape) not in ((layer.rows,), (layer.batch, layer.rows)):
                 raise ValueError(
-                    f"Plan.order: expected a layer without added keys, and a shape of ({layer.rows},) or ({layer.batch}, "
-                    f"{layer.rows}) there, got {tuple(order.shape)} for {where}"
+                    f"Plan.order: expected a layer without added keys, and a shape of ({layer.rows},) or "
+                    f"({layer.batch}, {layer.rows}) there, got {tuple(order.shape)} for {where}"
                 )
         for name, tokens in (("q_offset", layer.rows), ("k_offset", layer.keys)):
             full = (layer.batch, tokens, layer.heads, layer.head_dim)
@@ -229,17 +228,29 @@ class Plan:
         )
 
 
+LatePlan = Callable[[], Plan | None]
+
+
 @runtime_checkable
 class Method(Protocol):
-    """A published method: its knobs, and a plan for each layer and step.
+    """A published method: an object with its knobs and ``plan(layer, step) -> Plan | None``.
 
-    `plan` runs outside of every compiled region, once per layer and forward call, and must not wait for the
-    GPU. Equal tables should come back as the same Control, which keeps them on the device. None: plain
-    attention.
+    `plan` runs outside every compiled region, once per layer and forward call, and must not wait for the GPU.
+    None is plain attention. Return the same Plan object where nothing changed: its tables then stay on the
+    device. `plan` may also return a function without arguments, which the layer calls when the forward pass
+    reaches it and which returns the Plan or None: for a plan that depends on what `see` of an earlier layer
+    got in the same call.
 
-    A method that also changes something outside of the attention has a second function, `attach(model)`:
-    apply() calls it with the model, and removes the hooks that it returns, objects with remove(), together
-    with the control. Such a method controls one model at a time.
+    A method that also changes the model outside its attention has a second function ``attach(model)``, which
+    returns the hooks that it registered (objects with remove()). apply() calls it, and removes the hooks with
+    the control. Such a method controls one model at a time.
     """
 
-    def plan(self, layer: Layer, step: Step) -> Plan | None: ...
+    def plan(self, layer: Layer, step: Step) -> Plan | LatePlan | None: ...
+
+
+def check_method(method: object) -> None:
+    """TypeError unless it is None or an object with plan()."""
+    if isinstance(method, type) or not (method is None or isinstance(method, Method)):
+        got = f"the class {method.__name__}" if isinstance(method, type) else type(method).__name__
+        raise TypeError(f"method: expected an object with plan(layer, step) or None, got {got}")

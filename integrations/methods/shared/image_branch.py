@@ -14,12 +14,15 @@ class ImageBranch:
     """The branch of one double block, in which the image's queries without RoPE attend to image prompts.
 
     It takes q from the block's own projection by a hook, so that q is projected once. It has no output
-    projection.
+    projection. It acts where apply() selected the block's layer and the step.
+
+    Attributes:
+        asked: (control, keys, values) for the coming calls; None: the branch adds nothing.
     """
 
     def __init__(self, block: Any) -> None:
         self.block: Any = block
-        self._asked: tuple[Control, Sequence[Tensor], Sequence[Tensor]] | None = None
+        self.asked: tuple[Control, Sequence[Tensor], Sequence[Tensor]] | None = None
         self._query: Tensor | None = None
         self._listened: nn.Module | None = None
         self._listening: Any = None
@@ -38,34 +41,29 @@ class ImageBranch:
         projection = self._listened = attn.to_qkv if attn.fused_projections else attn.to_q
         self._listening = projection.register_forward_hook(self._project)
 
-    def ask(
-        self, control: Control, keys: Sequence[Tensor], values: Sequence[Tensor], hidden: Tensor
-    ) -> Tensor:
-        """As Plan.hidden, whose call says that this layer is controlled in this step; leaves the hidden
-        states alone.
-        """
-        self._asked = control, keys, values
-        return hidden
+    def _acts(self) -> bool:
+        state = self.block.attn.processor.state
+        return self.asked is not None and state is not None and state.controlled
 
     def _begin(self, module: nn.Module, inputs: tuple) -> None:
-        self._asked = self._query = None  # a call that failed may have left them
+        self._query = None  # a call that failed may have left it
         attn = self.block.attn
         # A LoRA and fused projections put another module in the place of this one.
         if self._listened is not (attn.to_qkv if attn.fused_projections else attn.to_q):
             self._listen()
 
     def _project(self, module: nn.Module, inputs: tuple, output: Tensor) -> None:
-        if self._asked is not None:
+        if self._acts():
             self._query = output
 
     def _add(
         self, module: nn.Module, inputs: tuple, output: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor] | None:
-        if self._asked is None:
+        if not self._acts():
             return None
-        (control, keys, values), query, attn = self._asked, self._query, self.block.attn
-        self._asked = self._query = None
-        assert query is not None
+        assert self.asked is not None and self._query is not None
+        (control, keys, values), query, attn = self.asked, self._query, self.block.attn
+        self._query = None
         query = attn.norm_q(query[..., : attn.inner_dim].unflatten(-1, (-1, attn.head_dim)))
         text, image = output
         keys, values = ([t.to(query.dtype) for t in tensors] for tensors in (keys, values))

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...diffusers.hosts.host import Place
+from ...diffusers.hosts.host import Site
 from ...diffusers.protocol.layer import Layer
 from .image_prompt import ImagePrompt
 from .knobs import FrozenDict, Knob, is_number
@@ -81,19 +81,19 @@ def check_adapters(
             )
 
 
-def check_layers(scales: Sequence[Scale], places: Sequence[Place], names: Sequence[str]) -> None:
+def check_layers(scales: Sequence[Scale], sites: Sequence[Site], names: Sequence[str]) -> None:
     """Check that each key of the scales is for a layer of the model.
 
     Args:
         scales: stored by LayerScales.
-        places: the model's attention layers.
+        sites: the model's attention layers.
         names: theirs, in the model.
 
     Raises:
         ValueError: one is not.
     """
     for key in (key for scale in scales if isinstance(scale, Mapping) for key in scale):
-        if not any(_fits(key, i, place.place, names[i]) for i, place in enumerate(places)):
+        if not any(_fits(key, i, site.place, names[i]) for i, site in enumerate(sites)):
             raise ValueError(
                 f"scale: expected a place, an index or the beginning of a layer's name, got {key!r}"
             )

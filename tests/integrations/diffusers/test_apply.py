@@ -146,7 +146,7 @@ def test_a_step_whose_call_has_other_shapes_is_planned_with_the_call() -> None:
             fb.Segments(text=TEXT, image=3 * COLUMNS), weight={("image", "text"): 3.0}
         )
         handle.set_step(1)
-        assert not any(processor.planned for processor in model.attn_processors.values())
+        assert all(processor.state is None for processor in model.attn_processors.values())
         assert relative(forward(model, smaller), (after := forward(model, smaller))) == 0
         with pytest.raises(ValueError, match="tokens for layer"):
             forward(model, larger)
@@ -298,7 +298,7 @@ def ip_adapter(model: nn.Module) -> None:
     [
         (context_parallel, {}, NotImplementedError, "context parallelism"),
         (ip_adapter, {}, TypeError, "FluxIPAdapterAttnProcessor"),
-        (apply, {}, RuntimeError, "under flashbrush's control"),
+        (apply, {}, RuntimeError, "already has a flashbrush control"),
         (None, {"method": InContextBrush}, TypeError, "the class InContextBrush"),
         (None, {"method": 3}, TypeError, "plan.*int"),
         (None, {"layers": "middle"}, ValueError, "layers.*double, single.*middle"),
@@ -383,7 +383,7 @@ def test_another_batch_than_prepared_is_told(compilations: Counting) -> None:
     compiled = torch.compile(model, backend=compilations)
     handle.prepare(text_len=TEXT, image_len=ROWS * COLUMNS, batch=2)
     out = forward(compiled, tiny_call(model, batch=2))
-    with pytest.raises(RuntimeError, match="batch of 2, but 4 came"):
+    with pytest.raises(RuntimeError, match="batch of 2, the call has 4"):
         forward(compiled, tiny_call(model, batch=4))
     handle.prepare(text_len=TEXT, image_len=ROWS * COLUMNS, batch=4)
     assert forward(compiled, tiny_call(model, batch=4)).shape[0] == 2 * out.shape[0]

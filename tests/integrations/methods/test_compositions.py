@@ -101,7 +101,7 @@ def test_what_does_not_go_together() -> None:
         apply(case.model, compose(injected, energy)),
         pytest.raises(
             ValueError,
-            match=r"PlugAndPlay and SmoothedEnergy do not go together in layer \d+ .*: both have parts",
+            match=r"PlugAndPlay and SmoothedEnergy cannot be joined in layer \d+ .*: both have parts",
         ),
     ):
         run(case.model, call)

@@ -189,7 +189,7 @@ def test_registers_are_read_where_the_parameters_are(monkeypatch: pytest.MonkeyP
         return fb.attention(q, k, v, control, **options)
 
     model, made = tiny_flux(), parameters()
-    monkeypatch.setattr("flashbrush.integrations.diffusers.hosts.processor.attention", spy)
+    monkeypatch.setattr("flashbrush.integrations.diffusers.protocol.plan_call.attention", spy)
     with apply(model, ICCustom(made, "precise", grid=GRID)):
         forward(model, tiny_call(model))
     table = made.task_register_embeddings.weight

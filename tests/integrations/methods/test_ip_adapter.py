@@ -177,12 +177,12 @@ def test_knobs_may_be_set_and_keys_are_kept(monkeypatch: pytest.MonkeyPatch) -> 
         calls.append(len(k) if isinstance(k, list) else 1)
         return fb.attention(q, k, v, control, **options)
 
-    monkeypatch.setattr("flashbrush.integrations.diffusers.hosts.processor.attention", spy)
+    monkeypatch.setattr("flashbrush.integrations.diffusers.protocol.plan_call.attention", spy)
     method, plain = IPAdapter(case.prompts), run(case.model, case.call)
     with apply(case.model, method):
         outs = [run(case.model, case.call)]
         kept = [method._kept[key][0] for key in sorted(method._kept)]
-        assert calls.count(2) == 7 and len(calls) == 14  # one launch a layer
+        assert calls == [2] * 7  # one launch per cross-attention
         method.scale = 0.5
         outs.append(run(case.model, case.call))
         method.masks = [masks(2)]

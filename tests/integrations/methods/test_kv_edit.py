@@ -164,7 +164,7 @@ def test_only_text_and_masked_tokens_have_rows(monkeypatch: pytest.MonkeyPatch) 
         forward(model, call)
         method.phase = "edit"
         handle.set_step(2)
-        monkeypatch.setattr("flashbrush.integrations.diffusers.hosts.processor.attention", spy)
+        monkeypatch.setattr("flashbrush.integrations.diffusers.protocol.plan_call.attention", spy)
         forward(model, edit_call(call))
     rows, image = TEXT + len(TOKENS), ROWS * COLUMNS
     assert [(q.shape[1], sum(t.shape[1] for t in k)) for q, k in seen] == [(rows, TEXT + image)] * 4

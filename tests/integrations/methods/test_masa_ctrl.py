@@ -237,7 +237,7 @@ def test_every_key_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
         calls.append((q, k, control))
         return fb.attention(q, k, v, control, **options)
 
-    monkeypatch.setattr("flashbrush.integrations.diffusers.hosts.processor.attention", spy)
+    monkeypatch.setattr("flashbrush.integrations.diffusers.protocol.plan_call.attention", spy)
     model = tiny_unet()
     with apply(model, MasaCtrl(**TINY, masks=some_masks()), layers=6):
         run(model, unet_call(model, batch=4))

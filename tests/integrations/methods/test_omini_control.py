@@ -161,7 +161,7 @@ def test_kept_keys_are_read_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     with apply(model, method := OminiControl(12, cached=True)) as handle:
         forward(model, call)
         handle.set_step(1, 3)  # planned for the shapes of this call, not of the last
-        monkeypatch.setattr("flashbrush.integrations.diffusers.hosts.processor.attention", spy)
+        monkeypatch.setattr("flashbrush.integrations.diffusers.protocol.plan_call.attention", spy)
         forward(model, without(call))
     assert [k.data_ptr() for k in seen] == [k.data_ptr() for k, _ in method.kept.values()]
 

@@ -135,7 +135,7 @@ def test_an_infinite_blur_attends_with_one_row(monkeypatch: pytest.MonkeyPatch) 
         rows.append(q.shape[0] * q.shape[1])
         return fb.attention(q, k, v, control, **options)
 
-    monkeypatch.setattr("flashbrush.integrations.diffusers.hosts.processor.attention", spy)
+    monkeypatch.setattr("flashbrush.integrations.diffusers.protocol.plan_call.attention", spy)
     model, call = unet()
     for sigma, counts in ((math.inf, [2 * 16, 1]), (1.0, [2 * 16, 16])):
         with apply(model, SmoothedEnergy(sigma=sigma)) as handle:

@@ -267,7 +267,7 @@ def test_keys_are_read_in_place_and_no_map_is_made(monkeypatch: pytest.MonkeyPat
         calls.append((q, k, v, control, options))
         return fb.attention(q, k, v, control, **options)
 
-    monkeypatch.setattr("flashbrush.integrations.diffusers.hosts.processor.attention", spy)
+    monkeypatch.setattr("flashbrush.integrations.diffusers.protocol.plan_call.attention", spy)
     model = tiny_unet()
     call = unet_call(model, batch=9)
     projected: dict[str, Tensor] = {}

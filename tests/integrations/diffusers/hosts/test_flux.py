@@ -337,7 +337,7 @@ def test_extra_keys_are_read_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
         seen.update(k=k, v=v)
         return fb.attention(q, k, v, control, **options)
 
-    monkeypatch.setattr("flashbrush.integrations.diffusers.hosts.processor.attention", spy)
+    monkeypatch.setattr("flashbrush.integrations.diffusers.protocol.plan_call.attention", spy)
     registers = torch.randn(2, 1, 4, HEADS, DIM)
     rows = fb.Segments(prompt=TEXT, rest=IMAGE)
     control = fb.Control(rows, fb.Segments(prompt=TEXT, rest=IMAGE, r=4))

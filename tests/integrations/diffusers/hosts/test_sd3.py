@@ -302,7 +302,7 @@ def ip_adapter(model: SD3Transformer2DModel) -> None:
     [
         (ip_adapter, TypeError, "layer 1 .*SD3IPAdapterJointAttnProcessor2_0"),
         (lambda model: model.set_attn_processor(PAGJointAttnProcessor2_0()), TypeError, "PAGJoint"),
-        (apply, RuntimeError, "under flashbrush's control"),
+        (apply, RuntimeError, "already has a flashbrush control"),
     ],
 )
 def test_refuses_processors(prepare, error: type[Exception], match: str) -> None:

@@ -397,7 +397,7 @@ def unscaled(model: Any) -> None:
         (trained, TypeError, "CustomDiffusionAttnProcessor"),
         (sliced, TypeError, "SlicedAttnProcessor"),
         (unscaled, NotImplementedError, "scale_qk"),
-        (apply, RuntimeError, "under flashbrush's control"),
+        (apply, RuntimeError, "already has a flashbrush control"),
         (lambda model: model.set_attn_processor(AttnAddedKVProcessor2_0()), TypeError, "without added keys"),
     ],
 )

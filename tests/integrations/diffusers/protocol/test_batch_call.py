@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,8 +15,8 @@ from torch import Tensor
 import flashbrush as fb
 from flashbrush.integrations import InContextBrush
 from flashbrush.integrations.diffusers import Handle, Layer, Part, Plan, Seen, apply, compose
-from flashbrush.integrations.diffusers.hosts import processor as processor_module
-from flashbrush.integrations.diffusers.hosts.processor import ControlledProcessor
+from flashbrush.integrations.diffusers.protocol import plan_call
+from flashbrush.integrations.diffusers.protocol.plan_call import PlanCall
 
 from ...tiny import forward, relative, tiny_call, tiny_flux
 from ..tiny_images import sd3_call, tiny_sd3, tiny_unet, unet_call
@@ -33,7 +34,7 @@ def inputs(rows: int = ROWS, keys: int = KEYS) -> tuple[Tensor, Tensor, Tensor]:
 
 def run(plan: Plan, q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
     plan.check(layer(q.shape[1], k.shape[1], options.get("cross", q.shape[1] != k.shape[1])))
-    return ControlledProcessor(plan).attend(q, k, [v], None, HEADS, **options)
+    return PlanCall(plan).attend(q, k, v, **options)
 
 
 def layer(rows: int = ROWS, keys: int = KEYS, cross: bool = True) -> Layer:
@@ -120,18 +121,28 @@ def test_extra_keys_of_a_part() -> None:
     assert relative(out[1], eager(q[1], k[1], v[1])) <= TOLERANCE
 
 
-@pytest.mark.parametrize("text", [0, 4])
-@pytest.mark.parametrize("scale", [None, 0.2])
-def test_isolated_tokens(text: int, scale: float | None) -> None:
-    q, k, v = inputs(keys=ROWS)
-    part = Part((3, 0), {"q": torch.tensor([3, 1])}, scale=scale, isolated=ROWS - text)
-    out = run(Plan(parts=[part]), q, k, v, cross=False)
-    blocked = torch.zeros(ROWS, ROWS)
-    blocked[text:, text:] = torch.where(torch.eye(ROWS - text) == 1, 0.0, -torch.inf)
-    factor = 1.0 if scale is None else scale * math.sqrt(DIM)
-    assert relative(out[3], eager(factor * q[3], k[3], v[3], blocked)) <= TOLERANCE
-    assert relative(out[0], eager(factor * q[1], k[0], v[0], blocked)) <= TOLERANCE
+def test_a_part_with_an_attention_of_its_own() -> None:
+    """attend() gets the items' q, k and v after source, query and value; its output is gated."""
+    q, k, v = inputs()
+
+    def square(q: Tensor, k: Tensor, v: Tensor, *, backend: str) -> Tensor:
+        assert backend == "auto"
+        logits = torch.einsum("nrhd,nkhd->nhrk", q, k)
+        return torch.einsum("nhrk,nkhd->nrhd", logits * logits, v)
+
+    source = {"q": torch.tensor([3, 1]), "k": torch.tensor([2, 2])}
+    part = Part((3, 0), source, query=lambda x: 2 * x, value=lambda x: -x, gate=0.5, attend=square)
+    out = run(Plan(parts=[part]), q, k, v)
+    assert relative(out[3], 0.5 * square(2 * q[[3]], k[[2]], -v[[3]], backend="auto")[0]) <= TOLERANCE
+    assert relative(out[0], 0.5 * square(2 * q[[1]], k[[2]], -v[[0]], backend="auto")[0]) <= TOLERANCE
     assert relative(out[1], eager(q[1], k[1], v[1])) <= TOLERANCE
+
+
+def test_an_attention_of_a_part_keeps_the_shape_of_q() -> None:
+    q, k, v = inputs()
+    part = Part((0,), attend=lambda q, k, v, backend: q[:, 1:])
+    with pytest.raises(ValueError, match=r"Part\.attend: expected a tensor of shape \(1, 12, 2, 8\)"):
+        run(Plan(parts=[part]), q, k, v)
 
 
 def test_queries_that_are_all_the_same_attend_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +153,7 @@ def test_queries_that_are_all_the_same_attend_once(monkeypatch: pytest.MonkeyPat
         seen.append(query.shape[1])
         return fb.attention(query, *args, **options)
 
-    monkeypatch.setattr(processor_module, "attention", spy)
+    monkeypatch.setattr(plan_call, "attention", spy)
     part = Part((1, 2), query=lambda x: fb.query_blur(x, (3, 4), math.inf))
     out = run(Plan(parts=[part]), q, k, v, cross=False)
     assert sorted(seen) == [1, ROWS]
@@ -156,7 +167,7 @@ def test_queries_that_are_all_the_same_attend_once(monkeypatch: pytest.MonkeyPat
 def test_a_part_s_transforms_keep_the_shape() -> None:
     q, k, v = inputs()
     for name in ("query", "value"):
-        with pytest.raises(ValueError, match=f"Plan.{name}"):
+        with pytest.raises(ValueError, match=f"Part.{name}"):
             run(Plan(parts=[Part((0,), **{name: lambda x: x[:, 1:]})]), q, k, v)
 
 
@@ -204,13 +215,13 @@ class Late:
     def __init__(self, wrong: bool = False) -> None:
         self.wrong, self.scale = wrong, 0.0
 
-    def plan(self, layer: Layer, step) -> Plan | None:
+    def plan(self, layer: Layer, step) -> Plan | Callable[[], Plan | None] | None:
         if layer.kind != "self":
             return None
         return (
             Plan(see=self.see)
             if layer.index == 0
-            else Plan(late=lambda: self.decide(layer))
+            else (lambda: self.decide(layer))
             if layer.index == 2
             else None
         )
@@ -247,10 +258,6 @@ def test_a_late_plan_is_checked() -> None:
     model = tiny_unet()
     with apply(model, Late(wrong=True)), pytest.raises(ValueError, match="scale"):
         model(**unet_call(model))
-    with pytest.raises(ValueError, match=r"Plan\.late: expected no other field beside it, got scale"):
-        Plan(scale=0.5, late=lambda: None)
-    with pytest.raises(ValueError, match=r"Plan\.late: .*got parts"):
-        Plan(parts=[Part((0,))], late=lambda: None)
 
 
 @pytest.mark.parametrize(
@@ -258,8 +265,8 @@ def test_a_late_plan_is_checked() -> None:
     [
         ({"items": (1,), "gate": math.nan}, "gate: expected a finite number"),
         ({"items": (1,), "key_order": torch.zeros(3)}, "key_order: expected an int64"),
-        ({"items": (1,), "isolated": -1}, "isolated: expected a number of tokens"),
-        ({"items": (1,), "isolated": 2, "key_order": torch.arange(KEYS)}, "isolated: expected neither"),
+        ({"items": (1,), "attend": 2}, "attend: expected a callable"),
+        ({"items": (1,), "attend": abs, "scale": 0.5}, "attend: expected no control, scale,"),
         ({"items": (1,), "value": 3}, "value: expected a callable"),
         (
             {"items": (1,), "extra": {"more": (torch.zeros(1), torch.zeros(1))}},
@@ -271,7 +278,7 @@ def test_a_late_plan_is_checked() -> None:
                 "source": {"k": [torch.tensor([0])] * 2, "v": [torch.tensor([0])] * 2},
                 "value": abs,
             },
-            "one index of k and v together with a value",
+            "one index of k and v together with value",
         ),
     ],
     ids=lambda value: None if isinstance(value, dict) else value[:20],
@@ -286,9 +293,8 @@ def test_malformed_parts(fields: dict[str, Any], match: str) -> None:
     [
         (Part((1,), key_order=torch.arange(KEYS + 1)), "Part.key_order: expected a shape"),
         (Part((1,), gate=torch.ones(1, ROWS + 1)), "Part.gate: expected a shape"),
-        (Part((1,), isolated=2), "Part.isolated: expected at most"),
     ],
-    ids=["key_order", "gate", "isolated"],
+    ids=["key_order", "gate"],
 )
 def test_parts_that_do_not_fit_the_layer(part: Part, match: str) -> None:
     with pytest.raises(ValueError, match=match):
@@ -387,7 +393,7 @@ def test_what_knows_one_model_controls_the_last_one() -> None:
         copied = copy.deepcopy(models[0])
         second = apply(models[1], given)
         for _ in range(2):
-            with pytest.raises(RuntimeError, match="this Attached has been given to another model since"):
+            with pytest.raises(RuntimeError, match="this Attached was applied to another model since"):
                 forward(models[0], call)
         forward(models[1], call)
         forward(copied, call)  # its method is a copy
