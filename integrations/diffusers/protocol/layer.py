@@ -46,12 +46,12 @@ class Layer:
 
     @property
     def rows(self) -> int:
-        """Tokens that attend."""
+        """The number of tokens that attend."""
         return self.image_len if self.kind in ("self", "cross", "added") else self.text_len + self.image_len
 
     @property
     def keys(self) -> int:
-        """Tokens that are attended to."""
+        """The number of tokens that are attended to."""
         return self.text_len if self.kind == "cross" else self.text_len + self.image_len
 
 
