@@ -15,6 +15,7 @@ from types import ModuleType
 
 PACKAGE = __name__.rpartition(".")[0]
 MOVED = {
+    "benchmarks.peers": "benchmarks.cases.contestants",
     "bindings.blend": "bindings.blend_latents",
     "bindings.control": "bindings.core.control",
     "bindings.ops": "bindings.operators.attention",

@@ -1,4 +1,4 @@
-"""Conditions that pytest-benchmark writes beside its own."""
+"""Our description of the machine in pytest-benchmark's file."""
 
 from __future__ import annotations
 
@@ -7,4 +7,4 @@ from flashbrush.integrations.evaluation import machine
 
 def pytest_benchmark_update_machine_info(config, machine_info) -> None:
     machine_info["flashbrush"] = machine.describe()
-    machine_info.pop("node", None)  # the host's name is nobody's business
+    machine_info.pop("node", None)  # the host's name stays private

@@ -1,4 +1,4 @@
-"""The named shapes that are measured, each with the control that a method would put on it."""
+"""The named shapes that are measured, each with the control that a method puts on it."""
 
 from __future__ import annotations
 
@@ -9,15 +9,22 @@ from ...bindings import Contrast, Control, HeadGain, Segments
 
 Pair = tuple[str, str]
 
-# In-Context Brush as released (arXiv 2505.20271): the target's rows take 1.3 of prompt and subject,
-# and heads that look at the prompt gain up to 0.2, in every row.
+# In-Context Brush as released (arXiv 2505.20271): the target's rows weight prompt and subject by 1.3, and
+# heads gain up to 0.2 in every row, by how much of the target's attention goes to the prompt.
 BRUSH: Mapping[Pair, float] = {("target", "prompt"): 1.3, ("target", "subject"): 1.3}
 BRUSH_GAIN = HeadGain(rows="target", keys="prompt", span=0.2, floor=1.0, norm="minmax", apply_to="*")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """q (batch, rows, heads, dim); k and v (batch, keys, heads, dim); and what the controlled form does."""
+    """Sizes of q (batch, rows, heads, dim), k and v (batch, keys, heads, dim), and a control for them.
+
+    Attributes:
+        name: of the shape in the results.
+        batch, heads, dim: sizes.
+        rows, keys: tokens of each segment.
+        weight, head_gain, groups, gates, contrast: as in flashbrush.Control.
+    """
 
     name: str
     batch: int
@@ -41,11 +48,12 @@ class Shape:
 
     @property
     def flops(self) -> int:
-        """Of the two matrix products, QK^T and PV."""
+        """Floating-point operations of the two matrix products, QK^T and PV."""
         return 4 * self.batch * self.heads * self.n_rows * self.n_keys * self.dim
 
     @property
     def size(self) -> str:
+        """The text (batch,heads,tokens,dim); tokens is ROWSxKEYS where they differ."""
         tokens = str(self.n_rows) if self.n_rows == self.n_keys else f"{self.n_rows}x{self.n_keys}"
         return f"({self.batch},{self.heads},{tokens},{self.dim})"
 
@@ -63,40 +71,39 @@ class Shape:
         )
 
     def shrunk(self, longest: int = 40, heads: int = 3) -> Shape:
-        """The same structure with short segments and few heads: to warm up, or to compare everything."""
+        """The same structure with short segments and few heads, for warming up and for checks in full."""
         rows = {name: min(n, longest) for name, n in self.rows.items()}
         keys = {name: min(n, longest) for name, n in self.keys.items()}
         return replace(self, name=f"{self.name} (shrunk)", heads=min(self.heads, heads), rows=rows, keys=keys)
 
 
 def diptych(name: str, heads: int, prompt: int, panel: int, dim: int) -> Shape:
-    """In-context insertion on FLUX: a prompt and two image panels, all of which see each other."""
+    """In-context insertion on FLUX: joint attention over a prompt and two image panels."""
     tokens = {"prompt": prompt, "subject": panel, "target": panel}
     return Shape(name, 1, heads, dim, tokens, tokens)
 
 
 def text_cross_attention(name: str, batch: int, heads: int, rows: int, words: int, dim: int) -> Shape:
-    """Prompt-to-Prompt's reweighting on a UNet: every word of the prompt is a key segment of one token."""
+    """Prompt-to-Prompt's re-weighting on a UNet: each token of the prompt is a key segment of its own."""
     keys = {f"word_{i}": 1 for i in range(words)}
     weight = {("image", word): 0.5 + 1.5 * i / (words - 1) for i, word in enumerate(keys)}
     return Shape(name, batch, heads, dim, {"image": rows}, keys, weight, None)
 
 
-def _named(*shapes: Shape) -> dict[str, Shape]:
+def by_name(*shapes: Shape) -> dict[str, Shape]:
     return {shape.name: shape for shape in shapes}
 
 
-SHAPES: dict[str, Shape] = _named(
+SHAPES: dict[str, Shape] = by_name(
     *(diptych(f"h8-1024-d{d}", 8, 128, 448, d) for d in (64, 128)),
     *(diptych(f"h4-2048-d{d}", 4, 256, 896, d) for d in (64, 128)),
     *(diptych(f"h24-1536-d{d}", 24, 512, 512, d) for d in (64, 128)),
     diptych("flux-768-diptych-d64", 24, 512, 2304, 64),
-    diptych(
-        "flux-768-diptych", 24, 512, 2304, 128
-    ),  # FLUX: two 768 x 768 panels of 48 x 48 tokens, 512 text tokens
+    # FLUX: 512 text tokens and two panels of 768 x 768 pixels, 48 x 48 tokens each.
+    diptych("flux-768-diptych", 24, 512, 2304, 128),
     text_cross_attention("sd15-text-cross", 8, 8, 4096, 77, 40),
 )
-QUICK: dict[str, Shape] = _named(
+QUICK: dict[str, Shape] = by_name(
     diptych("quick-diptych-d64", 2, 33, 80, 64),
     diptych("quick-diptych-d128", 3, 40, 64, 128),
     text_cross_attention("quick-text-cross", 2, 2, 150, 77, 40),

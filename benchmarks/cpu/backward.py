@@ -1,22 +1,23 @@
-"""Forward and backward of plain attention, ours against torch SDPA."""
+"""Forward and backward of plain attention, ours beside torch SDPA."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ...bindings import attention, backends
+from ..cases.float64_check import WrongResult
+from ..cases.inputs import Case, Sampler, draw_case
 from ..cases.shapes import Shape
-from ..cases.truth import WrongResult
-from ..timing.paired import paired, ratio
-from . import peers
-from .forward import Row, Settings, describe, rounded, seconds
+from ..timing.host_clock import time_on_host
+from ..timing.rounds import ratio
+from ..timing.rows import Row, Settings, describe_shape, dtype_name, ratio_cells, seconds_cells
 
-LONGEST = 2048  # tokens; beyond, torch's backward takes the patience without telling more
+LONGEST = 2048  # tokens; longer shapes take minutes in torch's backward pass
 # The attention, and whether it takes (batch, heads, tokens, dim).
 CONTESTANTS: dict[str, tuple[Callable[..., Tensor], bool]] = {
     "sdpa": (F.scaled_dot_product_attention, True),
@@ -25,25 +26,29 @@ CONTESTANTS: dict[str, tuple[Callable[..., Tensor], bool]] = {
 
 
 def measure(shape: Shape, dtype: torch.dtype, settings: Settings) -> Row:
-    """Raises truth.WrongResult where our gradients at a small size of the shape are wrong."""
+    """One forward and backward pass of each contestant.
+
+    Raises:
+        WrongResult: a gradient is wrong at a small size of the shape.
+    """
     reasons = backends()["cpu"]
     names = [name for name in CONTESTANTS if name != "plain" or not reasons]
     with torch.enable_grad():
-        check(peers.draw(shape.shrunk(), dtype, settings.seed), names)
-        case = peers.draw(shape, dtype, settings.seed)
-        samples = paired({name: step(name, case) for name in names}, settings.repeats, seed=settings.seed)
+        check(draw_case(shape.shrunk(), dtype, settings.seed), names)
+        case = draw_case(shape, dtype, settings.seed)
+        samples = time_on_host({n: step(n, case) for n in names}, settings.repeats, seed=settings.seed)
     return {
         "section": "forward and backward",
-        "shape": describe(shape),
-        "dtype": str(dtype).removeprefix("torch."),
-        "seconds": seconds(samples),
-        "ratios": rounded({"sdpa/plain": ratio(samples, "sdpa", "plain")} if "plain" in names else {}),
+        "shape": describe_shape(shape),
+        "dtype": dtype_name(dtype),
+        "seconds": seconds_cells(samples),
+        "ratios": ratio_cells({"sdpa/plain": ratio(samples, "sdpa", "plain")} if "plain" in names else {}),
         "missing": {"plain": "; ".join(reasons)} if reasons else {},
     }
 
 
-def step(name: str, case: peers.Case) -> Callable[[], tuple[Tensor, ...]]:
-    """One forward and backward; returns the gradients of q, k and v in the contestant's layout."""
+def step(name: str, case: Case) -> Callable[[], tuple[Tensor, ...]]:
+    """One forward and backward pass; returns the gradients of q, k and v in the contestant's layout."""
     run, heads_first = CONTESTANTS[name]
     leaves = [
         t.detach().requires_grad_() for t in (case.heads_first() if heads_first else (case.q, case.k, case.v))
@@ -53,17 +58,19 @@ def step(name: str, case: peers.Case) -> Callable[[], tuple[Tensor, ...]]:
     return lambda: torch.autograd.grad(run(*leaves), leaves, grad)
 
 
-def _output_gradient(case: peers.Case) -> Tensor:
-    return torch.randn(case.q.shape, generator=torch.Generator().manual_seed(1)).to(case.dtype)
+def _output_gradient(case: Case) -> Tensor:
+    return Sampler(1, case.dtype).normal(*case.q.shape)
 
 
-def check(case: peers.Case, names: list[str]) -> None:
-    """Gradients against float64: SDPA's within 5 % of the largest, ours within twice SDPA's error."""
+def check(case: Case, names: Sequence[str]) -> None:
+    """Every gradient element against float64: SDPA within 5 % of the largest, ours within twice SDPA's error.
+
+    Raises:
+        WrongResult: a gradient is off by more.
+    """
     leaves = [t.double().requires_grad_() for t in (case.q, case.k, case.v)]
-    p = torch.softmax(torch.einsum("bmhd,bnhd->bhmn", leaves[0], leaves[1]) * case.shape.dim**-0.5, -1)
-    exact = torch.autograd.grad(
-        torch.einsum("bhmn,bnhd->bmhd", p, leaves[2]), leaves, _output_gradient(case).double()
-    )
+    out = attention(leaves[0], leaves[1], leaves[2], backend="reference")
+    exact = torch.autograd.grad(out, leaves, _output_gradient(case).double())
     largest = [float(g.abs().max()) for g in exact]
     bars = [0.05 * most for most in largest]
     for name in names:

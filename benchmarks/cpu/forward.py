@@ -1,19 +1,20 @@
-"""The forward pass, plain and controlled: the vendor's attention, the papers' eager form, this CPU's GEMM."""
+"""The forward pass, plain and controlled, beside torch SDPA, the papers' eager forms and this CPU's GEMM."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 
 import torch
 
+from ..cases.contestants import CONTESTANTS, OPTIONAL, Missing, gemm
+from ..cases.float64_check import ExpectedRows
+from ..cases.inputs import Case, draw_case
 from ..cases.shapes import Shape
-from ..cases.truth import Truth
 from ..timing import memory
-from ..timing.paired import Spread, paired, ratio, spread
-from . import peers
+from ..timing.host_clock import time_on_host
+from ..timing.rounds import ratio, spread
+from ..timing.rows import Row, Settings, describe_shape, dtype_name, ratio_cells, seconds_cells
 
-Row = dict[str, object]
 RATIOS = (
     ("sdpa", "plain"),
     ("sdpa", "controlled"),
@@ -24,46 +25,34 @@ RATIOS = (
 )
 
 
-@dataclass(frozen=True)
-class Settings:
-    repeats: int = 7
-    threads: int = 1
-    seed: int = 0
-    with_memory: bool = True
-    with_flex: bool = False
-    gemm_sides: tuple[int, ...] = peers.GEMM_SIDES
-
-
 @torch.no_grad()
 def measure(shape: Shape, dtype: torch.dtype, settings: Settings) -> Row:
-    """Every contestant at one shape: its result checked, then timed in the same rounds, then its peak memory.
+    """One shape: each contestant's result is checked, all are timed in the same rounds, then peak memory.
 
     Raises:
-        truth.WrongResult: a contestant's result is wrong.
+        WrongResult: a contestant's result is wrong.
     """
-    case = peers.draw(shape, dtype, settings.seed)
-    truths: dict[bool, Truth] = {}
+    case = draw_case(shape, dtype, settings.seed)
+    expected: dict[bool, ExpectedRows] = {}
     calls: dict[str, Callable[[], object]] = {}
     errors, missing = {}, {}
-    contestants = {**peers.PEERS, **(peers.OPTIONAL if settings.with_flex else {})}
-    for name, peer in contestants.items():
+    for name, contestant in {**CONTESTANTS, **(OPTIONAL if settings.with_flex else {})}.items():
         try:
-            call, out = peer.start(case)
-        except peers.Missing as reason:
+            call, out = contestant.start(case)
+        except Missing as reason:
             missing[name] = str(reason)
             continue
-        if peer.controlled not in truths:
-            truths[peer.controlled] = Truth(case, peer.controlled)
-        errors[name] = truths[peer.controlled].check(
-            f"{peer.title} at {shape.name}, {dtype}", out, peer.slack
-        )
+        if contestant.controlled not in expected:
+            expected[contestant.controlled] = ExpectedRows(case, contestant.controlled)
+        where = f"{contestant.title} at {shape.name}, {dtype}"
+        errors[name] = expected[contestant.controlled].check(where, out, contestant.slack)
         calls[name] = call
         del out
     gemm_flops: dict[str, int] = {}
     for side in settings.gemm_sides:
-        calls[f"gemm_{side}"], gemm_flops[f"gemm_{side}"] = peers.gemm(side, dtype)
+        calls[f"gemm_{side}"], gemm_flops[f"gemm_{side}"] = gemm(side, dtype)
 
-    samples = paired(calls, settings.repeats, seed=settings.seed)
+    samples = time_on_host(calls, settings.repeats, seed=settings.seed)
     ratios = {f"{a}/{b}": ratio(samples, a, b) for a, b in RATIOS if a in samples and b in samples}
     for name in (n for n in ("plain", "controlled", "sdpa") if n in samples):
         for side, flops in gemm_flops.items():
@@ -71,47 +60,26 @@ def measure(shape: Shape, dtype: torch.dtype, settings: Settings) -> Row:
     work = {name: gemm_flops.get(name, shape.flops) for name in samples}
     return {
         "section": "forward",
-        "shape": describe(shape),
-        "dtype": str(dtype).removeprefix("torch."),
-        "seconds": seconds(samples),
+        "shape": describe_shape(shape),
+        "dtype": dtype_name(dtype),
+        "seconds": seconds_cells(samples),
         "gflops": {name: round(work[name] / spread(s).median / 1e9, 1) for name, s in samples.items()},
-        "ratios": rounded(ratios),
+        "ratios": ratio_cells(ratios),
         "errors": errors,
-        "memory": _memory(shape, case, errors, settings),
+        "memory": _memory(case, errors, settings),
         "missing": missing,
     }
 
 
-def describe(shape: Shape) -> Row:
-    return {
-        "name": shape.name,
-        "size": shape.size,
-        "batch": shape.batch,
-        "heads": shape.heads,
-        "rows": shape.n_rows,
-        "keys": shape.n_keys,
-        "dim": shape.dim,
-        "row_segments": len(shape.rows),
-        "key_segments": len(shape.keys),
-    }
-
-
-def seconds(samples: dict[str, list[float]]) -> dict[str, Row]:
-    return {name: {**spread(s).as_dict(), "samples": s} for name, s in samples.items()}
-
-
-def rounded(ratios: dict[str, Spread]) -> dict[str, Row]:
-    return {name: {k: round(v, 4) for k, v in s.as_dict().items()} for name, s in ratios.items()}
-
-
-def _memory(shape: Shape, case: peers.Case, ran: dict, settings: Settings) -> Row:
-    """Bytes; empty where it was not asked for or the system does not tell."""
+def _memory(case: Case, contestants: Iterable[str], settings: Settings) -> Row:
+    """Peak and extra bytes of each contestant; empty where not asked for or not measurable."""
     if not settings.with_memory or not memory.measurable():
         return {}
     inputs = sum(t.numel() * t.element_size() for t in (case.q, case.k, case.v))
     output = case.q.numel() * case.q.element_size()
     result: Row = {"q_k_v_out": inputs + output, "output": output}
-    for name in ran:
-        if (found := memory.peak(name, shape.name, case.dtype, settings.threads)) is not None:
+    for name in contestants:
+        found = memory.peak(name, case.shape.name, case.dtype, settings.threads)
+        if found is not None:
             result[name] = {"peak": found.peak, "extra": found.extra}
     return result

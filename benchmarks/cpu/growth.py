@@ -1,4 +1,4 @@
-"""How our cost grows: with the tokens, with removed segment pairs, with the rows asked for."""
+"""How our cost grows with the tokens, and shrinks with removed segment pairs and with fewer rows."""
 
 from __future__ import annotations
 
@@ -9,35 +9,39 @@ from collections.abc import Callable
 import torch
 
 from ...bindings import Control, Segments, attention, backends
+from ..cases.contestants import PLAIN
+from ..cases.float64_check import ExpectedRows
+from ..cases.inputs import Case, draw_case
 from ..cases.shapes import diptych
-from ..cases.truth import Truth
-from ..timing.paired import Spread, paired, ratio
-from . import peers
-from .forward import Row, Settings, rounded, seconds
+from ..timing.host_clock import time_on_host
+from ..timing.rounds import Spread, ratio
+from ..timing.rows import Row, Settings, dtype_name, ratio_cells, seconds_cells, untimed
 
 HEADS, DIM = 4, 128
 
 
 @torch.no_grad()
 def measure(tokens: tuple[int, ...], dtype: torch.dtype, settings: Settings) -> Row:
-    """Of plain attention at (1, 4, tokens, 128): time per (row x key) against the first length; then, at the
-    middle length, half the rows not seeing half the keys (1/4 of the work goes), and a quarter of the rows.
+    """Plain attention of (1, 4, n, 128) for each n of `tokens`.
+
+    Ratios: time per (row x key) over that of the first length. At the middle length also: half of the rows do
+    not see half of the keys, which removes a quarter of the work; and a quarter of the rows alone.
 
     Raises:
-        truth.WrongResult: a result is wrong.
+        WrongResult: a result is wrong.
     """
     row: Row = {"section": "growth", "shape": {"heads": HEADS, "dim": DIM, "tokens": list(tokens)}}
-    row["dtype"] = str(dtype).removeprefix("torch.")
+    row["dtype"] = dtype_name(dtype)
     if reasons := backends()["cpu"]:
-        return {**row, "seconds": {}, "ratios": {}, "missing": {"plain": "; ".join(reasons)}}
+        return untimed(row, "plain", reasons)
     calls: dict[str, Callable[[], object]] = {}
     for n in tokens:
-        case = peers.draw(diptych(f"growth-{n}", HEADS, n // 8, (n - n // 8) // 2, DIM), dtype, settings.seed)
-        calls[f"plain_{n}"], out = peers.PLAIN.start(case)
-        Truth(case, controlled=False).check(f"{peers.PLAIN.title} at {n} tokens, {dtype}", out)
+        case = draw_case(diptych(f"growth-{n}", HEADS, n // 8, (n - n // 8) // 2, DIM), dtype, settings.seed)
+        calls[f"plain_{n}"], out = PLAIN.start(case)
+        ExpectedRows(case, controlled=False).check(f"{PLAIN.title} at {n} tokens, {dtype}", out)
         if n == tokens[len(tokens) // 2]:
-            calls |= _shares(case)
-    samples = paired(calls, settings.repeats, seed=settings.seed)
+            calls |= _parts_of(case)
+    samples = time_on_host(calls, settings.repeats, seed=settings.seed)
     first, middle = f"plain_{tokens[0]}", f"plain_{tokens[len(tokens) // 2]}"
     area = {n: (n // 8 + 2 * ((n - n // 8) // 2)) ** 2 for n in tokens}
     ratios: dict[str, Spread] = {
@@ -48,10 +52,10 @@ def measure(tokens: tuple[int, ...], dtype: torch.dtype, settings: Settings) -> 
     }
     ratios["a quarter of the pairs removed/all"] = ratio(samples, "removed_pair", middle)
     ratios["a quarter of the rows/all"] = ratio(samples, "quarter_rows", middle)
-    return {**row, "seconds": seconds(samples), "ratios": rounded(ratios), "missing": {}}
+    return {**row, "seconds": seconds_cells(samples), "ratios": ratio_cells(ratios), "missing": {}}
 
 
-def _shares(case: peers.Case) -> dict[str, Callable[[], object]]:
+def _parts_of(case: Case) -> dict[str, Callable[[], object]]:
     n = case.shape.n_rows
     halves = Segments(first=n // 2, second=n - n // 2)
     cut = Control(halves, bias={("second", "first"): -math.inf})

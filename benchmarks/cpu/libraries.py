@@ -19,7 +19,8 @@ import torch
 
 from ...bindings import Contrast, Control, Segments, attention, column_mass
 from ...bindings.backends.cpu import library as cpu
-from ..timing.paired import paired, spread
+from ..timing.host_clock import time_on_host
+from ..timing.rounds import spread
 
 SHORTEST = 0.05  # seconds of a sample
 
@@ -58,7 +59,7 @@ def work(library: Path, threads: int) -> None:
     print("ready", flush=True)
     for line in sys.stdin:
         name = line.strip()
-        print(paired({name: chosen[name]}, 1, SHORTEST)[name][0], flush=True)
+        print(time_on_host({name: chosen[name]}, 1, SHORTEST)[name][0], flush=True)
 
 
 class Worker:

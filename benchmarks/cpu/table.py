@@ -1,6 +1,6 @@
-"""What `flashbrush bench` runs: check every contestant, time them in pairs, print a table, write a JSON file.
+"""`flashbrush bench`: check every contestant, time them in the same rounds, print a table, write a JSON file.
 
-python -m flashbrush.benchmarks.cpu.table --pages rewrites the figures in README.md and docs/benchmarks.md from
+`python -m flashbrush.benchmarks.cpu.table --pages` rewrites the figures in README.md and docs/benchmarks.md from
 the committed files instead.
 """
 
@@ -19,10 +19,10 @@ from rich.console import Console
 from rich.table import Table
 
 from ...integrations.evaluation import machine
+from ..cases.float64_check import WrongResult
 from ..cases.shapes import EVERY, QUICK, SHAPES
-from ..cases.truth import WrongResult
-from . import backward, forward, growth, layer, methods, pages, visual_in_context
-from .forward import Row, Settings
+from ..timing.rows import Row, Settings
+from . import backward, flux_layer, forward, growth, methods, pages, unet_layer
 
 SCHEMA = 1
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
@@ -32,7 +32,17 @@ COMMITTED = machine.ROOT / "benchmarks" / "results" / "cpu.json"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0; 1 where a result is wrong, and then no time is reported or written; wrong arguments exit with 2."""
+    """Run the benchmark.
+
+    Args:
+        argv: the command's arguments; None: the process's.
+
+    Returns:
+        Exit code: 0; or 1 where a result is wrong, and then no time is printed or written.
+
+    Raises:
+        SystemExit: code 2 for wrong arguments, 0 for --help.
+    """
     options = _parse(argv)
     console = Console(width=None if sys.stdout.isatty() else 140)
     if options.pages:
@@ -132,6 +142,7 @@ def _measure(options: argparse.Namespace) -> Row:
 
 
 def _tasks(options: argparse.Namespace, settings: Settings) -> Iterator[tuple[str, Callable[[], Row]]]:
+    """(title, call that measures one row) of everything that was asked for."""
     shapes = [EVERY[name] for name in options.shapes]
     dtypes = [DTYPES[name] for name in options.dtypes]
     for shape, dtype in ((s, d) for s in shapes for d in dtypes):
@@ -143,10 +154,13 @@ def _tasks(options: argparse.Namespace, settings: Settings) -> Iterator[tuple[st
                 lambda s=shape, d=dtype: backward.measure(s, d, settings),
             )
         if "layer" in options.sections and {"prompt", "subject", "target"} <= set(shape.rows):
-            yield f"FLUX layer, {shape.name}, {dtype}", lambda s=shape, d=dtype: layer.measure(s, d, settings)
+            yield (
+                f"FLUX layer, {shape.name}, {dtype}",
+                lambda s=shape, d=dtype: flux_layer.measure(s, d, settings),
+            )
     for dtype in dtypes if "unet" in options.sections else ():
-        side = visual_in_context.QUICK_SIDE if options.quick else visual_in_context.SIDE
-        yield f"UNet layer, {dtype}", lambda n=side, d=dtype: visual_in_context.measure(n, d, settings)
+        side = unet_layer.QUICK_SIDE if options.quick else unet_layer.SIDE
+        yield f"UNet layer, {dtype}", lambda n=side, d=dtype: unet_layer.measure(n, d, settings)
     for dtype in dtypes if "methods" in options.sections else ():
         sizes = (
             (methods.QUICK_SIDE, methods.QUICK_TOKENS) if options.quick else (methods.SIDE, methods.TOKENS)

@@ -1,7 +1,7 @@
-"""Every contestant at small shapes, one by one: `pytest benchmarks --benchmark-only`.
+"""Every contestant at small shapes, one at a time: `pytest benchmarks --benchmark-only`.
 
-These are for watching one contestant between two commits. Contestants are compared in the same rounds, in
-pairs, by `flashbrush bench`.
+For watching one contestant from commit to commit. `flashbrush bench` compares contestants, in the same
+rounds.
 """
 
 from __future__ import annotations
@@ -9,9 +9,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from flashbrush import backends
+from flashbrush.benchmarks.cases.contestants import CONTESTANTS, Missing
+from flashbrush.benchmarks.cases.float64_check import ExpectedRows
+from flashbrush.benchmarks.cases.inputs import draw_case
 from flashbrush.benchmarks.cases.shapes import SHAPES, diptych, text_cross_attention
-from flashbrush.benchmarks.cases.truth import Truth
-from flashbrush.benchmarks.cpu import backward, peers
+from flashbrush.benchmarks.cpu import backward
 
 SMALL = (
     SHAPES["h8-1024-d64"],
@@ -21,26 +24,26 @@ SMALL = (
 DTYPES = (torch.bfloat16, torch.float32)
 
 
-@pytest.mark.parametrize("peer", peers.PEERS.values(), ids=lambda p: p.name)
+@pytest.mark.parametrize("contestant", CONTESTANTS.values(), ids=lambda c: c.name)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("shape", SMALL, ids=lambda s: s.name)
 @torch.no_grad()
-def test_forward(benchmark, shape, dtype, peer) -> None:
-    case = peers.draw(shape, dtype)
+def test_forward(benchmark, shape, dtype, contestant) -> None:
+    case = draw_case(shape, dtype)
     try:
-        call, out = peer.start(case)
-    except peers.Missing as reason:
+        call, out = contestant.start(case)
+    except Missing as reason:
         pytest.skip(str(reason))
-    Truth(case, peer.controlled).check(peer.title, out, peer.slack)
+    ExpectedRows(case, contestant.controlled).check(contestant.title, out, contestant.slack)
     benchmark.group = f"{shape.size} {dtype}"
     benchmark(call)
 
 
 @pytest.mark.parametrize("name", backward.CONTESTANTS)
 def test_forward_and_backward(benchmark, name) -> None:
-    case = peers.draw(SMALL[0], torch.bfloat16)
-    if name == "plain" and (reasons := peers.backends()["cpu"]):
+    case = draw_case(SMALL[0], torch.bfloat16)
+    if name == "plain" and (reasons := backends()["cpu"]):
         pytest.skip("; ".join(reasons))
-    backward.check(peers.draw(SMALL[0].shrunk(), torch.bfloat16), list(backward.CONTESTANTS))
+    backward.check(draw_case(SMALL[0].shrunk(), torch.bfloat16), list(backward.CONTESTANTS))
     benchmark.group = f"forward and backward, {SMALL[0].size} {case.dtype}"
     benchmark(backward.step(name, case))

@@ -1,4 +1,4 @@
-"""Plots of a GPU run: rate against tokens, and ratios as bars."""
+"""Plots of a GPU run: rate over tokens, and ratios as bars."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..cpu.forward import Row
+from ..timing.rows import Row
 from .report import title
 
 OURS = ("plain", "shift", "brush", "cuda_plain", "cuda_brush")
@@ -41,7 +41,11 @@ BARS = {
 
 
 def write(rows: Sequence[Row], machine: Row, gemm: float | None, folder: Path) -> list[Path] | str:
-    """tflops.png and ratios.png, or why they are left out."""
+    """Write tflops.png and ratios.png.
+
+    Returns:
+        Their paths, or why they are left out.
+    """
     if importlib.util.find_spec("matplotlib") is None:
         return "matplotlib is not installed"
     import matplotlib
@@ -50,7 +54,8 @@ def write(rows: Sequence[Row], machine: Row, gemm: float | None, folder: Path) -
     import matplotlib.pyplot as plt
 
     paths = [folder / "tflops.png", folder / "ratios.png"]
-    bars = sum(name in r.get("ratios", {}) for r in rows for name in BARS.get(str(r["section"]), ()))  # type: ignore[operator]
+    ratios: list[tuple[str, Any]] = [(str(r["section"]), r.get("ratios", {})) for r in rows]
+    bars = sum(name in found for section, found in ratios for name in BARS.get(section, ()))
     for path, draw, height in zip(paths, (_rates, _ratios), (5.5, 1.5 + 0.17 * bars), strict=True):
         figure, axes = plt.subplots(figsize=(9, height), layout="constrained")
         draw(axes, rows, gemm)
@@ -61,7 +66,7 @@ def write(rows: Sequence[Row], machine: Row, gemm: float | None, folder: Path) -
 
 
 def _rates(axes: Any, rows: Sequence[Row], gemm: float | None) -> None:
-    """Head dim 128 and 24 heads, where the lengths form a row."""
+    """The shapes of head dim 128, which all have 24 heads and differ in their tokens."""
     forward: list[Any] = [r for r in rows if r["section"] == "forward" and r.get("tflops")]
     forward = [r for r in forward if r["shape"]["dim"] == 128]
     for name in LINES:

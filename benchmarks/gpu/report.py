@@ -1,4 +1,4 @@
-"""The results of a GPU run: on the screen as they come and in a summary, as JSON, and as CSV."""
+"""The results of a GPU run: printed as they come, a summary at the end, a JSON and a CSV file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from ..cpu.forward import Row
+from ..timing.rows import Row
 from .machine import slug
 from .plan import Task
 
@@ -47,7 +47,13 @@ KEY_RATIOS = (
 
 
 class Results:
-    """Collects rows in the order in which they come; the files are complete after each of them."""
+    """Collects rows as they come, prints them, and writes complete files after each.
+
+    Args:
+        plan: the tasks, in the order of the files.
+        conditions: of the run, for the JSON file.
+        folder: for the files; made if it is not there.
+    """
 
     def __init__(self, plan: Sequence[Task], conditions: Row, folder: Path) -> None:
         self.plan, self.conditions, self.folder = plan, conditions, folder
@@ -70,7 +76,7 @@ class Results:
 
     @property
     def gemm(self) -> float | None:
-        """TFLOP/s of the matrix product, once it has been measured."""
+        """TFLOP/s of the matrix product; None before it is measured."""
         found = [row["gemm_tflops"] for row in self.rows.values() if "gemm_tflops" in row]
         return float(found[0]) if found else None  # type: ignore[arg-type]
 
@@ -79,7 +85,7 @@ class Results:
         return [self.rows[i] for i in sorted(self.rows)]
 
     def collect(self, field: str) -> dict[str, str]:
-        """What all rows have in a field, under the row's and the contestant's names."""
+        """A field's entries of all rows, by "section, name: contestant"."""
         found = {}
         for row in self.ordered:
             cells: Any = row.get(field, {})
@@ -103,7 +109,7 @@ class Results:
             "conditions": self.conditions,
             "rows": self.ordered,
             "failures": self.collect("failures"),
-            "missing": peers_missing(self.ordered),
+            "missing": missing_contestants(self.ordered),
             "skipped": self.skipped,
         }
         with _replaced(self.paths["json"]) as file:
@@ -118,7 +124,7 @@ class Results:
 
 @contextlib.contextmanager
 def _replaced(path: Path) -> Iterator[TextIO]:
-    """A file to write, which takes the place of `path` once it is whole."""
+    """A file to write that replaces `path` when it is complete."""
     beside = path.with_name(f".{path.name}")
     with beside.open("w", newline="") as file:
         yield file
@@ -126,7 +132,7 @@ def _replaced(path: Path) -> Iterator[TextIO]:
 
 
 def _finite(x: Any) -> Any:
-    """JSON has no NaN, nor Inf: their names stand for them."""
+    """NaN and Inf as strings, which JSON has no numbers for."""
     if isinstance(x, dict):
         return {key: _finite(value) for key, value in x.items()}
     if isinstance(x, (list, tuple)):
@@ -135,6 +141,7 @@ def _finite(x: Any) -> Any:
 
 
 def title(machine: Row) -> str:
+    """The machine in one line."""
     where = machine.get("gpu") or f"dry run on the CPU ({machine.get('cpu')})"
     smi: Any = machine.get("nvidia_smi") or {}
     parts = [f"torch {machine['torch']}", f"triton {machine['triton']}", f"CUDA {machine['cuda']}"]
@@ -143,8 +150,8 @@ def title(machine: Row) -> str:
     return f"{where}; {', '.join(parts)}"
 
 
-def peers_missing(rows: Sequence[Row]) -> dict[str, str]:
-    """The contestants that could not run, each with its first reason."""
+def missing_contestants(rows: Sequence[Row]) -> dict[str, str]:
+    """Contestants that could not run, each with its first reason."""
     found: dict[str, str] = {}
     for row in rows:
         cells: Any = row.get("missing", {})
@@ -154,7 +161,7 @@ def peers_missing(rows: Sequence[Row]) -> dict[str, str]:
 
 
 def records(row: Row) -> Iterator[dict[str, object]]:
-    """A CSV line for each contestant of a row, with or without a time."""
+    """A CSV line for each contestant of a row, timed or not."""
     r: Any = row
     size, dtype = r.get("shape", {}).get("size", ""), r.get("dtype", "")
     base: dict[str, object] = {"section": r["section"], "name": r["name"], "size": size, "dtype": dtype}
@@ -192,19 +199,20 @@ def _times(row: Any, name: str) -> dict[str, object]:
 
 
 def details(row: Row, gemm: float | None) -> Iterator[str]:
-    """What one task found, in lines for the screen."""
+    """A row in lines for the screen."""
     r: Any = row
     if "skipped" in r:
         yield f"  SKIPPED: {r['skipped']}"
         return
     if "gemm_tflops" in r:
-        yield f"  copy {r['copy_tb_per_s']} TB/s (read plus written), bf16 matrix product {r['gemm_tflops']} TFLOP/s"
+        yield f"  copy {r['copy_tb_per_s']} TB/s (read plus written), bf16 GEMM {r['gemm_tflops']} TFLOP/s"
         return
     if r["section"] == "checks":
         yield f"  {len(r.get('errors', {}))} right, {len(r.get('failures', {}))} wrong"
     for name in sorted(r.get("seconds", {}), key=lambda n: r["seconds"][n]["median"]):
         cell, more = r["seconds"][name], _times(r, name)
-        line = f"  {name:26s} {1e3 * cell['median']:9.4f} ms  ({1e3 * cell['q1']:.4f} .. {1e3 * cell['q3']:.4f}, n {cell['n']})"
+        quartiles = f"{1e3 * cell['q1']:.4f} .. {1e3 * cell['q3']:.4f}"
+        line = f"  {name:26s} {1e3 * cell['median']:9.4f} ms  ({quartiles}, n {cell['n']})"
         if "tflops" in more:
             line += f"  {more['tflops']:7} TFLOP/s"
             line += f" {100 * float(str(more['tflops'])) / gemm:4.0f} % of GEMM" if gemm else ""
@@ -224,7 +232,7 @@ def details(row: Row, gemm: float | None) -> Iterator[str]:
 
 
 def summary(results: Results) -> Iterator[str]:
-    """The last words: few enough for a terminal's page."""
+    """The end of the output: key ratios by shape, then what was wrong, missing or skipped; about a page."""
     header = f"{'batch, heads, tokens, dim':26s}{'vendor':>14s}{'ms':>9s}{'plain':>9s}{'brush':>9s}"
     yield "\n" + header + "".join(f"{name:>19s}" for name in KEY_RATIOS)
     for row in results.ordered:
@@ -256,7 +264,7 @@ def summary(results: Results) -> Iterator[str]:
     failures = results.collect("failures")
     yield f"{right} results right, {len(failures)} wrong, {len(results.skipped)} tasks skipped"
     for kind, found in (
-        ("missing", peers_missing(results.ordered)),
+        ("missing", missing_contestants(results.ordered)),
         ("skipped", results.skipped),
         ("WRONG", failures),
     ):

@@ -1,12 +1,10 @@
-"""One command for a machine with a GPU: is every kernel right, and how fast is it beside every other that is
-installed.
+"""The one command for a machine with a GPU: checks every kernel, and times it beside all that is installed.
 
     python benchmarks/gpu/run.py --out results          from a checkout; needs torch, triton and numpy alone
-    python benchmarks/gpu/run.py --build --out results  and compiles csrc/cuda beforehand, with the machine's nvcc
+    python benchmarks/gpu/run.py --build --out results  compiles csrc/cuda first, with the machine's nvcc
     python benchmarks/gpu/run.py --dry-run              the whole plan on the CPU, with tiny shapes
 
-Exit code 0; 1 where a result is wrong or a task failed, which has no time then; 2 for wrong arguments or no
-GPU.
+Exit code 0; 1 where a result is wrong or a task failed, which are not timed; 2 for wrong arguments or no GPU.
 """
 
 from __future__ import annotations
@@ -23,14 +21,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
-    from .machine import Setup
+    from .setup import Setup
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULE = "flashbrush.benchmarks.gpu.run"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    from . import plots as gpu_plots, report as gpu_report, runner as gpu_runner
+    """Run the plan, or as a worker some of its tasks.
+
+    Args:
+        argv: the command's arguments; None: the process's.
+
+    Returns:
+        The exit code.
+    """
+    from . import plots, report, workers
     from .plan import tasks
 
     started = time.time()
@@ -44,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if options.worker is not None:
         indices = [int(i) for i in options.tasks.split(",")]
-        return gpu_runner.work(setup, plan, indices, options.deadline, options.worker)
+        return workers.work(setup, plan, indices, options.deadline, options.worker)
     deadline = started + 60 * options.minutes
     conditions = {
         "device": str(setup.device),
@@ -53,19 +59,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         "minutes": options.minutes,
         "sections": list(options.sections),
         "jobs": options.jobs,
-        "timing": "device events, L2 flushed before each call, contestants in turns in random order, inputs rotate",
+        "timing": "device events, L2 flushed before each call, contestants in turns in random order, "
+        "inputs rotate",
     }
-    results = gpu_report.Results(plan, conditions, options.out)
-    command = gpu_runner.python_command(Path(__file__), arguments, deadline)
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(143)
-    )  # by way of `finally`, which ends the processes below
-    gpu_runner.supervise(command, plan, deadline, options.jobs, results.add, results.set_machine)
+    results = report.Results(plan, conditions, options.out)
+    command = workers.python_command(Path(__file__), arguments, deadline)
+    # SystemExit runs the `finally` in supervise, which ends the worker processes.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    workers.supervise(command, plan, deadline, options.jobs, results.add, results.set_machine)
     results.write()
-    for line in gpu_report.summary(results):
+    for line in report.summary(results):
         print(line)
-    plots = gpu_plots.write(results.ordered, results.machine, results.gemm, options.out)
-    print(f"plots: left out: {plots}" if isinstance(plots, str) else f"plots: {', '.join(map(str, plots))}")
+    drawn = plots.write(results.ordered, results.machine, results.gemm, options.out)
+    print(f"plots: left out: {drawn}" if isinstance(drawn, str) else f"plots: {', '.join(map(str, drawn))}")
     print(f"written: {results.paths['json']}, {results.paths['csv']}; {time.time() - results.start:.0f} s")
     return 1 if results.collect("failures") else 0
 
@@ -102,7 +108,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--peers",
         type=Path,
         metavar="FILE",
-        help="Python file whose contestants() gives more of them: {name: flashbrush.benchmarks.cpu.peers.Peer}",
+        help="Python file whose contestants() returns more of them: "
+        "{name: flashbrush.benchmarks.cases.contestants.Contestant}",
     )
     for name, kind in (("--worker", Path), ("--tasks", str), ("--deadline", float)):
         parser.add_argument(name, type=kind, help=argparse.SUPPRESS)
@@ -118,11 +125,15 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _setup(options: argparse.Namespace) -> Setup:
-    """Raises ValueError: no such GPU, backend or contestants."""
+    """The run's Setup.
+
+    Raises:
+        ValueError: no such GPU, backend or contestants.
+    """
     import torch
 
     from ...bindings import backends
-    from .machine import Setup
+    from .setup import Setup
 
     device = torch.device("cpu" if options.dry_run else options.device)
     if options.build and options.worker is None and (failed := _build()):
@@ -145,16 +156,20 @@ def _setup(options: argparse.Namespace) -> Setup:
 
 
 def _build() -> str | None:
-    """What is in the way: nvcc is not there, or fails, or setup.py does not load."""
-    from ..cpu.peers import Missing
-    from .variants import load_builder
+    """Compile csrc/cuda into the checkout.
+
+    Returns:
+        None; or why it failed: no nvcc, nvcc's error, or setup.py cannot be imported.
+    """
+    from ..cases.contestants import Missing
+    from .cuda_builds import load_builder
 
     try:
         builder = load_builder()
     except Missing as reason:
         return f"build: {reason}"
     before = os.getcwd()
-    os.chdir(ROOT)  # its paths are relative
+    os.chdir(ROOT)  # setup.py's paths are relative
     try:
         report = builder["build_cuda_library"](builder["BACKENDS"])
     finally:
@@ -167,8 +182,9 @@ def _build() -> str | None:
 
 
 def _more(file: Path | None) -> dict:
-    from .peers import VENDORS
-    from .shapes import OWN
+    """The contestants of a --peers file."""
+    from .contestants import VENDORS
+    from .controls import OURS
 
     if file is None:
         return {}
@@ -178,18 +194,15 @@ def _more(file: Path | None) -> dict:
     if not callable(found):
         raise ValueError(f"peers: {file} has no function contestants()")
     more: Any = found()
-    if taken := {*VENDORS, *OWN, "composed", "eager"} & more.keys():
+    if taken := {*VENDORS, *OURS, "composed", "eager"} & more.keys():
         raise ValueError(f"peers: these names are taken: {', '.join(sorted(taken))}")
     return more
 
 
 def _run_as_module() -> None:
-    """Make the checkout's root the package flashbrush, whatever is installed, and run this file as a part of
-    it.
-    """
-    sys.path = [
-        p for p in sys.path if Path(p or ".").resolve() != ROOT / "benchmarks" / "gpu"
-    ]  # its names are common words
+    """Import the checkout's root as the package flashbrush, whatever is installed, and run this file."""
+    # Without this folder, whose files have the names of other modules.
+    sys.path = [p for p in sys.path if Path(p or ".").resolve() != ROOT / "benchmarks" / "gpu"]
     spec = importlib.util.spec_from_file_location(
         "flashbrush", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
     )

@@ -7,7 +7,9 @@ o_i  = gain[h, a(i)] * sum_g gate_g(i) * sum_{c in g} weight[h, a(i), c] * sum_{
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -17,6 +19,25 @@ from ..core.semantics import expand_pairs, gather, labels, total_gain
 from .interface import Operator, Result, never
 
 name = "reference"
+_rounding: torch.dtype | None = None
+
+
+@contextlib.contextmanager
+def rounded_probabilities(dtype: torch.dtype) -> Iterator[None]:
+    """Within the block, forward() rounds every probability to `dtype`, as eager code in that dtype does.
+
+    For the checks, whose allowance is the error of such code.
+    """
+    global _rounding
+    before, _rounding = _rounding, dtype
+    try:
+        yield
+    finally:
+        _rounding = before
+
+
+def _rounded(prob: Tensor) -> Tensor:
+    return prob if _rounding is None else prob.to(_rounding).to(prob.dtype)
 
 
 def available() -> list[str]:
@@ -64,13 +85,14 @@ def forward(problem: Problem) -> Result:
         mine = allowed & (group_of_key == g)[:, None, None, :]
         prob, lse[..., g] = masked_softmax(s, mine)
         mass = mass + torch.einsum("bmr,bhmn,bnc->bhrc", rows_of, prob.detach(), keys_of)
+        prob = _rounded(prob)
         contrast = p.contrast[g]
         if contrast is not None:
             count = mine.sum(-1, keepdim=True).clamp(min=1)
             prob = contrast.beta * prob - (contrast.beta - 1) / count
             if contrast.clip is not None:
                 prob = prob.clamp(*contrast.clip)
-            prob = torch.where(mine, prob, 0)
+            prob = _rounded(torch.where(mine, prob, 0))
         part = sum_values(prob * weight, mine & (torch.as_tensor(weight) != 0), v)
         out = out + (part if p.gates is None else part * p.gates[:, None, :, g, None].to(dtype))
 

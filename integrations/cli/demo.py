@@ -60,7 +60,10 @@ def demo(
         output / f"{item.name}.png": result.images[0].save for item, result in zip(asked, made, strict=True)
     }
     report = output / "report.png"
-    title = "Subjects into scenes, by the tiny model that comes with flashbrush: it sees 64 x 64 pixels around the hole"
+    title = (
+        "Subjects into scenes, by the tiny model that comes with flashbrush: "
+        "it sees 64 x 64 pixels around the hole"
+    )
     grid = insertion_grid(list(zip(asked, made, strict=True)), title)
     pictures[report] = lambda path: grid.savefig(path, dpi=110)
     write_pictures(pictures)

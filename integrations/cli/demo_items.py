@@ -1,6 +1,4 @@
-"""The demonstration: subjects of photos and drawn ones into real scenes, by the tiny model that comes with
-the package.
-"""
+"""The insertions of `flashbrush demo`: photographed and drawn subjects, into photos of scikit-image."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ from ..tiny_fill.data.subjects import draw, subjects
 
 Box = tuple[int, int, int, int]
 
-# Drawn by hand on scikit-image's photos.
+# Outlines drawn by hand on scikit-image's photos, (x, y) in pixels.
 CAT = (
     (34, 30),
     (62, 0),
@@ -33,17 +31,17 @@ CAT = (
 )
 SAUCER = (78, 18, 478, 384)
 SIDE = 160  # pixels of a drawn subject's picture
-SEED, MADE = 7, 48  # of the drawn subjects, and how many there are to choose from
-CHOSEN = {"moon": 10, "star": 36, "hexagon": 41}
+SEED, MADE = 7, 48  # seed and number of the random subjects
+CHOSEN = {"moon": 10, "star": 36, "hexagon": 41}  # index of those that are inserted
 
 
 def items() -> list[Item]:
-    """What is inserted where, in the order of showing. No photo is among those that the model was trained on.
+    """The insertions in the order in which they are shown. The model was not trained on their photos.
 
     Raises:
         ImportError: scikit-image or scikit-learn is not installed.
     """
-    seen = photos(HELD_OUT)  # which says what is missing
+    textures = photos(HELD_OUT)  # raises where a package is missing
     from skimage import data
 
     cat, coffee, rocket = (Image.fromarray(getattr(data, name)()) for name in HELD_OUT)
@@ -51,7 +49,7 @@ def items() -> list[Item]:
     ImageDraw.Draw(face).polygon(CAT, fill=255)
     ImageDraw.Draw(saucer).ellipse(SAUCER, fill=255)
 
-    made = subjects(MADE, seen, torch.Generator().manual_seed(SEED))
+    made = subjects(MADE, textures, torch.Generator().manual_seed(SEED))
     middle, size = torch.full((MADE, 2), SIDE / 2), torch.full((MADE,), 0.45 * SIDE)
     colours, coverage = draw(made, middle, size, torch.zeros(MADE), SIDE)
 

@@ -14,10 +14,11 @@ from .shared.output import check_pictures, write_pictures
 if TYPE_CHECKING:
     from ..pipelines import PromptEditingOutput
 
-# Those on FLUX, and what they use beside prompts, steps, guidance and size; what the others have no use for.
+# Methods on FLUX, and the options that each uses beside prompts, steps, guidance and size.
 ON_FLUX = {"kv-edit": {"mask"}, "personalize-anything": {"mask", "move"}}
-WITHOUT = {"plug-and-play": {"word", "source_word"}, "infedit": {"inversion_iterations"}}
-TOKEN = 16  # pixels a side, of FLUX
+# Options that a method on Stable Diffusion does not use.
+UNUSED = {"plug-and-play": {"word", "source_word"}, "infedit": {"inversion_iterations"}}
+TOKEN = 16  # pixels of a FLUX token, each way
 Words = Annotated[
     list[str] | None, typer.Option(help="What the edit is about, in --prompt: it stays there. Repeat it.")
 ]
@@ -81,7 +82,7 @@ def edit(
     from ..pipelines.shared.arguments import check_number
 
     check_pictures({"output": output, "reconstruction": reconstruction}, read={"image": image, "mask": mask})
-    # Before a model is loaded, which takes minutes.
+    # Wrong input is refused before a model is loaded, which takes minutes.
     if method not in (*METHODS, *ON_FLUX):
         raise ValueError(f"method: expected one of {', '.join((*METHODS, *ON_FLUX))}, got {method!r}")
     given = {
@@ -93,7 +94,7 @@ def edit(
         "inversion_iterations": inversion_iterations,
         "reconstruction": reconstruction,
     }
-    used = ON_FLUX.get(method, set(given) - {"mask", "move"} - WITHOUT.get(method, set()))
+    used = ON_FLUX.get(method, set(given) - {"mask", "move"} - UNUSED.get(method, set()))
     if wrong := [name for name, value in given.items() if value and name not in used]:
         raise ValueError(f"{wrong[0]}: {method} has no use for it")
     if "mask" in used and mask is None:
@@ -116,9 +117,8 @@ def edit(
         if method == "kv-edit":
             pipe = load("KVEditPipeline", model, dtype, device, offload, backend)
             edited = pipe(photo, hole, prompt, source_prompt=source_prompt, **chosen)
-            print(
-                f"{len(edited.tokens)} of {edited.latents.shape[1]} image tokens were computed in a step of the edit"
-            )
+            total = edited.latents.shape[1]
+            print(f"{len(edited.tokens)} of {total} image tokens were computed in a step of the edit")
         else:
             pipe = load("PersonalizeAnythingPipeline", model, dtype, device, offload, backend)
             edited = pipe(
@@ -146,7 +146,7 @@ def edit(
     )
     if result.size != photo.size:
         print(
-            f"the model saw {image}, {photo.width}x{photo.height} pixels, at {result.size[0]}x{result.size[1]} pixels"
+            f"the model saw {image}, {im.size_text(photo.size)} pixels, at {im.size_text(result.size)} pixels"
         )
     pictures: dict[Path, Any] = {output: lambda path: result.image.save(path, quality=95)}
     if reconstruction is not None:

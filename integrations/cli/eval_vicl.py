@@ -129,7 +129,7 @@ def eval_vicl(
 
 
 def _check_sizes(pairs: dict[str, Pair], queries: Sequence[Pair], resized: bool) -> None:
-    """ValueError where a query and its prompts differ in size, before a model is loaded."""
+    """Raise ValueError where a query and its prompts differ in size and are not resized to one."""
     for query in queries:
         for prompt in (pairs[name] for name in query.prompts):
             if prompt.image.size != query.image.size and not resized:
@@ -159,7 +159,7 @@ def _show(row: dict[str, Any], title: str) -> None:
 def _write(
     rows: Sequence[dict[str, Any]], output: Path, painted: dict[str, Image.Image], folder: Path | None
 ) -> None:
-    """All files, or none."""
+    """Write the table and the predictions' pictures: all files or none."""
     from ..evaluation.csv_files import write_csv
 
     files: dict[Path, Any] = {output: lambda path: write_csv(path, rows)}

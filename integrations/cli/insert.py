@@ -78,7 +78,7 @@ def insert(
     if report is not None:
         check_packages("--report", "matplotlib")
     method = InContextBrush(alpha_prompt, alpha_subject, gain_span, gain_norm=gain_norm.value)
-    # Before a model is loaded, which takes minutes.
+    # Wrong input is refused before a model is loaded, which takes minutes.
     photo = im.open_image(image, "image")
     hole = im.open_mask(mask, photo.size)
     picture = im.open_image(subject, "subject")
@@ -114,9 +114,9 @@ def insert(
         what = (
             "the hole's surroundings"
             if "padding_mask_crop" in shape
-            else f"{image}, {_times(photo.size)} pixels,"
+            else f"{image}, {im.size_text(photo.size)} pixels,"
         )
-        print(f"the model saw {what} at {_times(seen)} pixels")
+        print(f"the model saw {what} at {im.size_text(seen)} pixels")
     _write(result, output, report, prompt)
 
 
@@ -128,7 +128,3 @@ def _write(result: InContextBrushOutput, output: Path, report: Path | None, titl
         pictures[report] = lambda path: insertion_report(result, title=title).savefig(path, dpi=110)
     write_pictures(pictures)
     print(f"the picture is {output}" + (f", its report {report}" if report is not None else ""))
-
-
-def _times(size: Any) -> str:
-    return f"{size[0]}x{size[1]}"

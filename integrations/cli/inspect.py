@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..methods import AttentionMaps
     from ..pipelines import InContextBrushOutput
 
-SEEN = 10  # steps of a run, unless told otherwise: a map of every layer and name is kept for each
+SEEN = 10  # steps of a run whose maps are kept by default: each keeps a map per layer and name
 
 
 def inspect(
@@ -108,6 +108,7 @@ def inspect(
 
 
 def _regions(given: list[str]) -> dict[str, Path]:
+    """File by name, of "NAME=FILE" options."""
     regions: dict[str, Path] = {}
     for one in given:
         name, equals, path = one.partition("=")
@@ -120,8 +121,11 @@ def _regions(given: list[str]) -> dict[str, Path]:
 
 
 def _write_arrays(path: Path, result: InContextBrushOutput, maps: AttentionMaps) -> None:
-    """maps (steps seen, layers, heads or 1, names, rows, columns), mass and gains of every step, and what is
-    what.
+    """Write maps.npz.
+
+    maps is (steps seen, layers, heads or 1, names, rows, columns), mass (steps, layers, heads, row segments,
+    key segments), gains (steps, layers, heads); names, steps, layer_kinds and segments label their
+    dimensions.
     """
     import numpy as np
     import torch
@@ -143,7 +147,7 @@ def _write_arrays(path: Path, result: InContextBrushOutput, maps: AttentionMaps)
 
 
 def _write_mass(path: Path, result: InContextBrushOutput) -> None:
-    """Shares of each segment's attention, mean over steps and heads, a row for each layer and segment."""
+    """Write mass.csv: shares of each row segment's attention by layer, mean over steps and heads."""
     from ..evaluation.csv_files import write_csv
 
     assert result.mass is not None

@@ -50,7 +50,16 @@ def _group() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; ends with SystemExit."""
+    """Run the command line.
+
+    Args:
+        arguments: of the command; None: the process's.
+
+    Raises:
+        SystemExit: always, with the exit code: 0; 2 for wrong input, with one line on standard error; 130
+            when interrupted.
+        Exception: an error that is not the user's.
+    """
     command = typer.main.get_command(app)
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
@@ -62,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as error:
         if (message := _explain(error)) is None:
             raise
-        # Libraries below write pages into an error.
+        # Errors of other libraries can be pages long.
         line = textwrap.shorten(message, 500, placeholder=" ...") or type(error).__name__
         print(f"flashbrush: {line}", file=sys.stderr)
         sys.exit(2)
@@ -70,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _show_warning(usual: Callable[..., None], message: Warning | str, *place: Any) -> None:
-    """Ours in one line, without the place in the code."""
+    """Print our warnings in one line, without the line of code."""
     if str(message).startswith("flashbrush: "):
         print(message, file=sys.stderr)
     else:
@@ -78,8 +87,8 @@ def _show_warning(usual: Callable[..., None], message: Warning | str, *place: An
 
 
 def _explain(error: Exception) -> str | None:
-    """What to tell the user; None for an error that is ours."""
-    if hasattr(error, "format_message"):  # of the command line itself
+    """The message of an error that wrong input or the machine causes; None for any other error."""
+    if hasattr(error, "format_message"):  # the command line's own errors
         return error.format_message()  # type: ignore[attr-defined]
     if isinstance(error, torch.OutOfMemoryError):
         return "the device's memory is full: try --offload, or a smaller --width and --height"

@@ -1,4 +1,4 @@
-"""flashbrush sweep: the effect of each knob of In-Context Brush, measured one at a time."""
+"""flashbrush sweep: measure the effect of each knob of In-Context Brush on its own."""
 
 from __future__ import annotations
 

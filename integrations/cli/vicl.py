@@ -1,4 +1,4 @@
-"""flashbrush vicl: do to a photo what pairs of photos and their ground truths show."""
+"""flashbrush vicl: predict for a photo what pairs of photos and ground truths show."""
 
 from __future__ import annotations
 
@@ -63,6 +63,7 @@ def vicl(
     The picture that is written is what the task reads from the prediction: a mask, a filled box, classes or
     points in the ground truths' colours, edges, or the photo in colour.
     """
+    from ..pipelines.images import size_text
     from ..pipelines.shared.visual_icl_tasks import check_palette, check_task, palette_of
     from ..pipelines.visual_icl import NEEDS_PALETTE, open_prompts
 
@@ -75,7 +76,7 @@ def vicl(
     check_pictures({"output": output, "painted": painted}, read={"query": query, **files})
     check_cache(cache)
     knobs = options(steps, skip, gamma, temperature, contrast, clip, adain, seed, width, height, use_cache)
-    # Before a model is loaded, which takes minutes.
+    # Wrong input is refused before a model is loaded, which takes minutes.
     resized = width is not None or height is not None
     pairs, photo = open_prompts([pair(text) for text in prompt], query, resized=resized)
     if task in NEEDS_PALETTE:
@@ -83,9 +84,7 @@ def vicl(
     pipe: VisualICLPipeline = load("VisualICLPipeline", model, dtype, device, offload, backend, cache=cache)
     result: VisualICLOutput = pipe(pairs, photo, task=task, **knobs)
     if result.size != photo.size:
-        print(
-            f"the model saw {query}, {photo.width}x{photo.height} pixels, at {result.size[0]}x{result.size[1]} pixels"
-        )
+        print(f"the model saw {query}, {size_text(photo.size)} pixels, at {size_text(result.size)} pixels")
     if use_cache:
         print(
             f"{result.reused} of {2 * len(pairs) + 1} inversions were there already, in {pipe.cache.folder}"
@@ -100,7 +99,11 @@ def vicl(
 
 
 def pair(text: str) -> tuple[str, str]:
-    """The two files of IMAGE:TRUTH; ValueError unless there are two."""
+    """The two file names of "IMAGE:TRUTH".
+
+    Raises:
+        ValueError: not two names.
+    """
     image, colon, truth = text.partition(":")
     if not image or not truth or ":" in truth:
         count = "one of them" if not truth or not image else "more than one colon"

@@ -1,6 +1,4 @@
-"""Cross-image attention: a picture with the structure of one photo and the appearance of another, without
-training.
-"""
+"""Appearance transfer by cross-image attention: the structure of one photo with the appearance of another."""
 
 from __future__ import annotations
 
@@ -24,22 +22,21 @@ APPEARANCE, STRUCTURE, OUTPUT = 0, 1, 3  # items of a UNet call; 2 is the output
 
 
 def linear_fall(gamma: float, step: int, steps: int) -> float:
-    """From gamma in the first step to max(gamma / 2, 1) in the last, linearly, as in the released code of
-    arXiv 2311.03335."""
+    """From gamma in the first step to max(gamma / 2, 1) in the last, as in the code of arXiv 2311.03335."""
     last = max(gamma / 2, 1.0)
     return gamma + (last - gamma) * step / max(steps - 1, 1)
 
 
 @dataclass
 class AppearanceTransferOutput:
-    """What one call made.
+    """Result of AppearanceTransferPipeline.
 
     Attributes:
         image: the result, RGB, of the structure's own size.
-        latents: (1, channels, height, width) float32, the result's.
+        latents: of the result, (1, channels, height, width) float32.
         size: (width, height) in pixels at which the model saw the photos.
-        seed: the one that makes the same picture again; None where a generator was given.
-        reused: how many of the two photos' inversions were on disk already.
+        seed: that reproduces the result; None where a generator was given.
+        reused: number of inversions that were read from the cache, of two.
     """
 
     image: Image.Image
@@ -50,19 +47,29 @@ class AppearanceTransferOutput:
 
 
 class AppearanceTransferPipeline(SwapGuidancePipeline):
-    """Cross-image attention (arXiv 2311.03335) with the parts of a StableDiffusionPipeline; arguments as in
-    SwapGuidancePipeline.
+    """Cross-image attention (arXiv 2311.03335) on Stable Diffusion, without training.
 
-        pipe =
-        AppearanceTransferPipeline.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5").to("cuda")
+        pipe = AppearanceTransferPipeline.from_pretrained(
+            "stable-diffusion-v1-5/stable-diffusion-v1-5"
+        ).to("cuda")
         pipe("zebra.png", "giraffe.png", text="A photo of an animal").image.save("out.png")
 
-    Both photos are inverted. The output starts from the structure's noisy latents and re-adds its noise maps,
-    while in the UNet's upsampling self-attention its own queries read the appearance's keys and values; it
-    takes the appearance's statistics in the later steps. Defaults are the released code's, which differs in
-    this: it samples both photos beside the output, where here their inverted levels stand for them; it can
-    confine the statistics to masks that it finds by clustering; and it has FreeU, which
-    `pipe.pipe.enable_freeu` turns on.
+    Both photos are inverted. The output starts from the structure's noisy latents and adds its noise maps. In
+    the UNet's upsampling self-attention, its queries read the appearance's keys and values; in the later
+    steps it takes the appearance's statistics.
+
+    Defaults are the released code's. That code differs in three ways: it samples both photos beside the
+    output, where here their inverted latents are used in every step; it can restrict the statistics to masks
+    found by clustering; and it enables FreeU, for which call `pipe.pipe.enable_freeu`.
+
+    Args:
+        pipe: a diffusers StableDiffusionPipeline.
+        cache: folder of inverted images; None: in the user's cache folder.
+        backend: as in flashbrush.attention.
+
+    Raises:
+        TypeError: another pipeline.
+        ValueError: a UNet that takes more than latents and text, or a scheduler without betas.
     """
 
     @torch.no_grad()
@@ -87,27 +94,37 @@ class AppearanceTransferPipeline(SwapGuidancePipeline):
         inversion_batch: int = 8,
         progress: bool = True,
     ) -> AppearanceTransferOutput:
-        """Paint `structure` with the look of `appearance`.
+        """Give `structure` the look of `appearance`.
 
         Args:
-            appearance, structure: files, PIL images, or uint8 arrays; the appearance is resized to the
-                structure's size.
-            text: what cross-attention reads; the released code's is "A photo of a <what both show>".
-            method: the knobs of the attention; None: the released code's, whose windows for 64 and 32 tokens
-                a side are those of layers as fine and half as fine as the latents, the same shares of any
-                number of steps. The pipeline sets its items. Steps are counted from the first that is run, as
-                in the released code.
-            steps: levels of noise of the whole run. skip: steps left out at the noisy end; None: 32 in 100.
-            gamma: of the swap guidance, which linear_fall makes scales of; or a callable (step, steps) ->
-                scale, steps counted as the method's. A step of scale 0 is plain.
-            adain_from: the first step after which the output takes the appearance's statistics, counted as
-                the method's; "auto": the 20th in 100 levels; None: never.
-            negative_text, inversion_guidance: classifier-free guidance of the inversion alone, against
-                another text.
-            width, height, seed, generator, use_cache, inversion_batch, progress: as in VisualICLPipeline.
+            appearance: a file, a PIL image, or a uint8 array; resized to the structure's size.
+            structure: a file, a PIL image, or a uint8 array.
+            text: prompt; the released code's is "A photo of a <what both show>".
+            method: the knobs of the attention; the pipeline sets its items. None: the released code's: its
+                windows of steps for layers of 64 and 32 tokens a side are used for layers as fine as the
+                latents and half as fine, in proportion to `steps`. Steps are counted from the first that is
+                run.
+            steps: levels of noise of the whole run.
+            skip: steps left out at the noisy end; None: 32 in 100.
+            gamma: of the swap guidance: a number, from which linear_fall makes scales; or a function (step,
+                steps) -> scale, with steps counted as the method's. A step of scale 0 is plain.
+            adain_from: first step after which the output takes the appearance's statistics, counted as the
+                method's; "auto": the 20th in 100 levels; None: never.
+            negative_text: prompt that guidance of the inversion leads away from.
+            inversion_guidance: scale of the inversion's classifier-free guidance.
+            width: at which the model sees the photos, a multiple of 8; None: near the structure's own.
+            height: the same.
+            seed: of the inversions' noise; None: drawn from torch's default generator.
+            generator: in place of a seed.
+            use_cache: keep inverted images on disk, and read them from there.
+            inversion_batch: levels of an image in one UNet call of the inversion.
+            progress: show progress bars.
+
+        Returns:
+            The picture, and what reproduces it.
 
         Raises:
-            TypeError, ValueError, FileNotFoundError: naming the argument, what was expected and what came.
+            TypeError, ValueError, FileNotFoundError: wrong input; the message names the argument.
             FloatingPointError: the latents are no longer finite.
         """
         schedule = self._schedule(steps)
@@ -128,8 +145,8 @@ class AppearanceTransferPipeline(SwapGuidancePipeline):
         look = im.flatten(im.open_image(appearance, "appearance"))
         shape = im.flatten(im.open_image(structure, "structure"))
         size = self.size(shape.size, width=width, height=height)
-        # The released code's windows name the layers of 512 x 512 pixels: photos of other sizes have none of
-        # 64 x 64.
+        # The released code's windows name layers by their size at 512 x 512 pixels, 64 and 32 tokens a side.
+        # Other sizes have other layers.
         columns, rows = (side // self.pipe.vae_scale_factor for side in size)
         own, share = CrossImageAttention(), steps / STEPS
         fine, coarse = (scaled(own.windows[side], share) for side in (64, 32))

@@ -1,4 +1,4 @@
-"""Stable Diffusion with swapped self-attention: what the pipelines of the cross-image methods share."""
+"""Swap guidance: the base of the pipelines that swap self-attention between images in Stable Diffusion."""
 
 from __future__ import annotations
 
@@ -27,12 +27,14 @@ class InversionOptions:
     """How images are inverted.
 
     Attributes:
-        steps: levels of noise of the whole run. skip: steps left out at the noisy end.
-        text: what cross-attention reads, in the sampling too.
-        negative_text, guidance: classifier-free guidance of the inversion alone, against another text.
+        steps: levels of noise of the whole run.
+        skip: steps left out at the noisy end.
+        text: prompt of the inversion, and of the sampling.
+        negative_text: prompt that guidance of the inversion leads away from.
+        guidance: scale of the inversion's classifier-free guidance; 1: none. Sampling has none.
         seed: of the noise, from 0 to 2**63 - 1.
         batch: levels of an image in one UNet call.
-        use_cache: keep inverted images on disk, and take them from there.
+        use_cache: keep inverted images on disk, and read them from there.
     """
 
     steps: int
@@ -54,26 +56,26 @@ class InversionOptions:
 
     @property
     def guided(self) -> bool:
-        """Whether the second text has a part in it."""
+        """Whether the negative text has an effect."""
         return self.guidance != 1 and self.text != self.negative_text
 
 
 class SwapGuidancePipeline(StableDiffusionParts):
-    """A StableDiffusionPipeline's parts under swap guidance; the base of VisualICLPipeline and
-    AppearanceTransferPipeline.
+    """The base of VisualICLPipeline and AppearanceTransferPipeline: Stable Diffusion under swap guidance.
 
-    Images are inverted (ddpm_inversion.py). An output starts from the noisy latents of one of them and
-    re-adds its noise maps, while in the UNet's self-attention it reads others, as a method says. Every step
-    is one UNet call for the known
-    images and the output, twice: with the swap and without, of which follows
+    The known images are inverted (inversion/ddpm.py). The output starts from the noisy latents of one of them
+    and adds its noise maps; in the UNet's self-attention it reads other images, as a method decides. Every
+    step is one UNet call on the known images and on the output twice, with the swap and without, from which
+    follows
 
         eps = eps_plain + scale(step) (eps_swap - eps_plain)
 
-    after which the output's latents take the mean and the deviation of images, channel by channel (adain).
+    After the step the output's latents can take the mean and deviation of images, channel by channel (adain).
 
     Args:
-        pipe, backend: as in StableDiffusionParts.
+        pipe: a diffusers StableDiffusionPipeline.
         cache: folder of inverted images, shared by any number of runs and models; None: default_folder().
+        backend: as in flashbrush.attention.
 
     Raises:
         TypeError, ValueError: as in StableDiffusionParts.
@@ -97,9 +99,18 @@ class SwapGuidancePipeline(StableDiffusionParts):
     def _invert(
         self, photos: Sequence[Image.Image], schedule: DDPMSchedule, options: InversionOptions, progress: bool
     ) -> tuple[Inversion, int]:
-        """The images' inversions, and how many of them were kept.
+        """Invert images, or read their inversions from the cache.
 
-        Each is inverted by itself, so that a kept one is the same bits whatever it was inverted with.
+        Each image is inverted by itself, so its inversion is bitwise the same whatever images come with it.
+
+        Args:
+            photos: of the model's size.
+            schedule: levels of noise.
+            options: of the inversion.
+            progress: whether to show a progress bar.
+
+        Returns:
+            (inversions of all images, how many were read from the cache).
         """
         pipe, count = self.pipe, schedule.steps - options.skip
         against = self._embed(options.negative_text) if options.guided else None
@@ -134,7 +145,8 @@ class SwapGuidancePipeline(StableDiffusionParts):
         ):
             for photo in photos:
                 pixels = hashlib.sha256(f"{photo.size}".encode() + photo.tobytes()).hexdigest()
-                # Of the pixels too: images with the same noise would match each other place by place.
+                # The pixels are part of the seed: with the same noise, images would attend to each other by
+                # place.
                 seed = int.from_bytes(hashlib.sha256(f"{options.seed}:{pixels}".encode()).digest()[:7], "big")
                 key = settings | {"pixels": pixels, "seed": seed}
                 entry = self.cache.get(key) if options.use_cache else None
@@ -174,18 +186,22 @@ class SwapGuidancePipeline(StableDiffusionParts):
         adain_from: int | None = 0,
         progress: bool = True,
     ) -> Tensor:
-        """The output's clean latents, (1, channels, height, width) float32.
-
-        A UNet call has the known images, the output without the swap, and the output.
+        """Sample the output. The batch of a UNet call is [known images, output without the swap, output].
 
         Args:
-            known: the images that are read, and those that give noise and style.
-            method: which items of that batch read which. scales: of the swap guidance, in each step that is
-                run.
-            start: of the known images, the one whose noisy latents and noise maps the output has.
-            style: of the known images, those whose statistics, of all of them together, the output takes.
-            first: what the method counts the first step as. adain_from: of the steps that are run; None:
-                never.
+            known: inversions of the images.
+            text: prompt.
+            schedule: levels of noise.
+            method: decides which items of the batch read which.
+            scales: of the swap guidance, one for each step that is run; a step of scale 0 is plain.
+            start: index of the known image whose noisy latents and noise maps the output has.
+            style: indices of the known images whose statistics, taken together, the output takes.
+            first: the method's count of the first step that is run.
+            adain_from: index of the first step after which statistics are taken, of those run; None: never.
+            progress: whether to show a progress bar.
+
+        Returns:
+            The output's clean latents, (1, channels, height, width) float32.
         """
         embedded = self._embed(text)
         predict = noise_predictor(self.pipe.unet, embedded)
@@ -196,9 +212,9 @@ class SwapGuidancePipeline(StableDiffusionParts):
         ):
             for count, scale in enumerate(scales):
                 step = known.skip + count
-                handle.method = (
-                    None  # set_step would ask it about the call before, whose batch may be another
-                )
+                # Without the method: set_step plans for the batch of the last call, which may have another
+                # size.
+                handle.method = None
                 handle.set_step(first + count, first + len(scales), float((1 - schedule.alphas[step]).sqrt()))
                 handle.method = method if scale else None
                 batch = torch.cat([known.at(step), latents, latents]) if scale else latents
@@ -220,11 +236,14 @@ def guidance_scales(
     """The scale of the swap guidance in each of `steps`.
 
     Args:
-        gamma: a number, which `default` (gamma, step, total) makes scales of, or a callable (step, total) ->
-            scale.
+        gamma: a number, or a function (step, total) -> scale.
+        default: the function (gamma, step, total) -> scale that turns a number into scales.
+        steps: that are run.
+        total: number of steps that gamma's function is told.
 
     Raises:
-        TypeError: neither. ValueError: a number, or a scale, that is not finite.
+        TypeError: gamma is neither.
+        ValueError: a number or a scale that is not finite.
     """
     if callable(gamma):
         scales = [gamma(step, total) for step in steps]

@@ -1,4 +1,4 @@
-"""Photos, masks and diptychs as PIL images: opening them safely, and the geometry around the model.
+"""Photos, masks and diptychs as PIL images: opening them safely, resizing, cropping and pasting.
 
 Sizes are PIL's (width, height) in pixels. A photo is RGB; a mask is L, 255 where it is on and 0 elsewhere.
 """
@@ -14,12 +14,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageChops, ImageOps
 
-MAX_PIXELS = 64_000_000  # of a file, before anything is decoded
-PANEL_PIXELS = (
-    1024 * 1024
-)  # of a panel when the size is ours to choose: two of them are FLUX's limit of 2 megapixels
+MAX_PIXELS = 64_000_000  # of a file; larger ones are refused before they are decoded
+PANEL_PIXELS = 1024 * 1024  # of a panel whose size is not given: two of them are FLUX's limit of 2 megapixels
 WHITE = (255, 255, 255)
-# What a camera, a browser or an image editor writes; no format whose decoder runs another program (EPS, WMF).
+# Formats of cameras, browsers and image editors; none whose decoder runs another program (EPS, WMF).
 FORMATS = (
     "AVIF",
     "BMP",
@@ -41,14 +39,15 @@ def open_image(source: ImageLike, name: str = "image", max_pixels: int = MAX_PIX
     """An image as RGB, or as RGBA where it has transparency, turned upright by its EXIF orientation.
 
     Args:
-        source: a file in one of FORMATS (the first frame counts), a PIL image, or a uint8 array (height,
+        source: a file in one of FORMATS (the first frame is taken), a PIL image, or a uint8 array (height,
             width), (height, width, 3) or (height, width, 4).
-        name: how errors call it.
-        max_pixels: larger ones are refused before they are decoded.
+        name: what errors call it.
+        max_pixels: larger images are refused before they are decoded.
 
     Raises:
-        FileNotFoundError: no such file. TypeError: neither a file nor an image. ValueError: not an image,
-            truncated, too large, empty, or of a pixel format that is not supported.
+        FileNotFoundError: no such file.
+        TypeError: neither a file nor an image.
+        ValueError: not an image, truncated, too large, empty, or of a pixel format that is not supported.
     """
     if isinstance(source, np.ndarray):
         return _upright(_from_array(source, name), name)
@@ -82,7 +81,7 @@ def open_image(source: ImageLike, name: str = "image", max_pixels: int = MAX_PIX
 
 
 def flatten(image: Image.Image) -> Image.Image:
-    """RGB, with what is transparent over white."""
+    """RGB, with transparent parts over white."""
     if image.mode != "RGBA":
         return image.convert("RGB")
     page = Image.new("RGBA", image.size, (*WHITE, 255))
@@ -90,7 +89,7 @@ def flatten(image: Image.Image) -> Image.Image:
 
 
 def alpha_mask(image: Image.Image) -> Image.Image | None:
-    """The opaque part (alpha of at least half) as a mask; None for an image without transparency."""
+    """The opaque part (alpha of at least 128) as a mask; None for an image without transparency."""
     if image.mode != "RGBA":
         return None
     alpha = image.getchannel("A")
@@ -98,24 +97,31 @@ def alpha_mask(image: Image.Image) -> Image.Image | None:
 
 
 def open_mask(source: ImageLike, size: tuple[int, int], name: str = "mask", of: str = "image") -> Image.Image:
-    """A mask of `size`: on where the picture is white (at least half grey); transparent parts are off.
+    """Open a mask: on where the picture is light (a grey level of at least 128), off where it is transparent.
+
+    Args:
+        source: as in open_image.
+        size: that the mask must have.
+        name: what errors call it.
+        of: what errors call the image of that size.
 
     Raises:
-        As open_image; ValueError: another size than `size`, nothing or everything is on.
+        FileNotFoundError, TypeError: as open_image.
+        ValueError: as open_image; another size than `size`; nothing or everything is on.
     """
     picture = open_image(source, name)
     if picture.size != size:
         raise ValueError(
-            f"{name}: expected the size of the {of}, {_times(size)} pixels, got {_times(picture.size)}"
+            f"{name}: expected the size of the {of}, {size_text(size)} pixels, got {size_text(picture.size)}"
         )
-    grey = picture.convert("L")  # of an RGBA picture: its colours alone
+    grey = picture.convert("L")  # ignores the alpha channel
     if picture.mode == "RGBA":
         grey = ImageChops.multiply(grey, picture.getchannel("A"))
     return check_mask(binary(grey), name)
 
 
 def check_mask(mask: Image.Image, name: str = "mask") -> Image.Image:
-    """The mask; ValueError if it is empty or covers everything."""
+    """Return the mask; raise ValueError if it is empty or covers everything."""
     low, high = mask.getextrema()
     if high == 0:
         raise ValueError(f"{name}: nothing is on: expected white pixels to mark a region")
@@ -125,7 +131,7 @@ def check_mask(mask: Image.Image, name: str = "mask") -> Image.Image:
 
 
 def binary(grey: Image.Image) -> Image.Image:
-    """255 where at least half, else 0."""
+    """255 where the level is at least 128, else 0."""
     return grey.point([0] * 128 + [255] * 128)
 
 
@@ -141,8 +147,11 @@ def panel_size(
 
     Args:
         size: of the photo.
-        width, height: what the user asks for; with one of them, the other follows from the proportions; with
-            none, the photo's own size, made smaller where it has more than `max_pixels`.
+        width: as asked for, in pixels; None: from the height and the proportions.
+        height: as asked for, in pixels; None: from the width and the proportions. With neither, the photo's
+            own size, reduced where it has more than `max_pixels`.
+        multiple: of which both must be multiples.
+        max_pixels: of a size that is not asked for.
 
     Raises:
         ValueError: a width or height that is not positive, or not a multiple; more than 64 megapixels.
@@ -165,12 +174,12 @@ def panel_size(
 
 
 def resize_photo(photo: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Lanczos; the photo itself where the size is right already."""
+    """The photo at another size, by Lanczos; the photo itself where it has the size."""
     return photo if photo.size == size else photo.resize(size, Image.Resampling.LANCZOS)
 
 
 def resize_mask(mask: Image.Image, size: tuple[int, int], name: str = "mask") -> Image.Image:
-    """On where the mask is on in any part of a pixel, so that a thin mask does not vanish.
+    """A mask at another size: on where it is on in any part of a pixel, so that thin masks do not vanish.
 
     Raises:
         ValueError: everything is on at the new size.
@@ -178,11 +187,11 @@ def resize_mask(mask: Image.Image, size: tuple[int, int], name: str = "mask") ->
     if mask.size == size:
         return mask
     shrunk = mask.resize(size, Image.Resampling.BOX)
-    return check_mask(shrunk.point([0] + [255] * 255), f"{name} (resized to {_times(size)})")
+    return check_mask(shrunk.point([0] + [255] * 255), f"{name} (resized to {size_text(size)})")
 
 
 def on_white(image: Image.Image, mask: Image.Image | None) -> Image.Image:
-    """RGB, white where the mask is off."""
+    """The image as RGB, white where the mask is off."""
     picture = flatten(image)
     if mask is None:
         return picture
@@ -190,13 +199,15 @@ def on_white(image: Image.Image, mask: Image.Image | None) -> Image.Image:
 
 
 def crop_box(mask: Image.Image, padding: int, proportions: float) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom), pixels: around what is on in a mask, of the given proportions where the
-    picture has room.
+    """The box around a mask, widened to the given proportions where the picture has room.
 
     Args:
         mask: not empty.
         padding: pixels on every side, as `padding_mask_crop` of diffusers' inpainting pipelines.
-        proportions: width / height that the box is widened to.
+        proportions: width / height of the box.
+
+    Returns:
+        (left, top, right, bottom) in pixels.
 
     Raises:
         ValueError: a padding that is not a whole number of 0 or more.
@@ -204,7 +215,7 @@ def crop_box(mask: Image.Image, padding: int, proportions: float) -> tuple[int, 
     if isinstance(padding, bool) or not isinstance(padding, int) or padding < 0:
         raise ValueError(f"padding_mask_crop: expected a number of pixels, 0 or more, got {padding!r}")
     box = mask.getbbox()
-    assert box is not None, "check_mask comes first"
+    assert box is not None, "an empty mask is refused by check_mask"
     width, height = (box[i + 2] - box[i] + 2 * padding for i in (0, 1))
     wanted = max(width, round(height * proportions)), max(height, round(width / proportions))
     size = [min(a, b) for a, b in zip(wanted, mask.size, strict=True)]
@@ -219,14 +230,15 @@ def subject_panel(
     """The subject alone, on white, in the middle of a panel, as large as fits with its proportions kept.
 
     Args:
-        subject: of any size. mask: of the subject's size; None: the whole picture is the subject.
+        subject: of any size.
+        mask: of the subject's size; None: the whole picture is the subject.
         size: of the panel.
         fill: share of the panel's width or height that the mask's bounding box takes; without a mask, 1.
     """
     picture = on_white(subject, mask)
     if mask is not None:
         box = mask.getbbox()
-        assert box is not None, "check_mask comes first"
+        assert box is not None, "an empty mask is refused by check_mask"
         picture = picture.crop(box)
     else:
         fill = 1.0
@@ -239,7 +251,7 @@ def subject_panel(
 
 
 def stack(top: Image.Image, bottom: Image.Image) -> Image.Image:
-    """A vertical diptych of panels of one size and mode: in FLUX's order of tokens, two contiguous runs."""
+    """A vertical diptych of two panels of one size and mode; each is contiguous in FLUX's token order."""
     canvas = Image.new(top.mode, (top.width, top.height + bottom.height))
     canvas.paste(top, (0, 0))
     canvas.paste(bottom, (0, top.height))
@@ -247,6 +259,7 @@ def stack(top: Image.Image, bottom: Image.Image) -> Image.Image:
 
 
 def lower_panel(canvas: Image.Image) -> Image.Image:
+    """The lower half of a diptych."""
     return canvas.crop((0, canvas.height // 2, canvas.width, canvas.height))
 
 
@@ -256,11 +269,13 @@ def paste_back(
     mask: Image.Image,
     box: tuple[int, int, int, int] | None = None,
 ) -> Image.Image:
-    """The photo, its pixels untouched, with `generated` where the mask is on.
+    """The photo with `generated` where the mask is on; its other pixels stay identical.
 
     Args:
-        generated: of any size. photo, mask: of one size.
-        box: the part of the photo that was generated; None: all of it.
+        generated: a picture of `box`, of any size.
+        photo: into which it is pasted.
+        mask: of the photo's size.
+        box: the part of the photo that was generated, (left, top, right, bottom) in pixels; None: all of it.
     """
     left, top, right, bottom = box or (0, 0, *photo.size)
     whole = photo.copy()
@@ -269,7 +284,7 @@ def paste_back(
 
 
 def _same_colours(picture: Image.Image, source: Image.Image) -> Image.Image:
-    """`picture` with the colour profile of `source`: without it the same numbers are other colours."""
+    """`picture` with the colour profile of `source`, which says what colours its numbers are."""
     if profile := source.info.get("icc_profile"):
         picture.info["icc_profile"] = profile
     return picture
@@ -288,7 +303,7 @@ def _from_array(array: np.ndarray, name: str) -> Image.Image:
 
 def _upright(image: Image.Image, name: str) -> Image.Image:
     if 0 in image.size:
-        raise ValueError(f"{name}: the image is empty, {_times(image.size)} pixels")
+        raise ValueError(f"{name}: the image is empty, {size_text(image.size)} pixels")
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bit grey, which convert() would clip
         values = np.asarray(image)
@@ -303,14 +318,14 @@ def _upright(image: Image.Image, name: str) -> Image.Image:
     except ValueError as error:
         raise ValueError(f"{name}: pixels of mode {image.mode} are not supported; save it as RGB") from error
     if not colours:
-        image.info.pop("icc_profile", None)  # of inks or greys, no longer true
+        image.info.pop("icc_profile", None)  # a profile of inks or greys does not describe RGB
     return image
 
 
 def _check_pixels(size: tuple[int, int], name: str, max_pixels: int) -> None:
     if size[0] * size[1] > max_pixels:
         raise ValueError(
-            f"{name}: {_times(size)} pixels are more than the limit of {max_pixels / 1e6:g} megapixels"
+            f"{name}: {size_text(size)} pixels are more than the limit of {max_pixels / 1e6:g} megapixels"
         )
 
 
@@ -323,12 +338,16 @@ def _multiple(length: float, multiple: int) -> int:
     return max(multiple, round(length / multiple) * multiple)
 
 
-def _times(size: tuple[int, int]) -> str:
+def size_text(size: tuple[int, int]) -> str:
+    """(64, 48) as "64x48"."""
     return f"{size[0]}x{size[1]}"
 
 
 def mask_cells(mask: Image.Image, side: int) -> np.ndarray:
-    """bool (rows, columns): squares of side x side pixels of which any is on; side divides the mask's width
-    and height.
+    """Squares of side x side pixels in which any pixel is on, bool (rows, columns).
+
+    Args:
+        mask: whose width and height are multiples of `side`.
+        side: in pixels.
     """
     return np.asarray(mask).reshape(mask.height // side, side, mask.width // side, side).max(axis=(1, 3)) > 0

@@ -1,4 +1,4 @@
-"""In-Context Brush from photos to a picture: a subject of one photo, inserted into the hole of another."""
+"""In-Context Brush from photos to a picture: insert the subject of one photo into the hole of another."""
 
 from __future__ import annotations
 
@@ -23,21 +23,22 @@ from .subject import DETECTOR, SEGMENTER, SubjectFinder
 
 @dataclass
 class InContextBrushOutput:
-    """What one call made, a list entry for each item of the batch.
+    """Result of InContextBrushPipeline; lists have an entry for each item of the batch.
 
     Attributes:
-        images: the results: the photo's own size with paste_back, else the panel's.
-        diptychs, masks: what the model was given, the subject's panel above the photo's, and where it paints.
-        boxes: the part of the photo that the lower panel shows: (left, top, right, bottom), pixels.
-        latents: (batch, image tokens, channels), the final ones, packed.
-        source_latents: those of the diptych.
-        known: (batch, image tokens) bool: tokens that are not painted.
-        head_gains: (steps, layers, batch, heads) float32; of the target's rows.
-        layer_kinds: "double" or "single", for each layer of head_gains.
-        mass: (steps, layers, batch, heads, row segments, key segments) float32: what the rows of each of
-            `segments` give to each of them, summed over the rows. None without `maps`.
-        segments: the names of mass' segments.
-        seeds: those that make the same pictures again; None where a generator was given.
+        images: the results: of the photo's own size with paste_back, else of the panel's.
+        diptychs: input of the model: the subject's panel above the photo's.
+        masks: where the model paints, of the diptych's size.
+        boxes: the part of the photo that the lower panel shows, (left, top, right, bottom) in pixels.
+        latents: final latents, packed, (batch, image tokens, channels).
+        source_latents: latents of the diptych, the same.
+        known: tokens that are not painted, (batch, image tokens) bool.
+        head_gains: of the target's rows, (steps, layers, batch, heads) float32.
+        layer_kinds: "double" or "single" for each layer of head_gains.
+        seeds: that reproduce the results; None where a generator was given.
+        mass: attention of each of `segments` to each of them, summed over rows, (steps, layers, batch, heads,
+            row segments, key segments) float32; None without `maps`.
+        segments: names of the segments of mass.
     """
 
     images: list[Image.Image]
@@ -55,16 +56,22 @@ class InContextBrushOutput:
 
 
 class InContextBrushPipeline:
-    """FluxFillPipeline with In-Context Brush (arXiv 2505.20271) in its transformer's attention.
+    """In-Context Brush (arXiv 2505.20271) on FLUX.1-Fill, without training.
 
-        pipe = InContextBrushPipeline.from_pretrained("black-forest-labs/FLUX.1-Fill-dev",
-        dtype=torch.bfloat16) result = pipe("a cat on a table", subject="cat.png", subject_name="cat",
-        image="table.jpg", mask="hole.png") result.images[0].save("out.png")
+        pipe = InContextBrushPipeline.from_pretrained(
+            "black-forest-labs/FLUX.1-Fill-dev", dtype=torch.bfloat16
+        ).to("cuda")
+        result = pipe(
+            "a cat on a table", subject="cat.png", subject_name="cat", image="table.jpg", mask="hole.png"
+        )
+        result.images[0].save("out.png")
 
-    The subject, on white, is the upper panel of a vertical diptych, the photo the lower. Tokens outside the
-    mask are put back after every step onto the line between the photo's latents and one fixed noise; after
-    the last step they are the photo's latents. The wrapped pipeline is `pipe.pipe`; offload it, load LoRAs
-    into it or compile its transformer as usual.
+    The subject, on white, is the upper panel of a vertical diptych, the photo is the lower one. After every
+    step tokens outside the mask are set to the photo's latents, noised with one fixed noise to the step's
+    level; after the last step they are the photo's latents.
+
+    The wrapped FluxFillPipeline is `pipe`; offload it, load LoRAs into it or compile its transformer as
+    usual.
 
     Args:
         pipe: a diffusers FluxFillPipeline.
@@ -72,8 +79,8 @@ class InContextBrushPipeline:
         backend: as in flashbrush.attention.
 
     Raises:
-        TypeError: another pipeline. ValueError: a transformer that does not take FLUX Fill's mask and masked
-            photo.
+        TypeError: another pipeline.
+        ValueError: a transformer without FLUX Fill's inputs for mask and masked photo.
     """
 
     def __init__(self, pipe: Any, *, finder: SubjectFinder | None = None, backend: str = "auto") -> None:
@@ -81,11 +88,12 @@ class InContextBrushPipeline:
 
         if not isinstance(pipe, FluxFillPipeline):
             raise TypeError(f"pipe: expected a FluxFillPipeline, got {type(pipe).__name__}")
-        # Latents, the masked photo's latents, and the mask's pixels: of a 2x2 block of latents each.
+        # Of a 2x2 block of latents: the latents, the masked photo's latents, and the mask's pixels.
         expected = 8 * pipe.vae.config.latent_channels + 4 * pipe.vae_scale_factor**2
         if (channels := pipe.transformer.config.in_channels) != expected:
             raise ValueError(
-                f"model: expected a transformer of FLUX Fill, with {expected} input channels, got one with {channels}"
+                f"model: expected a transformer of FLUX Fill, with {expected} input channels, "
+                f"got one with {channels}"
             )
         self.pipe: Any = pipe  # diffusers annotates its call more narrowly than it accepts
         self.finder, self.backend = finder, backend
@@ -105,14 +113,15 @@ class InContextBrushPipeline:
 
         Args:
             model: FLUX.1-Fill-dev, or another checkpoint of FluxFillPipeline.
-            detector, segmenter: models that find a subject by its name, loaded when first needed.
+            detector: object detection model that finds a subject by its name, loaded when first needed.
+            segmenter: SAM model that outlines it, loaded when first needed.
             backend: as in flashbrush.attention.
-            options: passed on to FluxFillPipeline.from_pretrained (dtype, device_map, revision ...). Without
-                a dtype, bfloat16: left to themselves diffusers' parts are float32, and transformers' what the
-                file holds.
+            options: passed on to FluxFillPipeline.from_pretrained (dtype, device_map, revision ...). The
+                default dtype is bfloat16 for all parts.
 
         Raises:
-            OSError: not found. ValueError: a folder, or weights, of another kind of model.
+            OSError: not found.
+            ValueError: a folder, or weights, of another kind of model.
         """
         from diffusers import FluxFillPipeline
 
@@ -126,7 +135,7 @@ class InContextBrushPipeline:
         return self
 
     def to(self, *args: Any, **options: Any) -> InContextBrushPipeline:
-        """As DiffusionPipeline.to."""
+        """Move the model, as DiffusionPipeline.to; returns self."""
         self.pipe.to(*args, **options)
         return self
 
@@ -159,37 +168,44 @@ class InContextBrushPipeline:
         maps: AttentionMaps | None = None,
         progress: bool = True,
     ) -> InContextBrushOutput:
-        """Insert subjects; sequences make a batch, and a single value serves all of its items.
+        """Insert subjects. A list makes a batch; a single value is used for all items of the batch.
 
         Args:
             prompt: what the result shows.
             subject: the photo of the subject: a file, a PIL image, or a uint8 array.
             image: the photo to insert into.
             mask: of image's size, white where to paint.
-            subject_mask: of subject's size, white on the subject. Without it, and without a name, the
-                subject's own transparency; an opaque subject is taken whole.
+            subject_mask: of subject's size, white on the subject. Without a mask and a name, the subject's
+                own transparency is used; an opaque subject is used whole.
             subject_name: what to look for in the subject's photo, in place of a mask.
-            alpha_prompt, alpha_subject, gain_span: as in InContextBrush; None: the method's.
-            method: all the knobs; None: InContextBrush(), the released code's.
-            width, height: of a panel, multiples of 16; None: near the size of what is shown
-                (images.panel_size).
-            padding_mask_crop: show the model only the mask's bounding box and so many pixels around it, in
-                the panel's proportions where the photo has room; None: the whole photo.
-            subject_fill: share of its panel's width or height that the subject takes where it has a mask.
-            steps, guidance_scale, max_sequence_length: as in FluxFillPipeline; the length is cut to the
-                tokenizer's.
-            seed: of item 0, and counted up; or one for each; None: drawn from torch's own random numbers.
+            alpha_prompt: weight added to the target's attention to the prompt; None: the method's.
+            alpha_subject: the same for the subject; None: the method's.
+            gain_span: range of the head gains; None: the method's.
+            method: all knobs; None: InContextBrush(), the released code's.
+            width: of a panel, a multiple of 16; None: from the height, or near the size of what is shown.
+            height: the same.
+            padding_mask_crop: show the model only the mask's bounding box and this many pixels around it,
+                widened to the panel's proportions where the photo has room; None: the whole photo.
+            subject_fill: share of its panel's width or height that a subject with a mask takes.
+            steps: denoising steps.
+            guidance_scale: of FLUX Fill's embedded guidance.
+            seed: of item 0, counted up for the others; or one for each; None: drawn from torch's default
+                generator.
             generator: in place of a seed: one for all items, or one for each.
-            blend: put tokens outside of the mask back after every step.
-            hole_only: only tokens of the mask read more of prompt and subject, see InContextBrush.hole;
-                False: all of the photo's panel does, as in the paper.
+            blend: set tokens outside of the mask back after every step.
+            hole_only: only tokens of the mask get the weights, see InContextBrush.hole; False: all tokens of
+                the photo's panel, as in the paper.
             paste_back: put the painted region into the photo, whose other pixels stay identical.
-            maps: also see what image tokens attend to (both panels, the subject's first); the output then has
-                the mass.
+            max_sequence_length: text tokens, at most the tokenizer's.
+            maps: record what image tokens attend to (both panels, the subject's first); the output then has
+                mass.
             progress: show a progress bar.
 
+        Returns:
+            The pictures, what the model was given, and the head gains.
+
         Raises:
-            TypeError, ValueError, FileNotFoundError: naming the argument, what was expected and what came.
+            TypeError, ValueError, FileNotFoundError: wrong input; the message names the argument.
             FloatingPointError: the latents are no longer finite.
         """
         given = {
@@ -217,8 +233,8 @@ class InContextBrushPipeline:
             raise TypeError(f"method: expected an InContextBrush, got {type(method).__name__}")
         if not method.subject_first or method.subject_tokens is not None or method.hole is not None:
             raise ValueError(
-                "method: the diptych has the subject first, in one half, and the mask says where its hole is; got another "
-                "order, subject_tokens or a hole"
+                "method: expected subject_first without subject_tokens and hole, which the diptych and the mask "
+                "set; got another order, subject_tokens or a hole"
             )
         knobs = {"alpha_prompt": alpha_prompt, "alpha_subject": alpha_subject, "gain_span": gain_span}
         method = replace(method, **{name: value for name, value in knobs.items() if value is not None})
@@ -253,7 +269,8 @@ class InContextBrushPipeline:
         if hole_only:
             method = replace(method, hole=~known.cpu())
         generators = [item["generator"] for item in items]
-        # An item at a time and where the generator is, so that neither the device nor the batch changes it.
+        # Drawn for each item on its generator's device: the noise depends on neither the model's device nor
+        # the batch.
         noise = torch.stack(
             [torch.randn(latents.shape[1:], generator=g, device=g.device).to(latents) for g in generators]
         )
@@ -306,14 +323,18 @@ class InContextBrushPipeline:
         height: int | None = None,
         padding_mask_crop: int | None = None,
     ) -> list[int]:
-        """The image tokens that a call with these arguments makes of a region of the photo, for `maps`.
+        """The image tokens of a region of the photo in a call with these arguments, for `maps`.
 
         Args:
-            region: of image's size, white on the region; None: all that the model sees of it. The others: as
-                in the call.
+            region: of image's size, white on the region; None: all of the photo that the model sees.
+            image, mask, width, height, padding_mask_crop: as in the call.
+
+        Returns:
+            Indices of the tokens.
 
         Raises:
-            ValueError: no token is left of it. As the call's, for the same arguments.
+            TypeError, FileNotFoundError: as the call.
+            ValueError: the region has no token; as the call.
         """
         photo = im.open_image(image, "image")
         (box,), size = self._frames(
@@ -321,18 +342,26 @@ class InContextBrushPipeline:
         )
         white = Image.new("L", size, 255)
         if region is not None:
-            # What a token shows a little of counts, so that thin things are not lost.
+            # A token that shows any part of the region counts: thin regions are not lost.
             white = im.open_mask(region, photo.size, "region").crop(box).resize(size, Image.Resampling.BOX)
         tokens = self._tokens(im.stack(Image.new("L", size, 0), white))
         if not bool(tokens.any()):
-            raise ValueError("region: the model sees nothing of it")
+            raise ValueError("region: the model sees nothing of it")  # it lies outside of the crop
         return tokens.nonzero().flatten().tolist()
 
     def word_tokens(self, prompt: str, word: str, max_sequence_length: int = 512) -> list[int]:
-        """The text tokens of a word or phrase of the prompt, all its occurrences, for `maps`.
+        """The text tokens of a word or phrase of the prompt, for `maps`.
+
+        Args:
+            prompt: the whole prompt.
+            word: a word or phrase; all its occurrences count.
+            max_sequence_length: as in the call.
+
+        Returns:
+            Indices of the tokens.
 
         Raises:
-            ValueError: it is not in the prompt, or beyond what the model reads of it.
+            ValueError: it is not in the prompt, or only in the part that is cut off.
         """
         tokenizer = self.pipe.tokenizer_2
         return word_tokens(prompt, word, tokenizer, min(max_sequence_length, tokenizer.model_max_length))
@@ -345,7 +374,7 @@ class InContextBrushPipeline:
         height: int | None,
         crop: int | None,
     ) -> tuple[list[tuple[int, int, int, int]], tuple[int, int]]:
-        """The part of each photo that the model sees, and a panel's (width, height)."""
+        """(the box of each photo that the model sees, a panel's (width, height))."""
         side = 2 * self.pipe.vae_scale_factor
         size = im.panel_size(photos[0].size, width=width, height=height, multiple=side)
         if crop is None:
@@ -355,7 +384,7 @@ class InContextBrushPipeline:
         return boxes, im.panel_size(shown, width=width, height=height, multiple=side)
 
     def _subject(self, item: dict[str, Any]) -> tuple[Image.Image, Image.Image | None]:
-        """The subject's photo and its mask, None where all of the photo counts."""
+        """The subject's photo and its mask; None: the whole photo is the subject."""
         picture = im.open_image(item["subject"], "subject")
         if item["subject_mask"] is not None:
             return picture, im.open_mask(item["subject_mask"], picture.size, "subject_mask", "subject")
@@ -369,7 +398,7 @@ class InContextBrushPipeline:
         return picture, None if alpha is None else im.check_mask(alpha, "subject: its transparency")
 
     def _source_latents(self, diptychs: list[Image.Image]) -> Tensor:
-        """(batch, image tokens, channels): the means of the autoencoder, packed as the pipeline packs them."""
+        """The autoencoder's mean latents, packed: (batch, image tokens, channels)."""
         pipe, vae = self.pipe, self.pipe.vae
         pixels = pipe.image_processor.preprocess(diptychs).to(pipe._execution_device, vae.dtype)
         latents = (
@@ -378,12 +407,12 @@ class InContextBrushPipeline:
         return pipe._pack_latents(latents.to(pipe.transformer.dtype), *latents.shape)
 
     def _tokens(self, mask: Image.Image) -> Tensor:
-        """(image tokens,) bool: tokens of which any pixel is on."""
+        """Tokens in which any pixel of the mask is on, (image tokens,) bool."""
         return torch.from_numpy(im.mask_cells(mask, 2 * self.pipe.vae_scale_factor)).flatten()
 
 
 def _items(given: dict[str, Any]) -> list[dict[str, Any]]:
-    """The arguments of each item of the batch, every one with its generator."""
+    """The arguments of each item of the batch, with a generator for each."""
     if given["subject_mask"] is not None and given["subject_name"] is not None:
         raise ValueError("subject_mask: expected it or subject_name, got both")
     if given["seed"] is not None and given["generator"] is not None:
@@ -410,7 +439,7 @@ def _items(given: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _seed(seed: Any, offset: int) -> int:
-    if seed is None:  # so that torch.manual_seed decides
+    if seed is None:  # torch.manual_seed then makes the call reproducible
         return int(torch.randint(2**63 - 1, ()))
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise ValueError(f"seed: expected an integer from 0 to 2**63 - 1, got {seed!r}")
@@ -418,7 +447,7 @@ def _seed(seed: Any, offset: int) -> int:
 
 
 class _Steps:
-    """The step callback: known tokens go back to their line, and the method hears of the next step."""
+    """The callback after each step: sets known tokens back, and plans the next step."""
 
     def __init__(self, source: Tensor, noise: Tensor, known: Tensor, steps: int, blend: bool) -> None:
         self.source, self.noise, self.steps, self.blend = source, noise, steps, blend
@@ -431,9 +460,7 @@ class _Steps:
         self, pipe: Any, index: int, timestep: Tensor, tensors: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         if index == 0:
-            self.sigmas = (
-                pipe.scheduler.sigmas.tolist()
-            )  # on the model's device: read once, not in every step
+            self.sigmas = pipe.scheduler.sigmas.tolist()  # read once: they may lie on the GPU
         sigma = self.sigmas[index + 1]
         latents = tensors["latents"]
         if self.blend:
@@ -450,9 +477,11 @@ class _Steps:
 
 
 def _statistics(handle: Handle, steps: int) -> tuple[Tensor, Tensor, list[str]]:
-    """(gains (steps, layers, batch, heads) of the last row segment, the target's; mass; kinds of the layers).
+    """The handle's statistics of all steps and layers.
 
-    NaN where a layer was not run in a step, as with diffusers' caches of attention.
+    Returns:
+        (gains of the last row segment, the target's, (steps, layers, batch, heads); mass; kinds of the
+        layers). NaN where a layer was not run in a step, as with diffusers' caches of attention.
     """
     records = handle.stats
     layers = sorted({(r.layer, r.kind) for r in records})
@@ -472,7 +501,7 @@ def _statistics(handle: Handle, steps: int) -> tuple[Tensor, Tensor, list[str]]:
 
 
 def _check_folder(folder: str | os.PathLike[str]) -> None:
-    """ValueError unless the folder holds all parts that a FluxFillPipeline needs."""
+    """Raise ValueError unless the folder has all parts of a FluxFillPipeline."""
     parts = (
         "model_index.json",
         "transformer",

@@ -1,4 +1,4 @@
-"""KV-Edit from a photo to a picture: new content in a region, before a background that stays as it is."""
+"""KV-Edit from a photo to a picture: new content in a region, with a background that does not change."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from .shared.flux_parts import FluxParts
 
 
 class KVInversion(NamedTuple):
-    """A photo on its way up, from which any number of edits come down."""
+    """A photo and its inverted latents, from which any number of edits start."""
 
     photo: Image.Image
-    levels: list[Tensor]  # its latents (1, image tokens, channels) at all times, rising
-    ids: Tensor  # of its tokens
+    levels: list[Tensor]  # (1, image tokens, channels) at every noise level, the clean latents first
+    ids: Tensor  # of the image tokens, (tokens, 3)
 
 
 @dataclass
 class KVEditOutput:
-    """What one call made.
+    """Result of KVEditPipeline.
 
     Attributes:
-        image: the result, RGB, of the photo's own size, the photo's own pixels outside of the mask.
-        latents: (1, image tokens, channels), packed; outside of the masked tokens they are the photo's.
-        tokens: the image tokens that were edited.
+        image: the result, RGB, of the photo's own size; outside of the mask the photo's own pixels.
+        latents: packed, (1, image tokens, channels); outside of the masked tokens the photo's.
+        tokens: indices of the image tokens that were edited.
         size: (width, height) in pixels at which the model saw the photo.
         mask: of the photo's size.
-        method: with the keys and values that the inversion left. All edits of one inversion share it.
-        inversion: what KVEditPipeline.again() comes down from.
+        method: with the keys and values that the inversion kept; all edits of one inversion share it.
+        inversion: from which KVEditPipeline.again() starts.
     """
 
     image: Image.Image
@@ -53,14 +53,21 @@ class KVEditOutput:
 
 
 class KVEditPipeline(FluxParts):
-    """KV-Edit (arXiv 2502.17363) with the parts of a FluxPipeline; arguments as in FluxParts.
+    """KV-Edit (arXiv 2502.17363) on FLUX.1, without training.
 
         pipe = KVEditPipeline.from_pretrained("black-forest-labs/FLUX.1-dev", dtype=torch.bfloat16).to("cuda")
         pipe("park.jpg", "bench.png", "a bench in a park", source_prompt="a park").image.save("out.png")
 
-    The photo is inverted by Euler with all of its tokens; the edit's calls hold text and masked tokens alone,
-    which makes them as much cheaper as the mask is small. again() makes more of them of one inversion.
-    Defaults are the released code's.
+    The photo is inverted with all of its tokens (Euler steps). The edit's calls hold only text and masked
+    tokens, so a small mask makes them cheap. again() makes more edits from one inversion. Defaults are the
+    released code's.
+
+    Args:
+        pipe: a diffusers FluxPipeline.
+        backend: as in flashbrush.attention.
+
+    Raises:
+        TypeError: another pipeline.
     """
 
     @torch.no_grad()
@@ -88,21 +95,28 @@ class KVEditPipeline(FluxParts):
         """Edit a region of a photo.
 
         Args:
-            image: a file, a PIL image, or a uint8 array. mask: of its size, white where to paint.
-            prompt: what the result shows. source_prompt: what the photo shows.
-            steps: levels of noise. skip: of them left out at the noisy end, None: a seventh, as 4 of 28; with
-                more left out, more of the photo is left in the region.
-            guidance_scale, inversion_guidance: FLUX.1-dev's embedded guidance, of the edit and of the
-                inversion.
+            image: a file, a PIL image, or a uint8 array.
+            mask: of the image's size, white where to paint.
+            prompt: what the result shows.
+            source_prompt: what the photo shows.
+            steps: levels of noise.
+            skip: steps left out at the noisy end; None: a seventh, as 4 of 28. The more are left out, the
+                more of the photo remains in the region.
+            guidance_scale: FLUX.1-dev's embedded guidance of the edit.
+            inversion_guidance: the same of the inversion.
             attn_scale, masked_inversion, keep_device, keep_dtype: as in KVEdit.
-            width, height: at which the model sees the photo, multiples of 16; None: near the photo's.
-            paste_back: put the painted region into the photo, whose other pixels stay identical; False: the
-                model's picture.
-            max_sequence_length: as in FluxPipeline, cut to the tokenizer's.
+            width: at which the model sees the photo, a multiple of 16; None: near the photo's own.
+            height: the same.
+            paste_back: put the painted region into the photo, whose other pixels stay identical; False:
+                return the model's picture.
+            max_sequence_length: text tokens, at most the tokenizer's.
             progress: show a progress bar.
 
+        Returns:
+            The picture, and the inversion for further edits.
+
         Raises:
-            TypeError, ValueError, FileNotFoundError: naming the argument, what was expected and what came.
+            TypeError, ValueError, FileNotFoundError: wrong input; the message names the argument.
             FloatingPointError: the latents are no longer finite.
         """
         check_texts(prompt=prompt, source_prompt=source_prompt)
@@ -131,10 +145,10 @@ class KVEditPipeline(FluxParts):
             self._bar("inverting, editing", 2 * len(times) - 2, progress) as bar,
         ):
             inversion = KVInversion(
-                photo, self._climb(handle, clean, ids, times, source, inversion_guidance, bar), ids
+                photo, self._invert(handle, clean, ids, times, source, inversion_guidance, bar), ids
             )
-            final = self._descend(handle, inversion, cells, target, guidance_scale, bar)
-        return self._made(inversion, method, final, hole, size, paste_back)
+            final = self._edit(handle, inversion, cells, target, guidance_scale, bar)
+        return self._output(inversion, method, final, hole, size, paste_back)
 
     @torch.no_grad()
     def again(
@@ -149,19 +163,22 @@ class KVEditPipeline(FluxParts):
         max_sequence_length: int = 512,
         progress: bool = True,
     ) -> KVEditOutput:
-        """Another edit of the photo of an earlier one, without another inversion.
+        """Edit the photo of an earlier result again, without another inversion.
 
             done = pipe("park.jpg", "bench.png", "a bench in a park", source_prompt="a park")
             pipe.again(done, "a fountain in a park").image.save("fountain.png")
 
         Args:
-            done: what this pipeline has made. Its method takes the new mask and scale.
-            prompt: what the result shows. mask: another one, unless masked_inversion was chosen; None: the
-                same.
-            The others: as in the call.
+            done: a result of this pipeline. Its method takes the new mask and scale.
+            prompt: what the result shows.
+            mask: another mask, not possible after masked_inversion; None: the same.
+            guidance_scale, attn_scale, paste_back, max_sequence_length, progress: as in the call.
+
+        Returns:
+            The new picture.
 
         Raises:
-            TypeError, ValueError, FileNotFoundError: naming the argument, what was expected and what came.
+            TypeError, ValueError, FileNotFoundError: wrong input; the message names the argument.
             FloatingPointError: the latents are no longer finite.
         """
         if not isinstance(done, KVEditOutput):
@@ -177,10 +194,10 @@ class KVEditPipeline(FluxParts):
             apply(self.pipe.transformer, method, backend=self.backend) as handle,
             self._bar("editing", len(method.times) - 1, progress) as bar,
         ):
-            final = self._descend(handle, inversion, cells, text, guidance_scale, bar)
-        return self._made(inversion, method, final, hole, done.size, paste_back)
+            final = self._edit(handle, inversion, cells, text, guidance_scale, bar)
+        return self._output(inversion, method, final, hole, done.size, paste_back)
 
-    def _climb(
+    def _invert(
         self,
         handle: Handle,
         clean: Tensor,
@@ -190,37 +207,37 @@ class KVEditPipeline(FluxParts):
         guidance: float,
         bar: Any,
     ) -> list[Tensor]:
-        """The photo's latents at all times, rising."""
-        up = [clean]
+        """The photo's latents at every noise level, the clean ones first."""
+        levels = [clean]
         for i, (time, upper) in enumerate(pairwise(times[::-1])):
             handle.set_step(i, len(times) - 1, time)
-            up.append(up[-1] + (upper - time) * self._velocity(up[-1], ids, time, text, guidance))
+            levels.append(levels[-1] + (upper - time) * self._velocity(levels[-1], ids, time, text, guidance))
             bar.update()
-        return up
+        return levels
 
-    def _descend(
+    def _edit(
         self, handle: Handle, inversion: KVInversion, cells: Tensor, text: tuple, guidance: float, bar: Any
     ) -> Tensor:
         """The latents of an edit; outside of the method's masked tokens they are the photo's."""
         method: Any = handle.method
-        up, steps = inversion.levels, len(method.times) - 1
+        levels, steps = inversion.levels, len(method.times) - 1
         inside, tokens = (
-            t.to(up[0].device)
+            t.to(levels[0].device)
             for t in (packed_mask(cells, self.pipe.vae.config.latent_channels), method.tokens)
         )
         method.phase = "edit"
         handle.reset()
-        latents = up[-1][:, tokens]
+        latents = levels[-1][:, tokens]
         for i, (time, lower) in enumerate(pairwise(method.times)):
             handle.set_step(i, steps, time)
-            latents = reblend(latents, up[steps - i], inside, tokens)
+            latents = reblend(latents, levels[steps - i], inside, tokens)
             latents = latents + (lower - time) * self._velocity(
                 latents, inversion.ids[tokens], time, text, guidance
             )
             bar.update()
-        return paste(up[0], latents, tokens)
+        return paste(levels[0], latents, tokens)
 
-    def _made(
+    def _output(
         self,
         inversion: KVInversion,
         method: KVEdit,
@@ -229,10 +246,6 @@ class KVEditPipeline(FluxParts):
         size: tuple[int, int],
         paste_back: bool,
     ) -> KVEditOutput:
-        if not bool(final.isfinite().all()):
-            raise FloatingPointError(
-                f"the latents are no longer finite in {self.pipe.transformer.dtype}: try bfloat16 or float32"
-            )
         photo, made = inversion.photo, self._decode(final, size)
         whole = (0, 0, *photo.size)
         made = im.paste_back(made, photo, hole, whole) if paste_back else im.resize_photo(made, photo.size)

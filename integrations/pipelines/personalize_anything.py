@@ -1,6 +1,4 @@
-"""Personalize Anything from photos to a picture: subjects of photos, where they shall be, in an image of a
-prompt.
-"""
+"""Personalize Anything from photos to a picture: subjects of photos at given places in a new image."""
 
 from __future__ import annotations
 
@@ -25,13 +23,13 @@ from .shared.flux_parts import FluxParts
 
 @dataclass
 class PersonalizeAnythingOutput:
-    """What one call made.
+    """Result of PersonalizeAnythingPipeline.
 
     Attributes:
         image: the result, RGB, of the size at which the model works.
-        latents: (1, image tokens, channels), packed.
-        method: with the subjects as image tokens.
-        seed: the one that makes the same picture again; None where a generator was given.
+        latents: packed, (1, image tokens, channels).
+        method: that was used, with the subjects as image tokens.
+        seed: that reproduces the result; None where a generator was given.
     """
 
     image: Image.Image
@@ -41,14 +39,22 @@ class PersonalizeAnythingOutput:
 
 
 class PersonalizeAnythingPipeline(FluxParts):
-    """Personalize Anything (arXiv 2503.12590) with the parts of a FluxPipeline; arguments as in FluxParts.
+    """Personalize Anything (arXiv 2503.12590) on FLUX.1, without training.
 
-        pipe = PersonalizeAnythingPipeline.from_pretrained("black-forest-labs/FLUX.1-dev",
-        dtype=torch.bfloat16).to("cuda") pipe("a cat on a beach", "cat.png", "cat-mask.png", move=(0,
-        128)).image.save("out.png")
+        pipe = PersonalizeAnythingPipeline.from_pretrained(
+            "black-forest-labs/FLUX.1-dev", dtype=torch.bfloat16
+        ).to("cuda")
+        pipe("a cat on a beach", "cat.png", "cat-mask.png", move=(0, 128)).image.save("out.png")
 
-    Each step is one call for the photos, noised on a straight line (no inversion is needed, see
-    PersonalizeAnything), and the image that comes to be. Defaults are the released demo's.
+    Each step is one call of the model on the photos and the image. The photos' latents are noised to the
+    step's level, without an inversion (see PersonalizeAnything). Defaults are the released demo's.
+
+    Args:
+        pipe: a diffusers FluxPipeline.
+        backend: as in flashbrush.attention.
+
+    Raises:
+        TypeError: another pipeline.
     """
 
     @torch.no_grad()
@@ -76,16 +82,24 @@ class PersonalizeAnythingPipeline(FluxParts):
             prompt: what the image shows.
             subject: a photo, or several of one size: files, PIL images, or uint8 arrays.
             mask: of each photo's size, white on the subject.
-            move: (pixels down, pixels to the right) from where it is in the photo, in pixels of the result,
-                multiples of a token's 16; one for all or one for each.
-            subject_prompt: what the photos show. method: its knobs; the pipeline sets its subjects.
-            steps, guidance_scale, max_sequence_length: as in FluxPipeline; the length is cut to the
-                tokenizer's.
-            width, height: of the result, multiples of 16; None: near the photo's.
-            seed, generator: of the noise. progress: show a progress bar.
+            move: shift of the subject from its place in the photo, (pixels down, pixels to the right) of the
+                result, multiples of a token's 16; one for all subjects or one for each.
+            subject_prompt: what the photos show.
+            method: its knobs; the pipeline sets its subjects. None: PersonalizeAnything's defaults.
+            steps: denoising steps.
+            guidance_scale: of FLUX's embedded guidance.
+            width: of the result, a multiple of 16; None: near the photo's own.
+            height: the same.
+            seed: of the noise; None: drawn from torch's default generator.
+            generator: in place of a seed.
+            max_sequence_length: text tokens, at most the tokenizer's.
+            progress: show a progress bar.
+
+        Returns:
+            The picture, and what reproduces it.
 
         Raises:
-            TypeError, ValueError, FileNotFoundError: naming the argument, what was expected and what came.
+            TypeError, ValueError, FileNotFoundError: wrong input; the message names the argument.
             FloatingPointError: the latents are no longer finite.
         """
         check_texts(prompt=prompt, subject_prompt=subject_prompt)
@@ -120,7 +134,7 @@ class PersonalizeAnythingPipeline(FluxParts):
             torch.randn(shape, generator=draw).to(clean) for shape in (clean.shape, clean[:1].shape)
         )
         texts = [self._embed(text, max_sequence_length) for text in (subject_prompt, prompt)]
-        # A reconstruction for each photo, then the image.
+        # Batch items: a reconstruction of each photo, then the image.
         text = (
             *(
                 torch.cat([a.expand(len(photos), *a.shape[1:]), b])
@@ -141,10 +155,6 @@ class PersonalizeAnythingPipeline(FluxParts):
                     latents + (lower - time) * self._velocity(batch, ids, time, text, guidance_scale)[-1:]
                 )
                 bar.update()
-        if not bool(latents.isfinite().all()):
-            raise FloatingPointError(
-                f"the latents are no longer finite in {self.pipe.transformer.dtype}: try bfloat16 or float32"
-            )
         return PersonalizeAnythingOutput(self._decode(latents, size), latents, ready, reported)
 
     def _subject(self, item: int, mask: Image.Image, move: Any) -> PersonalSubject:

@@ -1,6 +1,4 @@
-"""A photo changed by a changed prompt, without training: MasaCtrl, Plug-and-Play, Prompt-to-Prompt and
-InfEdit.
-"""
+"""Editing a photo by a changed prompt: MasaCtrl, Plug-and-Play, Prompt-to-Prompt and InfEdit."""
 
 from __future__ import annotations
 
@@ -37,7 +35,7 @@ from .shared.arguments import check_number, check_texts, noise_seed
 from .shared.stable_diffusion_parts import StableDiffusionParts
 
 PromptMethod = MasaCtrl | PlugAndPlay | PromptToPrompt | InfEdit
-# name: (its class, steps, guidance), the released codes'
+# By name: (class, steps, guidance) of the released code.
 METHODS: dict[str, tuple[type, int, float]] = {
     "masactrl": (MasaCtrl, 50, 7.5),
     "plug-and-play": (PlugAndPlay, 50, 10.0),
@@ -48,15 +46,15 @@ METHODS: dict[str, tuple[type, int, float]] = {
 
 @dataclass
 class PromptEditingOutput:
-    """What one call made.
+    """Result of PromptEditingPipeline.
 
     Attributes:
         image: the edited photo, RGB, of its own size.
-        reconstruction: the photo as the model's autoencoder gives it back, from which the edit started.
-        latents: (1, channels, height, width) float32, the edit's.
+        reconstruction: the photo encoded and decoded by the model's autoencoder, without an edit.
+        latents: of the edit, (1, channels, height, width) float32.
         size: (width, height) in pixels at which the model saw the photo.
-        method: the one that was used, with its items, alignment and words, which are of these prompts.
-        seed: the one that makes the same picture again; None where a generator was given.
+        method: that was used, with the alignment and words of these prompts.
+        seed: that reproduces the result; None where a generator was given.
     """
 
     image: Image.Image
@@ -68,17 +66,26 @@ class PromptEditingOutput:
 
 
 class PromptEditingPipeline(StableDiffusionParts):
-    """Edits of a photo by a prompt, with the parts of a StableDiffusionPipeline; arguments as in
-    StableDiffusionParts.
+    """Edits of a photo by a prompt on Stable Diffusion, without training.
 
         pipe = PromptEditingPipeline.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5").to("cuda")
-        pipe("cat.png", "a photo of a tiger", source_prompt="a photo of a cat",
-        method="prompt-to-prompt").image
+        edited = pipe(
+            "cat.png", "a photo of a tiger", source_prompt="a photo of a cat", method="prompt-to-prompt"
+        )
+        edited.image.save("tiger.png")
 
     MasaCtrl, Plug-and-Play and Prompt-to-Prompt start from the photo's DDIM inversion. The inverted latents
-    of every level stand for the photo beside the edit, so that it is what it was, whatever the guidance; the
-    released codes sample it anew. InfEdit needs no inversion. Each step is one UNet call for the photo and
-    its edit, with and without text.
+    of every level represent the photo beside the edit, so guidance cannot change it; the released code
+    samples it again. InfEdit needs no inversion. Each step is one UNet call on the photo and its edit, with
+    and without text.
+
+    Args:
+        pipe: a diffusers StableDiffusionPipeline.
+        backend: as in flashbrush.attention.
+
+    Raises:
+        TypeError: another pipeline.
+        ValueError: a UNet that takes more than latents and text, or a scheduler without betas.
     """
 
     @torch.no_grad()
@@ -105,23 +112,30 @@ class PromptEditingPipeline(StableDiffusionParts):
 
         Args:
             image: a file, a PIL image, or a uint8 array.
-            prompt: what the edit shows. source_prompt: what the photo shows; MasaCtrl's code leaves it empty.
-            method: a name of METHODS, with the released code's knobs, its windows of steps scaled to `steps`;
-                or the method itself, whose items, alignment and blend the pipeline sets where they are not
-                set.
-            words, source_words: what the edit is about, in `prompt` and `source_prompt`: the edit stays where
-                they are looked at (LocalBlend, MutualBlend), or MasaCtrl's masks are made of them. Both or
-                neither, and only with a method that has no blend or masks of its own.
-            negative_prompt: what guidance leads away from.
-            steps, guidance_scale: None: the method's, see METHODS.
-            inversion_iterations: calls of the model for each step of the inversion, see
-                ddim_inversion.invert; InfEdit has none.
-            width, height: of what the model sees, multiples of 8; None: near the photo's.
-            seed, generator: of InfEdit's noise; the others draw none.
+            prompt: what the edit shows.
+            source_prompt: what the photo shows; MasaCtrl's code leaves it empty.
+            method: a name of METHODS, with the released code's knobs and its windows of steps in proportion
+                to `steps`; or a method, whose alignment, masks and blend the pipeline sets where they are
+                None.
+            words: words of `prompt` to which the edit is confined, by their attention maps: LocalBlend,
+                MutualBlend, or MasaCtrl's masks. Only with a method that has no blend or masks of its own.
+            source_words: the same words of `source_prompt`; both or neither.
+            negative_prompt: prompt that guidance leads away from.
+            steps: denoising steps; None: the method's, see METHODS.
+            guidance_scale: of classifier-free guidance; None: the method's, see METHODS.
+            inversion_iterations: calls of the model in each step of the inversion, see inversion.ddim.invert;
+                1 for InfEdit, which inverts nothing.
+            width: at which the model sees the photo, a multiple of 8; None: near the photo's own.
+            height: the same.
+            seed: of InfEdit's noise, the only method that draws noise; None: from torch's default generator.
+            generator: in place of a seed.
             progress: show a progress bar.
 
+        Returns:
+            The picture, its reconstruction without an edit, and the method that was used.
+
         Raises:
-            TypeError, ValueError, FileNotFoundError: naming the argument, what was expected and what came.
+            TypeError, ValueError, FileNotFoundError: wrong input; the message names the argument.
             FloatingPointError: the latents are no longer finite.
         """
         kind = (
@@ -146,9 +160,8 @@ class PromptEditingPipeline(StableDiffusionParts):
         base, reported = noise_seed(seed, generator)
         photo = im.flatten(im.open_image(image))
         size = self.size(photo.size, width=width, height=height)
-        chosen = (
-            _released(kind, steps) if isinstance(method, str) else replace(method)
-        )  # what is given stays as it is
+        # A copy: the caller's method is not changed.
+        chosen = _released(kind, steps) if isinstance(method, str) else replace(method)
         ready = self._method(kind, chosen, prompt, source_prompt, words, source_words, size)
 
         clean = self._encode(im.resize_photo(photo, size))
@@ -177,7 +190,7 @@ class PromptEditingPipeline(StableDiffusionParts):
         tokens = [word_tokens(text, chosen, tokenizer, length) for text, chosen in pairs]
         if kind == "plug-and-play" and words:
             raise ValueError("words: Plug-and-Play has no use for them")
-        # As many words: some are others. Otherwise some are new.
+        # Prompts of the same length differ by replaced words, others by added words.
         same = kind == "prompt-to-prompt" and len(source.split()) == len(prompt.split())
         align = TokenAlignment.replace if same else TokenAlignment.refine
 
@@ -186,7 +199,8 @@ class PromptEditingPipeline(StableDiffusionParts):
                 return replace(edit, alignment=align(source, prompt, tokenizer, length))
             if edit.alignment.prompts not in (None, (source, prompt)):
                 raise ValueError(
-                    f"method: expected an alignment of {(source, prompt)}, got one of {edit.alignment.prompts}"
+                    f"method: expected an alignment of {(source, prompt)}, "
+                    f"got one of {edit.alignment.prompts}"
                 )
             return edit
 
@@ -199,7 +213,7 @@ class PromptEditingPipeline(StableDiffusionParts):
         if isinstance(ready, InfEdit):
             ready.edit = edited(ready.edit)
         if words and isinstance(ready, MasaCtrl):
-            # Of [source, edit] twice, the conditional half comes last.
+            # Batch items are [source, edit] twice; the conditional half comes last.
             ready.masks = WordMaps({-2: tokens[0], -1: tokens[1]}, self._resolution(size))
         if words and isinstance(ready, PromptToPrompt):
             ready.blend = LocalBlend(tokens, resolution=self._resolution(size))
@@ -208,9 +222,7 @@ class PromptEditingPipeline(StableDiffusionParts):
         return ready
 
     def _resolution(self, size: tuple[int, int]) -> tuple[int, int]:
-        """The grid of the layers whose maps of words count: a quarter of the latents', as 16 is at 512
-        pixels.
-        """
+        """The grid of the layers whose word maps are used, a quarter of the latents': 16 x 16 at 512 pixels."""
         unet, scale = self.pipe.unet, self.pipe.vae_scale_factor
         host = find_host(unet)
         level = max(site.level for site in host.sites(unet) if site.kind == "cross" and site.level <= 2)
@@ -224,7 +236,7 @@ class PromptEditingPipeline(StableDiffusionParts):
     def _invert(
         self, clean: Tensor, text: Tensor, schedule: DDPMSchedule, iterations: int, progress: bool
     ) -> Tensor:
-        """(steps + 1, channels, height, width), from the noise to `clean`"""
+        """Latents of all levels from the noise to `clean`, (steps + 1, channels, height, width)."""
         predict = noise_predictor(self.pipe.unet, text)
         with (
             apply(self.pipe.unet, backend=self.backend),
@@ -265,7 +277,7 @@ class PromptEditingPipeline(StableDiffusionParts):
         seed: int,
         progress: bool,
     ) -> Tensor:
-        """InfEdit's sampling; the mutual item has the edit's text."""
+        """InfEdit's sampling of [source, edit, mutual], of which the mutual item has the edit's text."""
         generator = torch.Generator().manual_seed(seed)
 
         def fresh() -> Tensor:
@@ -286,7 +298,7 @@ class PromptEditingPipeline(StableDiffusionParts):
                 noise = without + scales * (given - without)
                 latents, start = ddcm_step(latents, noise, clean, alphas[step], alphas[step + 1], fresh())
                 if step + 1 == schedule.steps:
-                    # The last level of a schedule may have a little noise left, of which the edit has no use.
+                    # The schedule's last level may keep a little noise; the edit takes x0 instead.
                     latents = start
                 if method.blend is not None:
                     latents = method.blend(latents)
@@ -296,9 +308,7 @@ class PromptEditingPipeline(StableDiffusionParts):
     def _sampling(
         self, method: PromptMethod, schedule: DDPMSchedule, text: Tensor, progress: bool
     ) -> Iterator[Callable[[int, Tensor], Tensor]]:
-        """The model under control: (step, items) -> outputs (twice the items, ...) float32, without text and
-        with it.
-        """
+        """A function (step, items) -> outputs of the controlled model, unconditional then conditional."""
         unet = self.pipe.unet
         with (
             apply(unet, method, backend=self.backend) as handle,
@@ -317,7 +327,7 @@ class PromptEditingPipeline(StableDiffusionParts):
 
 
 def _released(kind: str, steps: int) -> PromptMethod:
-    """With the released code's knobs: its windows of steps are the same shares of a run of another length."""
+    """A method with the released code's knobs and its windows of steps in proportion to `steps`."""
     made: dict[str, Callable[[], PromptMethod]] = {
         "masactrl": MasaCtrl,
         "plug-and-play": PlugAndPlay,

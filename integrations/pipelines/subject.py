@@ -1,4 +1,4 @@
-"""The subject of a picture, found by its name: Grounding DINO for the box, SAM for the outline."""
+"""Finding the subject of a picture by its name: Grounding DINO finds the box, SAM the outline."""
 
 from __future__ import annotations
 
@@ -15,14 +15,19 @@ SEGMENTER = "facebook/sam-vit-huge"
 
 
 class SubjectFinder:
-    """Turns (picture, "a cat") into a mask. `from_pretrained` loads both models; calling it runs them.
+    """Finds the mask of a subject by its name, with Grounding DINO and SAM.
 
-    The thresholds, 0.35 for boxes and 0.25 for text, are those of In-Context Brush's released code; of the
-    boxes that pass, the one with the highest score counts.
+    Default thresholds, 0.35 for boxes and 0.25 for text, are those of In-Context Brush's released code. Of
+    the boxes that pass both, the one with the highest score is taken.
+
+        finder = SubjectFinder.from_pretrained(device="cuda")
+        mask = finder(Image.open("cat.jpg"), "a cat")
 
     Args:
-        detector, detector_processor: a zero-shot object detection model of transformers and its processor.
-        segmenter, segmenter_processor: a SAM model and its processor.
+        detector: a zero-shot object detection model of transformers.
+        detector_processor: its processor.
+        segmenter: a SAM model.
+        segmenter_processor: its processor.
     """
 
     def __init__(
@@ -40,11 +45,12 @@ class SubjectFinder:
         device: str | torch.device = "cpu",
         **options: Any,
     ) -> SubjectFinder:
-        """Load from hub ids or folders; safetensors only.
+        """Load both models from hub ids or folders; safetensors only.
 
         Args:
-            detector, segmenter: where the weights are.
-            device: where the models run; they stay in float32.
+            detector: hub id or folder of the object detection model.
+            segmenter: hub id or folder of the SAM model.
+            device: where the models run, in float32.
             options: passed on to every from_pretrained (revision, cache_dir, local_files_only ...).
 
         Raises:
@@ -67,6 +73,11 @@ class SubjectFinder:
     ) -> Image.Image:
         """The mask of the subject called `name`, of the image's size.
 
+        Args:
+            image: RGB or RGBA.
+            name: what to look for, in a few words.
+            box_threshold, text_threshold: as in find().
+
         Raises:
             ValueError: an empty name; nothing of that name is found; its outline is empty or everything.
         """
@@ -77,13 +88,17 @@ class SubjectFinder:
     def find(
         self, image: Image.Image, name: str, *, box_threshold: float = 0.35, text_threshold: float = 0.25
     ) -> tuple[float, float, float, float]:
-        """The box (left, top, right, bottom) of the best match, in pixels.
+        """The box of the best match.
 
         Args:
             image: RGB or RGBA.
             name: what to look for, in a few words.
             box_threshold: least score of a box, in [0, 1].
-            text_threshold: least score of a word for the box to count as being about it, in [0, 1].
+            text_threshold: least score of a word of the name for a box, in [0, 1]; a box without a word is
+                dropped.
+
+        Returns:
+            (left, top, right, bottom) in pixels.
 
         Raises:
             ValueError: an empty name, or no box passes both thresholds.
@@ -105,8 +120,8 @@ class SubjectFinder:
         named = [i for i, label in enumerate(found["text_labels"]) if label.strip(" .")]
         if not named:
             raise ValueError(
-                f"subject_name: no {name!r} found in the picture (box threshold {box_threshold:g}, text threshold "
-                f"{text_threshold:g}); give a mask, other words, or lower thresholds"
+                f"subject_name: no {name!r} found in the picture (box threshold {box_threshold:g}, "
+                f"text threshold {text_threshold:g}); give a mask, other words, or lower thresholds"
             )
         best = max(named, key=lambda i: float(found["scores"][i]))
         left, top, right, bottom = found["boxes"][best].tolist()
@@ -114,7 +129,12 @@ class SubjectFinder:
 
     @torch.inference_mode()
     def outline(self, image: Image.Image, box: tuple[float, float, float, float]) -> Image.Image:
-        """The mask of what fills `box` (left, top, right, bottom; pixels): the best of SAM's three proposals."""
+        """The mask of what fills a box: SAM's best of three proposals.
+
+        Args:
+            image: RGB or RGBA.
+            box: (left, top, right, bottom) in pixels.
+        """
         picture = flatten(image)
         inputs = self.segmenter_processor(picture, input_boxes=[[list(box)]], return_tensors="pt")
         inputs = inputs.to(self.segmenter.device)

@@ -1,6 +1,4 @@
-"""Visual in-context learning: what pairs of images show, done to another image by Stable Diffusion, without
-training.
-"""
+"""Visual in-context learning by Stable Diffusion: predict for an image what pairs of images show."""
 
 from __future__ import annotations
 
@@ -25,26 +23,28 @@ NEEDS_PALETTE = ("semantic", "keypoints")
 
 
 def linear_decay(gamma: float, step: int, steps: int) -> float:
-    """gamma (T - t)/T with t the step's index (arXiv 2508.09949): from gamma towards 0. The paper does not
-    say whether its t is the index or the timestep, under which the swap would grow instead; the parent
-    method's code decays as well."""
+    """gamma (T - t)/T with t the step's index (arXiv 2508.09949): from gamma towards 0.
+
+    The paper does not say whether t is the step's index or the timestep, with which the scale would grow. The
+    code of the method that it builds on, cross-image attention, decays.
+    """
     return gamma * (steps - step) / steps
 
 
 @dataclass
 class VisualICLOutput:
-    """What one call made.
+    """Result of VisualICLPipeline.
 
     Attributes:
         image: the prediction as the model painted it, RGB, of the query's own size.
-        data: what the task reads from it, see vicl_tasks.TaskResult; None without a task.
-        picture: of the data, of the query's own size; without a task, the image.
-        latents: (1, channels, height, width) float32, the prediction's.
+        data: what the task reads from it, see visual_icl_tasks.TaskResult; None without a task.
+        picture: the data drawn, of the query's own size; without a task, the image.
+        latents: of the prediction, (1, channels, height, width) float32.
         size: (width, height) in pixels at which the model saw the images.
         task: the task's name, or None.
-        palette: (colours, 3) uint8: that of the data, for semantic and keypoints, else None.
-        seed: the one that makes the same prediction again; None where a generator was given.
-        reused: how many of the images' inversions were on disk already.
+        palette: colours of the data for semantic and keypoints, (colours, 3) uint8; else None.
+        seed: that reproduces the prediction; None where a generator was given.
+        reused: number of inversions that were read from the cache.
     """
 
     image: Image.Image
@@ -59,17 +59,25 @@ class VisualICLOutput:
 
 
 class VisualICLPipeline(SwapGuidancePipeline):
-    """SD-VICL (arXiv 2508.09949) with the parts of a StableDiffusionPipeline; arguments as in
-    SwapGuidancePipeline.
+    """SD-VICL (arXiv 2508.09949) on Stable Diffusion, without training.
 
         pipe = VisualICLPipeline.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5").to("cuda")
         result = pipe([("cat.png", "cat_mask.png")], "dog.png", task="segmentation")
         result.picture.save("dog_mask.png")
 
     The images A and B of each pair and the query C are inverted. The prediction D starts from C's noisy
-    latents and re-adds C's noise maps, while in the UNet's upsampling self-attention it takes queries from C,
-    keys from A and values from B. The scale of the swap guidance is gamma (T - t)/T, and D takes the
-    statistics of the B's after every step.
+    latents and adds C's noise maps. In the UNet's upsampling self-attention it takes queries from C, keys
+    from A and values from B. The scale of the swap guidance is gamma (T - t)/T, and D takes the statistics of
+    the B's after every step.
+
+    Args:
+        pipe: a diffusers StableDiffusionPipeline.
+        cache: folder of inverted images; None: in the user's cache folder.
+        backend: as in flashbrush.attention.
+
+    Raises:
+        TypeError: another pipeline.
+        ValueError: a UNet that takes more than latents and text, or a scheduler without betas.
     """
 
     @torch.no_grad()
@@ -101,31 +109,34 @@ class VisualICLPipeline(SwapGuidancePipeline):
         Args:
             prompts: pairs (A, B) of an image and its ground truth, at least one: files, PIL images, or uint8
                 arrays.
-            query: the image C. All images have its size, or are resized where width or height says to what.
-            task: one of vicl_tasks.TASKS: what to read from the prediction; None: the picture alone.
+            query: the image C. All images must have its size unless width or height is given.
+            task: one of visual_icl_tasks.TASKS: what to read from the prediction; None: the picture alone.
             method: the knobs of the attention; None: VisualInContext(), the paper's. The pipeline sets its
-                items. Steps count from 0, with the skipped ones.
+                items. Steps count from 0, skipped ones included.
             steps: levels of noise of the whole run (paper: 70).
-            skip: steps left out at the noisy end, in which D would retrace C; None: a seventh. The paper does
-                not say; 10 of 70 are its reproduction's warm-up.
-            gamma: of the swap guidance (paper: 3.5), which linear_decay makes scales of; or a callable (step,
-                steps) -> scale, steps counted as the method's. A step of scale 0 is plain, and takes no other
-                images.
+            skip: steps left out at the noisy end, which would reproduce C; None: a seventh. The paper does
+                not say; 10 of 70 are the warm-up of its reproduction.
+            gamma: of the swap guidance (paper: 3.5): a number, from which linear_decay makes scales; or a
+                function (step, steps) -> scale, with steps counted as the method's. A step of scale 0 is
+                plain and leaves the other images out.
             use_adain: whether D takes the statistics of the B's, of all pairs together, after every step.
-            text: what cross-attention reads; the paper does not say, and its reproduction has the empty text.
-            negative_text, inversion_guidance: classifier-free guidance of the inversion alone, against
-                another text.
-            width, height: at which the model sees the images, multiples of 8; None: near the query's own
-                size, with at most the pixels that the UNet was trained on.
+            text: prompt. The paper does not say; its reproduction's is empty.
+            negative_text: prompt that guidance of the inversion leads away from.
+            inversion_guidance: scale of the inversion's classifier-free guidance; 1: none.
+            width: at which the model sees the images, a multiple of 8; None: near the query's own.
+            height: the same. With neither, at most as many pixels as the UNet was trained on.
             palette: colours of the classes or keypoints; None: those of the ground truths.
-            seed: of the inversions' noise; None: drawn from torch's own random numbers.
+            seed: of the inversions' noise; None: drawn from torch's default generator.
             generator: in place of a seed.
-            use_cache: keep inverted images on disk, and take them from there.
+            use_cache: keep inverted images on disk, and read them from there.
             inversion_batch: levels of an image in one UNet call of the inversion.
             progress: show progress bars.
 
+        Returns:
+            The prediction, and what the task reads from it.
+
         Raises:
-            TypeError, ValueError, FileNotFoundError: naming the argument, what was expected and what came.
+            TypeError, ValueError, FileNotFoundError: wrong input; the message names the argument.
             FloatingPointError: the latents are no longer finite.
         """
         schedule = self._schedule(steps)
@@ -141,7 +152,7 @@ class VisualICLPipeline(SwapGuidancePipeline):
         if not isinstance(method, VisualInContext):
             raise TypeError(f"method: expected a VisualInContext, got {type(method).__name__}")
         if method.items is not None:
-            raise ValueError("method: the pipeline says which items of a batch are what; expected items=None")
+            raise ValueError("method: expected items=None, as the pipeline sets them")
         pairs, photo = open_prompts(prompts, query, resized=width is not None or height is not None)
         method = replace(method, items=InContextRoles.stacked(len(pairs)))
         size = self.size(photo.size, width=width, height=height)
@@ -176,14 +187,20 @@ class VisualICLPipeline(SwapGuidancePipeline):
 def open_prompts(
     prompts: Sequence[tuple[ImageLike, ImageLike]], query: ImageLike, *, resized: bool = False
 ) -> tuple[list[tuple[Image.Image, Image.Image]], Image.Image]:
-    """The images and ground truths of the pairs, and the query, RGB.
+    """Open the images and ground truths of the pairs and the query, as RGB.
 
     Args:
-        prompts, query: as in VisualICLPipeline. resized: whether all will be made one size, and may differ.
+        prompts: as in VisualICLPipeline.
+        query: as in VisualICLPipeline.
+        resized: whether all will be resized to one size, so that their sizes may differ.
+
+    Returns:
+        (pairs, query).
 
     Raises:
-        TypeError: no sequence of pairs. ValueError: no pair, an incomplete one, or images that differ in
-            size; what open_image raises.
+        TypeError: not a sequence of pairs.
+        ValueError: no pair, an incomplete one, or images that differ in size; as open_image.
+        FileNotFoundError: as open_image.
     """
     if isinstance(prompts, (str, os.PathLike)) or not isinstance(prompts, Sequence):
         raise TypeError(
@@ -203,17 +220,13 @@ def open_prompts(
         truth = im.flatten(im.open_image(pair[1], f"prompts[{i}]: ground truth"))
         if truth.size != image.size:
             raise ValueError(
-                f"prompts[{i}]: expected a ground truth of its image's size, {_times(image.size)} pixels, got "
-                f"{_times(truth.size)}"
+                f"prompts[{i}]: expected a ground truth of its image's size, "
+                f"{im.size_text(image.size)} pixels, got {im.size_text(truth.size)}"
             )
         if image.size != photo.size and not resized:
             raise ValueError(
-                f"prompts[{i}]: expected images of the query's size, {_times(photo.size)} pixels, got "
-                f"{_times(image.size)}; give width and height to resize all to one"
+                f"prompts[{i}]: expected images of the query's size, {im.size_text(photo.size)} pixels, got "
+                f"{im.size_text(image.size)}; give width and height to resize all to one"
             )
         pairs.append((image, truth))
     return pairs, photo
-
-
-def _times(size: tuple[int, int]) -> str:
-    return f"{size[0]}x{size[1]}"

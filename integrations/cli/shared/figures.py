@@ -1,4 +1,4 @@
-"""Figures of what In-Context Brush did: what it was given, what it made, and the heads that it raised."""
+"""Figures: inputs, results and head gains of insertions, attention maps, and grids of evaluated items."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
     from ...pipelines import InContextBrushOutput
 
 HEIGHT = 3.9  # inches
-CELL = 2.2  # inches, of a grid
-HOLE = (128, 128, 128)
+CELL = 2.2  # inches of a picture in a grid
+HOLE = (128, 128, 128)  # colour of the hole in a scene
 INK = "#333333"
 
 
 def insertion_report(output: InContextBrushOutput, item: int = 0, title: str = "") -> Figure:
-    """The pictures of one item of the batch beside its head gains, averaged over the steps.
+    """Diptych, mask and result of one item of the batch beside its head gains, averaged over the steps.
 
     Args:
         output: of InContextBrushPipeline.
-        item: of the batch.
-        title: above all.
+        item: index in the batch.
+        title: of the figure.
 
     Raises:
         IndexError: no such item.
@@ -42,9 +42,8 @@ def insertion_report(output: InContextBrushOutput, item: int = 0, title: str = "
         "result": output.images[item],
     }
     gains = output.head_gains[:, :, item].mean(0).numpy()  # (layers, heads)
-    shapes = [
-        min(max(picture.width / picture.height, 0.4), 1.6) for picture in pictures.values()
-    ]  # titles need room
+    # Not too narrow for the titles.
+    shapes = [min(max(picture.width / picture.height, 0.4), 1.6) for picture in pictures.values()]
     width = HEIGHT * (sum(shapes) + 1.2)
     figure = Figure(figsize=(width, HEIGHT + 0.6), layout="constrained", facecolor="white")
     figure.suptitle(
@@ -63,12 +62,11 @@ def insertion_report(output: InContextBrushOutput, item: int = 0, title: str = "
 
 
 def insertion_grid(made: Sequence[tuple[Item, InContextBrushOutput]], title: str = "") -> Figure:
-    """A row for each insertion: subject, scene with its hole, result, the hole's surroundings enlarged, head
-    gains.
+    """A row for each insertion: subject, scene with its hole, result, the result enlarged, head gains.
 
     Args:
-        made: what was asked, and what InContextBrushPipeline made of it, with the photo's pixels pasted back.
-        title: above all.
+        made: items, and the outputs of InContextBrushPipeline with the photo's pixels pasted back.
+        title: of the figure.
     """
     from matplotlib.figure import Figure
 
@@ -98,18 +96,19 @@ def insertion_grid(made: Sequence[tuple[Item, InContextBrushOutput]], title: str
 
 
 def maps_report(output: InContextBrushOutput, maps: AttentionMaps, title: str = "") -> Figure:
-    """Where the picture looks: a map of each name over the finished diptych, shares of the mass by layer,
-    head gains.
+    """Attention maps over the finished diptych, one per name; below, shares of mass by layer and head gains.
 
     Args:
-        output: of InContextBrushPipeline, called with `maps`. maps: what was seen. title: above all.
+        output: of InContextBrushPipeline, called with `maps`.
+        maps: after the call.
+        title: of the figure.
     """
     from matplotlib.figure import Figure
 
     means = {name: mean[0].cpu().numpy() for name, mean in maps.mean().items()}
     canvas = output.diptychs[0].copy()
     size = canvas.width, canvas.height // 2
-    # Without paste_back, or with it: the part of the photo that the model saw, as it has become.
+    # The result is the panel itself without paste_back; with it, the panel is a part of the photo.
     seen = (
         output.images[0]
         if output.images[0].size == size

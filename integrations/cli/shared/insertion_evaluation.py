@@ -1,4 +1,4 @@
-"""What `eval insert` and `sweep` share: options, the pipeline, and the conditions written beside the tables."""
+"""What `eval insert` and `sweep` share: options, the pipeline, and the file of conditions."""
 
 from __future__ import annotations
 
@@ -46,7 +46,14 @@ def load_pipeline(
     offload: bool,
     backend: str,
 ) -> tuple[Any, Options]:
-    """The pipeline, and the options of its call for an item."""
+    """The pipeline, and a function from an item to the options of its call.
+
+    Args:
+        model: as given; None: the tiny model.
+        made: whether the items are made ones, whose photos are panels of the tiny model's size.
+        steps: as given; None: the model's default.
+        dtype, device, offload, backend: as in loading.load.
+    """
     from .... import tiny_fill as tiny_folder
     from ...tiny_fill import options as tiny_fill
 
@@ -64,8 +71,14 @@ def load_pipeline(
 def write_conditions(
     output: Path, context: typer.Context, pipe: Any, options: Options, sorts: Mapping[str, Sequence[Item]]
 ) -> None:
-    """conditions.json: the machine, and all that the command was given or took by default; of a path its last
-    name.
+    """Write conditions.json: the machine, and every option as given or by default, without folders of paths.
+
+    Args:
+        output: folder for the file.
+        context: of the command, with its options.
+        pipe: the pipeline.
+        options: of its call, by item.
+        sorts: the items by sort.
     """
     from .... import tiny_fill as tiny_folder
 
@@ -97,4 +110,5 @@ def write_conditions(
 
 
 def print_rows(rows: Sequence[Mapping[str, str]], title: str) -> None:
+    """Print rows as a table, whose columns are the keys of the first."""
     print_table(list(rows[0]), (list(row.values()) for row in rows), title, width=140)

@@ -19,8 +19,13 @@ def load(
     """A pipeline on its device.
 
     Args:
-        kind: its class, in .pipelines. model: a Hugging Face name or a diffusers folder. device: None: cuda
-            where there is one. options: passed on to from_pretrained.
+        kind: name of its class, in `pipelines`.
+        model: a Hugging Face name or a diffusers folder.
+        dtype: of the weights.
+        device: None: cuda where there is one, else cpu.
+        offload: whether parts of the model move to the device only while they work.
+        backend: of the attention.
+        options: passed on to from_pretrained.
 
     Raises:
         ValueError: a backend, a device or a model that cannot be used here.
@@ -42,7 +47,7 @@ def load(
         raise ValueError(f"device: {device!r} is not usable here: {reason}") from error
     if offload and torch.device(device).type == "cpu":
         raise ValueError(
-            "offload: expected another device than the cpu, which is where an idle model is kept"
+            "offload: expected another device than the cpu, where parts that do not work are kept"
         )
     if os.sep in model and not Path(model).exists() and (Path(model).is_absolute() or model.startswith(".")):
         raise ValueError(f"model: no such folder: {model}")
@@ -59,7 +64,7 @@ def load(
             pipe.to(device)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # a checkpoint can be wrong in as many ways as it has readers
+    except Exception as error:  # diffusers, transformers and safetensors each raise errors of their own
         said = str(error) or type(error).__name__
         raise ValueError(
             said if said.startswith("model:") else f"model: {model} cannot be loaded: {said}"
@@ -68,8 +73,12 @@ def load(
 
 
 def or_tiny(model: str | None, hole: Image.Image, given: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The model of an insertion, and the arguments among `given` that are not None; without one the tiny one,
-    and its own.
+    """The model of an insertion and the call's arguments; without a model, the tiny one and its defaults.
+
+    Args:
+        model: as given; None: the tiny model.
+        hole: the photo's mask, from which the tiny model's crop follows.
+        given: arguments of the call; those that are None are left out.
     """
     from .... import tiny_fill as tiny_folder
     from ...tiny_fill import options as tiny_fill
@@ -78,14 +87,12 @@ def or_tiny(model: str | None, hole: Image.Image, given: Mapping[str, Any]) -> t
     if model is not None:
         return model, shape
     folder = str(tiny_folder())
-    print(
-        f"no --model is given: taking the tiny one that comes with flashbrush, {folder}, for trying things out"
-    )
+    print(f"no --model is given: using flashbrush's own tiny model, {folder}, for trying things out")
     return folder, tiny_fill.options(hole) | shape
 
 
 def quiet() -> None:
-    """Loading says nothing but its progress."""
+    """Let diffusers and transformers print errors only while they load."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

@@ -1,6 +1,4 @@
-"""What commands leave: names and packages are checked before the work; pictures appear when all are complete;
-tables.
-"""
+"""Files and tables of a command: names are checked before the work, files appear when all are complete."""
 
 from __future__ import annotations
 
@@ -21,15 +19,16 @@ def check_pictures(
     *,
     read: Mapping[str, str | Path | None] | None = None,
 ) -> None:
-    """Whether pictures, or files of other `suffixes`, can be written.
+    """Check that pictures can be written.
 
     Args:
-        paths: how errors call each, and where it goes; None: nowhere.
-        read: the same for the files that the command reads.
+        paths: where each is to be written, by the name that errors give it; None: nowhere.
+        suffixes: allowed endings of file names.
+        read: files that the command reads, by name: they must not be overwritten.
 
     Raises:
-        ValueError: a folder, a folder that does not exist or cannot be written to, a name with another
-            ending, one file twice, or a file that is read.
+        ValueError: a path is a folder, its folder does not exist or cannot be written to, the name has
+            another ending, or the file is named twice or read.
     """
     taken = {Path(path).resolve(): name for name, path in (read or {}).items() if path is not None}
     for name, path in paths.items():
@@ -52,20 +51,20 @@ def check_pictures(
 
 
 def check_folder(name: str, path: Path | None) -> None:
-    """ValueError where `path` is there and no folder; `name` is how the error calls it."""
+    """Raise ValueError if `path` is a file; `name` is what the error calls it."""
     if path is not None and path.exists() and not path.is_dir():
         raise ValueError(f"{name}: expected a folder, got a file: {path}")
 
 
 def check_packages(user: str, *packages: str) -> None:
-    """ImportError for the first of `packages` that is not installed; `user` is what needs it."""
+    """Raise ImportError for the first of `packages` that is not installed; `user` names what needs it."""
     for package in packages:
         if find_spec(package) is None:
             raise ImportError(f"{user} needs {package}, which is not installed")
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str, width: int = 120) -> None:
-    """A table on the screen, or `width` characters wide in a file or pipe."""
+    """Print a table as wide as the terminal, or `width` characters wide into a file or pipe."""
     from rich.console import Console
     from rich.table import Table
 
@@ -76,15 +75,18 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: st
 
 
 def write_pictures(pictures: Mapping[Path, Callable[[Path], object]]) -> None:
-    """Write each picture by calling its value with a path; all are complete before the first takes its name.
+    """Write files together: all are complete before the first takes its name.
+
+    Args:
+        pictures: by path, a call that writes the file to the path that it gets.
 
     Raises:
-        What the calls raise; then nothing is written.
+        Exception: what a call raises; then nothing is written.
     """
     with ExitStack() as scratch:
         drafts = []
         for path, write in pictures.items():
-            # Beside the target, so that taking its name is one operation of the file system.
+            # In the target's own folder: renaming is then one operation of the file system.
             folder = scratch.enter_context(
                 tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=".flashbrush-")
             )

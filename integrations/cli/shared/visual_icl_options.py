@@ -45,7 +45,11 @@ def options(
     height: int | None,
     use_cache: bool,
 ) -> dict[str, Any]:
-    """Arguments of VisualICLPipeline's call; ValueError names a wrong knob before a model is loaded."""
+    """Arguments of VisualICLPipeline's call.
+
+    Raises:
+        ValueError: a knob that the pipeline would refuse, found before a model is loaded.
+    """
     from ...methods import VisualInContext
     from ...pipelines.images import panel_size
     from ...pipelines.inversion.ddpm import check_skip
@@ -70,6 +74,11 @@ def options(
 
 
 def check_cache(cache: Path | None) -> None:
-    """ValueError where the folder cannot be one; ImportError where inversions cannot be written."""
+    """Check that inversions can be kept.
+
+    Raises:
+        ValueError: `cache` is a file.
+        ImportError: safetensors is not installed.
+    """
     check_folder("cache", cache)
     check_packages("vicl", "safetensors")

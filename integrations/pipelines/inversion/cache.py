@@ -1,4 +1,4 @@
-"""Inverted latents on disk, under a name made of all that decides them."""
+"""Inverted latents on disk, in files named by a hash of all settings that decide them."""
 
 from __future__ import annotations
 
@@ -17,35 +17,38 @@ from torch import Tensor, nn
 
 from .ddpm import Inversion
 
-VERSION = 1  # of the file and of what the inversion computes
-# Attributes by which adapters and FreeU change what a module computes from the same weights.
+VERSION = 1  # raised when the file or the inversion's result changes
+# Attributes through which adapters and FreeU change a module's output at the same weights.
 BEHAVIOUR = ("active_adapters", "disable_adapters", "merged_adapters", "scaling", "s1", "s2", "b1", "b2")
 
 
 class InversionCache:
-    """A folder of inversions, one safetensors file each, which a second run reads instead of inverting again.
+    """A folder of inversions, one safetensors file each; later runs read them instead of inverting again.
 
-    A file is written beside its place and renamed into it, so that it is there whole or not at all, also with
-    several processes at work. What is read is compared with the settings and the digest that the file
-    carries; one that does not hold is made again, with a warning.
+    Files are written beside their place and renamed into it, so that several processes never see a part of
+    one. On reading, settings and digest are compared with those in the file; if they differ, the file is
+    ignored with a warning.
 
     Args:
-        folder: made when the first file is written; None: default_folder().
+        folder: created when the first file is written; None: default_folder().
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
         self.folder = default_folder() if folder is None else Path(folder)
 
     def path(self, settings: Mapping[str, Any]) -> Path:
-        """Where the inversion with these settings is kept."""
+        """The file of the inversion with these settings."""
         return self.folder / f"{hashlib.sha256(_text(settings).encode()).hexdigest()}.safetensors"
 
     def get(self, settings: Mapping[str, Any]) -> Inversion | None:
-        """The inversion with these settings, on the CPU; None, with a warning where a file is damaged, if
-        there is none.
+        """Read an inversion.
 
         Args:
-            settings: all that decides the result, as JSON has it: strings, numbers, lists, dicts.
+            settings: all that decides the result, of JSON's types: strings, numbers, lists, dicts.
+
+        Returns:
+            The inversion, on the CPU; None where there is none, or, with a warning, where its file is
+            damaged.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -65,10 +68,17 @@ class InversionCache:
         return Inversion(latents, maps, int(about["skip"]))
 
     def put(self, settings: Mapping[str, Any], inversion: Inversion) -> Path:
-        """Write an inversion; the path.
+        """Write an inversion.
+
+        Args:
+            settings: as in get().
+            inversion: what to write.
+
+        Returns:
+            The file's path.
 
         Raises:
-            OSError: the folder cannot be made or written to.
+            OSError: the folder cannot be created or written to.
         """
         from safetensors.torch import save_file
 
@@ -87,7 +97,7 @@ class InversionCache:
         return path
 
     def get_or_make(self, settings: Mapping[str, Any], make: Callable[[], Inversion]) -> Inversion:
-        """What is kept for these settings, else what `make` returns, which is kept from then on."""
+        """The inversion with these settings; where there is none, what `make` returns, which is written."""
         if (kept := self.get(settings)) is not None:
             return kept
         made = make()
@@ -96,7 +106,7 @@ class InversionCache:
 
 
 def default_folder() -> Path:
-    """flashbrush/inversions in the user's cache folder: XDG_CACHE_HOME, else ~/.cache."""
+    """flashbrush/inversions in the user's cache folder, which is XDG_CACHE_HOME, or ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flashbrush" / "inversions"
 
 
@@ -111,7 +121,7 @@ def tensor_digest(tensors: Iterable[Tensor]) -> str:
 
 
 def weights_digest(*modules: nn.Module) -> str:
-    """SHA-256 of models' weights and buffers, and of what adapters and FreeU have set on them.
+    """SHA-256 of models' weights and buffers, and of the attributes that adapters and FreeU set.
 
     Raises:
         ValueError: weights that are not in memory, as with sequential offloading.
@@ -121,7 +131,7 @@ def weights_digest(*modules: nn.Module) -> str:
         for name, t in sorted(module.state_dict(keep_vars=True).items()):
             if t.is_meta:
                 raise ValueError(
-                    f"cache: the weight {name} is not in memory, so that nobody can tell which model this is; "
+                    f"cache: the weight {name} is not in memory, so the model cannot be identified; "
                     "invert without a cache, or offload whole models"
                 )
             digest.update(f"{name}:{tensor_digest([t])};".encode())
@@ -130,7 +140,7 @@ def weights_digest(*modules: nn.Module) -> str:
 
 
 class WeightsDigest:
-    """weights_digest of the same modules again and again: computed only where a tensor has changed since."""
+    """weights_digest that is computed again only when a tensor of the modules has changed."""
 
     def __init__(self) -> None:
         self._tensors: list[weakref.ref[Tensor]] = []
@@ -138,7 +148,7 @@ class WeightsDigest:
         self._digest = ""
 
     def __call__(self, *modules: nn.Module) -> str:
-        """As weights_digest."""
+        """The digest of the modules, see weights_digest."""
         tensors = [t for module in modules for t in module.state_dict(keep_vars=True).values()]
         if any(t.is_inference() for t in tensors):  # without a count of their changes
             return weights_digest(*modules)

@@ -1,7 +1,7 @@
-"""DDIM inversion (arXiv 2010.02502, 2105.05233): the noise from which deterministic sampling leads to a given
-image.
+"""DDIM inversion (arXiv 2010.02502, 2105.05233): the noise from which deterministic sampling gives an image.
 
-MasaCtrl and Plug-and-Play edit photos from there: source and edit both start from the inverted latents.
+MasaCtrl, Plug-and-Play and Prompt-to-Prompt edit photos from there: source and edit start from the same
+noise.
 """
 
 from __future__ import annotations
@@ -23,19 +23,18 @@ def invert(
     iterations: int = 1,
     progress: Callable[[int], object] = lambda done: None,
 ) -> Tensor:
-    """The latents of all levels on the way from `clean` to noise, each step of sample() solved for where it
-    came from.
+    """The latents of all levels from `clean` to noise: each step of sample(), inverted.
 
-    A step to the cleaner level i + 1 is x_i+1 = sqrt(ab_i+1) x0 + sqrt(1 - ab_i+1) eps, with x0 and eps of
-    x_i. Its inverse takes eps of x_i+1 instead, at the timestep of level i, since x_i is what is looked for:
-    DDIM inversion, as MasaCtrl's code has it. It is off by what eps changes within a step. More iterations
-    take eps of the x_i found last, and converge to the exact inverse where steps are small.
+    A step of sample() to the cleaner level i + 1 is x_i+1 = sqrt(ab_i+1) x0 + sqrt(1 - ab_i+1) eps, with x0
+    and eps of x_i. The inverse step does not know x_i and takes eps of x_i+1, at the timestep of level i, as
+    in MasaCtrl's code; its error is the change of eps within a step. Each further iteration takes eps of the
+    x_i found last, which converges to the exact inverse where steps are small.
 
     Args:
         clean: (images, channels, height, width), latents as the model was trained on.
         predict: the model; MasaCtrl and Plug-and-Play invert without guidance, MasaCtrl with an empty prompt.
-        schedule: levels of noise, as DDPMSchedule.from_scheduler() makes them; its eta does not count.
-        iterations: calls of the model for each step.
+        schedule: levels of noise, as from DDPMSchedule.from_scheduler(); its eta is not used.
+        iterations: calls of the model in each step.
         progress: called with 1 after each step.
 
     Returns:
@@ -43,8 +42,8 @@ def invert(
         `clean`.
 
     Raises:
-        ValueError: clean of another rank, no iteration, a first level without signal. FloatingPointError: a
-            model whose output is not finite.
+        ValueError: clean of another rank, no iteration, or a first level without signal.
+        FloatingPointError: the model's output is not finite.
     """
     if clean.dim() != 4:
         raise ValueError(f"clean: expected shape (images, channels, height, width), got {tuple(clean.shape)}")
@@ -67,10 +66,12 @@ def invert(
 
 @torch.no_grad()
 def sample(latents: Tensor, predict: Predict, schedule: DDPMSchedule) -> Tensor:
-    """Deterministic sampling, DDIM of eta 0, without clipping.
+    """Deterministic sampling: DDIM with eta 0, without clipping.
 
     Args:
-        latents: (images, channels, height, width), those of the first level. Others: as in invert().
+        latents: (images, channels, height, width), of the first level.
+        predict: the model.
+        schedule: as in invert().
 
     Returns:
         (images, steps + 1, channels, height, width) float32, the latents of all levels.
@@ -82,12 +83,13 @@ def sample(latents: Tensor, predict: Predict, schedule: DDPMSchedule) -> Tensor:
 
 
 def step(latents: Tensor, output: Tensor, schedule: DDPMSchedule, index: int) -> Tensor:
-    """From a level to the next: sqrt(ab_i+1) x0 + sqrt(1 - ab_i+1) eps.
+    """The latents of the next level: sqrt(ab_i+1) x0 + sqrt(1 - ab_i+1) eps.
 
     Args:
-        latents: (images, channels, height, width) float32, of level `index`. output: the model's, after
-            guidance.
-        schedule: as in invert(). index: from 0 to schedule.steps - 1.
+        latents: (images, channels, height, width) float32, of level `index`.
+        output: of the model, after guidance.
+        schedule: as in invert().
+        index: of the level, from 0 to schedule.steps - 1.
     """
     then = schedule.alphas[index + 1].item()
     start, noise = _parts(latents, output, schedule, index)
@@ -99,7 +101,7 @@ def _output(latents: Tensor, predict: Predict, schedule: DDPMSchedule, index: in
 
 
 def _parts(latents: Tensor, output: Tensor, schedule: DDPMSchedule, index: int) -> tuple[Tensor, Tensor]:
-    """x0 and eps that the model sees in latents of a level."""
+    """(x0, eps) of latents of a level, by the model's output."""
     signal, spread = schedule.alphas[index].item() ** 0.5, (1 - schedule.alphas[index].item()) ** 0.5
     if schedule.prediction == "v_prediction":
         return signal * latents - spread * output, signal * output + spread * latents

@@ -1,8 +1,7 @@
-"""Edit-friendly DDPM inversion (Huberman-Spiegelglas et al., arXiv 2304.06140): the noise maps of a given
-image.
+"""Edit-friendly DDPM inversion (Huberman-Spiegelglas et al., arXiv 2304.06140): the noise maps of an image.
 
-Sampling from the inversion's first latents with its own noise maps goes through its latents again; sampling
-with another model, or with attention under control, gives another image of the same structure.
+Sampling from the inversion's first latents with its noise maps reproduces its latents. Sampling with another
+model, or with controlled attention, gives another image of the same structure.
 """
 
 from __future__ import annotations
@@ -16,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Predict = Callable[
-    [Tensor, Tensor], Tensor
-]  # (latents (n, c, h, w) float32, timesteps (n,)) -> the model's outputs
+# (latents (n, channels, height, width) float32, timesteps (n,)) -> the model's outputs
+Predict = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,19 +30,18 @@ class DDPMSchedule:
         mu_i  = sqrt(ab_i+1) x0 + sqrt(1 - ab_i+1 - eta var_i) eps
         x_i+1 = mu_i + eta sqrt(var_i) z_i
 
-    as in arXiv 2304.06140, its released code, and cross-image attention's; x0 is not clipped. A scheduler's
-    next level is the one at the next of its timesteps.
+    as in arXiv 2304.06140, its released code, and cross-image attention's; x0 is not clipped.
 
     Args:
-        timesteps: (steps,) int64, from the noisiest on.
+        timesteps: (steps,) int64, the noisiest first.
         alphas: (steps + 1,) float64: the cumulative products at the timesteps, and of the clean latents.
-        prediction: what the model predicts: "epsilon" or "v_prediction".
-        eta: in (0, 1]; 1 is DDPM. Between 0 and 1 the published formula above differs from DDIM's, which has
-            eta^2.
+        prediction: the model's output: "epsilon" or "v_prediction".
+        eta: in (0, 1]; 1 is DDPM. Below 1 the published formula above differs from DDIM's, which has eta^2.
 
     Raises:
-        ValueError: no steps, shapes that do not fit, alphas that do not rise within [0, 1], an eta or a
-            prediction that does not exist; epsilon at a level without signal, from which no x0 follows.
+        ValueError: no steps; shapes that do not match; alphas that do not rise within [0, 1]; an unknown
+            prediction or an eta out of range; "epsilon" with a first level without signal, where x0 is
+            undefined.
     """
 
     timesteps: Tensor
@@ -73,14 +70,16 @@ class DDPMSchedule:
 
     @classmethod
     def from_scheduler(cls, scheduler: Any, steps: int, eta: float = 1.0) -> DDPMSchedule:
-        """The timesteps that diffusers' scheduler would set for `steps`.
+        """The schedule of a diffusers scheduler for a number of steps.
 
         Args:
-            scheduler: a DDIMScheduler or DDPMScheduler; its own state is left alone.
-            steps: of the whole run. eta: as above.
+            scheduler: a DDIMScheduler or DDPMScheduler; its own state is not changed.
+            steps: of the whole run.
+            eta: as in the class.
 
         Raises:
-            TypeError: another scheduler. ValueError: steps that it cannot take, another prediction type.
+            TypeError: another scheduler.
+            ValueError: steps that the scheduler cannot take, or another prediction type.
         """
         from diffusers import DDIMScheduler, DDPMScheduler
 
@@ -96,31 +95,32 @@ class DDPMSchedule:
         timesteps = own.timesteps.cpu().to(torch.int64)
         if (last := int(timesteps.max())) >= most:
             raise ValueError(
-                f"steps: {steps} steps with the scheduler's offset reach timestep {last}, but it has {most}: take fewer"
+                f"steps: {steps} steps with the scheduler's offset reach timestep {last}, "
+                f"but it has {most}: take fewer"
             )
-        # DDPM's clean latents have no noise at all; DDIM's have what set_alpha_to_one leaves.
+        # DDPM's clean latents have no noise; DDIM's may keep a little, as set_alpha_to_one decides.
         final = getattr(own, "final_alpha_cumprod", torch.tensor(1.0))
         alphas = torch.cat([own.alphas_cumprod[timesteps].double(), final.double().reshape(1)])
         return cls(timesteps, alphas, own.config.prediction_type, eta)
 
     @property
     def steps(self) -> int:
-        """Of the whole run."""
+        """Number of steps of the whole run."""
         return len(self.timesteps)
 
     @property
     def deviations(self) -> Tensor:
-        """(steps,) float64: eta sqrt(var), what a noise map is multiplied by; 0 where the next level has no
-        noise.
-        """
+        """Factors of the noise maps, eta sqrt(var): (steps,) float64; 0 where the next level has no noise."""
         now, then = self.alphas[:-1], self.alphas[1:]
         return self.eta * ((1 - then) / (1 - now) * (1 - now / then)).sqrt()
 
     def noisy(self, clean: Tensor, noise: Tensor, level: Tensor | int) -> Tensor:
-        """Latents of a level, 0 to steps - 1, with independent noise: sqrt(ab) clean + sqrt(1 - ab) noise.
+        """Latents of a level: sqrt(ab) clean + sqrt(1 - ab) noise.
 
         Args:
-            clean, noise: (n, channels, height, width). level: one for all, or (n,).
+            clean: (n, channels, height, width).
+            noise: the same.
+            level: 0 to steps - 1: one for all, or (n,).
         """
         alpha = self._factors(self.alphas[level], clean)
         return alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
@@ -129,8 +129,8 @@ class DDPMSchedule:
         """mu of a step, (n, channels, height, width).
 
         Args:
-            latents: of the level before it, (n, channels, height, width). output: of the model, of that
-                shape.
+            latents: before the step, (n, channels, height, width).
+            output: of the model, of the same shape.
             step: one for all, or (n,).
         """
         now, then = (self.alphas[: self.steps][step], self.alphas[1:][step])
@@ -146,12 +146,17 @@ class DDPMSchedule:
         return then.sqrt() * clean + spread.sqrt() * noise
 
     def step(self, latents: Tensor, output: Tensor, step: int, noise_map: Tensor) -> Tensor:
-        """The latents of the next level, mu + eta sqrt(var) z; arguments as in mean()."""
+        """The latents of the next level, mu + eta sqrt(var) z.
+
+        Args:
+            latents, output, step: as in mean().
+            noise_map: z, of the latents' shape.
+        """
         return self.mean(latents, output, step) + float(self.deviations[step]) * noise_map
 
     @staticmethod
     def _factors(values: Tensor, like: Tensor) -> Tensor:
-        """() or (n,) float64 numbers of the CPU, to be multiplied with (n, c, h, w)."""
+        """Numbers () or (n,) of the CPU as (1 or n, 1, 1, 1), in the dtype and on the device of `like`."""
         return values.to(like.device, like.dtype).reshape(-1, 1, 1, 1)
 
 
@@ -160,10 +165,10 @@ class Inversion:
     """Latents and noise maps of inverted images, float32.
 
     Attributes:
-        latents: (images, steps - skip + 1, channels, height, width); [:, 0] are those before step `skip`, the
-            last are the clean ones.
-        noise_maps: (images, steps - skip, channels, height, width); [:, 0] are those of step `skip`.
-        skip: steps that were left out.
+        latents: (images, steps - skip + 1, channels, height, width): [:, 0] before step `skip`, [:, -1]
+            clean.
+        noise_maps: (images, steps - skip, channels, height, width): [:, 0] of step `skip`.
+        skip: steps that were left out at the noisy end.
     """
 
     latents: Tensor
@@ -171,12 +176,15 @@ class Inversion:
     skip: int = 0
 
     def at(self, step: int) -> Tensor:
-        """(images, channels, height, width): the latents before a step, counted from 0 in the whole run;
-        after the last step, the clean ones."""
+        """The latents before a step of the whole run, counted from 0; of `steps` itself, the clean ones.
+
+        Returns:
+            (images, channels, height, width).
+        """
         return self.latents[:, step - self.skip]
 
     def noise_map(self, step: int) -> Tensor:
-        """(images, channels, height, width): z of a step, counted from 0 in the whole run."""
+        """z of a step of the whole run, counted from 0: (images, channels, height, width)."""
         return self.noise_maps[:, step - self.skip]
 
 
@@ -192,27 +200,30 @@ def invert(
     batch: int = 8,
     progress: Callable[[int], object] = lambda done: None,
 ) -> Inversion:
-    """The noise maps with which sampling goes through noised versions of `clean` (arXiv 2304.06140, section
-    3).
+    """The noise maps with which sampling passes through noised versions of `clean`: arXiv 2304.06140, sec. 3.
 
-    Every level is noised independently, so that all steps of an image can go through the model in batches; an
-    image's result does not depend on the others'.
+    Every level is noised independently, so the steps of an image go through the model in batches. An image's
+    result does not depend on the other images.
 
     Args:
         clean: (images, channels, height, width), latents as the model was trained on.
-        predict: the model, guidance included; its outputs are taken as float32.
+        predict: the model, guidance included; its outputs are converted to float32.
         schedule: levels of noise.
-        generators: one for each image. The levels draw from it from the clean end on: `skip` changes none of
+        generators: one for each image. Levels are drawn from the clean end on, so `skip` does not change
             them.
         skip: steps left out at the noisy end.
-        keep_last: whether the last noise map is kept; else it is 0, as in the method, and the last step gives
-            its mean.
+        keep_last: whether the last noise map is kept. If not, as in the paper, it is 0 and the last step
+            returns its mean.
         batch: steps in one call of the model.
-        progress: called with the number of steps done in each call of the model.
+        progress: called after each call of the model with its number of steps.
+
+    Returns:
+        Latents and noise maps of all images.
 
     Raises:
-        ValueError: a number of generators, a skip or a batch that does not fit; keep_last where the last step
-            has no noise to carry it. FloatingPointError: a model whose output is not finite.
+        ValueError: a number of generators, a skip or a batch out of range; keep_last where the last step adds
+            no noise.
+        FloatingPointError: the model's output is not finite.
     """
     if clean.dim() != 4:
         raise ValueError(f"clean: expected shape (images, channels, height, width), got {tuple(clean.shape)}")
@@ -251,12 +262,12 @@ def invert(
 
 @torch.no_grad()
 def sample(inversion: Inversion, predict: Predict, schedule: DDPMSchedule) -> Tensor:
-    """Sampling that re-adds the inversion's noise maps, from its first latents on.
+    """Sample from an inversion's first latents, adding its noise maps.
 
     Returns:
-        (images, steps - skip + 1, channels, height, width) float32, the latents of all levels: the
-        inversion's, to float error, where `predict` is the one that it was made with; but for the last, where
-        its noise map is 0.
+        The latents of all levels, (images, steps - skip + 1, channels, height, width) float32. With the
+        `predict` of the inversion they equal its latents to rounding, except for the last level where its
+        noise map is 0.
     """
     latents = [inversion.at(inversion.skip)]
     for step in range(inversion.skip, schedule.steps):
@@ -269,12 +280,12 @@ def sample(inversion: Inversion, predict: Predict, schedule: DDPMSchedule) -> Te
 def noise_predictor(
     unet: Any, prompt: Tensor, negative: Tensor | None = None, guidance: float = 1.0
 ) -> Predict:
-    """A diffusers UNet as `predict`, with classifier-free guidance (arXiv 2207.12598) where it is not 1.
+    """A diffusers UNet as `predict`, with classifier-free guidance (arXiv 2207.12598) unless that is 1.
 
     Args:
         unet: a UNet2DConditionModel; latents are cast to its dtype.
-        prompt: (1, tokens, channels), embeddings of the text. negative: the same, needed for guidance other
-            than 1.
+        prompt: embeddings of the text, (1, tokens, channels).
+        negative: embeddings of the negative text; needed where guidance is not 1.
         guidance: output = negative's + guidance * (prompt's - negative's).
 
     Raises:
@@ -300,7 +311,12 @@ def noise_predictor(
 
 
 def steps_left_out(skip: int | None, steps: int, released: tuple[int, int]) -> int:
-    """skip; None: the share of `steps` that released = (skip, steps) have.
+    """The number of skipped steps.
+
+    Args:
+        skip: as asked for; None: as large a share of `steps` as in the released code.
+        steps: of the whole run.
+        released: (skip, steps) of the released code.
 
     Raises:
         ValueError: no step is left.
@@ -312,7 +328,7 @@ def steps_left_out(skip: int | None, steps: int, released: tuple[int, int]) -> i
 
 
 def check_skip(skip: int, steps: int) -> None:
-    """ValueError unless at least one step is left."""
+    """Raise ValueError unless at least one step is left."""
     if isinstance(skip, bool) or not isinstance(skip, int) or not 0 <= skip < steps:
         raise ValueError(
             f"skip: expected an integer from 0 to {steps - 1}, as there are {steps} steps, got {skip!r}"

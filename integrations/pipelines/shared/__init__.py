@@ -1,1 +1,1 @@
-"""What several pipelines use: the parts of diffusers' pipelines, checks of arguments, the tasks of visual ICL."""
+"""What several pipelines use: their bases, checks of arguments, the tasks of visual in-context learning."""

@@ -1,4 +1,4 @@
-"""Checks of arguments that several pipelines take."""
+"""Checks of arguments that several pipelines share."""
 
 from __future__ import annotations
 
@@ -6,10 +6,20 @@ import math
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def check_number(name: str, value: Any, error: type[Exception] = ValueError) -> None:
-    """ValueError unless it is a finite number; `error` where it is no number at all."""
+    """Check that an argument is a finite number.
+
+    Args:
+        name: of the argument, for the message.
+        value: of the argument.
+        error: raised where it is not a number.
+
+    Raises:
+        ValueError: NaN or infinite.
+    """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise error(f"{name}: expected a finite number, got {value!r}")
     if not math.isfinite(value):
@@ -17,10 +27,14 @@ def check_number(name: str, value: Any, error: type[Exception] = ValueError) -> 
 
 
 def noise_seed(seed: int | None, generator: torch.Generator | None) -> tuple[int, int | None]:
-    """(what the noise is drawn from, the seed to report, None where a generator was given).
+    """The seed of the noise, from `seed`, from `generator`, or drawn from torch's default generator.
+
+    Returns:
+        (seed of the noise, seed to report; None where a generator was given).
 
     Raises:
-        ValueError: both, or a seed that is none. TypeError: a generator that is none.
+        ValueError: both are given, or a seed is not an integer from 0 to 2**63 - 1.
+        TypeError: not a torch.Generator.
     """
     if generator is not None:
         if seed is not None:
@@ -28,7 +42,7 @@ def noise_seed(seed: int | None, generator: torch.Generator | None) -> tuple[int
         if not isinstance(generator, torch.Generator):
             raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
         return int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device)), None
-    if seed is None:  # so that torch.manual_seed decides
+    if seed is None:  # torch.manual_seed then makes the call reproducible
         seed = int(torch.randint(2**63 - 1, ()))
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise ValueError(f"seed: expected an integer from 0 to 2**63 - 1, got {seed!r}")
@@ -36,13 +50,19 @@ def noise_seed(seed: int | None, generator: torch.Generator | None) -> tuple[int
 
 
 def check_texts(**texts: Any) -> None:
-    """TypeError unless each is a string."""
+    """Raise TypeError unless each argument is a string."""
     for name, text in texts.items():
         if not isinstance(text, str):
             raise TypeError(f"{name}: expected a string, got {type(text).__name__}")
 
 
 def check_steps(steps: Any) -> None:
-    """ValueError unless it is a number of steps."""
+    """Raise ValueError unless `steps` is an integer of at least 1."""
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps: expected an integer of at least 1, got {steps!r}")
+
+
+def check_finite(latents: Tensor, dtype: torch.dtype) -> None:
+    """Raise FloatingPointError unless all latents are finite; `dtype` is the model's, for the message."""
+    if not bool(latents.isfinite().all()):
+        raise FloatingPointError(f"the latents are no longer finite in {dtype}: try bfloat16 or float32")

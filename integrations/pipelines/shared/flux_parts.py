@@ -1,4 +1,4 @@
-"""The parts of a FluxPipeline, as the editing pipelines use them."""
+"""The base of the pipelines on FLUX.1: loading, noise levels, and photos to latents and back."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ from PIL import Image
 from torch import Tensor
 
 from .. import images as im
+from .arguments import check_finite
+from .progress import progress_bar
 
 Pipeline = TypeVar("Pipeline", bound="FluxParts")
 
 
 class FluxParts:
-    """Loading, noise levels, and photos to latents and back; the base of the pipelines on FLUX.1.
+    """The base of the pipelines on FLUX.1.
 
-    The wrapped pipeline is `pipe.pipe`; offload it or load LoRAs into it as usual.
+    The wrapped FluxPipeline is `pipe`; offload it or load LoRAs into it as usual.
 
     Args:
-        pipe: a diffusers FluxPipeline. backend: as in flashbrush.attention.
+        pipe: a diffusers FluxPipeline.
+        backend: as in flashbrush.attention.
 
     Raises:
         TypeError: another pipeline.
@@ -41,12 +44,14 @@ class FluxParts:
         """Load from a hub id or a diffusers folder; safetensors only.
 
         Args:
-            model: FLUX.1-dev, or another checkpoint of FluxPipeline. backend: as above.
-            options: passed on to FluxPipeline.from_pretrained (dtype, device_map, revision ...). Without a
-                dtype, bfloat16.
+            model: FLUX.1-dev, or another checkpoint of FluxPipeline.
+            backend: as in flashbrush.attention.
+            options: passed on to FluxPipeline.from_pretrained (dtype, device_map, revision ...). The default
+                dtype is bfloat16.
 
         Raises:
-            OSError: not found. ValueError: a folder, or weights, of another kind of model.
+            OSError: not found.
+            ValueError: a folder, or weights, of another kind of model.
         """
         from diffusers import FluxPipeline
 
@@ -58,13 +63,19 @@ class FluxParts:
         return cls(FluxPipeline.from_pretrained(model, use_safetensors=True, **options), backend=backend)
 
     def to(self: Pipeline, *args: Any, **options: Any) -> Pipeline:
-        """As DiffusionPipeline.to."""
+        """Move the model, as DiffusionPipeline.to; returns self."""
         self.pipe.to(*args, **options)
         return self
 
     def _velocity(self, latents: Tensor, ids: Tensor, time: float, text: tuple, guidance: float) -> Tensor:
-        """(items, tokens, channels) float32; text: embeddings (items, ...), pooled ones, and ids, as _embed
-        gives them.
+        """The transformer's output, (items, tokens, channels) float32.
+
+        Args:
+            latents: packed, (items, tokens, channels).
+            ids: of their tokens, (tokens, 3).
+            time: noise level, in [0, 1].
+            text: embeddings (items, tokens, channels), pooled embeddings and ids, as _embed returns them.
+            guidance: scale of the embedded guidance.
         """
         transformer, (embedded, pooled, text_ids) = self.pipe.transformer, text
         one = torch.ones(len(latents), device=latents.device)
@@ -80,7 +91,7 @@ class FluxParts:
         )[0].float()
 
     def _times(self, steps: int, tokens: int) -> list[float]:
-        """Noise levels as the pipeline takes them, falling, 0 the last."""
+        """FluxPipeline's noise levels for this number of image tokens: steps + 1 of them, falling to 0."""
         import numpy as np
         from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
@@ -92,14 +103,14 @@ class FluxParts:
         return [float(sigma) for sigma in scheduler.sigmas]
 
     def _embed(self, text: str, max_sequence_length: int) -> tuple[Tensor, Tensor, Tensor]:
-        """encode_prompt's, of as many tokens, or of the tokenizer's where those are fewer."""
+        """Embeddings, pooled embeddings and ids of a text, cut to the tokenizer's length."""
         length = min(max_sequence_length, self.pipe.tokenizer_2.model_max_length)
         return self.pipe.encode_prompt(
             text, None, device=self.pipe._execution_device, max_sequence_length=length
         )
 
     def _encode(self, photo: Image.Image) -> tuple[Tensor, Tensor]:
-        """(packed latents (1, tokens, channels) float32, their ids (tokens, 3))"""
+        """Packed latents of a photo, (1, tokens, channels) float32, and their ids, (tokens, 3)."""
         pipe, vae = self.pipe, self.pipe.vae
         pixels = pipe.image_processor.preprocess(photo).to(pipe._execution_device, vae.dtype)
         latents = (
@@ -110,6 +121,12 @@ class FluxParts:
         return pipe._pack_latents(latents, *latents.shape), ids
 
     def _decode(self, latents: Tensor, size: tuple[int, int]) -> Image.Image:
+        """The picture, of `size` in pixels, of packed latents.
+
+        Raises:
+            FloatingPointError: the latents are not finite.
+        """
+        check_finite(latents, self.pipe.transformer.dtype)
         pipe, vae = self.pipe, self.pipe.vae
         unpacked = pipe._unpack_latents(latents, size[1], size[0], pipe.vae_scale_factor)
         pixels = vae.decode(
@@ -119,11 +136,8 @@ class FluxParts:
         return pipe.image_processor.postprocess(pixels.float(), output_type="pil")[0]
 
     def _cells(self, mask: Image.Image) -> Tensor:
-        """bool (rows, columns): latents of which any pixel is on."""
+        """Latents in which any pixel of the mask is on, bool (rows, columns)."""
         return torch.from_numpy(im.mask_cells(mask, self.pipe.vae_scale_factor))
 
     def _bar(self, what: str, total: int, progress: bool) -> Any:
-        from tqdm.auto import tqdm
-
-        config: dict[str, Any] = {"desc": what, **getattr(self.pipe, "_progress_bar_config", {})}
-        return tqdm(total=total, **(config if progress else {**config, "disable": True}))
+        return progress_bar(self.pipe, what, total, progress)

@@ -1,4 +1,4 @@
-"""The parts of a StableDiffusionPipeline, as the editing pipelines use them."""
+"""The base of the pipelines on Stable Diffusion: loading, sizes, and photos to latents and back."""
 
 from __future__ import annotations
 
@@ -12,26 +12,28 @@ from PIL import Image
 from torch import Tensor
 
 from .. import images as im
+from .arguments import check_finite
+from .progress import progress_bar
 
 Pipeline = TypeVar("Pipeline", bound="StableDiffusionParts")
 
 
 class StableDiffusionParts:
-    """Loading, sizes, and photos to latents and back; the base of the pipelines on Stable Diffusion 1.x and
-    2.x.
+    """The base of the pipelines on Stable Diffusion 1.x and 2.x.
 
-    The wrapped pipeline is `pipe.pipe`; offload it, load LoRAs into it or enable FreeU as usual.
+    The wrapped StableDiffusionPipeline is `pipe`; offload it, load LoRAs into it or enable FreeU as usual.
 
     Args:
         pipe: a diffusers StableDiffusionPipeline; its scheduler's levels are used with DDIM's timesteps.
         backend: as in flashbrush.attention.
 
     Raises:
-        TypeError: another pipeline. ValueError: a UNet that takes more than latents and text (inpainting,
-            SDXL), or a scheduler without betas.
+        TypeError: another pipeline.
+        ValueError: a UNet that takes more than latents and text (inpainting, SDXL), or a scheduler without
+            betas.
     """
 
-    _options: tuple[str, ...] = ()  # of __init__, beside `backend`
+    _options: tuple[str, ...] = ()  # arguments of __init__ beside `backend`
 
     def __init__(self, pipe: Any, *, backend: str = "auto") -> None:
         from diffusers import StableDiffusionPipeline
@@ -66,13 +68,15 @@ class StableDiffusionParts:
         """Load from a hub id or a diffusers folder; safetensors only.
 
         Args:
-            model: Stable Diffusion 1.x or 2.x. backend: as above.
-            options: this class's own (of some, `cache`), and those passed on to
-                StableDiffusionPipeline.from_pretrained (dtype, device_map, revision ...). Without a dtype,
-                bfloat16. The safety checker, which sees no output, is not loaded.
+            model: Stable Diffusion 1.x or 2.x.
+            backend: as in flashbrush.attention.
+            options: this class's own (`cache`, where it has one); the others are passed on to
+                StableDiffusionPipeline.from_pretrained (dtype, device_map, revision ...). The default dtype
+                is bfloat16. The safety checker is not loaded: these pipelines do not call it.
 
         Raises:
-            OSError: not found. ValueError: a folder, or weights, of another kind of model.
+            OSError: not found.
+            ValueError: a folder, or weights, of another kind of model.
         """
         from diffusers import StableDiffusionPipeline
 
@@ -86,7 +90,7 @@ class StableDiffusionParts:
         return cls(pipe, backend=backend, **own)
 
     def to(self: Pipeline, *args: Any, **options: Any) -> Pipeline:
-        """As DiffusionPipeline.to."""
+        """Move the model, as DiffusionPipeline.to; returns self."""
         self.pipe.to(*args, **options)
         return self
 
@@ -96,54 +100,56 @@ class StableDiffusionParts:
         """The (width, height) at which the model sees images of `size`, in pixels.
 
         Args:
-            width, height: multiples of the autoencoder's 8; None: near `size`, with at most the pixels that
-                the UNet was trained on.
+            size: of the images.
+            width: a multiple of the autoencoder's 8; None: from the height, or near the images' own.
+            height: the same. With neither, at most as many pixels as the UNet was trained on.
 
         Raises:
             ValueError: a width or height that is not positive, or not a multiple.
         """
         multiple = self.pipe.vae_scale_factor
-        trained = self.pipe.unet.config.sample_size or 64  # a UNet may not say; SD's have 64 latents each way
+        trained = (
+            self.pipe.unet.config.sample_size or 64
+        )  # where it is not set: Stable Diffusion's 64 latents
         cells = math.prod(trained) if isinstance(trained, (list, tuple)) else trained**2
         return im.panel_size(
             size, width=width, height=height, multiple=multiple, max_pixels=cells * multiple**2
         )
 
     def _embed(self, text: str) -> Tensor:
-        """(1, tokens, channels); a warning tells of a text that the encoder sees only the beginning of."""
+        """Embeddings of a text, (1, tokens, channels); warns where the encoder cuts the text off."""
         tokenizer = self.pipe.tokenizer
         if (count := len(tokenizer(text).input_ids)) > tokenizer.model_max_length:
+            seen = tokenizer.model_max_length
             warnings.warn(
-                f"flashbrush: of {count} tokens the text encoder sees {tokenizer.model_max_length}: {text[:60]!r}",
-                stacklevel=3,
+                f"flashbrush: of {count} tokens the text encoder sees {seen}: {text[:60]!r}", stacklevel=3
             )
         return self.pipe.encode_prompt(text, self.pipe._execution_device, 1, False)[0]
 
     def _encode(self, photo: Image.Image) -> Tensor:
-        """(1, channels, height, width) float32: the mean of the autoencoder, scaled as the UNet knows it."""
+        """Scaled latents of a photo, the encoder's mean: (1, channels, height, width) float32."""
         pipe, vae = self.pipe, self.pipe.vae
         pixels = pipe.image_processor.preprocess(photo).to(pipe._execution_device, vae.dtype)
         return vae.encode(pixels).latent_dist.mode().float() * vae.config.scaling_factor
 
     def _decode(self, latents: Tensor) -> Image.Image:
-        if not bool(latents.isfinite().all()):
-            raise FloatingPointError(
-                f"the latents are no longer finite in {self.pipe.unet.dtype}: try bfloat16 or float32"
-            )
+        """The picture of latents (1, channels, height, width).
+
+        Raises:
+            FloatingPointError: the latents are not finite.
+        """
+        check_finite(latents, self.pipe.unet.dtype)
         vae = self.pipe.vae
         pixels = vae.decode((latents / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0]
         self.pipe.maybe_free_model_hooks()
         return self.pipe.image_processor.postprocess(pixels.float(), output_type="pil")[0]
 
     def _bar(self, what: str, total: int, progress: bool) -> Any:
-        from tqdm.auto import tqdm
-
-        config: dict[str, Any] = {"desc": what, **getattr(self.pipe, "_progress_bar_config", {})}
-        return tqdm(total=total, **(config if progress else {**config, "disable": True}))
+        return progress_bar(self.pipe, what, total, progress)
 
 
 def _check_folder(folder: str | os.PathLike[str]) -> None:
-    """ValueError unless the folder holds the parts of a StableDiffusionPipeline that are used here."""
+    """Raise ValueError unless the folder has the parts of a StableDiffusionPipeline that are used here."""
     where = os.fspath(folder)
     if os.path.exists(os.path.join(folder, "transformer")) and not os.path.exists(
         os.path.join(folder, "unet")

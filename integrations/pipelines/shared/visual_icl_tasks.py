@@ -1,7 +1,6 @@
-"""What a predicted picture says, for the six tasks of visual in-context learning: data, and a clean picture
-of them.
+"""The six tasks of visual in-context learning: reading data from a predicted picture, and drawing it.
 
-A ground truth goes through the same functions as a prediction, so that both become the same kind of data.
+Ground truths are read by the same functions as predictions, so that the two can be compared.
 """
 
 from __future__ import annotations
@@ -22,17 +21,17 @@ MAX_COLOURS = 256
 
 @dataclass(frozen=True, eq=False)
 class TaskResult:
-    """What a task makes of a picture (height, width).
+    """What a task reads from a picture (height, width).
 
     Attributes:
-        data: segmentation: (height, width) bool, the foreground.
-            detection: (left, top, right, bottom) in pixels, right and bottom exclusive; None where nothing is
-                found.
-            semantic: (height, width) int64, indices into the palette.
-            keypoints: (points, 2) float64, x and y in pixels, NaN where a point is not found.
-            edges: (height, width) float32 in [0, 1].
+        data: by task:
+            segmentation: (height, width) bool, the foreground;
+            detection: (left, top, right, bottom) in pixels, right and bottom exclusive; None: nothing found;
+            semantic: (height, width) int64, indices into the palette;
+            keypoints: (points, 2) float64, x and y in pixels, NaN where a point is not found;
+            edges: (height, width) float32 in [0, 1];
             colourisation: (height, width, 3) uint8 RGB.
-        picture: of the data: L for segmentation, detection and edges, else RGB.
+        picture: the data drawn: L for segmentation, detection and edges, else RGB.
     """
 
     data: Any
@@ -47,19 +46,19 @@ def read_task(
     palette: Palette | None = None,
     **options: Any,
 ) -> TaskResult:
-    """The function of `task` on a picture.
+    """Read a picture for a task, by the task's own function.
 
     Args:
         task: one of TASKS.
         picture: a prediction, or a ground truth.
-        query: the photo that is coloured, of the picture's size: for colourisation; None: the picture's own
-            lightness.
-        palette: colours of the classes, or of the keypoints.
+        query: for colourisation, the photo whose lightness is kept, of the picture's size; None: the
+            picture's.
+        palette: for semantic and keypoints, the colours.
         options: of the task's function.
 
     Raises:
-        ValueError: an unknown task, a palette that is missing; TypeError: an option that the task does not
-            have.
+        ValueError: an unknown task, or a palette that is missing.
+        TypeError: an option that the task's function does not have.
     """
     check_task(task)
     if task in ("semantic", "keypoints"):
@@ -72,17 +71,16 @@ def read_task(
 
 
 def read_segmentation(picture: Image.Image, *, threshold: float = 0.5) -> TaskResult:
-    """Foreground segmentation: what is lighter than `threshold`, in [0, 1], of white."""
+    """Foreground segmentation: pixels that are lighter than `threshold`, in [0, 1] from black to white."""
     mask = read_edges(picture).data > _in_unit("threshold", threshold)
     return TaskResult(mask, _grey(mask))
 
 
 def read_detection(picture: Image.Image, *, threshold: float = 0.5) -> TaskResult:
-    """Single object detection: the box that agrees best with the light pixels.
+    """Single object detection: the box with the most light minus dark pixels.
 
-    Of all boxes it is the one with the most light minus dark pixels, so that a filled box differs from the
-    picture in
-    the fewest pixels: neither specks outside nor holes inside move it.
+    Filled, it differs from the picture in the fewest pixels of all boxes. Specks outside and holes inside do
+    not move it.
     """
     mask = read_segmentation(picture, threshold=threshold).data
     filled = Image.new("L", picture.size, 0)
@@ -102,16 +100,20 @@ def read_semantic(picture: Image.Image, *, palette: Palette) -> TaskResult:
 def read_keypoints(
     picture: Image.Image, *, palette: Palette, background: int = 0, radius: float | None = None
 ) -> TaskResult:
-    """Keypoints drawn as discs, each in a colour of its own: the place of each is the middle of its disc.
+    """Keypoints, each drawn as a disc in a colour of its own: the position of each is the middle of its disc.
 
-    A pixel belongs to the palette's nearest colour. A point is where its pixels are densest within about
-    `radius`, and
-    the mean place of those within twice that radius: pixels of its colour elsewhere do not move it.
+    A pixel belongs to the palette's nearest colour. The disc is searched where a point's pixels are densest;
+    the point is the mean position of its pixels within twice the radius of that place. Pixels of its colour
+    elsewhere do not move it.
 
     Args:
+        picture: a prediction, or a ground truth.
         palette: the background's colour and each keypoint's.
-        background: its index; the points keep the order of the others.
-        radius: in pixels; None: a fiftieth of the longer side, at least 1.
+        background: index of the background; the points keep the order of the other colours.
+        radius: of a disc, in pixels; None: a fiftieth of the longer side, at least 1.
+
+    Raises:
+        ValueError: no such index, or a radius that is not positive.
     """
     colours = check_palette(palette)
     if not 0 <= background < len(colours):
@@ -136,13 +138,17 @@ def read_keypoints(
 
 
 def read_edges(picture: Image.Image) -> TaskResult:
-    """Edges: how light each pixel is, from 0 for black to 1 for white (ITU-R 601 luma)."""
+    """Edges: each pixel's lightness (ITU-R 601 luma), from 0 for black to 1 for white."""
     grey = im.flatten(picture).convert("L")
     return TaskResult(np.asarray(grey, np.float32) / 255, grey)
 
 
 def read_colourisation(picture: Image.Image, *, query: Image.Image | None = None) -> TaskResult:
     """Colourisation: the picture's colours on the query's lightness (YCbCr), which keeps the photo's detail.
+
+    Args:
+        picture: a prediction, or a ground truth.
+        query: the photo, of the picture's size; None: the picture's own lightness.
 
     Raises:
         ValueError: a query of another size.
@@ -167,10 +173,10 @@ _READERS: dict[str, Callable[..., TaskResult]] = {
 
 
 def palette_of(pictures: Sequence[Image.Image]) -> np.ndarray:
-    """(colours, 3) uint8: all colours of ground truths, the most frequent first.
+    """All colours of ground truths, the most frequent first: (colours, 3) uint8.
 
     Raises:
-        ValueError: no pictures; more than 256 colours, as in a photo, or where edges are blended.
+        ValueError: no pictures, or more than 256 colours, as in a photo or with blended edges.
     """
     if not pictures:
         raise ValueError("palette: expected pictures to take it from, got none")
@@ -178,20 +184,20 @@ def palette_of(pictures: Sequence[Image.Image]) -> np.ndarray:
     colours, counts = np.unique(pixels, axis=0, return_counts=True)
     if len(colours) > MAX_COLOURS:
         raise ValueError(
-            f"palette: expected ground truths of at most {MAX_COLOURS} colours, got {len(colours)}: save them without "
-            "blending and compression, or give a palette"
+            f"palette: expected ground truths of at most {MAX_COLOURS} colours, got {len(colours)}: "
+            "save them without blending and compression, or give a palette"
         )
     return colours[np.argsort(-counts, kind="stable")]
 
 
 def check_palette(palette: Palette) -> np.ndarray:
-    """(colours, 3) uint8.
+    """A palette as an array, (colours, 3) uint8.
 
     Args:
-        palette: RGB colours from 0 to 255, or a mapping from names to them, in its order.
+        palette: RGB colours from 0 to 255, or a mapping from names to colours, in its order.
 
     Raises:
-        ValueError: fewer than two colours, one twice, or numbers that are no colours.
+        ValueError: fewer than two colours, a colour twice, or numbers outside 0 to 255.
     """
     values = list(palette.values()) if isinstance(palette, Mapping) else palette
     colours = np.asarray(values)
@@ -207,14 +213,14 @@ def check_palette(palette: Palette) -> np.ndarray:
 
 
 def check_task(task: str) -> str:
-    """The task; ValueError if there is none of that name."""
+    """Return the task; raise ValueError unless it is one of TASKS."""
     if task not in TASKS:
         raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {task!r}")
     return task
 
 
 def _nearest(picture: Image.Image, colours: np.ndarray) -> np.ndarray:
-    """(height, width) int64; of equally near ones the first."""
+    """Index of each pixel's nearest colour, the first of equally near ones: (height, width) int64."""
     pixels = np.asarray(im.flatten(picture)).astype(np.int32)
     best = np.full(pixels.shape[:2], np.iinfo(np.int32).max, np.int32)
     classes = np.zeros(pixels.shape[:2], np.int64)
@@ -226,7 +232,7 @@ def _nearest(picture: Image.Image, colours: np.ndarray) -> np.ndarray:
 
 
 def _best_box(mask: np.ndarray) -> tuple[int, int, int, int] | None:
-    """The box of the largest sum where on counts 1 and off -1; of equal ones the one that begins highest."""
+    """The box with the largest sum of on (1) and off (-1) pixels; the highest of equal ones."""
     if not mask.any():
         return None
     rows, columns = np.nonzero(mask)

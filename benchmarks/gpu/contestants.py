@@ -1,4 +1,4 @@
-"""The contestants on a GPU: every attention that is installed, forced one by one, and our own."""
+"""The contestants on a GPU: every installed plain attention, composed and eager forms, and our own."""
 
 from __future__ import annotations
 
@@ -13,23 +13,25 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..cpu.peers import COMPOSED, EAGER as CPU_EAGER, SDPA, Call, Case, Missing, Peer, ours
-from .machine import NO_CUDA, Setup
-from .shapes import CUDA, OWN
+from ..cases.contestants import COMPOSED, EAGER as CPU_EAGER, SDPA, Call, Contestant, Missing, ours
+from ..cases.eager_forms import min_max_gain
+from ..cases.inputs import Case
+from .controls import CUDA, OURS
+from .setup import NO_CUDA, Setup
 
 FORCED = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-UNAVAILABLE = ("No available kernel", "No viable backend")  # how torch says that it cannot force a backend
+UNAVAILABLE = ("No available kernel", "No viable backend")  # in torch's error where it cannot force a backend
 
 
 def forced(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """SDPA by one backend of torch's; q, k, v and the result (batch, heads, tokens, dim).
+    """SDPA on one of torch's backends; q, k, v and the result are (batch, heads, tokens, dim).
 
     Raises:
-        Missing: the backend does not do this call here.
+        Missing: the backend does not support this call here.
     """
     try:
         with sdpa_kernel(backend):
@@ -71,13 +73,13 @@ def _xformers() -> Any:
 
 
 def _tokens_first(load: Callable[[], Any], case: Case) -> tuple[Call, bool]:
-    """An attention of (batch, tokens, heads, dim); some return more beside the output."""
+    """Another library's attention of (batch, tokens, heads, dim); a tuple's first entry is the output."""
     try:
         attend = load()
     except ModuleNotFoundError as error:
         raise Missing(f"{error.name} is not installed") from error
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
-        raise Missing(f"it is installed and does not load: {error}") from error
+        raise Missing(f"it is installed but does not load: {error}") from error
     if case.q.device.type != "cuda":
         raise Missing("it has no attention on the CPU")
 
@@ -89,7 +91,7 @@ def _tokens_first(load: Callable[[], Any], case: Case) -> tuple[Call, bool]:
 
 
 def _flex(case: Case) -> tuple[Call, bool]:
-    """FlexAttention, compiled; it has no place for a weight after the softmax: only the plain form runs."""
+    """FlexAttention, compiled. Plain only: it has no hook for a weight after the softmax."""
     from torch.nn.attention.flex_attention import flex_attention
 
     if case.q.device.type != "cuda":
@@ -99,13 +101,14 @@ def _flex(case: Case) -> tuple[Call, bool]:
     return functools.partial(attend, *case.heads_first()), True
 
 
-VENDORS: dict[str, Peer] = {
-    "sdpa": Peer("sdpa", "torch SDPA, its own choice", False, SDPA.prepare),
+VENDORS: dict[str, Contestant] = {
+    "sdpa": Contestant("sdpa", "torch SDPA, its own choice", False, SDPA.prepare),
     **{
-        n: Peer(n, f"torch SDPA, {n} forced", False, functools.partial(_forced, b)) for n, b in FORCED.items()
+        n: Contestant(n, f"torch SDPA, {n} forced", False, functools.partial(_forced, b))
+        for n, b in FORCED.items()
     },
     **{
-        name: Peer(name, title, False, functools.partial(_tokens_first, load))
+        name: Contestant(name, title, False, functools.partial(_tokens_first, load))
         for name, title, load in (
             ("flash_attn_2", "flash-attn", _flash_attn_2),
             ("flash_attn_3", "FlashAttention-3", _flash_attn_3),
@@ -114,17 +117,17 @@ VENDORS: dict[str, Peer] = {
         )
     },
 }
-EAGER = replace(CPU_EAGER, slack=16.0)  # it rounds the logits and every partial sum to bfloat16
-FLEX = Peer("flex", "FlexAttention", False, _flex)
+EAGER = replace(CPU_EAGER, slack=16.0)  # on a GPU it rounds the logits and every partial sum to bfloat16
+FLEX = Contestant("flex", "FlexAttention", False, _flex)
 
 
-def mine(setup: Setup, name: str) -> Peer:
-    """Our library's by its name in the results: on the backend of the setup, or on cuda."""
-    backend, variant = "cuda" if name in CUDA else setup.backend, OWN[name]
-    controlled = variant != "plain"
-    title = f"flashbrush {backend}, {variant}"
+def ours_named(setup: Setup, name: str) -> Contestant:
+    """Our call by its name in the results, see controls.OURS: on the setup's backend, or on cuda."""
+    backend, control = "cuda" if name in CUDA else setup.backend, OURS[name]
+    controlled = control != "plain"
+    title = f"flashbrush {backend}, {control}"
     left_out = name in CUDA and not setup.cuda
-    return Peer(
+    return Contestant(
         name, title, controlled, _left_out if left_out else functools.partial(ours, backend, controlled)
     )
 
@@ -133,17 +136,19 @@ def _left_out(case: Case) -> NoReturn:
     raise Missing(NO_CUDA)
 
 
-def composed_forms() -> dict[str, Peer]:
-    """Segment by segment on a vendor's attention with LSE, merged: what anyone can build without a kernel.
+def composed_forms() -> dict[str, Contestant]:
+    """Forms without a kernel of their own: a vendor's attention with LSE per key segment, merged.
 
-    `composed` is our own, on the vendor's that it takes for the best; the others are written out here, merged
-    by compiled code.
+    `composed` is our backend of that name. The others are written out here, one per vendor, with a merge
+    compiled by torch.
     """
     forms = {
-        n: Peer(f"composed_{n}", f"composed on {n}, compiled merge", True, functools.partial(_composed, n))
+        n: Contestant(
+            f"composed_{n}", f"composed on {n}, compiled merge", True, functools.partial(_composed, n)
+        )
         for n in LSE
     }
-    return {"composed": COMPOSED, **{peer.name: peer for peer in forms.values()}}
+    return {"composed": COMPOSED, **{form.name: form for form in forms.values()}}
 
 
 def _cudnn_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,7 +175,7 @@ def _composed(vendor: str, case: Case) -> tuple[Call, bool]:
     if not cuda and vendor != "flash":
         raise Missing(f"{vendor} has no attention on the CPU")
     if shape.groups is not None or shape.contrast is not None or shape.rows != shape.keys:
-        raise Missing("written for weights and a head gain")
+        raise Missing("this form is written for weights and a head gain alone")
     q, k, v = case.heads_first()
     parts = [(k[:, :, s], v[:, :, s]) for s in (case.control.keys.slice(name) for name in shape.keys)]
     target, prompt = case.control.rows.slice("target"), list(shape.keys).index("prompt")
@@ -188,9 +193,7 @@ def _composed(vendor: str, case: Case) -> tuple[Call, bool]:
         assert isinstance(merged, Tensor)
         if gain is not None:
             mass = share[prompt, :, :, target].mean(-1)  # (batch, heads)
-            low, high = mass.amin(1, keepdim=True), mass.amax(1, keepdim=True)
-            per_head = gain.floor + gain.span * (mass - low) / (high - low + torch.finfo(torch.float32).eps)
-            merged = merged * per_head[:, :, None, None]
+            merged = merged * min_max_gain(mass, float(gain.span), float(gain.floor))[:, :, None, None]
         return merged.to(outs[0].dtype)
 
     join: Any = torch.compile(merge, dynamic=False) if cuda else merge

@@ -1,6 +1,4 @@
-"""Other tiles of the CUDA kernel than the ones it is built with, compiled on the spot, checked and timed
-beside them.
-"""
+"""The CUDA kernel with other tile sizes: compiled during the run, checked, timed beside the built kernel."""
 
 from __future__ import annotations
 
@@ -15,18 +13,18 @@ from typing import Any
 from torch import Tensor
 
 from ...bindings.backends.cuda import attention as cuda
-from ..cpu.forward import Row
-from ..cpu.peers import Call, Case, Missing, Peer
-from . import forward as gpu_forward, peers as gpu_peers
-from .forward import Entry
-from .machine import NO_CUDA, Setup
+from ..cases.contestants import Call, Contestant, Missing
+from ..cases.inputs import Case
+from ..timing.rows import Row
+from . import contestants, forward
+from .setup import NO_CUDA, Setup
 from .shapes import GPU_SHAPES
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build" / "variants"
 NOT_BUILT = "not built: --build was not given"
-# By head dim: what csrc/cuda/attention.cu takes in place of its own numbers.
-VARIANTS: dict[int, dict[str, dict[str, int]]] = {
+# By head dim and build: macros that replace the numbers of csrc/cuda/attention.cu.
+BUILDS: dict[int, dict[str, dict[str, int]]] = {
     128: {
         "three groups, 80 keys": {"GROUPS_128": 3, "KEYS_128": 80},
         "three groups, 64 keys": {"GROUPS_128": 3, "KEYS_128": 64},
@@ -47,11 +45,12 @@ VARIANTS: dict[int, dict[str, dict[str, int]]] = {
 
 
 def names(shape: str) -> list[str]:
-    return list(VARIANTS[GPU_SHAPES[shape].dim])
+    """The builds for a shape's head dim."""
+    return list(BUILDS[GPU_SHAPES[shape].dim])
 
 
 def compile_all(setup: Setup) -> Row:
-    """All libraries, side by side; one that does not compile is missing."""
+    """A row of what was compiled, all builds in parallel; one that does not compile is missing."""
     if not setup.build:
         return {"missing": {"variants": NOT_BUILT}}
     try:
@@ -63,8 +62,8 @@ def compile_all(setup: Setup) -> Row:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = {
             (dim, name): pool.submit(_compile, builder, dim, numbers, _library(dim, name))
-            for dim, variants in VARIANTS.items()
-            for name, numbers in variants.items()
+            for dim, builds in BUILDS.items()
+            for name, numbers in builds.items()
         }
     found = {f"{dim}, {name}": job.result() for (dim, name), job in jobs.items()}
     row: Row = {"missing": {name: report["error"] for name, report in found.items() if report["error"]}}
@@ -72,7 +71,7 @@ def compile_all(setup: Setup) -> Row:
 
 
 def measure(setup: Setup, shape: str, name: str) -> Row:
-    """One variant, plain and with In-Context Brush, beside the kernel as it is built and cuDNN."""
+    """One build, plain and with In-Context Brush, beside the installed kernel and cuDNN."""
     library = _library(GPU_SHAPES[shape].dim, name)
     if not setup.build or not setup.cuda or not library.exists():
         return {
@@ -80,18 +79,21 @@ def measure(setup: Setup, shape: str, name: str) -> Row:
                 name: NOT_BUILT if not setup.build else NO_CUDA if not setup.cuda else "it was not compiled"
             }
         }
-    entries: list[Entry] = [("cudnn", gpu_peers.VENDORS["cudnn"], "plain")]
+    entries: list[forward.Entry] = [("cudnn", contestants.VENDORS["cudnn"], "plain")]
     for form in ("plain", "brush"):
-        ours = gpu_peers.mine(setup, f"cuda_{form}")
-        entries += [(f"cuda_{form}", ours, form), (f"{form}, {name}", _peer(ours, library, form, name), form)]
-    return gpu_forward.measure(setup, GPU_SHAPES[shape], entries)
+        ours = contestants.ours_named(setup, f"cuda_{form}")
+        entries += [
+            (f"cuda_{form}", ours, form),
+            (f"{form}, {name}", _of_build(ours, library, form, name), form),
+        ]
+    return forward.measure(setup, GPU_SHAPES[shape], entries)
 
 
 def load_builder() -> dict[str, Any]:
-    """What setup.py defines.
+    """The names that setup.py defines.
 
     Raises:
-        Missing: it needs a newer setuptools.
+        Missing: setup.py cannot be imported, for lack of a newer setuptools.
     """
     try:
         return runpy.run_path(str(ROOT / "setup.py"))
@@ -100,13 +102,13 @@ def load_builder() -> dict[str, Any]:
 
 
 def _library(dim: int, name: str) -> Path:
-    return FOLDER / f"{dim}-{list(VARIANTS[dim]).index(name)}.so"
+    return FOLDER / f"{dim}-{list(BUILDS[dim]).index(name)}.so"
 
 
 def _compile(
     builder: Mapping[str, Any], dim: int, numbers: Mapping[str, int], library: Path
 ) -> dict[str, Any]:
-    """What the compiler says of it: setup.py's report."""
+    """The compiler's report on one build, in the form of setup.py's; `error` is None on success."""
     report: dict[str, Any] = {"error": None, "kernels": {}, "warnings": []}
     sources = [str(path) for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]
     defined = [f"-DFLASHBRUSH_{name}={value}" for name, value in {"TRIAL_DIM": dim, **numbers}.items()]
@@ -119,7 +121,9 @@ def _compile(
     return report
 
 
-def _peer(ours: Peer, library: Path, form: str, name: str) -> Peer:
+def _of_build(ours: Contestant, library: Path, form: str, name: str) -> Contestant:
+    """Our call with the library of a build in place of the installed one."""
+
     def prepare(case: Case) -> tuple[Call, bool]:
         with cuda.trial(library):
             call, heads_first = ours.prepare(case)
@@ -130,4 +134,4 @@ def _peer(ours: Peer, library: Path, form: str, name: str) -> Peer:
 
         return run, heads_first
 
-    return Peer(f"{form}, {name}", f"flashbrush cuda, {form}, {name}", ours.controlled, prepare)
+    return Contestant(f"{form}, {name}", f"flashbrush cuda, {form}, {name}", ours.controlled, prepare)

@@ -1,9 +1,9 @@
-"""Runs the plan in processes of its own: one that crashes or hangs costs its own row, and no other.
+"""Worker processes for the plan: a task that crashes or hangs loses its own row, and no other.
 
-A kernel that reads out of bounds leaves its process without a device: the rest of the plan goes on in a new
-one. Where the cuda backend took part, it goes on without that, and a row that was being timed is made once
-more: what hangs or crashes beside others does not cost theirs. The checks, which time nothing, run in several
-processes at once, so that their kernels are compiled side by side.
+A kernel that reads out of bounds leaves its process without a device, so the rest of the plan continues in a
+new process. If the cuda backend took part, the new process leaves it out, and a row that was being timed is
+measured again without it. Checks, which time nothing, run in several processes at once, so that their kernels
+compile in parallel.
 """
 
 from __future__ import annotations
@@ -21,32 +21,44 @@ from typing import Any
 
 import torch
 
-from ..cpu.forward import Row
-from .machine import Setup, describe
+from ..timing.rows import Row
+from .machine import describe
 from .plan import Task
+from .setup import Setup
 
 LOST = 3  # exit code of a process whose device does not answer
-GRACE = 20.0  # seconds beyond the deadline for the task that is under way
-DYING = 20.0  # seconds that a process which was killed may take; one that hangs in its driver is left behind
-NO_CUDA = "--no-cuda"  # of the command
+GRACE = 20.0  # seconds beyond the deadline for the running task
+DYING = 20.0  # seconds to wait for a killed process; one that hangs in its driver is left behind
+NO_CUDA = "--no-cuda"  # option of the command
 Report = Callable[[int, Row], None]  # index of the task, its row
 
 
 def work(setup: Setup, plan: Sequence[Task], indices: Sequence[int], deadline: float, file: Path) -> int:
-    """Run some tasks here; each leaves lines in `file`. Returns the exit code."""
+    """Run some tasks in this process.
+
+    Args:
+        setup: where to run.
+        plan: all tasks.
+        indices: of the tasks to run, in order.
+        deadline: time.time() after which no task is started.
+        file: takes a JSON line for the machine, for each task's start and for its row.
+
+    Returns:
+        Exit code: 0, or LOST.
+    """
     with file.open("a") as lines:
 
-        def say(**event: object) -> None:
+        def write(**event: object) -> None:
             lines.write(json.dumps(event) + "\n")
             lines.flush()
 
-        say(machine=describe(setup))
+        write(machine=describe(setup))
         for index in indices:
             task = plan[index]
             if time.time() + (0 if setup.dry else task.seconds) > deadline:
-                say(index=index, row={"skipped": "the time did not suffice"})
+                write(index=index, row={"skipped": "the time did not suffice"})
                 continue
-            say(index=index, begun=True)
+            write(index=index, begun=True)
             start = time.time()
             try:
                 row = task.run(setup)
@@ -58,9 +70,9 @@ def work(setup: Setup, plan: Sequence[Task], indices: Sequence[int], deadline: f
                 row = {"failures": {task.title: f"{type(error).__name__}: {first[0] if first else ''}"}}
             if not _alive(setup.device):
                 why: Any = row.get("failures", {})
-                say(index=index, lost="; ".join(why.values()) or "the device no longer answers")
+                write(index=index, lost="; ".join(why.values()) or "the device no longer answers")
                 return LOST
-            say(index=index, row={**row, "took": round(time.time() - start, 2)})
+            write(index=index, row={**row, "took": round(time.time() - start, 2)})
     return 0
 
 
@@ -76,13 +88,20 @@ def _alive(device: torch.device) -> bool:
 
 
 class Worker:
-    """A process that works through some tasks, and is started again behind the one that it dies of."""
+    """A process that runs some tasks in order; if a task ends it, a new process continues with the next task.
+
+    Args:
+        command: of the process, without the worker's own options.
+        plan: all tasks.
+        indices: of the tasks to run.
+        folder: for the files through which processes report.
+    """
 
     def __init__(
         self, command: Sequence[str], plan: Sequence[Task], indices: Sequence[int], folder: Path
     ) -> None:
         self.command, self.plan, self.left, self.folder = list(command), plan, list(indices), folder
-        self.again: dict[int, str] = {}  # tasks to be made once more, and why
+        self.again: dict[int, str] = {}  # tasks to repeat, and why
         self.starts = 0
         self._start()
 
@@ -98,8 +117,8 @@ class Worker:
         self.process = subprocess.Popen([*self.command, "--worker", str(self.file), "--tasks", which])
 
     def poll(self, deadline: float, report: Report, machine: Callable[[Row], None]) -> bool:
-        """Pass on what has come in; False when nothing is left."""
-        ended = self.process.poll()  # before reading, or its last lines could be missed
+        """Report what the process has written since; False when no task is left."""
+        ended = self.process.poll()  # before reading: its last lines are then in the file
         self._drain(report, machine)
         if ended is None:
             self._watch(deadline, report)
@@ -131,9 +150,7 @@ class Worker:
                 self._lose(self.current, f"no result after {self.plan[self.current].limit:.0f} s", report)
 
     def _drain(self, report: Report, machine: Callable[[Row], None]) -> None:
-        *lines, self.part = (self.part + self.read.read()).split(
-            "\n"
-        )  # the last one may still be being written
+        *lines, self.part = (self.part + self.read.read()).split("\n")  # the last line may be incomplete
         for event in map(json.loads, lines):
             if "machine" in event:
                 machine(event["machine"])
@@ -153,7 +170,7 @@ class Worker:
         report(index, row)
 
     def _lose(self, index: int, why: str, report: Report) -> None:
-        """A task that its process did not survive."""
+        """Record a task that ended its process; repeat it without the cuda backend if that may be why."""
         task, suspect = self.plan[index], NO_CUDA not in self.command
         if task.cuda and suspect:
             self.command.append(NO_CUDA)
@@ -185,7 +202,16 @@ def supervise(
     report: Report,
     machine: Callable[[Row], None],
 ) -> None:
-    """Run the whole plan by `command`: what times alone and in order, the checks in up to `jobs` processes."""
+    """Run the whole plan: timed tasks one at a time and in order, checks in up to `jobs` processes.
+
+    Args:
+        command: that runs a worker, without the worker's own options.
+        plan: the tasks.
+        deadline: time.time() at which the run ends.
+        jobs: processes that run checks side by side.
+        report: takes the index of a task and its row.
+        machine: takes the machine's description.
+    """
     apart = [i for i, task in enumerate(plan) if task.apart] if jobs > 1 else []
     first = [i for i in range(len(plan)) if i not in apart and (not apart or i < apart[0])]
     rest = [i for i in range(len(plan)) if i not in apart and i not in first]

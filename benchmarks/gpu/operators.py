@@ -1,6 +1,4 @@
-"""The operators around attention on a GPU: checked against float64 of torch's operators, then timed beside
-those.
-"""
+"""The operators around attention on a GPU: checked against torch's in float64, then timed beside those."""
 
 from __future__ import annotations
 
@@ -13,42 +11,44 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...bindings import adain, attention, blend_latents, column_mass, qk_norm_rope, query_blur
-from ..cases.truth import WrongResult, compare
-from ..cpu.forward import Row, rounded, seconds
-from ..timing import paired as timing
-from .machine import Setup, judged
-from .timing import interleaved, replays, sets
+from ..cases.float64_check import WrongResult, compare
+from ..cases.flux_layer import EPS, rope_tables
+from ..cases.inputs import Sampler
+from ..timing.device_clock import input_sets, time_on_device, time_replays
+from ..timing.rounds import ratio, spread
+from ..timing.rows import Row, dtype_name, ratio_cells, seconds_cells
+from .setup import Setup, judged
 
-EPS = 1e-6
 Inputs = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
 class Operator:
-    """ours and form take the same tensors; form is torch's operators, in the tensors' dtype or in float64."""
+    """One operator.
+
+    Attributes:
+        name: in the results.
+        draw: makes its inputs.
+        ours: takes the inputs.
+        form: the same by torch's operators, in the inputs' dtype or in float64.
+        work: what the bytes moved leave out.
+        magnified: allowed beside twice the form's error, in float32 eps of the largest value.
+    """
 
     name: str
-    draw: Callable[[Setup, torch.Generator], Inputs]
+    draw: Callable[[Setup, Sampler], Inputs]
     ours: Callable[..., Tensor]
     form: Callable[..., Tensor]
-    work: str  # what `bytes` and the rate leave out
-    magnified: float = 0.0  # allowed beside twice the form's error, in float32 eps of the largest value
+    work: str
+    magnified: float = 0.0
 
 
-def _normal(
-    setup: Setup, generator: torch.Generator, *size: int, dtype: torch.dtype = torch.bfloat16
-) -> Tensor:
-    return torch.randn(*size, generator=generator, device=setup.device).to(dtype)
-
-
-def _streams(setup: Setup, generator: torch.Generator) -> Inputs:
-    """FLUX's q: 512 text tokens and two panels; their norms' weights; RoPE's tables."""
+def _streams(setup: Setup, sampler: Sampler) -> Inputs:
+    """FLUX's q: 512 text tokens and two panels; the norms' weights; RoPE's tables."""
     text, image, heads, dim = (5, 24, 2, 16) if setup.dry else (512, 4608, 24, 128)
-    x, y = (_normal(setup, generator, 1, n, heads, dim) for n in (text, image))
-    a, b = (1 + 0.2 * _normal(setup, generator, dim) for _ in range(2))
-    rates = 10000.0 ** (-torch.arange(dim // 2, device=setup.device) / (dim // 2))
-    angles = (torch.arange(text + image, device=setup.device)[:, None] * rates).repeat_interleave(2, 1)
-    return x, y, a, b, angles.cos(), angles.sin()
+    x, y = (sampler.normal(1, n, heads, dim) for n in (text, image))
+    a, b = (1 + 0.2 * sampler.normal(dim) for _ in range(2))
+    return x, y, a, b, *rope_tables(text + image, dim, setup.device)
 
 
 def _norm_rope(x: Tensor, y: Tensor, a: Tensor, b: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -63,11 +63,11 @@ def _norm_rope_form(x: Tensor, y: Tensor, a: Tensor, b: Tensor, cos: Tensor, sin
     return (z.to(wide) * cos[:, None] + rotated * sin[:, None]).to(z.dtype)
 
 
-def _latents(setup: Setup, generator: torch.Generator) -> Inputs:
-    """FLUX's packed latents of two panels, with a hole."""
+def _latents(setup: Setup, sampler: Sampler) -> Inputs:
+    """FLUX's packed latents of two panels, and a mask of 30 % of the tokens."""
     tokens = 40 if setup.dry else 9216
-    parts = [_normal(setup, generator, 1, tokens, 64) for _ in range(3)]
-    mask = torch.rand(1, tokens, 1, generator=generator, device=setup.device) < 0.3
+    parts = [sampler.normal(1, tokens, 64) for _ in range(3)]
+    mask = sampler.uniform(1, tokens, 1) < 0.3
     return (*parts, mask, torch.full((), 0.6, device=setup.device))
 
 
@@ -77,10 +77,10 @@ def _blend_form(generated: Tensor, source: Tensor, noise: Tensor, mask: Tensor, 
     return torch.where(mask, generated, known.to(generated.dtype))
 
 
-def _features(setup: Setup, generator: torch.Generator) -> Inputs:
-    """A UNet's features of two items and of their style, far from zero, as a shifted sum has to bear."""
+def _features(setup: Setup, sampler: Sampler) -> Inputs:
+    """A UNet's features and a style's, whose means are far from zero: sums of squares must be shifted."""
     size = (2, 3, 9, 7) if setup.dry else (2, 640, 64, 64)
-    return _normal(setup, generator, *size) + 8, 0.5 * _normal(setup, generator, *size) - 3
+    return sampler.normal(*size) + 8, 0.5 * sampler.normal(*size) - 3
 
 
 def _adain_form(x: Tensor, style: Tensor) -> Tensor:
@@ -89,9 +89,9 @@ def _adain_form(x: Tensor, style: Tensor) -> Tensor:
     return ((x.to(wide) - m) / (v + 1e-5).sqrt() * (w + 1e-5).sqrt() + n).to(x.dtype)
 
 
-def _queries(setup: Setup, generator: torch.Generator) -> Inputs:
+def _queries(setup: Setup, sampler: Sampler) -> Inputs:
     size = (1, 6 * 6, 2, 8) if setup.dry else (2, 64 * 64, 10, 64)
-    return (_normal(setup, generator, *size),)
+    return (sampler.normal(*size),)
 
 
 def _blur(q: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ def _blur(q: Tensor) -> Tensor:
 
 
 def _blur_form(q: Tensor) -> Tensor:
-    """Two one-dimensional convolutions over the grid, reflected at its borders, as torch's operators do them."""
+    """Two one-dimensional convolutions over the grid, reflected at its borders."""
     side, batch, heads, dim = math.isqrt(q.shape[1]), q.shape[0], *q.shape[2:]
     sigma = side / 16
     wanted = math.ceil(6 * sigma)
@@ -114,18 +114,22 @@ def _blur_form(q: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).reshape(q.shape).to(q.dtype)
 
 
-def _attended(setup: Setup, generator: torch.Generator) -> Inputs:
-    """q, k, and the lse of their attention in float64, as exact as float32 holds it."""
+def _attended(setup: Setup, sampler: Sampler) -> Inputs:
+    """q, k, and the lse of their attention."""
     tokens, heads, dim = (60, 2, 16) if setup.dry else (4608, 24, 128)
-    q, k = (_normal(setup, generator, 1, tokens, heads, dim) for _ in range(2))
+    q, k = (sampler.normal(1, tokens, heads, dim) for _ in range(2))
+    return q, k, _lse(setup, q, k)
+
+
+def _lse(setup: Setup, q: Tensor, k: Tensor) -> Tensor:
     _, stats = attention(q, k, k, backend=setup.backend, return_stats=True)
-    return q, k, stats.lse
+    return stats.lse
 
 
 def _column_form(q: Tensor, k: Tensor, lse: Tensor) -> Tensor:
     wide = torch.promote_types(q.dtype, torch.float32)
     mass = torch.empty(q.shape[0], q.shape[2], k.shape[1], dtype=wide, device=q.device)
-    for h in range(q.shape[2]):  # head by head, or float64 would hold 24 maps
+    for h in range(q.shape[2]):  # one head at a time: 24 float64 maps would not fit
         s = q[:, :, h].to(wide) @ k[:, :, h].to(wide).mT * q.shape[3] ** -0.5
         mass[:, h] = (s - lse[:, h].to(wide)).exp().sum(1)
     return mass
@@ -142,11 +146,15 @@ OPERATORS = (
 
 @torch.no_grad()
 def measure(setup: Setup, operator: Operator) -> Row:
-    """One row, as gpu_forward's; gb_per_s: each input read and each output written once, over the time."""
+    """One row of the results, as forward.measure's; gb_per_s: inputs and output moved once, over the time."""
     device = setup.device
-    first = operator.draw(setup, torch.Generator(device).manual_seed(0))
-    count = sets(device, sum(t.numel() * t.element_size() for t in first))
-    groups = [first, *(operator.draw(setup, torch.Generator(device).manual_seed(i)) for i in range(1, count))]
+
+    def draw(seed: int) -> Inputs:
+        return operator.draw(setup, Sampler(seed, torch.bfloat16, device))
+
+    first = draw(0)
+    count = input_sets(device, sum(t.numel() * t.element_size() for t in first))
+    groups = [first, *(draw(i) for i in range(1, count))]
     exact = operator.form(*(t.double() if t.is_floating_point() else t for t in first))
     eager = operator.form(*first)
     calls: dict[str, list[Callable[[], Tensor]]] = {}
@@ -155,21 +163,19 @@ def measure(setup: Setup, operator: Operator) -> Row:
         with judged(name, missing, failures, device, ours=name == "ours"):
             errors[name] = check(operator, name, call(*first), exact, eager)
             calls[name] = [lambda call=call, inputs=inputs: call(*inputs) for inputs in groups]
-    samples = interleaved(calls, device, setup.seconds(0.5)) if calls else {}
+    samples = time_on_device(calls, device, setup.seconds(0.5)) if calls else {}
     moved = sum(t.numel() * t.element_size() for t in (*first, eager))
     return {
         "section": "around",
         "operator": operator.name,
-        "dtype": str(eager.dtype).removeprefix("torch."),
+        "dtype": dtype_name(eager.dtype),
         "shape": {"inputs": [list(t.shape) for t in first]},
         "bytes": moved,
         "bytes_leave_out": operator.work,
-        "seconds": seconds(samples),
-        "replay_seconds": replays(calls, device),
-        "gb_per_s": {n: round(moved / timing.spread(s).median / 1e9, 1) for n, s in samples.items()},
-        "ratios": rounded(
-            {"ours/torch": timing.ratio(samples, "ours", "torch")} if len(samples) == 2 else {}
-        ),
+        "seconds": seconds_cells(samples),
+        "replay_seconds": time_replays(calls, device),
+        "gb_per_s": {n: round(moved / spread(s).median / 1e9, 1) for n, s in samples.items()},
+        "ratios": ratio_cells({"ours/torch": ratio(samples, "ours", "torch")} if len(samples) == 2 else {}),
         "errors": errors,
         "missing": missing,
         "failures": failures,
@@ -177,18 +183,18 @@ def measure(setup: Setup, operator: Operator) -> Row:
 
 
 def check(operator: Operator, name: str, out: Tensor, exact: Tensor, eager: Tensor) -> dict[str, float]:
-    # Of its float32 sums a form in float32 makes as many errors as we do, in another order.
+    """Errors of a result, as float64_check.compare reports them."""
+    # In float32 the form's sums round as often as ours, in another order: a few eps on top.
     more = (8 + operator.magnified) * torch.finfo(torch.float32).eps * float(exact.abs().max())
     return compare(f"{operator.name}, {name}", out, exact, eager, eager.dtype, more=more)
 
 
 @torch.no_grad()
 def checks(setup: Setup) -> Row:
-    """All of them at a small size, and what a time would not show: masks, both kinds of RoPE, offsets,
-    promises kept bit by bit."""
+    """Every operator at a small size in three dtypes, and options that are not timed: masks, offsets ..."""
     tiny = replace(setup, dry=True)
     errors, missing, failures = {}, {}, {}
-    generator = torch.Generator(setup.device).manual_seed(3)
+    sampler = Sampler(3, torch.bfloat16, setup.device)
 
     def one(label: str, run: Callable[[], dict[str, float]]) -> None:
         with judged(label, missing, failures, setup.device):
@@ -196,38 +202,35 @@ def checks(setup: Setup) -> Row:
 
     for operator in OPERATORS:
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            inputs = [t.to(dtype) if t.dtype == torch.bfloat16 else t for t in operator.draw(tiny, generator)]
+            inputs = [t.to(dtype) if t.dtype == torch.bfloat16 else t for t in operator.draw(tiny, sampler)]
             if operator.name == "column_mass":
-                _, stats = attention(
-                    inputs[0], inputs[1], inputs[1], backend=setup.backend, return_stats=True
-                )
-                inputs[2] = stats.lse
+                inputs[2] = _lse(setup, inputs[0], inputs[1])
             exact = operator.form(*(t.double() if t.is_floating_point() else t for t in inputs))
             eager = operator.form(*inputs)
-            label = f"{operator.name}, {str(dtype)[6:]}"
+            label = f"{operator.name}, {dtype_name(dtype)}"
             one(label, lambda o=operator, i=inputs, x=exact, e=eager: check(o, "ours", o.ours(*i), x, e))
-    for label, run in _promises(tiny, generator).items():
+    for label, run in _option_checks(tiny, sampler).items():
         one(label, run)
     return {"section": "checks", "errors": errors, "missing": missing, "failures": failures}
 
 
-def _promises(setup: Setup, generator: torch.Generator) -> dict[str, Callable[[], dict[str, float]]]:
-    generated, source, noise, mask, _ = _latents(setup, generator)
-    x, style = _features(setup, generator)
-    where = torch.rand(2, 1, 9, 7, generator=generator, device=setup.device) < 0.6
-    a, b, wa, wb, cos, sin = _streams(setup, generator)
-    order = torch.randperm(a.shape[1] + b.shape[1], generator=generator, device=setup.device)
+def _option_checks(setup: Setup, sampler: Sampler) -> dict[str, Callable[[], dict[str, float]]]:
+    generated, source, noise, mask, _ = _latents(setup, sampler)
+    x, style = _features(setup, sampler)
+    where = sampler.uniform(2, 1, 9, 7) < 0.6
+    a, b, wa, wb, cos, sin = _streams(setup, sampler)
+    order = torch.randperm(a.shape[1] + b.shape[1], generator=sampler.generator, device=setup.device)
 
     def blended() -> dict[str, float]:
         out = blend_latents(generated, source, noise, mask, 0.0)
         return _equal("blend_latents, sigma 0", out, torch.where(mask, generated, source))
 
     def mixed() -> dict[str, float]:
-        soft = torch.rand(mask.shape, generator=generator, device=setup.device)
+        soft = sampler.uniform(*mask.shape)
         wide = [t.double() for t in (generated, source, noise, soft)]
         exact = wide[3] * wide[0] + (1 - wide[3]) * (0.75 * wide[1] + 0.25 * wide[2])
         out = blend_latents(generated, source, noise, soft, 0.25)
-        # Its allowance: the known part is rounded, then the mixture.
+        # The eager form rounds the known part, then the mixture.
         known = (0.75 * source.float() + 0.25 * noise.float()).to(source.dtype)
         eager = (soft * generated.float() + (1 - soft) * known.float()).to(source.dtype)
         return compare("blend_latents, soft mask", out, exact, eager, source.dtype)
@@ -246,7 +249,7 @@ def _promises(setup: Setup, generator: torch.Generator) -> dict[str, Callable[[]
         return compare("qk_norm_rope, half, offset, permutation", out, exact, eager, a.dtype)
 
     def flat() -> dict[str, float]:
-        (q,) = _queries(setup, generator)
+        (q,) = _queries(setup, sampler)
         side = math.isqrt(q.shape[1])
         exact = q.double().mean(1, keepdim=True).expand_as(q)
         return compare(
