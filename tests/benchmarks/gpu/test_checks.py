@@ -51,9 +51,9 @@ def test_an_error_of_ours_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(checks, "attention", broken)
     monkeypatch.setattr(contestants, "attention", broken)
-    row = checks.features(SETUP, ("plain",))
+    row: Any = checks.features(SETUP, ("plain",))
     assert row["failures"] == {"plain": "RuntimeError: out of registers"}
-    row: Any = forward.measure(SETUP, GPU_SHAPES["flux-1024"], forward.main_entries(SETUP))
+    row = forward.measure(SETUP, GPU_SHAPES["flux-1024"], forward.main_entries(SETUP))
     assert {"plain", "shift", "brush"} <= set(row["failures"]) and "sdpa" in row["seconds"]
     assert not {"plain", "shift", "brush"} & {*row["seconds"], *row["errors"], *row["memory"]}
 
