@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import inspect
 
 import pytest
 import torch
@@ -41,3 +42,9 @@ def test_examples_run(name: str, stand_ins: dict[str, object]) -> None:
             test.globs = dict(stand_ins)
             doctest.DocTestRunner(optionflags=OPTIONS).run(test, out=report.append)
     assert not report, "".join(report)
+
+
+def test_every_public_function_has_an_example() -> None:
+    functions = [name for name, thing in PUBLIC.items() if inspect.isfunction(thing)]
+    assert functions
+    assert not [name for name in functions if not examples(name)]
