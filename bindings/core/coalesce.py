@@ -17,6 +17,8 @@ from .control import GainRule
 from .problem import DIMS, Problem
 
 Indices = tuple[int, ...]
+# (table, its dimension of row segments, its dimension of key segments; -1: none)
+_TABLES = tuple((name, d.find("R"), d.find("C")) for name, d in DIMS.items() if set(d) & {"R", "C"})
 
 
 def coalesce(problem: Problem) -> Problem:
@@ -42,11 +44,14 @@ def coalesce(problem: Problem) -> Problem:
     first_rows = None if len(joined.rows) == len(p.row_lengths) else _index(joined.rows, device)
     first_keys = None if len(joined.keys) == len(p.key_lengths) else _index(joined.keys, device)
     tables: dict[str, Tensor] = {}
-    for name, dims in DIMS.items():
+    for name, row_dim, key_dim in _TABLES:
         table = getattr(p, name)
-        for letter, index in (("R", first_rows), ("C", first_keys)):
-            if table is not None and index is not None and letter in dims:
-                table = tables[name] = table.index_select(dims.index(letter), index)
+        if table is None:
+            continue
+        if first_rows is not None and row_dim >= 0:
+            table = tables[name] = table.index_select(row_dim, first_rows)
+        if first_keys is not None and key_dim >= 0:
+            tables[name] = table.index_select(key_dim, first_keys)
     return p.changed(
         row_lengths=joined.row_lengths,
         key_lengths=joined.key_lengths,
