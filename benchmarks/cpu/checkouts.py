@@ -89,7 +89,7 @@ def main() -> None:
             for name, checkout in vars(options).items()
             if name in ("old", "new")
         ]
-        names = [worker.stdout.readline().strip().split("|") for worker in workers][0]  # type: ignore[union-attr]
+        names, _ = (worker.stdout.readline().strip().split("|") for worker in workers)  # type: ignore[union-attr]
         for name in names:
             times: list[list[float]] = [[], []]
             for round_ in range(options.rounds):

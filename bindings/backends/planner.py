@@ -52,13 +52,15 @@ def choose(operator: str, device: torch.device, *call: Any) -> tuple[ModuleType,
     """The backend that "auto" takes, and the reasons of those before it that have the operator."""
     refused: dict[str, list[str]] = {}
     fused = FUSED.get(device.type)
-    for backend in _GENERAL if fused is None else (fused, *_GENERAL):
-        if operator not in backend.OPERATORS:
-            continue
-        reasons = why_not(operator, backend.name, *call)
-        if not reasons:
-            return backend, refused
-        refused[backend.name] = reasons
+    if fused is not None and operator in fused.OPERATORS:
+        if not (reasons := why_not(operator, fused.name, *call)):
+            return fused, refused
+        refused[fused.name] = reasons
+    for backend in _GENERAL:
+        if operator in backend.OPERATORS:
+            if not (reasons := why_not(operator, backend.name, *call)):
+                return backend, refused
+            refused[backend.name] = reasons
     raise AssertionError(f"{operator}: the last backend takes every call")
 
 
@@ -69,7 +71,7 @@ def why_not(operator: str, backend: str, *call: Any) -> list[str]:
         return [f"it has no {operator}"]
     if reasons := module.available():
         return reasons
-    if call and isinstance(problem := call[0], Problem):
+    if type(problem := call[0]) is Problem:
         for field, takers, noun in ONLY:
             if getattr(problem, field) is not None and backend not in takers:
                 return [noun]

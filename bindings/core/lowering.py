@@ -43,21 +43,27 @@ def lower(
     if control is not None and not isinstance(control, Control):
         raise TypeError(f"control: expected a Control or None, got {type(control).__name__}")
     source_q, source_k, source_v, batch = _lower_source(source, q, keys, values)
-    fields: dict = {"scale": default_scale(q.shape[3]), "scales": None}
+    number, scales = default_scale(q.shape[3]), None
     if isinstance(scale, Tensor):
-        fields["scales"] = _lower_scales(scale, batch, q)
+        scales = _lower_scales(scale, batch, q)
     elif scale is not None:
         if not isinstance(scale, (int, float, torch.SymInt, torch.SymFloat)) or isinstance(scale, bool):
             raise TypeError(f"scale: expected a number or a float tensor, got {type(scale).__name__}")
         if not fits_float32(scale):
             raise ValueError(f"scale: expected a finite number, got {scale}")
-        fields["scale"] = float(scale)
+        number = float(scale)
     if control is None:
-        fields |= {"row_lengths": (q.shape[1],), "key_lengths": tuple(t.shape[1] for t in keys)}
-        fields |= {"groups": (0,) * len(keys), "pair_ids": (0,) * len(keys), "contrast": (None,)}
+        several = (0,) * len(keys)
+        fields: dict = {
+            "row_lengths": (q.shape[1],),
+            "key_lengths": tuple(t.shape[1] for t in keys),
+            "groups": several,
+            "pair_ids": several,
+            "contrast": (None,),
+        }
     else:
         _check_layout(control, q, keys, batch)
-        fields |= _lower_control(control.to(q.device), q.device)
+        fields = _lower_control(control.to(q.device), q.device)
     if mask is not None:
         _check_mask(mask, batch, q, sum(t.shape[1] for t in keys))
     if out is not None:
@@ -67,6 +73,8 @@ def lower(
         k=keys,
         v=values,
         batch=batch,
+        scale=number,
+        scales=scales,
         source_q=source_q,
         source_k=source_k,
         source_v=source_v,
@@ -76,16 +84,15 @@ def lower(
 
 
 def _lower_control(control: Control, device: torch.device) -> dict:
-    row_items, key_items = (
-        None if items is None else items.to(device) for items in (control.rows.items, control.keys.items)
-    )
-    return {name: getattr(control, name) for name in Control.LOWERED} | {
-        "row_lengths": control.rows.lengths,
-        "key_lengths": control.keys.lengths,
-        "row_items": row_items,
-        "key_items": key_items,
-        "head_gain": control.gain_rule,
-    }
+    rows, keys = control.rows, control.keys
+    fields = {name: getattr(control, name) for name in Control.LOWERED}
+    fields["row_lengths"], fields["key_lengths"] = rows.lengths, keys.lengths
+    fields["head_gain"] = control.gain_rule
+    if rows.items is not None:
+        fields["row_items"] = rows.items.to(device)
+    if keys.items is not None:
+        fields["key_items"] = keys.items.to(device)
+    return fields
 
 
 def _check_tensor(name: str, t: Tensor, like: Tensor | None, cast: torch.dtype | None) -> Tensor:
