@@ -104,11 +104,11 @@ class Number(Knob):
         optional: bool = False,
     ) -> None:
         self.low, self.high, self.above, self.infinite = low, high, above, infinite
-        if math.isfinite(high):
+        bounds = {">=": low, ">": above, "<=": high}
+        bound = "".join(f" {sign} {n:g}" for sign, n in bounds.items() if math.isfinite(n))
+        expected = f"a number{bound} or inf" if infinite else f"a finite number{bound}"
+        if math.isfinite(low) and math.isfinite(high):
             expected = f"a number from {low:g} to {high:g}"
-        else:
-            bound = f" >= {low:g}" * math.isfinite(low) + f" > {above:g}" * math.isfinite(above)
-            expected = f"a number{bound} or inf" if infinite else f"a finite number{bound}"
         super().__init__(default, optional=optional, expected=expected)
 
     def convert(self, value: Any) -> float:
