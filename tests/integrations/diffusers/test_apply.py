@@ -19,7 +19,7 @@ import flashbrush as fb
 from flashbrush.integrations import AttentionMaps, InContextBrush, PlugAndPlay, SmoothedEnergy
 from flashbrush.integrations.diffusers import Handle, Layer, Plan, Step, apply, compose
 
-from ..methods.eager_hosts import run as run_unet
+from ..methods.eager import run as run_unet
 from ..tiny import COLUMNS, ROWS, TEXT, forward, relative, tiny_call, tiny_flux
 from .tiny_images import tiny_unet, unet_call
 

@@ -17,7 +17,7 @@ from flashbrush.integrations import InContextRoles, VisualInContext
 from flashbrush.integrations.diffusers import apply
 
 from ..diffusers.tiny_images import tiny_unet, unet_call
-from .eager_unet import EagerReader, reading, run
+from .eager import Reader, eagerly, reading, run
 
 
 def status(field: str) -> int:
@@ -40,8 +40,8 @@ def measure(form: str) -> None:
     torch.set_num_threads(1)
     model = tiny_unet(attention_head_dim=1)
     if form == "eager":
-        reader = EagerReader(8, 6, (0, 2, 4), (1, 3, 5), 0.4, 1.67, (0.0, 1.0))
-        context = reading(model, [reader], lambda name: name.startswith("up_blocks"))
+        core = reading(Reader(8, 6, (0, 2, 4), (1, 3, 5), 0.4, 1.67, (0.0, 1.0)))
+        context = eagerly(model, core, lambda site: site.is_self and site.name.startswith("up_blocks"))
     else:
         method = VisualInContext(
             clip=(0.0, 1.0) if form == "clipped" else None, items=InContextRoles.stacked(3)

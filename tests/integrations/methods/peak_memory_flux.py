@@ -25,7 +25,7 @@ from flashbrush.integrations import (
 from flashbrush.integrations.diffusers import apply
 
 from ..tiny import COLUMNS, forward, tiny_call, tiny_flux
-from .eager_flux import EagerLayer, eagerly
+from .eager import eagerly, plain
 from .peak_memory import status
 
 ROWS = 4096 // COLUMNS
@@ -63,7 +63,7 @@ def main() -> None:
         "omini_control": (OminiControl(2048, 0.5), call),
         "personalize": (PersonalizeAnything(subject, concatenation="target"), pair),
     }
-    with eagerly(model, EagerLayer):
+    with eagerly(model, plain):
         peaks = {"eager": peak(ExitStack(), model, call, lambda: None)}
     for name, (method, given) in forms.items():
         handle = apply(model, method)

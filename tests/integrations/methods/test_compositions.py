@@ -18,7 +18,7 @@ from flashbrush.integrations.diffusers import apply, compose
 
 from ..diffusers.tiny_images import SD15
 from ..tiny import COLUMNS, ROWS, relative, tiny_call, tiny_flux
-from .eager_hosts import Site, attend, run, run_eager, worst_layer
+from .eager import Site, attend, run, run_eagerly, worst_layer
 from .test_ip_adapter import Case, masks
 from .test_regional_prompting import SPANS, Eager, soft, two
 
@@ -49,9 +49,9 @@ def test_regional_prompting_with_ip_adapters(form: str, turned: bool) -> None:
     with apply(case.model, compose(*(reversed(methods) if turned else methods))):
         assert worst_layer(case.model, case.call, both) <= TOLERANCE
         out = run(case.model, case.call)
-    assert relative(out, run_eager(case.model, case.call, both)) <= TOLERANCE
+    assert relative(out, run_eagerly(case.model, case.call, both)) <= TOLERANCE
     for one in (words, images):
-        assert relative(out, run_eager(case.model, case.call, one)) > 1e-2
+        assert relative(out, run_eagerly(case.model, case.call, one)) > 1e-2
 
 
 def test_in_context_brush_with_pag() -> None:

@@ -14,20 +14,20 @@ from flashbrush.integrations.diffusers import Layer, Step, apply
 
 from ..diffusers.tiny_images import tiny_unet, unet_call
 from ..tiny import forward as flux_forward, relative, tiny_call, tiny_flux
-from .eager_unet import EagerReader, reading, run, run_eager, sample, worst_layer
+from .eager import Reader, Site, eagerly, reading, run, run_eagerly, sample_ddim, worst_layer
 
 TOLERANCE = 1e-5  # float32, relative to the largest output
 # The tiny UNet's layers on the way up: block 0 has 4 x 4 tokens, block 1 has 8 x 8.
 BLOCKS = {4: "up_blocks.0", 8: "up_blocks.1"}
 ALWAYS = {4: (0, None), 8: (0, None)}
 APPEARANCE, STRUCTURE = (
-    EagerReader(0, 0, (1,), (1,), 1.0, 1.67, (0.0, 1.0)),
-    EagerReader(0, 0, (2,), (2,), 1.0, 1.67, (0.0, 1.0)),
+    Reader(0, 0, (1,), (1,), 1.0, 1.67, (0.0, 1.0)),
+    Reader(0, 0, (2,), (2,), 1.0, 1.67, (0.0, 1.0)),
 )
 
 
-def up(name: str) -> bool:
-    return name.startswith("up_blocks")
+def up(site: Site) -> bool:
+    return site.is_self and site.name.startswith("up_blocks")
 
 
 @pytest.mark.parametrize(
@@ -46,12 +46,12 @@ def test_equals_the_eager_form(knobs: dict, change: dict) -> None:
     model = tiny_unet()
     call = unet_call(model, batch=3)
     readers = [dataclasses.replace(APPEARANCE, **change)]
-    expected, _ = run_eager(model, call, readers, up)
+    expected = run_eagerly(model, call, reading(*readers), up)
     with apply(model, CrossImageAttention(windows=ALWAYS, lag=0, structure_every=None, **knobs)):
-        out, _ = run(model, call)
-        assert worst_layer(model, call, readers, up) <= TOLERANCE
+        out = run(model, call)
+        assert worst_layer(model, call, reading(*readers), up) <= TOLERANCE
     assert relative(out, expected) <= TOLERANCE
-    plain, _ = run(model, call)
+    plain = run(model, call)
     others = [n for n in range(3) if n != readers[0].item]
     assert relative(out[others], plain[others]) <= TOLERANCE
     assert relative(out[readers[0].item], plain[readers[0].item]) > 1e-3
@@ -62,11 +62,11 @@ def test_several_outputs() -> None:
     model = tiny_unet()
     call = unet_call(model, batch=6)
     readers = [APPEARANCE, dataclasses.replace(APPEARANCE, item=3, query=3, keys=(4,), values=(4,))]
-    expected, _ = run_eager(model, call, readers, up)
+    expected = run_eagerly(model, call, reading(*readers), up)
     method = CrossImageAttention(windows=ALWAYS, lag=0, structure_every=None)
     method.items = (TransferRoles(), TransferRoles(3, 4, 5))
     with apply(model, method):
-        assert relative(run(model, call)[0], expected) <= TOLERANCE
+        assert relative(run(model, call), expected) <= TOLERANCE
 
 
 def test_equals_the_eager_form_over_a_run() -> None:
@@ -93,15 +93,19 @@ def test_equals_the_eager_form_over_a_run() -> None:
         for block, reader in zip(BLOCKS.values(), schedule[step], strict=True):
             if reader is not None:
                 switch.enter_context(
-                    reading(model, [reader], lambda name, block=block: name.startswith(block))
+                    eagerly(
+                        model,
+                        reading(reader),
+                        lambda site, block=block: site.is_self and site.name.startswith(block),
+                    )
                 )
 
-    expected = sample(model, call, len(schedule), start)
+    expected = sample_ddim(model, call, len(schedule), start)
     switch.close()
     with apply(model, method):
-        out = sample(model, call, len(schedule))
+        out = sample_ddim(model, call, len(schedule))
     assert relative(out, expected) <= TOLERANCE
-    assert relative(sample(model, call, len(schedule))[0], expected[0]) > 1e-3
+    assert relative(sample_ddim(model, call, len(schedule))[0], expected[0]) > 1e-3
 
 
 def reads(method: CrossImageAttention, tokens: int, step: int) -> int | None:
@@ -146,18 +150,18 @@ def test_every_knob_changes_the_output(change: dict) -> None:
     method = CrossImageAttention(windows=ALWAYS, lag=0)
     with apply(model, method) as handle:
         handle.set_step(0)
-        before, _ = run(model, call)
+        before = run(model, call)
         handle.method = dataclasses.replace(method, **change)
-        assert relative(run(model, call)[0], before) > 1e-4
+        assert relative(run(model, call), before) > 1e-4
 
 
 def test_the_neutral_setting_is_plain_attention() -> None:
     model = tiny_unet()
     call = unet_call(model, batch=3)
-    plain, _ = run(model, call)
+    plain = run(model, call)
     method = CrossImageAttention(contrast=1.0, windows=ALWAYS, lag=0, items=TransferRoles(0, 0, 0))
     with apply(model, method, stats=True) as handle:
-        assert relative(run(model, call)[0], plain) <= TOLERANCE
+        assert relative(run(model, call), plain) <= TOLERANCE
         assert len(handle.stats) == 4
 
 

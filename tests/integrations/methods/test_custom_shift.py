@@ -14,16 +14,16 @@ from flashbrush.integrations.methods.custom_shift import guide
 
 from ..diffusers.tiny_images import sd3_call, tiny_sd3, tiny_unet, unet_call
 from ..tiny import relative
-from .eager_hosts import (
-    Largest,
+from .eager import (
+    LargestTensor,
     Site,
     attend,
     changed_layers,
     descend,
-    layers,
     plain,
     run,
-    run_eager,
+    run_eagerly,
+    sites_of,
     worst_layer,
 )
 
@@ -71,7 +71,7 @@ def remember(method: CustomShift, model: Any, call: dict, which: slice = slice(N
 
 def lock_step(model: Any, mine: dict, theirs: dict, items: tuple[int, ...]) -> Tensor:
     both = {n: torch.cat([mine[n], theirs[n]]) for n in mine}
-    return run_eager(model, both, OneWay(len(theirs["timestep"]), items))[: len(mine["timestep"])]
+    return run_eagerly(model, both, OneWay(len(theirs["timestep"]), items))[: len(mine["timestep"])]
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,9 @@ def test_equals_one_attention_with_a_one_way_table(
     with apply(model, method):
         remember(method, model, theirs)
         out = run(model, mine)
-        assert set(changed_layers(model, mine)) == {n for n in layers(model) if n.endswith("attn")}
+        assert set(changed_layers(model, mine)) == {
+            site.name for site in sites_of(model) if site.name.endswith("attn")
+        }
     assert relative(out, expected) <= TOLERANCE < 1e-2 < relative(out, run(model, mine))
 
 
@@ -108,7 +110,7 @@ def test_every_layer_equals_the_eager_form_given_the_same_input() -> None:
         keys[site.name] = tuple(t[:, :, site.text_len :].transpose(0, 1).flatten(1, 2) for t in (k, v))  # type: ignore[assignment]
         return attend(q, k, v)
 
-    run_eager(model, theirs, keep)
+    run_eagerly(model, theirs, keep)
 
     def core(site: Site, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = attend(q, k, v)
@@ -197,7 +199,7 @@ def test_no_map_is_made() -> None:
     sizes = {"pos_embed_max_size": 64, "sample_size": 128, "num_attention_heads": 1, "attention_head_dim": 32}
     model, method = type(small)(**(dict(small.config) | sizes)).eval(), CustomShift((0,))
     call = sd3_call(batch=1, side=(128, 128))
-    with apply(model, method), Largest() as largest:
+    with apply(model, method), LargestTensor() as largest:
         remember(method, model, call)
         run(model, call)
     assert largest.elements < 4096**2
@@ -225,4 +227,4 @@ def test_what_does_not_fit() -> None:
     unet = tiny_unet()
     with apply(unet, CustomShift()), pytest.raises(ValueError, match="joint attention of SD 3"):
         run(unet, unet_call(unet))
-    assert relative(run_eager(model, mine, plain), run(model, mine)) <= TOLERANCE
+    assert relative(run_eagerly(model, mine, plain), run(model, mine)) <= TOLERANCE

@@ -15,7 +15,7 @@ from flashbrush.integrations.methods.fast_composer import Fusion, condition
 
 from ..diffusers.tiny_images import sd3_call, tiny_sd3, tiny_unet, unet_call
 from ..tiny import relative
-from .eager_hosts import Largest, Site, attend, eager, layers, run
+from .eager import LargestTensor, Site, attend, eagerly, run
 
 TOLERANCE = 1e-5  # float32, relative to the largest value
 TOKENS = torch.tensor([[1, 3], [2, -1]])
@@ -75,7 +75,7 @@ def unet() -> tuple[Any, dict]:
 def test_the_loss_equals_the_eager_form(stages, prefixes) -> None:
     model, call = unet()
     core, method = Eager(), FastComposer(TOKENS, masks(), stages=stages)
-    with torch.no_grad(), eager(model, core):
+    with torch.no_grad(), eagerly(model, core):
         expected = model(**call).sample
     with apply(model, method):
         out = run(model, call)
@@ -88,10 +88,10 @@ def test_its_gradient_is_that_of_the_eager_form() -> None:
     model, call = unet()
     core, method = Eager(), FastComposer(TOKENS, masks(), weight=1.0, stages=3)
     wanted = [
-        layers(model)[f"{block}.attentions.0.transformer_blocks.0.attn2"].to_k.weight for block in INNER
+        model.get_submodule(f"{block}.attentions.0.transformer_blocks.0.attn2").to_k.weight for block in INNER
     ]
     wanted += [model.conv_in.weight]
-    with eager(model, core):
+    with eagerly(model, core):
         model(**call)
         expected = torch.autograd.grad(core.loss(INNER, weight=1.0), wanted)
     with apply(model, method):
@@ -113,7 +113,7 @@ def test_training_on_it_moves_words_to_their_subjects() -> None:
         for _ in range(4):
             text.requires_grad_(True)
             core = Eager()
-            with apply(model, method) if form == "mine" else eager(model, core):
+            with apply(model, method) if form == "mine" else eagerly(model, core):
                 model(**(call | {"encoder_hidden_states": text}))
                 loss = method.loss() if form == "mine" else core.loss(("down", "mid", "up"), weight=1.0)
                 (gradient,) = torch.autograd.grad(loss, text)
@@ -150,7 +150,7 @@ def test_knobs() -> None:
 def test_no_map_is_made() -> None:
     model = tiny_unet(attention_head_dim=1)
     call = unet_call(model, batch=1, side=(64, 64), text=1024)
-    with apply(model, FastComposer(TOKENS[:1], masks()[:1], stages=None)), Largest() as largest:
+    with apply(model, FastComposer(TOKENS[:1], masks()[:1], stages=None)), LargestTensor() as largest:
         run(model, call)
     assert largest.elements < 4096 * 1024
 

@@ -16,7 +16,7 @@ from flashbrush.integrations.diffusers import Layer, Step, apply
 from flashbrush.integrations.methods.ic_custom import known_mask, panels, preserve
 
 from ..tiny import COLUMNS, ROWS, TEXT, forward, relative, tiny_call, tiny_flux
-from .eager_flux import EagerLayer, Rope, eagerly, rotate, weigh, worst_layer
+from .eager import FluxCore, Rope, Site, attend, eagerly, rotate, worst_layer
 
 TOLERANCE = 1e-5  # float32, relative to the largest output
 HEADS, DIM = 4, 32
@@ -34,16 +34,14 @@ def parameters(**options) -> ICCustomParameters:
     return made
 
 
-class EagerICMA(EagerLayer):
+class EagerICMA(FluxCore):
     """`columns`: of each column of the grid, the reference it belongs to, or None for the target."""
 
-    def __init__(
-        self, index: int, tables: dict[str, Tensor], columns: list[int | None], task: int = 0
-    ) -> None:
-        super().__init__(index)
-        self.tables, self.columns, self.task = tables, columns, task
+    def __init__(self, made: ICCustomParameters, columns: list[int | None], task: int = 0) -> None:
+        self.tables = {name: getattr(made, name).weight for name in NAMES}
+        self.columns, self.task = columns, task
 
-    def offset(self, x: Tensor) -> Tensor:
+    def with_boundary(self, x: Tensor) -> Tensor:
         cond, target, idx, _ = (self.tables[name] for name in NAMES)
         row = torch.stack(
             [target[0] if n is None else cond[0] + idx[n] for n in self.columns]
@@ -52,20 +50,15 @@ class EagerICMA(EagerLayer):
         boundary = torch.cat([torch.zeros(TEXT, HEADS * DIM), image])
         return x + boundary.reshape(-1, HEADS, DIM).transpose(0, 1)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
+    def attend(self, site: Site, q: Tensor, k: Tensor, v: Tensor, rope: Rope | None) -> Tensor:
         first = 8 * self.task
         keys, values = self.tables[NAMES[3]][first : first + 4], self.tables[NAMES[3]][first + 4 : first + 8]
-        k, v = rotate(k, rope), v
+        q, k = (rotate(self.with_boundary(x), rope) for x in (q, k))
         k, v = (
             torch.cat([t, r.reshape(4, HEADS, DIM).transpose(0, 1).expand(len(t), -1, -1, -1)], 2)
             for t, r in ((k, keys), (v, values))
         )
-        return weigh(rotate(q, rope), k, v)
-
-
-def eager(made: ICCustomParameters, columns: list[int | None], task: int = 0):
-    tables = {name: getattr(made, name).weight for name in NAMES}
-    return lambda i: EagerICMA(i, tables, columns, task)
+        return attend(q, k, v)
 
 
 CASES = {
@@ -82,10 +75,11 @@ def test_equals_the_eager_form_in_every_layer(case: str) -> None:
     knobs, columns, task = CASES[case]
     model, made = tiny_flux(), parameters()
     call = tiny_call(model, batch=2)
-    with eagerly(model, eager(made, columns, task)) as layers:
+    core = EagerICMA(made, columns, task)
+    with eagerly(model, core):
         expected = forward(model, call)
     with apply(model, ICCustom(made, grid=GRID, **knobs)) as handle:
-        assert worst_layer(model, call, layers) <= TOLERANCE
+        assert worst_layer(model, call, core) <= TOLERANCE
         out = forward(model, call)
         assert relative(out, expected) <= TOLERANCE
         handle.grid, handle.method = GRID, ICCustom(made, **knobs)
@@ -114,7 +108,7 @@ def test_a_run_equals_the_eager_form(progressive: bool) -> None:
         on = step in ((0, 2) if progressive else (0, 1, 2))  # of 3 steps, of which 0.8 are 2.4
         return torch.where((known == 1) & on, noise - source, velocity)
 
-    with eagerly(model, eager(made, columns, task)):
+    with eagerly(model, EagerICMA(made, columns, task)):
         expected = run(by_hand)
     with apply(model, ICCustom(made, grid=GRID, **knobs)):
         mine = run(lambda v, step: preserve(v, noise, source, known, step, 3, progressive=progressive))
@@ -135,7 +129,11 @@ def test_parameters_train(form: str) -> None:
             model.enable_gradient_checkpointing()
             call["hidden_states"].requires_grad_()
         method = ICCustom(made, "precise", 2, (1, 2, 1), GRID)
-        with eagerly(model, eager(made, [0, 1, 1, None], 1)) if install == "eager" else apply(model, method):
+        with (
+            eagerly(model, EagerICMA(made, [0, 1, 1, None], 1))
+            if install == "eager"
+            else apply(model, method)
+        ):
             model(**call).sample.square().sum().backward()
         gradients.append({name: parameter.grad for name, parameter in made.named_parameters()})
     for name, theirs in gradients[0].items():

@@ -14,19 +14,19 @@ from flashbrush.integrations import InContextBrush
 from flashbrush.integrations.diffusers import Layer, Step, apply
 
 from ..tiny import TEXT, forward, relative, tiny_call, tiny_flux
+from .eager import Site, eagerly, probabilities, run_eagerly, run_layers
 
 TOLERANCE = 1e-5  # float32, relative to the largest output
 
 
 @dataclasses.dataclass
 class EagerBrush:
-    """The released processor's arithmetic: A o W, then V, then the gain; for one layer of FLUX.
+    """The released processor's arithmetic: A o W, then V, then the gain.
 
-    `prompt` (batch,) counts the prompt's tokens, `subject` is the subject panel's slice of the joint
-    sequence, `target` that of the shifted rows, or for each item their indices.
+    `prompt` counts each item's prompt tokens; `subject` is the subject panel's slice of the joint sequence, `target`
+    that of the shifted rows, or for each item their indices.
     """
 
-    shift: bool
     prompt: list[int]
     subject: slice
     target: slice | list[Tensor]
@@ -36,34 +36,18 @@ class EagerBrush:
     gain_floor: float = 1.0
     gain_norm: str = "minmax"
     gain_rows: str = "*"
+    constant_gain: bool = False  # no gradient through it
 
-    def __call__(
-        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None
-    ):
-        def split(x: Tensor) -> Tensor:
-            return x.reshape(x.shape[0], x.shape[1], attn.heads, -1).transpose(
-                1, 2
-            )  # (batch, heads, tokens, dim)
-
-        q, k, v = (split(linear(hidden_states)) for linear in (attn.to_q, attn.to_k, attn.to_v))
-        q, k = attn.norm_q(q), attn.norm_k(k)
-        if encoder_hidden_states is not None:
-            linears = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-            text_q, text_k, text_v = (split(linear(encoder_hidden_states)) for linear in linears)
-            q = torch.cat([attn.norm_added_q(text_q), q], 2)
-            k = torch.cat([attn.norm_added_k(text_k), k], 2)
-            v = torch.cat([text_v, v], 2)
-        q, k = rotate(q, image_rotary_emb), rotate(k, image_rotary_emb)
-        prob = torch.softmax(q @ k.mT / math.sqrt(q.shape[-1]), -1)
-
-        out = []
+    def __call__(self, site: Site, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        prob, out = probabilities(q, k), []
         for item, prompt in zip(prob, self.prompt, strict=True):  # (heads, rows, keys)
             target = self.target if isinstance(self.target, slice) else self.target[len(out)]
             weight = torch.ones_like(item)
-            if self.shift:
+            if site.name.startswith("transformer_blocks"):
                 weight[:, target, :prompt] = 1 + self.alpha_prompt
                 weight[:, target, self.subject] = 1 + self.alpha_subject
             mass = item[:, target, :prompt].sum((1, 2))
+            mass = mass.detach() if self.constant_gain else mass
             gain = self.gain_floor + self.gain_span * self.norm(mass, item[0, target].shape[0])
             rows = (item * weight) @ v[len(out)]
             scaled = gain[:, None, None] * rows
@@ -71,11 +55,7 @@ class EagerBrush:
                 rows[:, target] = scaled[:, target]
                 scaled = rows
             out.append(scaled)
-        result = torch.stack(out).transpose(1, 2).flatten(2)
-        if encoder_hidden_states is None:
-            return result
-        text = encoder_hidden_states.shape[1]
-        return attn.to_out[0](result[:, text:]), attn.to_add_out(result[:, :text])
+        return torch.stack(out)
 
     def norm(self, mass: Tensor, rows: int) -> Tensor:
         if self.gain_norm == "minmax":
@@ -85,41 +65,6 @@ class EagerBrush:
         if self.gain_norm == "max":
             return mass / mass.max()
         return len(mass) * torch.softmax(mass / rows, 0)
-
-
-def rotate(x: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
-    """RoPE on neighbouring pairs of x (batch, heads, tokens, dim), as a product of complex numbers."""
-    cos, sin = (t[:, ::2] for t in cos_sin)
-    turned = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * torch.complex(cos, sin)
-    return torch.view_as_real(turned).flatten(-2)
-
-
-def run(model, call: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """(output, what each attention module returned: image and text apart)"""
-    seen: list[Tensor] = []
-
-    def keep(module, inputs, output):
-        seen.extend(output if isinstance(output, tuple) else (output,))
-
-    blocks = [*model.transformer_blocks, *model.single_transformer_blocks]
-    hooks = [block.attn.register_forward_hook(keep) for block in blocks]
-    try:
-        return forward(model, call), seen
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def run_eager(model, call: dict[str, Tensor], **knobs) -> tuple[Tensor, list[Tensor]]:
-    blocks = [*model.transformer_blocks, *model.single_transformer_blocks]
-    stock = [block.attn.processor for block in blocks]
-    for i, block in enumerate(blocks):
-        block.attn.processor = EagerBrush(shift=i < len(model.transformer_blocks), **knobs)
-    try:
-        return run(model, call)
-    finally:
-        for block, processor in zip(blocks, stock, strict=True):
-            block.attn.processor = processor
 
 
 END = TEXT + 24
@@ -172,9 +117,10 @@ def test_equals_the_eager_form_in_every_block(case: str) -> None:
     knobs, eager = CASES[case]
     model = tiny_flux()
     call = tiny_call(model, batch=2)
-    expected, expected_blocks = run_eager(model, call, **eager)
+    with eagerly(model, EagerBrush(**eager)):
+        expected, expected_blocks = run_layers(model, call)
     with apply(model, InContextBrush(**knobs)):
-        out, blocks = run(model, call)
+        out, blocks = run_layers(model, call)
     assert len(blocks) == len(expected_blocks) == 2 * 2 + 2
     for mine, theirs in zip(blocks, expected_blocks, strict=True):
         assert relative(mine, theirs) <= TOLERANCE
@@ -184,7 +130,8 @@ def test_equals_the_eager_form_in_every_block(case: str) -> None:
 def test_the_eager_form_without_control_is_the_stock_model() -> None:
     model = tiny_flux()
     call = tiny_call(model, batch=2)
-    neutral, _ = run_eager(model, call, **HALVES, alpha_prompt=0.0, alpha_subject=0.0, gain_span=0.0)
+    core = EagerBrush(**HALVES, alpha_prompt=0.0, alpha_subject=0.0, gain_span=0.0)
+    neutral = run_eagerly(model, call, core)
     assert relative(neutral, forward(model, call)) <= TOLERANCE
 
 
@@ -197,20 +144,9 @@ def test_gradients_are_the_eager_form_s_with_a_constant_gain() -> None:
         model.train(install == "checkpointed")
         if install == "checkpointed":
             model.enable_gradient_checkpointing()
-        if install == "eager":
-            knobs = HALVES | {"prompt": [TEXT]}
-            eager = EagerBrush(shift=True, **knobs), EagerBrush(shift=False, **knobs)
-            blocks = [*model.transformer_blocks, *model.single_transformer_blocks]
-            stock = [block.attn.processor for block in blocks]
-            for block, processor in zip(blocks, eager, strict=True):
-                processor.norm = lambda m, rows, p=processor: EagerBrush.norm(p, m.detach(), rows)
-                block.attn.processor = processor
+        core = EagerBrush(**HALVES | {"prompt": [TEXT]}, constant_gain=True)
+        with eagerly(model, core) if install == "eager" else apply(model, InContextBrush()):
             model(**call).sample.square().sum().backward()
-            for block, processor in zip(blocks, stock, strict=True):
-                block.attn.processor = processor
-        else:
-            with apply(model, InContextBrush()):
-                model(**call).sample.square().sum().backward()
         gradients.append(call["hidden_states"].grad)
     assert relative(gradients[1], gradients[0]) <= 1e-4
     assert relative(gradients[2], gradients[0]) <= 1e-4

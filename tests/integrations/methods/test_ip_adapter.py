@@ -15,7 +15,17 @@ from flashbrush.integrations.diffusers import apply
 
 from ..diffusers.tiny_images import SD15, SDXL, TEXT_CHANNELS, sd3_call, tiny_sd3, tiny_unet, unet_call
 from ..tiny import relative
-from .eager_hosts import Largest, Site, attend, changed_layers, descend, layers, run, run_eager, worst_layer
+from .eager import (
+    LargestTensor,
+    Site,
+    attend,
+    changed_layers,
+    descend,
+    run,
+    run_eagerly,
+    sites_of,
+    worst_layer,
+)
 
 TOLERANCE = 1e-5  # float32, relative to the largest output
 EMBED = 6  # channels of the image encoder's output
@@ -26,7 +36,7 @@ def state_dict(unet: Any, seed: int) -> dict:
     generator, weights, number = torch.Generator().manual_seed(seed), {}, 1
     for name in unet.attn_processors:
         if "attn2" in name:
-            inner = layers(unet)[name.removesuffix(".processor")].inner_dim
+            inner = unet.get_submodule(name.removesuffix(".processor")).inner_dim
             for which in "kv":
                 weight = torch.randn(inner, TEXT_CHANNELS, generator=generator) * TEXT_CHANNELS**-0.5
                 weights[f"{number}.to_{which}_ip.weight"] = weight
@@ -88,7 +98,9 @@ class Case:
             for a, prompt in enumerate(self.prompts):
                 tokens = prompt.tokens
                 assert tokens is not None
-                ik, iv = ((tokens @ w.T).unflatten(-1, (site.heads, -1)) for w in prompt.weights[site.name])
+                ik, iv = (
+                    (tokens @ w.T).unflatten(-1, (site.attn.heads, -1)) for w in prompt.weights[site.name]
+                )
                 if masks is None or masks[a] is None:
                     out = out + scale[a] * attend(q, *(t.flatten(1, 2).transpose(1, 2) for t in (ik, iv)))
                     continue
@@ -115,7 +127,7 @@ def test_equals_the_eager_form_and_diffusers(name: str) -> None:
     config, images, scale, regions = CASES[name]
     case = Case(config, images)
     core = case.eager(scale, regions)
-    expected = run_eager(case.model, case.call, core)
+    expected = run_eagerly(case.model, case.call, core)
     with apply(case.model, IPAdapter(case.prompts, scale, regions)):
         out = run(case.model, case.call)
         assert worst_layer(case.model, case.call, core) <= TOLERANCE
@@ -128,7 +140,7 @@ def test_an_image_that_is_not_square() -> None:
     regions = [masks(2, (16, 48))]
     with apply(case.model, IPAdapter(case.prompts, 0.9, regions)):
         out = run(case.model, case.call)
-    assert relative(out, run_eager(case.model, case.call, case.eager([0.9], regions))) <= TOLERANCE
+    assert relative(out, run_eagerly(case.model, case.call, case.eager([0.9], regions))) <= TOLERANCE
     assert relative(out, case.diffusers(case.call, [0.9], regions)) <= TOLERANCE
 
 
@@ -138,7 +150,7 @@ def test_equals_diffusers_over_a_run() -> None:
     with apply(case.model, IPAdapter(case.prompts, [0.7, 0.5], regions)):
         out = descend(lambda x, i: run(case.model, case.call | {"sample": x}), case.call["sample"])
     for step in (
-        lambda x, i: run_eager(case.model, case.call | {"sample": x}, case.eager([0.7, 0.5], regions)),
+        lambda x, i: run_eagerly(case.model, case.call | {"sample": x}, case.eager([0.7, 0.5], regions)),
         lambda x, i: case.diffusers(case.call | {"sample": x}, [0.7, 0.5], regions),
     ):
         assert relative(out, descend(step, case.call["sample"])) <= TOLERANCE
@@ -164,7 +176,7 @@ def test_scales_of_layers(scale: dict, of) -> None:
     case = Case(SD15, (1,))
     with apply(case.model, IPAdapter(case.prompts, scale)):
         out = run(case.model, case.call)
-        expected = {name for name in layers(case.model) if "attn2" in name and of(name)}
+        expected = {site.name for site in sites_of(case.model) if "attn2" in site.name and of(site.name)}
         assert set(changed_layers(case.model, case.call)) == expected
     assert relative(out, case.diffusers(case.call, lambda name: [of(name)])) <= TOLERANCE
 
@@ -205,7 +217,7 @@ def test_no_map_is_made() -> None:
     prompt = ImagePrompt.load(model, state_dict(model, 0)).showing(
         tokens=torch.randn(1, 1, 1024, TEXT_CHANNELS)
     )
-    with apply(model, IPAdapter([prompt])), Largest() as largest:
+    with apply(model, IPAdapter([prompt])), LargestTensor() as largest:
         run(model, unet_call(model, batch=1, side=(64, 64)))
     assert largest.elements < 4096 * 1024
 

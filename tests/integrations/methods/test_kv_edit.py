@@ -15,7 +15,7 @@ from flashbrush.integrations.diffusers import Layer, Step, apply
 from flashbrush.integrations.methods import kv_edit
 
 from ..tiny import COLUMNS, ROWS, TEXT, forward, relative, tiny_call, tiny_flux
-from .eager_flux import EagerLayer, Rope, eagerly, euler, rotate, weigh, worst_layer
+from .eager import FluxCore, Rope, Site, attend, eagerly, rotate, sample_euler, worst_layer
 
 TOLERANCE = 1e-5  # float32, relative to the largest output
 TIMES = (0.8, 0.55, 0.3, 0.0)
@@ -25,42 +25,36 @@ MASK = MASK.flatten()
 TOKENS = MASK.nonzero()[:, 0]
 
 
-class EagerEdit(EagerLayer):
-    """Keeps k before RoPE; in an edit overwrites the masked ones in it, turns all and adds to the
+@dataclasses.dataclass
+class EagerEdit(FluxCore):
+    """An inversion keeps k before RoPE; an edit overwrites the masked tokens in it, rotates all and adds to the
     background's logits.
     """
 
-    def __init__(self, index: int, state: EagerState) -> None:
-        super().__init__(index)
-        self.state = state
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
-        state, key = self.state, (self.index, self.state.time)
-        if not state.editing:
-            state.kept[key] = k[:, :, TEXT:].clone(), v[:, :, TEXT:].clone(), rope
-            bias = torch.zeros(TEXT + len(state.mask), TEXT + len(state.mask))
-            if state.masked:
-                inside = torch.cat([torch.zeros(TEXT, dtype=torch.bool), state.mask])
-                image = torch.arange(len(bias)) >= TEXT
-                bias[(image & inside)[:, None] & (image & ~inside)] = -math.inf
-                bias[(image & ~inside)[:, None] & (image & inside)] = -math.inf
-            return weigh(rotate(q, rope), rotate(k, rope), v, bias)
-        image_k, image_v, all_ids = state.kept[key]
-        image_k, image_v = image_k.clone(), image_v.clone()
-        image_k[:, :, state.mask], image_v[:, :, state.mask] = k[:, :, TEXT:], v[:, :, TEXT:]
-        joined_k = rotate(torch.cat([k[:, :, :TEXT], image_k], 2), all_ids)
-        bias = torch.cat([torch.zeros(TEXT), torch.where(state.mask, 0.0, state.scale)])
-        return weigh(rotate(q, rope), joined_k, torch.cat([v[:, :, :TEXT], image_v], 2), bias)
-
-
-@dataclasses.dataclass
-class EagerState:
     mask: Tensor
     scale: float = 1.0
     masked: bool = False
     editing: bool = False
     time: float = 0.0
     kept: dict = dataclasses.field(default_factory=dict)
+
+    def attend(self, site: Site, q: Tensor, k: Tensor, v: Tensor, rope: Rope | None) -> Tensor:
+        key = site.index, self.time
+        if not self.editing:
+            self.kept[key] = k[:, :, TEXT:].clone(), v[:, :, TEXT:].clone(), rope
+            bias = torch.zeros(TEXT + len(self.mask), TEXT + len(self.mask))
+            if self.masked:
+                inside = torch.cat([torch.zeros(TEXT, dtype=torch.bool), self.mask])
+                image = torch.arange(len(bias)) >= TEXT
+                bias[(image & inside)[:, None] & (image & ~inside)] = -math.inf
+                bias[(image & ~inside)[:, None] & (image & inside)] = -math.inf
+            return attend(rotate(q, rope), rotate(k, rope), v, bias)
+        image_k, image_v, all_ids = self.kept[key]
+        image_k, image_v = image_k.clone(), image_v.clone()
+        image_k[:, :, self.mask], image_v[:, :, self.mask] = k[:, :, TEXT:], v[:, :, TEXT:]
+        joined_k = rotate(torch.cat([k[:, :, :TEXT], image_k], 2), all_ids)
+        bias = torch.cat([torch.zeros(TEXT), torch.where(self.mask, 0.0, self.scale)])
+        return attend(rotate(q, rope), joined_k, torch.cat([v[:, :, :TEXT], image_v], 2), bias)
 
 
 def photo() -> Tensor:
@@ -86,7 +80,7 @@ def ours(model, method: KVEdit, mask: Tensor = MASK) -> tuple[list[Tensor], list
     """(the inversion's latents by rising time, the edit's by falling one)"""
     call = tiny_call(model)
     with apply(model, method) as handle:
-        up = list(euler(model, call, photo(), TIMES[::-1]))
+        up = list(sample_euler(model, call, photo(), TIMES[::-1]))
         method.phase = "edit"
         handle.reset()
 
@@ -96,31 +90,31 @@ def ours(model, method: KVEdit, mask: Tensor = MASK) -> tuple[list[Tensor], list
             )
 
         start = up[-1][:, method.tokens]
-        down = list(euler(model, edit_call(call, method.tokens), start, TIMES, before))
+        down = list(sample_euler(model, edit_call(call, method.tokens), start, TIMES, before))
     return up, [*down, kv_edit.paste(photo(), down[-1], method.tokens)]
 
 
-def theirs(model, state: EagerState) -> tuple[list[Tensor], list[Tensor]]:
-    call, tokens = tiny_call(model), state.mask.nonzero()[:, 0]
-    with eagerly(model, lambda i: EagerEdit(i, state)):
+def theirs(model, core: EagerEdit) -> tuple[list[Tensor], list[Tensor]]:
+    call, tokens = tiny_call(model), core.mask.nonzero()[:, 0]
+    with eagerly(model, core):
 
         def upper(step: int, latents: Tensor) -> Tensor:
-            state.time = TIMES[::-1][step + 1]
+            core.time = TIMES[::-1][step + 1]
             return latents
 
-        up = list(euler(model, call, photo(), TIMES[::-1], upper))
-        state.editing = True
+        up = list(sample_euler(model, call, photo(), TIMES[::-1], upper))
+        core.editing = True
 
         def before(step: int, latents: Tensor) -> Tensor:
-            state.time = TIMES[step]
+            core.time = TIMES[step]
             latents, source = latents.clone(), up[::-1][step][:, tokens]
             kept = ~inside()[tokens]
             latents[:, kept] = source[:, kept]
             return latents
 
-        down = list(euler(model, edit_call(call, tokens), up[-1][:, tokens], TIMES, before))
+        down = list(sample_euler(model, edit_call(call, tokens), up[-1][:, tokens], TIMES, before))
     final = photo()
-    final[:, state.mask] = down[-1]
+    final[:, core.mask] = down[-1]
     return up, [*down, final]
 
 
@@ -130,8 +124,8 @@ KNOBS = {"released": {}, "stronger": {"attn_scale": 2.5}, "masked inversion": {"
 @pytest.mark.parametrize("knobs", KNOBS)
 def test_a_run_equals_the_eager_form(knobs: str) -> None:
     model, given = tiny_flux(), KNOBS[knobs]
-    state = EagerState(MASK, given.get("attn_scale", 1.0), given.get("masked_inversion", False))
-    for mine, expected in zip(ours(model, KVEdit(MASK, TIMES, **given)), theirs(model, state), strict=True):
+    core = EagerEdit(MASK, given.get("attn_scale", 1.0), given.get("masked_inversion", False))
+    for mine, expected in zip(ours(model, KVEdit(MASK, TIMES, **given)), theirs(model, core), strict=True):
         assert len(mine) == len(expected) >= len(TIMES)
         for a, b in zip(mine, expected, strict=True):
             assert relative(a, b) <= TOLERANCE
@@ -140,14 +134,13 @@ def test_a_run_equals_the_eager_form(knobs: str) -> None:
 @pytest.mark.parametrize("masked", [False, True])
 def test_equals_the_eager_form_in_every_layer(masked: bool) -> None:
     model = tiny_flux()
-    call, state = tiny_call(model), EagerState(MASK, 0.7, masked, time=TIMES[-2])
+    call, core = tiny_call(model), EagerEdit(MASK, 0.7, masked, time=TIMES[-2])
     method = KVEdit(MASK, TIMES, attn_scale=0.7, masked_inversion=masked)
-    eager = [EagerEdit(i, state) for i in range(4)]
     with apply(model, method) as handle:
-        assert worst_layer(model, call, eager) <= TOLERANCE
-        state.editing, method.phase = True, "edit"
+        assert worst_layer(model, call, core) <= TOLERANCE
+        core.editing, method.phase = True, "edit"
         handle.set_step(2)
-        assert worst_layer(model, edit_call(call), eager) <= TOLERANCE
+        assert worst_layer(model, edit_call(call), core) <= TOLERANCE
 
 
 def test_only_text_and_masked_tokens_have_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,7 +228,7 @@ def test_another_mask_of_one_inversion() -> None:
     with apply(model, method):
         start = up[-1][:, method.tokens]
         for mine, theirs in zip(
-            euler(model, edit_call(call, method.tokens), start, TIMES, before), expected, strict=False
+            sample_euler(model, edit_call(call, method.tokens), start, TIMES, before), expected, strict=False
         ):
             assert torch.equal(mine, theirs)
 

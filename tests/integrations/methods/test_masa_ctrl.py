@@ -17,8 +17,7 @@ from flashbrush.integrations.diffusers import Layer, Step, apply
 
 from ..diffusers.tiny_images import SDXL, tiny_unet, unet_call
 from ..tiny import forward as flux_forward, relative, tiny_call, tiny_flux
-from .eager_maps import Edit, editing, largest_tensor, probabilities, worst_edit
-from .eager_unet import run, sample
+from .eager import Edit, editing, largest_tensor, probabilities, run, sample_ddim, worst_edit
 
 TOLERANCE = 1e-5  # float32, relative to the largest output
 PAIRS = ((0, 1), (2, 3))  # [source, edit] without and with the prompt
@@ -113,12 +112,12 @@ def test_equals_the_eager_form(form: str) -> None:
     call = unet_call(model, batch=4)
     edits = dict.fromkeys((4, 6) if "layers" in knobs else UP, edit)
     with editing(model, edits):
-        expected, _ = run(model, call)
+        expected = run(model, call)
     with apply(model, MasaCtrl(**(TINY | knobs))):
-        out, _ = run(model, call)
+        out = run(model, call)
         assert worst_edit(model, call, edits) <= TOLERANCE
     assert relative(out, expected) <= TOLERANCE
-    assert relative(out, run(model, call)[0]) > 1e-2
+    assert relative(out, run(model, call)) > 1e-2
 
 
 @pytest.mark.parametrize("threshold", [0.1, 0.4])
@@ -133,14 +132,14 @@ def test_masks_made_of_words(threshold: float, first: int) -> None:
     expected = []
     for changed in calls:
         with editing(model, (eager := ByWords(threshold)).edits(layers)):
-            expected.append(run(model, changed)[0])
+            expected.append(run(model, changed))
         masks = eager.masks()
         assert masks is not None and 0 < int(masks[0].sum()) < 16 and not torch.equal(*masks)
     with apply(model, method):
         for changed, theirs in zip(calls, expected, strict=True):
-            assert relative(run(model, changed)[0], theirs) <= TOLERANCE
+            assert relative(run(model, changed), theirs) <= TOLERANCE
     with apply(model, MasaCtrl(layers=(first, None), steps=(0, None))):
-        assert relative(run(model, calls[1])[0], expected[1]) > 1e-3
+        assert relative(run(model, calls[1]), expected[1]) > 1e-3
 
 
 @pytest.mark.parametrize("words", [False, True], ids=["plain", "masks made of words"])
@@ -155,13 +154,13 @@ def test_equals_the_eager_form_over_a_run(words: bool) -> None:
         if step >= 1:
             switch.enter_context(editing(model, ByWords().edits() if words else dict.fromkeys(UP, mutual)))
 
-    expected = sample(model, call, 4, start)
+    expected = sample_ddim(model, call, 4, start)
     switch.close()
     with apply(
         model, MasaCtrl(layers=(3, None), steps=(1, None), masks=WordMaps(WORDS, 4) if words else None)
     ):
-        assert relative(sample(model, call, 4), expected) <= TOLERANCE
-    assert relative(sample(model, call, 4), expected) > 1e-2
+        assert relative(sample_ddim(model, call, 4), expected) <= TOLERANCE
+    assert relative(sample_ddim(model, call, 4), expected) > 1e-2
 
 
 def test_sdxl_and_several_edits() -> None:
@@ -169,9 +168,9 @@ def test_sdxl_and_several_edits() -> None:
     call = unet_call(model, batch=6)
     edit = partial(mutual, pairs=((0, 1), (0, 2), (3, 4), (3, 5)), masks=some_masks())
     with editing(model, dict.fromkeys((8, 10, 12, 14), edit)):
-        expected, _ = run(model, call)
+        expected = run(model, call)
     with apply(model, MasaCtrl(layers=(4, None), steps=(0, None), masks=some_masks())):
-        assert relative(run(model, call)[0], expected) <= TOLERANCE
+        assert relative(run(model, call), expected) <= TOLERANCE
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -179,9 +178,9 @@ def test_a_source_mask_that_says_nothing_is_none(full: bool) -> None:
     model = tiny_unet()
     call = unet_call(model, batch=4)
     with apply(model, MasaCtrl(**TINY)) as handle:
-        expected, _ = run(model, call)
+        expected = run(model, call)
         handle.method = MasaCtrl(**TINY, masks=(torch.full((8, 8), full), some_masks()[1]))
-        assert torch.equal(run(model, call)[0], expected)
+        assert torch.equal(run(model, call), expected)
 
 
 @pytest.mark.parametrize(
@@ -201,18 +200,18 @@ def test_every_knob_changes_the_output(change: dict) -> None:
     method = MasaCtrl(**TINY, masks=WordMaps(WORDS, 4))
     with apply(model, method) as handle:
         handle.set_step(0)
-        before, _ = run(model, call)
+        before = run(model, call)
         for name, value in change.items():
             setattr(method, name, value)
-        assert relative(run(model, call)[0], before) > 1e-4
+        assert relative(run(model, call), before) > 1e-4
 
 
 def test_an_edit_of_itself_is_plain() -> None:
     model = tiny_unet()
     call = unet_call(model, batch=4)
     with apply(model, MasaCtrl(**TINY, items=EditRoles(1, 1))):
-        out, _ = run(model, call)
-    assert relative(out, run(model, call)[0]) <= TOLERANCE
+        out = run(model, call)
+    assert relative(out, run(model, call)) <= TOLERANCE
 
 
 def test_the_released_layers_and_steps() -> None:
@@ -247,13 +246,15 @@ def test_every_key_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("form", ["plain", "masks", "union"])
 def test_no_map_is_made(form: str) -> None:
+    """No tensor is larger than in a plain call; the eager form shows that a map would be."""
     model = tiny_unet()
+    call = unet_call(model, batch=4, side=(32, 32))
     knobs, edit = FORMS[form]
     with editing(model, {12: edit}):
-        assert largest_tensor(model) >= 1024**2 * 16
-    plain = largest_tensor(model, 4, 64)
+        assert largest_tensor(model, call) >= 1024**2 * 16
+    plain = largest_tensor(model, call)
     with apply(model, MasaCtrl(**(TINY | knobs))):
-        assert largest_tensor(model, 4, 64) <= plain
+        assert largest_tensor(model, call) <= plain
 
 
 @pytest.mark.parametrize(

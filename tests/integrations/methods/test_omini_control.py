@@ -17,32 +17,26 @@ from flashbrush.integrations.diffusers import Layer, Step, apply
 from flashbrush.integrations.methods.omini_control import offset_ids
 
 from ..tiny import COLUMNS, ROWS, TEXT, forward, relative, tiny_call, tiny_flux
-from .eager_flux import EagerLayer, Rope, eagerly, euler, rotate, weigh, worst_layer
+from .eager import Site, attend, eagerly, sample_euler, worst_layer
 
 TOLERANCE = 1e-5  # float32, relative to the largest output
 IMAGE, CONDITIONS = 3 * COLUMNS, (8, 4)  # of the tiny call's 24 image tokens
 TIMES = (0.8, 0.55, 0.3, 0.0)
 
 
-class EagerOmini(EagerLayer):
-    """The first release's bias, and the second's branches; `cache` is where one run's layers keep keys and
-    values.
-    """
+class EagerOmini:
+    """The first release's bias, and the second's branches; `cache` keeps each layer's keys and values of a run."""
 
-    def __init__(
-        self, index: int, lengths=(12,), strength=1.0, independent=False, cache: dict | None = None
-    ) -> None:
-        super().__init__(index)
+    def __init__(self, lengths=(12,), strength=1.0, independent=False, cache: dict | None = None) -> None:
         self.lengths, self.strength, self.independent, self.cache = lengths, strength, independent, cache
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
-        q, k = rotate(q, rope), rotate(k, rope)
+    def __call__(self, site: Site, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         gamma = torch.tensor(self.strength).log().item()
-        if self.cache is not None and self.index in self.cache:
-            more_k, more_v = self.cache[self.index]
+        if self.cache is not None and site.index in self.cache:
+            more_k, more_v = self.cache[site.index]
             bias = torch.zeros(k.shape[2] + more_k.shape[2])
             bias[k.shape[2] :] = gamma
-            return weigh(q, torch.cat([k, more_k], 2), torch.cat([v, more_v], 2), bias)
+            return attend(q, torch.cat([k, more_k], 2), torch.cat([v, more_v], 2), bias)
         tokens, conditions = k.shape[2], sum(self.lengths)
         branch = torch.zeros(tokens, dtype=torch.long)
         for n, (first, end) in enumerate(pairwise(accumulate(self.lengths, initial=tokens - conditions)), 1):
@@ -53,8 +47,8 @@ class EagerOmini(EagerLayer):
         if self.independent or self.cache is not None:
             bias[(rows > 0) & (keys == 0)] = -math.inf
         if self.cache is not None:
-            self.cache[self.index] = k[:, :, -conditions:], v[:, :, -conditions:]
-        return weigh(q, k, v, bias)
+            self.cache[site.index] = k[:, :, -conditions:], v[:, :, -conditions:]
+        return attend(q, k, v, bias)
 
 
 CASES = {
@@ -67,10 +61,10 @@ CASES = {
 }
 
 
-def eager(tokens, knobs: dict, cache: dict | None = None):
+def eager(tokens, knobs: dict, cache: dict | None = None) -> EagerOmini:
     lengths = (tokens,) if isinstance(tokens, int) else tokens
     strength, independent = knobs.get("strength", 1.0), knobs.get("independent_condition", False)
-    return lambda i: EagerOmini(i, lengths, strength, independent, cache)
+    return EagerOmini(lengths, strength, independent, cache)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -78,10 +72,11 @@ def test_equals_the_eager_form_in_every_layer(case: str) -> None:
     tokens, knobs = CASES[case]
     model = tiny_flux()
     call = tiny_call(model, batch=2)
-    with eagerly(model, eager(tokens, knobs)) as layers:
+    core = eager(tokens, knobs)
+    with eagerly(model, core):
         expected = forward(model, call)
     with apply(model, OminiControl(tokens, **knobs)):
-        assert worst_layer(model, call, layers) <= TOLERANCE
+        assert worst_layer(model, call, core) <= TOLERANCE
         assert relative(forward(model, call), expected) <= TOLERANCE
 
 
@@ -100,7 +95,7 @@ def test_a_run_equals_the_eager_form(case: str) -> None:
         return torch.cat([latents[:, :IMAGE], condition], 1)
 
     def run() -> list[Tensor]:
-        return list(euler(model, call, call["hidden_states"], TIMES, keep))
+        return list(sample_euler(model, call, call["hidden_states"], TIMES, keep))
 
     with eagerly(model, eager(tokens, knobs)):
         expected = run()
@@ -115,19 +110,20 @@ def test_a_cached_run_equals_the_eager_form(tokens, strength: float) -> None:
     call = tiny_call(model)
 
     def run() -> Tensor:
-        first = list(euler(model, call, call["hidden_states"], TIMES[:2]))[-1]
-        return list(euler(model, without(call), first[:, :IMAGE], TIMES[1:]))[-1]
+        first = list(sample_euler(model, call, call["hidden_states"], TIMES[:2]))[-1]
+        return list(sample_euler(model, without(call), first[:, :IMAGE], TIMES[1:]))[-1]
 
-    with eagerly(model, eager(tokens, {"strength": strength}, {})) as layers:
+    kept: dict = {}
+    core = eager(tokens, {"strength": strength}, kept)
+    with eagerly(model, core):
         expected = run()
-        kept = layers[0].cache  # type: ignore[attr-defined]
     with apply(model, method := OminiControl(tokens, strength, cached=True)) as handle:
         assert relative(run(), expected) <= TOLERANCE
         for index, (k, v) in method.kept.items():
             assert relative(k.transpose(1, 2), kept[index][0]) <= TOLERANCE
             assert relative(v.transpose(1, 2), kept[index][1]) <= TOLERANCE
         handle.set_step(3)
-        assert worst_layer(model, without(call), layers) <= TOLERANCE
+        assert worst_layer(model, without(call), core) <= TOLERANCE
 
 
 def test_a_call_of_the_conditions_alone_keeps_the_same() -> None:

@@ -13,7 +13,7 @@ from flashbrush.integrations.methods.shared.token_masks import moved
 
 from ..diffusers.tiny_images import sd3_call, tiny_sd3
 from ..tiny import COLUMNS, ROWS, TEXT, forward, relative, tiny_call, tiny_flux
-from .eager_flux import EagerLayer, Rope, eagerly, euler, rotate, weigh, worst_layer
+from .eager import FluxCore, Rope, Site, attend, eagerly, rotate, sample_euler, worst_layer
 
 TOLERANCE = 1e-5  # float32, relative to the largest output
 TIMES = (0.9, 0.65, 0.4, 0.2, 0.0)
@@ -24,16 +24,13 @@ TWO = (PersonalSubject(MASK), PersonalSubject(~MASK & (torch.arange(COLUMNS) > 2
 CPU = torch.device("cpu")
 
 
-class EagerPersonal(EagerLayer):
-    """`pairs`: of (item, [(token of the reference, token of the target), ...]); where they go decides
-    `replace`.
-    """
+class EagerPersonal(FluxCore):
+    """`pairs`: [(item, [(token of the reference, token of the target), ...]), ...]."""
 
-    def __init__(self, index: int, pairs: list, concatenation: str, replace: bool = True) -> None:
-        super().__init__(index)
+    def __init__(self, pairs: list, concatenation: str, replace: bool = True) -> None:
         self.pairs, self.concatenation, self.replace = pairs, concatenation, replace
 
-    def states(self, image: Tensor) -> Tensor:
+    def states(self, site: Site, image: Tensor) -> Tensor:
         image = image.clone()
         if self.replace:
             for item, tokens in self.pairs:
@@ -41,8 +38,9 @@ class EagerPersonal(EagerLayer):
                     image[-1, target] = image[item, source]
         return image
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
-        plain = weigh(rotate(q, rope), rotate(k, rope), v)
+    def attend(self, site: Site, q: Tensor, k: Tensor, v: Tensor, rope: Rope | None) -> Tensor:
+        assert rope is not None
+        plain = attend(rotate(q, rope), rotate(k, rope), v)
         if self.concatenation == "none" or (self.concatenation == "zero" and self.replace):
             return plain
         keys, values = [], []
@@ -57,11 +55,11 @@ class EagerPersonal(EagerLayer):
             torch.cat([own, *(t.expand(len(k), -1, -1, -1) for t in more)], 2)
             for own, more in ((rotate(k, rope), keys), (v, values))
         )
-        out = weigh(rotate(q, rope), *joined)
+        out = attend(rotate(q, rope), *joined)
         return out if self.concatenation == "target" else torch.cat([plain[:-1], out[-1:]])
 
 
-def eager(method: PersonalizeAnything, step: int = 0, replace: bool = True):
+def eager(method: PersonalizeAnything, step: int = 0, replace: bool = True) -> EagerPersonal:
     pairs = []
     for subject in method.subjects:  # type: ignore[union-attr]
         sources = subject.shuffled(method.shuffle, method.seed, step, CPU).tolist()
@@ -69,7 +67,7 @@ def eager(method: PersonalizeAnything, step: int = 0, replace: bool = True):
         pairs.append(
             (subject.item, list(zip(sources, target.flatten().nonzero()[:, 0].tolist(), strict=True)))
         )
-    return lambda i: EagerPersonal(i, pairs, method.concatenation, replace)
+    return EagerPersonal(pairs, method.concatenation, replace)
 
 
 CASES = {
@@ -90,11 +88,12 @@ def test_equals_the_eager_form_in_every_layer(case: str, replace: bool) -> None:
     batch, subjects, knobs = CASES[case]
     model, method = tiny_flux(), PersonalizeAnything(subjects, **knobs)
     call = tiny_call(model, batch=batch)
-    with eagerly(model, eager(method, 2, replace)) as layers:
+    core = eager(method, 2, replace)
+    with eagerly(model, core):
         expected = forward(model, call)
     with apply(model, method) as handle:
         handle.set_step(2, sigma=0.51 if replace else 0.5)
-        assert worst_layer(model, call, layers) <= TOLERANCE
+        assert worst_layer(model, call, core) <= TOLERANCE
         assert relative(forward(model, call), expected) <= TOLERANCE
 
 
@@ -110,8 +109,7 @@ def test_a_run_equals_the_eager_form(case: str) -> None:
     )
 
     def by_hand(step: int, latents: Tensor) -> Tensor:
-        for i, layer in enumerate(layers):
-            layer.__dict__.update(eager(method, step, step < 2)(i).__dict__)
+        core.__dict__.update(eager(method, step, step < 2).__dict__)
         latents = latents.clone()
         latents[0] = photo[0] + TIMES[step] * (noise[0] - photo[0])
         return latents
@@ -120,10 +118,11 @@ def test_a_run_equals_the_eager_form(case: str) -> None:
         handle.set_step(step, 4, TIMES[step])
         return torch.cat([noised(photo, noise[:1], TIMES[step]), latents[1:]])
 
-    with eagerly(model, eager(method)) as layers:
-        expected = list(euler(model, call, noise, TIMES, by_hand))
+    core = eager(method)
+    with eagerly(model, core):
+        expected = list(sample_euler(model, call, noise, TIMES, by_hand))
     with apply(model, method) as handle:
-        mine = list(euler(model, call, noise, TIMES, ours))
+        mine = list(sample_euler(model, call, noise, TIMES, ours))
     assert all(relative(a, b) <= TOLERANCE for a, b in zip(mine, expected, strict=True))
 
 

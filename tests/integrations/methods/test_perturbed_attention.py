@@ -16,7 +16,7 @@ from flashbrush.integrations.methods.shared.perturbed_guidance import adaptive, 
 
 from ..diffusers.tiny_images import ADDED, SDXL, sd3_call, tiny_sd3, tiny_unet, unet_call
 from ..tiny import relative, tiny_call, tiny_flux
-from .eager_hosts import Site, attend, changed_layers, descend, layers, run, run_eager, worst_layer
+from .eager import Site, attend, changed_layers, descend, run, run_eagerly, sites_of, worst_layer
 
 TOLERANCE = 1e-5  # float32, relative to the largest output
 MID = "mid_block.attentions.0.transformer_blocks.0.attn1"
@@ -50,7 +50,7 @@ def flux(batch: int = 3) -> tuple[Any, dict]:
     return model, tiny_call(model, batch=batch)
 
 
-ALL_SELF = tuple(name for name in layers(tiny_unet()) if name.endswith("attn1"))
+ALL_SELF = tuple(site.name for site in sites_of(tiny_unet()) if site.is_self)
 CASES = {
     "UNet": (unet, {}, (MID,), (2,)),
     "UNet, every layer": (unet, {"layers": "self"}, ALL_SELF, (2,)),
@@ -77,7 +77,7 @@ def test_equals_the_eager_form(case: str) -> None:
     host, knobs, names, items = CASES[case]
     model, call = host()
     core = Eager(names, items)
-    expected = run_eager(model, call, core)
+    expected = run_eagerly(model, call, core)
     with apply(model, PerturbedAttention(**knobs)):
         assert worst_layer(model, call, core) <= TOLERANCE
         assert relative(run(model, call), expected) <= TOLERANCE
@@ -103,7 +103,7 @@ def test_equals_diffusers_processors() -> None:
     ):
         with apply(model, PerturbedAttention(guided=guided)):
             mine = run(model, call)
-        layers(model)[name].processor = twin
+        model.get_submodule(name).processor = twin
         assert relative(mine, run(model, call)) <= TOLERANCE
 
 
@@ -129,7 +129,7 @@ def test_equals_the_eager_form_over_a_run(host) -> None:
         return guide(p, c, u, scale=adaptive(3.0, 900 - 100 * i, 0.01), guidance=4.0)
 
     def theirs(x: Tensor, i: int) -> Tensor:
-        noise = run_eager(model, batched | {key: x.expand(3, *x.shape[1:])}, Eager(names, (2,)))
+        noise = run_eagerly(model, batched | {key: x.expand(3, *x.shape[1:])}, Eager(names, (2,)))
         scale = (2.0, 1.0, 0.0)[i]
         return noise[[0]] + 4 * (noise[[1]] - noise[[0]]) + scale * (noise[[1]] - noise[[2]])
 

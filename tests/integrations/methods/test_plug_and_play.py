@@ -19,8 +19,7 @@ from flashbrush.integrations.methods.plug_and_play import negative_prompt_share
 
 from ..diffusers.tiny_images import SDXL, tiny_unet, unet_call
 from ..tiny import forward as flux_forward, relative, tiny_call, tiny_flux
-from .eager_maps import Edit, editing, largest_tensor, probabilities, worst_edit
-from .eager_unet import run, sample
+from .eager import Edit, editing, largest_tensor, probabilities, run, sample_ddim, worst_edit
 
 TOLERANCE = 1e-5  # float32, relative to the largest output
 PAIRS = ((0, 1), (2, 3))  # [source, edit] without and with the prompt
@@ -61,7 +60,7 @@ def eager(model, call: dict, layers=UP, place=(1, 0), pairs=PAIRS) -> Tensor:
         stack.enter_context(editing(model, dict.fromkeys(layers, injected(pairs))))
         if place is not None:
             stack.enter_context(overwritten(model, place, pairs))
-        return run(model, call)[0]
+        return run(model, call)
 
 
 @pytest.mark.parametrize(
@@ -80,14 +79,14 @@ def test_equals_the_eager_form(knobs: dict, expected: dict) -> None:
     model = tiny_unet()
     call = unet_call(model, batch=4)
     theirs = eager(model, call, **expected)
-    plain, _ = run(model, call)
+    plain = run(model, call)
     with apply(model, PlugAndPlay(**(TINY | knobs))):
-        out, _ = run(model, call)
+        out = run(model, call)
         edit = injected(expected.get("pairs", PAIRS))
         assert worst_edit(model, call, dict.fromkeys(expected.get("layers", UP), edit)) <= TOLERANCE
     assert relative(out, theirs) <= TOLERANCE
     assert relative(out, plain) > 1e-2
-    assert relative(run(model, call)[0], plain) == 0
+    assert relative(run(model, call), plain) == 0
 
 
 def test_several_edits_and_sdxl() -> None:
@@ -97,7 +96,7 @@ def test_several_edits_and_sdxl() -> None:
     assert [(roles.source, roles.target) for roles in EditRoles.stacked(2)] == list(pairs)
     theirs = eager(model, call, layers=(8, 10, 12, 14), place=(1, 1), pairs=pairs)
     with apply(model, PlugAndPlay(**(TINY | {"layers": (4, None), "feature": (1, 1)}))):
-        assert relative(run(model, call)[0], theirs) <= TOLERANCE
+        assert relative(run(model, call), theirs) <= TOLERANCE
 
 
 def test_equals_the_eager_form_over_a_run() -> None:
@@ -115,10 +114,10 @@ def test_equals_the_eager_form_over_a_run() -> None:
         if step == 3:
             features.close()
 
-    expected = sample(model, call, 4, start)
+    expected = sample_ddim(model, call, 4, start)
     with apply(model, PlugAndPlay(**(TINY | {"steps": (0, 2), "feature_steps": (0, 3)}))):
-        assert relative(sample(model, call, 4), expected) <= TOLERANCE
-    assert relative(sample(model, call, 4), expected) > 1e-2
+        assert relative(sample_ddim(model, call, 4), expected) <= TOLERANCE
+    assert relative(sample_ddim(model, call, 4), expected) > 1e-2
 
 
 @pytest.mark.parametrize(
@@ -138,38 +137,38 @@ def test_every_knob_changes_the_output(change: dict) -> None:
     call = unet_call(model, batch=4)
     with apply(model, PlugAndPlay(**TINY)) as handle:
         handle.set_step(0)
-        before, _ = run(model, call)
+        before = run(model, call)
         handle.method = dataclasses.replace(PlugAndPlay(**TINY), **change)
-        assert relative(run(model, call)[0], before) > 1e-4
+        assert relative(run(model, call), before) > 1e-4
         for name in change:
             setattr(handle.method, name, TINY.get(name))
-        assert relative(run(model, call)[0], before) <= TOLERANCE
+        assert relative(run(model, call), before) <= TOLERANCE
 
 
 def test_an_edit_of_itself_is_plain() -> None:
     model = tiny_unet()
     call = unet_call(model, batch=4)
-    plain, _ = run(model, call)
+    plain = run(model, call)
     with apply(model, PlugAndPlay(**TINY, items=EditRoles(1, 1))):
-        assert relative(run(model, call)[0], plain) <= TOLERANCE
+        assert relative(run(model, call), plain) <= TOLERANCE
 
 
 def test_features_go_with_the_control() -> None:
     """With apply's steps, with the handle, and into a copy of the model."""
     model = tiny_unet()
     call = unet_call(model, batch=4)
-    plain, _ = run(model, call)
+    plain = run(model, call)
     method = PlugAndPlay(**(TINY | {"steps": (0, 0)}))
     expected = eager(model, call, layers=())
     with apply(model, method, steps=1):
-        assert relative(run(model, call)[0], plain) <= TOLERANCE
+        assert relative(run(model, call), plain) <= TOLERANCE
         copied = deepcopy(model)
-        assert relative(run(model, call)[0], expected) <= TOLERANCE
+        assert relative(run(model, call), expected) <= TOLERANCE
         method.feature = None
         copy: Any = Handle.of(copied)
         assert copy.step.index == 1
-        assert relative(run(copied, call)[0], expected) <= TOLERANCE
-        assert relative(run(copied, call)[0], plain) <= TOLERANCE
+        assert relative(run(copied, call), expected) <= TOLERANCE
+        assert relative(run(copied, call), plain) <= TOLERANCE
 
 
 def test_the_released_layers_and_steps() -> None:
@@ -186,12 +185,14 @@ def test_the_released_layers_and_steps() -> None:
 
 
 def test_no_map_is_made() -> None:
+    """No tensor is larger than in a plain call; the eager form shows that a map would be."""
     model = tiny_unet()
+    call = unet_call(model, batch=4, side=(32, 32))
     with editing(model, {12: injected()}):
-        assert largest_tensor(model) >= 1024**2 * 16
-    plain = largest_tensor(model, 4, 64)
+        assert largest_tensor(model, call) >= 1024**2 * 16
+    plain = largest_tensor(model, call)
     with apply(model, PlugAndPlay(**TINY)):
-        assert largest_tensor(model, 4, 64) <= plain
+        assert largest_tensor(model, call) <= plain
 
 
 def test_plans_are_kept() -> None:

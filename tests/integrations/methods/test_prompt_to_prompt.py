@@ -22,8 +22,7 @@ from flashbrush.integrations.diffusers import Layer, Step, apply
 
 from ..diffusers.tiny_images import SDXL, tiny_unet, unet_call
 from ..tiny import forward as flux_forward, relative, tiny_call, tiny_flux
-from .eager_maps import Edit, editing, largest_tensor, probabilities, worst_edit
-from .eager_unet import run, sample
+from .eager import Edit, editing, largest_tensor, probabilities, run, sample_ddim, worst_edit
 
 TOLERANCE = 1e-5  # float32, relative to the largest output
 LENGTH = 7  # text tokens
@@ -101,13 +100,13 @@ def test_cross_attention_equals_the_eager_form(edit: str, step: int) -> None:
     call = unet_call(model, batch=4, text=LENGTH)
     edits = dict.fromkeys(CROSS, cross({3: theirs}, 2, step / 50))
     with editing(model, edits):
-        expected, _ = run(model, call)
+        expected = run(model, call)
     with apply(model, PromptToPrompt(mine, self_share=0.0)) as handle:
         handle.set_step(step)
-        out, _ = run(model, call)
+        out = run(model, call)
         assert worst_edit(model, call, edits) <= TOLERANCE
     assert relative(out, expected) <= TOLERANCE
-    plain, _ = run(model, call)
+    plain = run(model, call)
     assert relative(out[:3], plain[:3]) <= TOLERANCE
     assert (relative(out[3], plain[3]) > 1e-3) is (step < 40 or bool(theirs.shares))
 
@@ -122,11 +121,11 @@ def test_several_edits_of_one_source() -> None:
         range(0, 16, 2), injected([5, 6, 7], 4)
     )
     with editing(model, layers):
-        expected, _ = run(model, call)
+        expected = run(model, call)
     with apply(model, PromptToPrompt([EDITS[name][0] for name in chosen])):
-        out, _ = run(model, call)
+        out = run(model, call)
     assert relative(out, expected) <= TOLERANCE
-    assert relative(out[:5], run(model, call)[0][:5]) <= TOLERANCE
+    assert relative(out[:5], run(model, call)[:5]) <= TOLERANCE
 
 
 @pytest.mark.parametrize(("resolution", "layers"), [(8, SELF_4 + SELF_8), (4, SELF_4), (3, ())])
@@ -135,11 +134,11 @@ def test_self_attention_up_to_a_resolution(resolution: int, layers: tuple[int, .
     call = unet_call(model, batch=4, text=LENGTH)
     edits = dict.fromkeys(layers, injected([3], 2))
     with editing(model, edits):
-        expected, _ = run(model, call)
+        expected = run(model, call)
     with apply(model, PromptToPrompt(PromptEdit(), cross_share=0.0, self_resolution=resolution)):
         assert not edits or worst_edit(model, call, edits) <= TOLERANCE
     with apply(model, PromptToPrompt(PromptEdit(), cross_share=0.0, self_resolution=resolution)):
-        assert relative(run(model, call)[0], expected) <= TOLERANCE
+        assert relative(run(model, call), expected) <= TOLERANCE
 
 
 def test_equals_the_eager_form_over_a_run() -> None:
@@ -154,11 +153,11 @@ def test_equals_the_eager_form_over_a_run() -> None:
         edits |= dict.fromkeys(SELF_4, injected([3], 2)) if step < 2 else {}
         switch.enter_context(editing(model, edits))
 
-    expected = sample(model, call, 5, start)
+    expected = sample_ddim(model, call, 5, start)
     switch.close()
     with apply(model, PromptToPrompt(PromptEdit(REFINE, WEIGHTS, {2: 1.0}), count=5, self_resolution=4)):
-        assert relative(sample(model, call, 5), expected) <= TOLERANCE
-    assert relative(sample(model, call, 5), expected) > 1e-2
+        assert relative(sample_ddim(model, call, 5), expected) <= TOLERANCE
+    assert relative(sample_ddim(model, call, 5), expected) > 1e-2
 
 
 # LocalBlend
@@ -197,7 +196,7 @@ def guided(model, call: dict, steps: int, blend: Any, start: Any = int) -> Tenso
     latents = call["sample"][:1].repeat(2, 1, 1, 1)
     for i, t in enumerate(scheduler.timesteps):
         start(i)
-        noise, _ = run(model, call | {"sample": torch.cat([latents, latents]), "timestep": t})
+        noise = run(model, call | {"sample": torch.cat([latents, latents]), "timestep": t})
         noise = noise[:2] + 3.0 * (noise[2:] - noise[:2])
         latents = blend(scheduler.step(noise, t, latents).prev_sample)  # type: ignore[arg-type, union-attr]
     return latents
@@ -265,32 +264,34 @@ def test_every_knob_changes_the_output(change: dict) -> None:
     method = PromptToPrompt(PromptEdit(REFINE))
     with apply(model, method) as handle:
         handle.set_step(10)
-        before, _ = run(model, call)
+        before = run(model, call)
         handle.method = dataclasses.replace(method, **change)
-        assert relative(run(model, call)[0], before) > 1e-4
+        assert relative(run(model, call), before) > 1e-4
 
 
 def test_the_neutral_settings_are_plain() -> None:
     """No share of the steps; and an edit of nothing, of an item by itself."""
     model = tiny_unet()
     call = unet_call(model, batch=4, text=LENGTH)
-    plain, _ = run(model, call)
+    plain = run(model, call)
     none = PromptToPrompt(PromptEdit(REPLACE, WEIGHTS), cross_share=0.0, self_share=0.0)
     for method in (none, PromptToPrompt(PromptEdit(), items=EditRoles(3, 3))):
         with apply(model, method):
-            assert relative(run(model, call)[0], plain) <= TOLERANCE
+            assert relative(run(model, call), plain) <= TOLERANCE
 
 
 def test_no_map_is_made() -> None:
+    """No tensor is larger than in a plain call; the eager form shows that a map would be."""
     model = tiny_unet()
+    call = unet_call(model, batch=4, side=(32, 32))
     with editing(model, {12: injected([3], 2)}):
-        assert largest_tensor(model) >= 1024**2 * 16
-    plain = largest_tensor(model, 4, 64)
+        assert largest_tensor(model, call) >= 1024**2 * 16
+    plain = largest_tensor(model, call)
     alignment = TokenAlignment(torch.eye(5), torch.tensor([1.0, 1, 0, 1, 1]))
     with apply(
-        model, PromptToPrompt(PromptEdit(alignment), self_resolution=64, blend=LocalBlend(WORDS, 0.3, 64))
+        model, PromptToPrompt(PromptEdit(alignment), self_resolution=32, blend=LocalBlend(WORDS, 0.3, 32))
     ):
-        assert largest_tensor(model, 4, 64) <= plain
+        assert largest_tensor(model, call) <= plain
 
 
 def test_plans_are_kept() -> None:

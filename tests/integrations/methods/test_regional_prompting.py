@@ -16,7 +16,17 @@ from flashbrush.integrations.diffusers import apply
 
 from ..diffusers.tiny_images import ADDED, sd3_call, tiny_sd3, tiny_unet, unet_call
 from ..tiny import COLUMNS, ROWS, relative, tiny_call, tiny_flux
-from .eager_hosts import Largest, Site, attend, changed_layers, descend, layers, run, run_eager, worst_layer
+from .eager import (
+    LargestTensor,
+    Site,
+    attend,
+    changed_layers,
+    descend,
+    run,
+    run_eagerly,
+    sites_of,
+    worst_layer,
+)
 
 TOLERANCE = 1e-5  # float32, relative to the largest output
 SPANS = ((3, 5), (1, 2))  # of 5 tokens; 0 and 2 are everybody's
@@ -106,12 +116,12 @@ def test_equals_the_eager_form(case: str) -> None:
     model, call, grids = host()
     method = RegionalPrompting(**({"masks": two(), "spans": SPANS} | knobs))
     core = Eager(method, grids)
-    expected, plain = run_eager(model, call, core), run(model, call)
+    expected, plain = run_eagerly(model, call, core), run(model, call)
     with apply(model, method) as handle:
         handle.grid = (ROWS, COLUMNS)
         assert worst_layer(model, call, core) <= TOLERANCE
         assert relative(run(model, call), expected) <= TOLERANCE
-        assert set(changed_layers(model, call)) == {n for n in layers(model) if not n.endswith("attn1")}
+        assert set(changed_layers(model, call)) == {site.name for site in sites_of(model) if not site.is_self}
     assert relative(expected, plain) > 1e-3
     others = [n for n in range(2) if n not in (method.items or (0, 1))]
     assert not others or relative(expected[others], plain[others]) <= TOLERANCE
@@ -130,7 +140,8 @@ def test_equals_the_eager_form_over_a_run(host, knobs: dict) -> None:
         handle.grid = (ROWS, COLUMNS)
         out = descend(lambda x, i: run(model, call | {key: x}), call[key])
     theirs = descend(
-        lambda x, i: run_eager(model, call | {key: x}, core) if i else run(model, call | {key: x}), call[key]
+        lambda x, i: run_eagerly(model, call | {key: x}, core) if i else run(model, call | {key: x}),
+        call[key],
     )
     assert relative(out, theirs) <= TOLERANCE
 
@@ -139,7 +150,7 @@ def test_a_region_s_words_do_not_reach_beyond_it() -> None:
     """In a layer, what the words of a region are does not matter to image tokens outside."""
     model, call, _ = unet()
     name, seen = "down_blocks.0.attentions.0.transformer_blocks.0.attn2", []
-    layers(model)[name].register_forward_hook(lambda module, args, output: seen.append(output))
+    model.get_submodule(name).register_forward_hook(lambda module, args, output: seen.append(output))
     for form in ("bias", "groups"):
         seen.clear()
         with apply(model, RegionalPrompting(two(), SPANS, form=form)):
@@ -233,7 +244,7 @@ def test_no_map_is_made() -> None:
             }
         )
     ).eval()
-    with apply(model, RegionalPrompting(two(), SPANS)), Largest() as largest:
+    with apply(model, RegionalPrompting(two(), SPANS)), LargestTensor() as largest:
         run(model, sd3_call(batch=1, side=(128, 128)))
     assert largest.elements < 4096**2
 

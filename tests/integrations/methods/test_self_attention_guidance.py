@@ -17,7 +17,7 @@ from flashbrush.integrations.methods.self_attention_guidance import degrade, gui
 
 from ..diffusers.tiny_images import SDXL, sd3_call, tiny_sd3, tiny_unet, unet_call
 from ..tiny import relative
-from .eager_hosts import Largest, Site, attend, descend, run, run_eager
+from .eager import LargestTensor, Site, attend, descend, run, run_eagerly
 
 TOLERANCE = 1e-5  # float32, relative to the largest output
 MID = "mid_block.attentions.0.transformer_blocks.0.attn1"
@@ -64,7 +64,7 @@ def unet(config: dict | None = None, **call) -> tuple[Any, dict]:
 def test_mass_and_mask_equal_the_eager_form(config, side, grid, name: str, layer) -> None:
     model, call = unet(config, side=side)
     core = Eager(name)
-    expected = run_eager(model, call, core)
+    expected = run_eagerly(model, call, core)
     method = SelfAttentionGuidance(layer=layer)
     with apply(model, method):
         out = run(model, call)
@@ -84,7 +84,7 @@ def test_the_mask_and_the_degradation_equal_diffusers() -> None:
 
     model, call = unet()
     core, scheduler, t = Eager(), DDIMScheduler(), torch.tensor(300)
-    noise = run_eager(model, call, core)
+    noise = run_eagerly(model, call, core)
     alpha = scheduler.alphas_cumprod[t]
     clean = (call["sample"] - (1 - alpha).sqrt() * noise) / alpha.sqrt()
     pipe: Any = SimpleNamespace(
@@ -111,14 +111,14 @@ def test_equals_the_eager_form_over_a_run(free: bool) -> None:
         return guide(noise[:1], worse, noise[1:] if free else None, guidance=3.0)
 
     def theirs(x: Tensor, i: int) -> Tensor:
-        noise = run_eager(
+        noise = run_eagerly(
             model, (call | {"sample": x.expand(2, -1, -1, -1)}) if free else (first | {"sample": x}), core
         )
         u, a = noise[:1], alphas[i]
         mask = F.interpolate((core.mass[:1] > 1).float().reshape(1, 1, 4, 4), (8, 8))
         clean = (x - (1 - a) ** 0.5 * u) / a**0.5
         again = a**0.5 * torch.where(mask > 0, blur(clean), clean) + (1 - a) ** 0.5 * u
-        worse = run_eager(model, first | {"sample": again}, core)
+        worse = run_eagerly(model, first | {"sample": again}, core)
         return (u + 3 * (noise[1:] - u) if free else u) + 0.75 * (u - worse)
 
     with apply(model, method):
@@ -150,7 +150,7 @@ def test_an_empty_mask_degrades_nothing_and_knobs_change_it() -> None:
 
 def test_no_map_is_made() -> None:
     model, call = unet(batch=1, side=(64, 64))
-    with apply(model, SelfAttentionGuidance(layer=0)), Largest() as largest:
+    with apply(model, SelfAttentionGuidance(layer=0)), LargestTensor() as largest:
         run(model, call)
     assert largest.elements < 4096**2
 

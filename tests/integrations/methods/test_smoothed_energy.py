@@ -18,7 +18,17 @@ from flashbrush.integrations.methods.shared.perturbed_guidance import guide
 
 from ..diffusers.tiny_images import sd3_call, tiny_sd3, tiny_unet, unet_call
 from ..tiny import COLUMNS, ROWS, relative, tiny_call, tiny_flux
-from .eager_hosts import Largest, Site, attend, changed_layers, descend, layers, run, run_eager, worst_layer
+from .eager import (
+    LargestTensor,
+    Site,
+    attend,
+    changed_layers,
+    descend,
+    run,
+    run_eagerly,
+    sites_of,
+    worst_layer,
+)
 
 TOLERANCE = 1e-5  # float32, relative to the largest output
 MID = "mid_block.attentions.0.transformer_blocks.0.attn1"
@@ -98,7 +108,7 @@ def test_equals_the_eager_form(case: str) -> None:
     host, knobs, names, grid = CASES[case]
     model, call = host()
     core = Eager(names, (2,), grid, knobs.get("sigma", math.inf))
-    expected = run_eager(model, call, core)
+    expected = run_eagerly(model, call, core)
     with apply(model, SmoothedEnergy(**knobs)) as handle:
         handle.grid = grid
         assert worst_layer(model, call, core) <= TOLERANCE
@@ -120,7 +130,7 @@ def test_equals_the_eager_form_over_a_run(host, sigma: float) -> None:
         return guide(p, c, u, scale=1.0, guidance=1.5)
 
     def theirs(x: Tensor, i: int) -> Tensor:
-        u, c, p = run_eager(model, call | {key: x.expand(3, -1, -1, -1)}, core).split(1)
+        u, c, p = run_eagerly(model, call | {key: x.expand(3, -1, -1, -1)}, core).split(1)
         return c + 0.5 * (c - u) + (c - p)
 
     with apply(model, SmoothedEnergy(sigma=sigma)):
@@ -141,7 +151,7 @@ def test_an_infinite_blur_attends_with_one_row(monkeypatch: pytest.MonkeyPatch) 
         with apply(model, SmoothedEnergy(sigma=sigma)) as handle:
             rows.clear()
             run(model, call)
-            assert rows[4:6] == counts and len(rows) == len(layers(model)) + 1
+            assert rows[4:6] == counts and len(rows) == len(sites_of(model)) + 1
             handle.remove()
 
 
@@ -150,10 +160,10 @@ def test_no_map_is_made() -> None:
     model = tiny_unet(attention_head_dim=1)
     call = unet_call(model, batch=3, side=(64, 64))
     for sigma in (0.5, math.inf):
-        with apply(model, SmoothedEnergy(sigma=sigma, layers=(12,))), Largest() as largest:
+        with apply(model, SmoothedEnergy(sigma=sigma, layers=(12,))), LargestTensor() as largest:
             run(model, call)
         assert largest.elements < 4096**2
-    with Largest() as largest:
+    with LargestTensor() as largest:
         attend(torch.ones(1, 1, 4096, 8), torch.ones(1, 1, 4096, 8), torch.ones(1, 1, 4096, 8))
     assert largest.elements == 4096**2
 
