@@ -49,7 +49,7 @@ def test_the_guides_method_changes_the_output(monkeypatch: pytest.MonkeyPatch) -
         module = ModuleType("page")
         monkeypatch.setitem(sys.modules, "page", module)
         torch.manual_seed(0)
-        code = block.code.partition("print(")[0].replace("FadingPrompt()", method)
+        code = block.code.partition("shares = ")[0].replace("FadingPrompt()", method)
         exec(compile(code, page, "exec"), module.__dict__)
         latents.append(module.latents)
     changed, neutral, plain = latents
