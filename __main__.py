@@ -1,6 +1,4 @@
-"""python -m flashbrush, and the console command: the command line, with `bench` of the benchmarks registered
-on it.
-"""
+"""`flashbrush` and `python -m flashbrush`: the command line, with the benchmarks' `bench` added to it."""
 
 from __future__ import annotations
 
@@ -23,7 +21,14 @@ def bench(context: typer.Context) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; ends with SystemExit."""
+    """Run the command line.
+
+    Args:
+        arguments: of the command; None: the process's.
+
+    Raises:
+        SystemExit: always, with the exit code.
+    """
     command_line.main(arguments)
 
 

@@ -6,13 +6,17 @@ from pathlib import Path
 
 
 def tiny_fill() -> Path:
-    """The folder of a tiny FLUX.1-Fill that comes with the package, in diffusers' format.
+    """The folder of a 16 MB stand-in for FLUX.1-Fill, for tests and demos, not for real use.
 
-    A 16 MB stand-in for the real one: 64 x 64 pixel panels, trained on synthetic subjects. For tests and demos, not
-    for real use. Its README.md says how it was trained and what it does.
+    A checkpoint in diffusers' format with panels of 64 x 64 pixels, trained on synthetic subjects; see
+    README.md in the folder.
+
+        from diffusers import FluxFillPipeline
+
+        pipe = FluxFillPipeline.from_pretrained(flashbrush.tiny_fill(), dtype=torch.float32)
 
     Returns:
-        What the from_pretrained of diffusers and of the pipelines takes.
+        The path of the folder.
 
     Raises:
         FileNotFoundError: the package was installed without it.

@@ -1,5 +1,6 @@
-"""Attention control inside diffusers: methods, processors and pipelines. Importing this does not import
-diffusers.
+"""Attention control inside diffusers: methods and pipelines.
+
+Names are imported when they are first used, so importing this does not import diffusers.
 """
 
 from __future__ import annotations
@@ -91,52 +92,13 @@ __all__ = [
     "VisualInContext",
     "WordMaps",
 ]
-_HOMES = {
-    "AppearanceTransferPipeline": ".pipelines",
-    "AttentionMap": ".methods",
-    "AttentionMaps": ".methods",
-    "CrossImageAttention": ".methods",
-    "CustomShift": ".methods",
-    "EditRoles": ".methods",
-    "FastComposer": ".methods",
-    "ICCustom": ".methods",
-    "ICCustomParameters": ".methods",
-    "IPAdapter": ".methods",
-    "ImagePrompt": ".methods",
-    "InContextBrush": ".methods",
-    "InContextBrushPipeline": ".pipelines",
-    "InContextRoles": ".methods",
-    "InfEdit": ".methods",
-    "KVEdit": ".methods",
-    "KVEditPipeline": ".pipelines",
-    "LocalBlend": ".methods",
-    "MasaCtrl": ".methods",
-    "MutualBlend": ".methods",
-    "MutualRoles": ".methods",
-    "OminiControl": ".methods",
-    "PersonalSubject": ".methods",
-    "PersonalizeAnything": ".methods",
-    "PersonalizeAnythingPipeline": ".pipelines",
-    "PerturbedAttention": ".methods",
-    "PlugAndPlay": ".methods",
-    "PromptEdit": ".methods",
-    "PromptEditingPipeline": ".pipelines",
-    "PromptToPrompt": ".methods",
-    "RegionalPrompting": ".methods",
-    "SelfAttentionGuidance": ".methods",
-    "SmoothedEnergy": ".methods",
-    "TokenAlignment": ".methods",
-    "TransferRoles": ".methods",
-    "VisualICLPipeline": ".pipelines",
-    "VisualInContext": ".methods",
-    "WordMaps": ".methods",
-}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name], __name__), name)
+    home = ".pipelines" if name.endswith("Pipeline") else ".methods"
+    return getattr(import_module(home, __name__), name)
 
 
 def __dir__() -> list[str]:

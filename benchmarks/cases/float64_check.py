@@ -87,9 +87,14 @@ class FeatureCall:
     """The arguments of one attention call.
 
     Attributes:
-        q, k, v, scale, source: as in flashbrush.attention.
-        rows, keys: lengths of the segments: ints, or int tensors (batch,).
+        q: (batch, rows, heads, dim).
+        k: (batch, keys, kv_heads, dim), or a list with a tensor for each key segment.
+        v: the same.
+        rows: lengths of the row segments: ints, or int tensors (batch,).
+        keys: lengths of the key segments, the same.
         options: Control's keyword arguments.
+        scale: as in flashbrush.attention.
+        source: as in flashbrush.attention.
     """
 
     q: Tensor

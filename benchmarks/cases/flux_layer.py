@@ -48,7 +48,8 @@ class LayerInputs:
 
     Attributes:
         shape: of the attention.
-        image, text: q, k, v, each (batch, tokens, heads * dim).
+        image: q, k, v, each (batch, tokens, heads * dim).
+        text: q, k, v, each (batch, tokens, heads * dim).
         norms: weights (dim,) of the image's q and k and the text's q and k.
         rope: cos and sin, (tokens, dim) float32.
     """

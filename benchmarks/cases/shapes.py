@@ -21,9 +21,16 @@ class Shape:
 
     Attributes:
         name: of the shape in the results.
-        batch, heads, dim: sizes.
-        rows, keys: tokens of each segment.
-        weight, head_gain, groups, gates, contrast: as in flashbrush.Control.
+        batch: items.
+        heads: of q, k and v.
+        dim: of a head.
+        rows: tokens of each row segment.
+        keys: tokens of each key segment.
+        weight: as in flashbrush.Control, and the others as well.
+        head_gain: derived gain.
+        groups: softmax groups.
+        gates: of the groups.
+        contrast: of the probabilities.
     """
 
     name: str

@@ -1,7 +1,7 @@
 """`flashbrush bench`: check every contestant, time them in the same rounds, print a table, write a JSON file.
 
-`python -m flashbrush.benchmarks.cpu.table --pages` rewrites the figures in README.md and docs/benchmarks.md from
-the committed files instead.
+`python -m flashbrush.benchmarks.cpu.table --pages` rewrites the figures in README.md and docs/benchmarks.md
+from the committed files instead.
 """
 
 from __future__ import annotations

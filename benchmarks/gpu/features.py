@@ -23,7 +23,9 @@ class FeatureSampler(Sampler):
     """Random tensors of one dtype, head dim, batch and number of heads.
 
     Args:
-        seed, dtype, device: as in Sampler.
+        seed: as in Sampler.
+        dtype: as in Sampler.
+        device: as in Sampler.
         dim: head dim.
         batch: items.
         heads: of q, and of k and v unless they are grouped.

@@ -31,7 +31,8 @@ class Task:
     """What makes one row.
 
     Attributes:
-        section, title: of the row.
+        section: of the row.
+        title: of the row.
         run: makes the row.
         seconds: about what it takes on a GPU; it is not started with less time left.
         apart: it times nothing, so that others may run beside it.

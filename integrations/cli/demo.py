@@ -24,17 +24,13 @@ def demo(
     """Insert scikit-image's cat and others into scenes, with the tiny model that comes with the package."""
     from ... import tiny_fill as tiny_folder
     from ...bindings import backends
-    from ..evaluation.insertion.items import LIST, write_items
+    from ..evaluation.insertion.items import write_items
     from ..pipelines import InContextBrushPipeline
     from ..tiny_fill import options as tiny_fill
     from .demo_items import items
     from .shared.figures import insertion_grid
 
-    check_folder("output", output)
-    if output.exists() and any(output.iterdir()) and not (output / "photos" / LIST).is_file():
-        raise ValueError(
-            f"output: expected a new folder, or that of another demo: {output} holds other files"
-        )
+    check_demo_folder(output)
     asked = items()
     quiet()
     pipe = InContextBrushPipeline.from_pretrained(tiny_folder(), dtype=torch.float32)
@@ -72,3 +68,14 @@ def demo(
     )
     print(f"{statistics.median(seconds):.2f} seconds for an insertion, attention by the {backend} backend")
     print(f"the pictures are in {output}, all of them in {report}")
+
+
+def check_demo_folder(output: Path) -> None:
+    """Raise ValueError unless `output` is new, empty, or the folder of an earlier demo."""
+    from ..evaluation.insertion.items import LIST
+
+    check_folder("output", output)
+    if output.exists() and any(output.iterdir()) and not (output / "photos" / LIST).is_file():
+        raise ValueError(
+            f"output: expected a new folder, or that of another demo: {output} holds other files"
+        )

@@ -1,1 +1,1 @@
-"""How well a method does: sets of items, judges, tables and figures."""
+"""Evaluation of methods: items to run them on, judges that measure the results, summaries and plots."""

@@ -9,13 +9,19 @@ from typing import Any
 
 
 def read_list(path: Path, what: str, columns: Sequence[str]) -> list[dict[str, str]]:
-    """The rows of `path`; "" where a row ends early.
+    """Read the list of a folder's items.
 
     Args:
-        what: how errors call the rows. columns: those that have to be there, of which "name" is one.
+        path: of the CSV file.
+        what: what errors call the rows.
+        columns: required ones; "name" is among them.
+
+    Returns:
+        The rows; a field is "" where a row ends early.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: no rows, a column is missing, or a name appears twice.
+        FileNotFoundError: no such file.
+        ValueError: no rows, a column is missing, or a name appears twice.
     """
     if not path.is_file():
         raise FileNotFoundError(
@@ -34,7 +40,7 @@ def read_list(path: Path, what: str, columns: Sequence[str]) -> list[dict[str, s
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """All columns that a row has, in the order of their first appearance; numbers with six digits."""
+    """Write rows as CSV: the columns of all rows in order of first appearance; floats with six digits."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, names, restval="")

@@ -13,10 +13,12 @@ from ..pipelines import images as im
 
 
 def frechet_distance(features: nn.Module, found: list[Image.Image], real: list[Image.Image]) -> float:
-    """FID by torchmetrics, between pictures of one size.
+    """The Fréchet distance between two sets of pictures of one size, by torchmetrics.
 
     Args:
-        features: from (n, 3, height, width) uint8 to (n, features).
+        features: module from (n, 3, height, width) uint8 to (n, features).
+        found: the results.
+        real: the truths.
 
     Raises:
         ImportError: torchmetrics is not installed.
@@ -31,10 +33,11 @@ def frechet_distance(features: nn.Module, found: list[Image.Image], real: list[I
 
 
 class LatentStatistics(nn.Module):
-    """Mean and deviation of each latent channel of an autoencoder: features where no larger model is given.
+    """Mean and deviation of each latent channel of an autoencoder: features that need no other model.
 
     Args:
-        vae: an AutoencoderKL. device: where it works; None: where it is, which differs while it is offloaded.
+        vae: an AutoencoderKL.
+        device: where it runs; None: where its weights are, which is not the same while it is offloaded.
     """
 
     def __init__(self, vae: Any, device: torch.device | None = None) -> None:

@@ -1,4 +1,4 @@
-"""The conditions of a measurement: machine, versions, threads, load, commit."""
+"""The conditions of a measurement: machine, versions, threads, load and commit."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ FLAGS = (
 
 
 def describe() -> dict[str, object]:
-    """What a reader needs in order to judge or to repeat a measurement; nothing names the machine's owner."""
+    """What a reader needs to judge or repeat a measurement; no name of a user or a host."""
     fields = _cpuinfo()
     present = set((fields.get("flags") or fields.get("Features") or "").split())
     return {
@@ -59,12 +59,12 @@ def describe() -> dict[str, object]:
 
 
 def load() -> float | None:
-    """Processes that wanted a core over the last minute; well above the threads means a disturbed run."""
+    """The load average of the last minute; well above the number of threads, other processes were running."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
 def commit() -> str | None:
-    """The checkout's commit, with '+' where tracked files but results differ from it; None outside one."""
+    """The checkout's commit, with "+" where tracked files other than results differ; None without one."""
     if not (ROOT / ".git").exists():
         return None
     head = _git("rev-parse", "--short=12", "HEAD")

@@ -1,4 +1,4 @@
-"""Pipelines: photos in, pictures out. Importing this does not import diffusers."""
+"""Pipelines from photos to pictures. Importing this does not import diffusers."""
 
 from __future__ import annotations
 

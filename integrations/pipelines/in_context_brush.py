@@ -233,8 +233,8 @@ class InContextBrushPipeline:
             raise TypeError(f"method: expected an InContextBrush, got {type(method).__name__}")
         if not method.subject_first or method.subject_tokens is not None or method.hole is not None:
             raise ValueError(
-                "method: expected subject_first without subject_tokens and hole, which the diptych and the mask "
-                "set; got another order, subject_tokens or a hole"
+                "method: the diptych has the subject first, in one half, and the mask says where its hole "
+                "is; got another order, subject_tokens or a hole"
             )
         knobs = {"alpha_prompt": alpha_prompt, "alpha_subject": alpha_subject, "gain_span": gain_span}
         method = replace(method, **{name: value for name, value in knobs.items() if value is not None})
@@ -327,7 +327,11 @@ class InContextBrushPipeline:
 
         Args:
             region: of image's size, white on the region; None: all of the photo that the model sees.
-            image, mask, width, height, padding_mask_crop: as in the call.
+            image: as in the call.
+            mask: as in the call.
+            width: as in the call.
+            height: as in the call.
+            padding_mask_crop: as in the call.
 
         Returns:
             Indices of the tokens.

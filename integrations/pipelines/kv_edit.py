@@ -104,7 +104,10 @@ class KVEditPipeline(FluxParts):
                 more of the photo remains in the region.
             guidance_scale: FLUX.1-dev's embedded guidance of the edit.
             inversion_guidance: the same of the inversion.
-            attn_scale, masked_inversion, keep_device, keep_dtype: as in KVEdit.
+            attn_scale: logit bias of the background's keys, as in KVEdit.
+            masked_inversion: as in KVEdit.
+            keep_device: where the inversion's keys and values are kept, as in KVEdit.
+            keep_dtype: of the kept keys and values, as in KVEdit.
             width: at which the model sees the photo, a multiple of 16; None: near the photo's own.
             height: the same.
             paste_back: put the painted region into the photo, whose other pixels stay identical; False:
@@ -172,7 +175,11 @@ class KVEditPipeline(FluxParts):
             done: a result of this pipeline. Its method takes the new mask and scale.
             prompt: what the result shows.
             mask: another mask, not possible after masked_inversion; None: the same.
-            guidance_scale, attn_scale, paste_back, max_sequence_length, progress: as in the call.
+            guidance_scale: as in the call.
+            attn_scale: as in the call.
+            paste_back: as in the call.
+            max_sequence_length: as in the call.
+            progress: as in the call.
 
         Returns:
             The new picture.

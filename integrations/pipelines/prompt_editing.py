@@ -222,7 +222,7 @@ class PromptEditingPipeline(StableDiffusionParts):
         return ready
 
     def _resolution(self, size: tuple[int, int]) -> tuple[int, int]:
-        """The grid of the layers whose word maps are used, a quarter of the latents': 16 x 16 at 512 pixels."""
+        """The grid of the layers whose word maps are used, a quarter of the latents' (16 x 16 at 512 px)."""
         unet, scale = self.pipe.unet, self.pipe.vae_scale_factor
         host = find_host(unet)
         level = max(site.level for site in host.sites(unet) if site.kind == "cross" and site.level <= 2)

@@ -76,7 +76,8 @@ class SubjectFinder:
         Args:
             image: RGB or RGBA.
             name: what to look for, in a few words.
-            box_threshold, text_threshold: as in find().
+            box_threshold: as in find().
+            text_threshold: as in find().
 
         Raises:
             ValueError: an empty name; nothing of that name is found; its outline is empty or everything.

@@ -1,1 +1,1 @@
-"""The tiny FLUX.1-Fill that the package brings: its data, its training and its judge."""
+"""The tiny FLUX.1-Fill that comes with the package: its training data, its training, and how to call it."""

@@ -1,6 +1,4 @@
-"""How the tiny model that comes with the package wants to be asked: it knows one size of panel, hole and
-subject.
-"""
+"""Arguments for the tiny model, which was trained on one size of panel, hole and subject."""
 
 from __future__ import annotations
 
@@ -10,15 +8,18 @@ from PIL import Image
 
 from .data.canvases import SIDE
 
-HOLE = 0.72  # of a panel's side: what it saw ranges from 0.5 to 0.9
-SUBJECT = 0.62  # of a panel's side, as large as it is to appear: 0.45 to 0.75
-STEPS = 6  # those of the committed tables
+HOLE = 0.72  # side of the hole over that of the panel; in training 0.5 to 0.9
+SUBJECT = 0.62  # side of the subject over that of the panel; in training 0.45 to 0.75
+STEPS = 6  # as in the committed tables
 
 
 def options(hole: Image.Image) -> dict[str, Any]:
-    """Arguments of InContextBrushPipeline's call for a photo with this mask (checked, not empty)."""
+    """Arguments of InContextBrushPipeline's call for a photo with this mask, which must not be empty.
+
+    The crop around the hole is such that the hole takes HOLE of the panel's side.
+    """
     box = hole.getbbox()
-    assert box is not None, "check_mask comes first"
+    assert box is not None, "an empty mask is refused by check_mask"
     side = max(box[2] - box[0], box[3] - box[1])
     padding = round(side * (1 / HOLE - 1) / 2)
     return {

@@ -1,6 +1,4 @@
-"""The tiny models: that which comes with the package, and Stable Diffusion built once; photos to insert from
-and into.
-"""
+"""Tiny models, each built once, and photos and masks for them."""
 
 from __future__ import annotations
 
@@ -30,9 +28,7 @@ def sd_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def flux_checkpoint(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A FluxPipeline in the standard format: the tiny model's autoencoder and text encoders, a random
-    transformer.
-    """
+    """A FluxPipeline's folder: the autoencoder and text encoders of the tiny model, a random transformer."""
     pytest.importorskip("diffusers")
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxFillPipeline, FluxPipeline
 
@@ -78,3 +74,11 @@ def photos(tmp_path: Path) -> dict[str, Path]:
     for name, picture in pictures.items():
         Image.fromarray(picture).save(tmp_path / f"{name}.png")
     return {name: tmp_path / f"{name}.png" for name in pictures}
+
+
+@pytest.fixture(scope="session")
+def mask() -> Image.Image:
+    """One rectangle that no token's edge meets, of 64 x 48 pixels."""
+    picture = Image.new("L", (64, 48), 0)
+    picture.paste(255, (17, 9, 39, 30))
+    return picture

@@ -52,7 +52,10 @@ def load_pipeline(
         model: as given; None: the tiny model.
         made: whether the items are made ones, whose photos are panels of the tiny model's size.
         steps: as given; None: the model's default.
-        dtype, device, offload, backend: as in loading.load.
+        dtype: as in loading.load.
+        device: as in loading.load.
+        offload: as in loading.load.
+        backend: as in loading.load.
     """
     from .... import tiny_fill as tiny_folder
     from ...tiny_fill import options as tiny_fill

@@ -1,4 +1,4 @@
-"""Insertions, run and measured: every item under every setting, all from the same seeds."""
+"""Running and measuring insertions: every item under every setting, from the same seeds."""
 
 from __future__ import annotations
 
@@ -20,12 +20,16 @@ Options = Callable[[Item], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Setting:
-    """What an insertion is made with; Setting() is the stock model with what is known put back.
+    """The knobs of an insertion; Setting() is the stock model, with known tokens set back after every step.
 
     Attributes:
-        alpha_prompt, alpha_subject, gain_span, hole_only: as in InContextBrush and its pipeline.
+        alpha_prompt: as in InContextBrush.
+        alpha_subject: as in InContextBrush.
+        gain_span: as in InContextBrush.
+        hole_only: as in InContextBrushPipeline.
         blend: as in InContextBrushPipeline.
-        grow: pixels by which the mask is dilated, below 0 eroded; measured is on the mask as it was.
+        grow: pixels by which the mask is dilated, or eroded below 0; results are measured on the item's own
+            mask.
     """
 
     alpha_prompt: float = 0.0
@@ -36,7 +40,11 @@ class Setting:
     grow: int = 0
 
     def mask(self, mask: Image.Image) -> Image.Image:
-        """The mask that the pipeline is given. ValueError where eroding leaves nothing of it."""
+        """The mask for the pipeline.
+
+        Raises:
+            ValueError: nothing of it is left after eroding.
+        """
         if not self.grow:
             return mask
         side = 2 * abs(self.grow) + 1
@@ -48,12 +56,14 @@ class Setting:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One picture and what was measured of it.
+    """One result and its measures.
 
     Attributes:
-        item, seed, setting: what it was made of.
-        picture: of the photo's size.
-        measured: by the names of judges.MEASURES; those that the item allows.
+        item: what was inserted.
+        seed: of the noise.
+        setting: the knobs.
+        picture: the result, of the photo's size.
+        measured: by name, those of judges.MEASURES that the item allows.
     """
 
     item: Item
@@ -64,11 +74,11 @@ class Outcome:
 
     @property
     def kind(self) -> str:
-        """The name without its number: what sort of item it is."""
+        """The sort of the item: its name without the number."""
         return self.item.name.rstrip("0123456789").rstrip("_")
 
     def row(self) -> dict[str, Any]:
-        """For a CSV file."""
+        """Fields for a CSV file."""
         return {
             "item": self.item.name,
             "kind": self.kind,
@@ -91,19 +101,28 @@ def evaluate(
     models: Models | None = None,
     progress: bool = True,
 ) -> list[Outcome]:
-    """Insert every item under every setting. Item i has the seeds seed + i, seed + len(items) + i ... under
-    all of them.
+    """Insert every item under every setting, and measure the results.
+
+    Item i has the seeds seed + i, seed + len(items) + i ..., under all settings.
 
     Args:
-        options: of the pipeline's call, for an item (width, height, steps ...).
-        repeats: seeds of an item.
-        batch: items of one call, where their photos' sizes and their options agree.
-        paste_back: False: measure what the model makes of the whole photo. Needs options without
+        pipe: the pipeline.
+        items: what to insert.
+        settings: the knobs to compare.
+        options: function from an item to further arguments of the pipeline's call (width, height, steps ...).
+        seed: of the first item.
+        repeats: seeds per item.
+        batch: items per call, where their photos' sizes and their options agree.
+        paste_back: False: measure the model's own picture of the whole photo. Needs options without
             padding_mask_crop, and with the photo's own width and height.
-        models: judges that are loaded; None: those that need no model.
+        models: loaded judges; None: only judges that need no model.
+        progress: whether to show a progress bar.
+
+    Returns:
+        Outcomes in the order of settings, repeats and items.
 
     Raises:
-        ValueError: no items, no settings, or a result that has not the photo's size.
+        ValueError: no items, no settings, or a result of another size than the photo.
     """
     if not items or not settings:
         raise ValueError(f"evaluate: expected items and settings, got {len(items)} and {len(settings)}")
@@ -147,7 +166,7 @@ def _masks(items: Sequence[Item]) -> list[Image.Image] | None:
 
 
 def _batches(items: Sequence[Item], options: Options, batch: int) -> Iterator[list[int]]:
-    """Neighbours that one call of the pipeline can take together."""
+    """Indices of neighbouring items that one call of the pipeline can take together."""
 
     def call(i: int) -> tuple[Any, ...]:
         return items[i].image.size, options(items[i]), items[i].subject_mask is None

@@ -1,4 +1,4 @@
-"""What an insertion is judged on: a folder of photos with a list of them, or made ones whose truth is known."""
+"""Items of subject insertion: photos in a folder with a list, or made items whose truth is known."""
 
 from __future__ import annotations
 
@@ -29,11 +29,15 @@ class Item:
     """One insertion.
 
     Attributes:
-        name: of the item, unlike the others'.
-        prompt, subject, image, mask, subject_mask: as in InContextBrushPipeline.
-        truth: the picture that is to be found, of image's size; None where nobody knows.
-        coverage: the truth's pixels that show the subject, of image's size, white; None: unknown.
-        colour: the name of the subject's main colour that the prompt asks for, "" where it asks for none.
+        name: unique within a set.
+        prompt: what the result shows.
+        subject: photo of the subject.
+        image: photo to insert into.
+        mask: of image's size, white where to paint.
+        subject_mask: of subject's size, white on the subject; None: its transparency, or all of it.
+        truth: the correct result, of image's size; None: unknown.
+        coverage: white where the truth shows the subject, of image's size; None: unknown.
+        colour: name of the main colour that the prompt asks for; "" where it names none.
     """
 
     name: str
@@ -48,12 +52,14 @@ class Item:
 
 
 def read_items(folder: Path) -> list[Item]:
-    """Those that `folder`/items.csv lists: columns name, prompt, subject, image, mask, and, where known,
-    subject_mask, truth, coverage (files, relative to the folder) and colour.
+    """Read the items that `folder`/items.csv lists.
+
+    Its columns are name, prompt, subject, image, mask and, where known, subject_mask, truth, coverage and
+    colour; pictures are files relative to the folder.
 
     Raises:
-        FileNotFoundError: no list, or a file of it is missing. ValueError: a column is missing, a name
-            appears twice, sizes that do not go together, or a file that is no picture.
+        FileNotFoundError: the list or one of its files is missing.
+        ValueError: a column is missing, a name appears twice, sizes do not match, or a file is not a picture.
     """
     path = Path(folder) / LIST
     return [_read(path, row) for row in read_list(path, "items", NEEDED)]
@@ -81,7 +87,7 @@ def _read(path: Path, row: dict[str, str]) -> Item:
 
 
 def write_items(items: Sequence[Item], folder: Path) -> Path:
-    """The folder that read_items reads; PNG files. Returns the list's path."""
+    """Write a folder that read_items reads, with PNG files; returns the list's path."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for item in items:
@@ -108,13 +114,14 @@ def held_out(
     freedom: float = 1.0,
     seed: int = 1_000_000,
 ) -> list[Item]:
-    """Made items that the tiny model never saw: other subjects, and photos that it was not trained on.
+    """Made items that the tiny model was not trained on: new subjects, in photos that were held out.
 
     Args:
-        kind: "reference", or "contradiction", where the prompt names another colour, and is right.
-        reference: what the upper panel shows: the subject, nothing, or the next item's subject.
-        prompts: False: all empty.
-        freedom: of the pose, 0 to 1.
+        count: number of items.
+        kind: "reference"; or "contradiction", where the prompt names another colour and the truth has it.
+        reference: the reference picture: the subject itself, a blank, or the next item's subject.
+        prompts: False: all prompts are empty.
+        freedom: of the pose, 0 to 1, see tiny_fill.data.canvases.
         seed: the same seed gives the same items, whatever the other arguments change about them.
     """
     some = canvases(count, photos(HELD_OUT), torch.Generator().manual_seed(seed), freedom, kind=kind)
@@ -144,6 +151,6 @@ def held_out(
 
 
 def to_picture(pixels: torch.Tensor) -> Image.Image:
-    """Of pixels (3, height, width) in [0, 1]; of (1, height, width), or of bool, a mask."""
+    """A picture of (3, height, width) values in [0, 1]; a mask of (1, height, width)."""
     levels = (pixels * 255).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
     return Image.fromarray(np.ascontiguousarray(levels[..., 0] if levels.shape[2] == 1 else levels))

@@ -1,4 +1,4 @@
-"""What is measured of one insertion: against the truth where it is known, and by models where they are given."""
+"""Measures of one insertion: against the truth where it is known, and by DINO and CLIP if given."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ...pipelines import images as im
 from ...tiny_fill.data.words import COLOURS
 from .items import Item
 
-BINS = 6  # of a palette, for each colour
+BINS = 6  # per colour channel, of a palette's histogram
 MEASURES = {
     "psnr_hole": "dB, against the truth, inside of the mask",
     "psnr_outside": "dB, against the photo, outside of the mask",
@@ -28,17 +28,18 @@ MEASURES = {
 
 
 def pixels(picture: Image.Image) -> np.ndarray:
-    """(height, width, 3) float64 in [0, 1]; of a mask (height, width) bool."""
+    """A picture as (height, width, 3) float64 in [0, 1]; a mask as (height, width) bool."""
     if picture.mode == "L":
         return np.asarray(picture) > 127
     return np.asarray(im.flatten(picture), np.float64) / 255
 
 
 def measure(item: Item, result: Image.Image) -> dict[str, float]:
-    """Those of MEASURES that need no model and that the item allows.
+    """The MEASURES that need no model and that the item allows, by name.
 
     Args:
-        result: of image's size.
+        item: what was inserted.
+        result: the picture, of image's size.
 
     Raises:
         ValueError: a result of another size.
@@ -49,7 +50,7 @@ def measure(item: Item, result: Image.Image) -> dict[str, float]:
     measured = {"psnr_outside": _psnr(found[~hole], photo[~hole])}
     outline = item.subject_mask or im.alpha_mask(item.subject)
     subject = pixels(item.subject)
-    shown = pixels(outline) if outline is not None else (subject < 0.97).any(2)  # what is white is the panel
+    shown = pixels(outline) if outline is not None else (subject < 0.97).any(2)  # all but the white panel
     if shown.any():
         measured["palette"] = _shared(_histogram(subject[shown]), _histogram(found[hole]))
     if item.truth is not None:
@@ -61,7 +62,7 @@ def measure(item: Item, result: Image.Image) -> dict[str, float]:
         if item.colour:
             named, truth = np.array(list(COLOURS.values())), pixels(item.truth)[where]
             asked = named[list(COLOURS).index(item.colour)]
-            # The subject's pixels of that colour, so that its second colour and its spots do not count.
+            # Only pixels whose truth has that colour: a second colour and spots do not count.
             own = found[where][np.abs(truth - asked).max(1) < 0.25]
             if len(own):
                 nearest = np.argmin(((np.median(own, 0) - named) ** 2).sum(1))
@@ -83,12 +84,12 @@ def _shared(a: np.ndarray, b: np.ndarray) -> float:
 
 
 class Models:
-    """DINO and CLIP of transformers, as judges of identity and of agreement with the prompt.
+    """DINO and CLIP models of transformers, which judge identity and agreement with the prompt.
 
     Args:
-        dino: a hub id or folder of a DINO or DINOv2 model; None: not measured.
-        clip: of a CLIP model; None: not measured.
-        device: where they run, in float32.
+        dino: hub id or folder of a DINO or DINOv2 model; None: not measured.
+        clip: hub id or folder of a CLIP model; None: not measured.
+        device: where the models run, in float32.
         options: passed on to every from_pretrained.
 
     Raises:
@@ -118,7 +119,7 @@ class Models:
 
     @torch.inference_mode()
     def measure(self, item: Item, result: Image.Image) -> dict[str, float]:
-        """Of the subject on white beside the result's part under the mask; empty without models."""
+        """The models' MEASURES of the subject on white and the painted part; empty without models."""
         outline = item.subject_mask or im.alpha_mask(item.subject)
         subject = im.flatten(im.on_white(item.subject, outline))
         painted = im.flatten(result).crop(item.mask.getbbox())
@@ -137,7 +138,7 @@ class Models:
         return measured
 
     def dino_features(self, picture: Image.Image) -> Tensor:
-        """(1, features): the class token's."""
+        """Features of the class token, (1, features)."""
         inputs = self.dino_processor(images=picture, return_tensors="pt").to(self.device)
         return self.dino(**inputs).last_hidden_state[:, 0]
 

@@ -12,7 +12,7 @@ from .evaluate import Outcome, Setting
 
 
 class Estimate(NamedTuple):
-    """A mean over items, the seeds of an item averaged first; its standard error; the number of items."""
+    """A mean over items, whose seeds are averaged first, its standard error, and the number of items."""
 
     mean: float
     error: float
@@ -23,10 +23,15 @@ class Estimate(NamedTuple):
 
 
 def estimate(outcomes: Iterable[Outcome], measure: str, base: Sequence[Outcome] | None = None) -> Estimate:
-    """Of one measure; of its differences to `base`, item by item and seed by seed, where that is given.
+    """The mean of a measure, or of its differences to `base`.
+
+    Args:
+        outcomes: those to average; without the measure, or where it is not finite, they are left out.
+        measure: its name.
+        base: outcomes to subtract, paired by item and seed; None: nothing is subtracted.
 
     Raises:
-        ValueError: a base without an outcome that is compared.
+        ValueError: an outcome has no partner in the base.
     """
     reference = None if base is None else {(o.item.name, o.seed): o.measured.get(measure) for o in base}
     by_item: dict[str, list[float]] = {}
@@ -45,10 +50,9 @@ def estimate(outcomes: Iterable[Outcome], measure: str, base: Sequence[Outcome] 
 
 
 def best(outcomes: Sequence[Outcome], settings: Sequence[Setting], measure: str) -> list[Outcome]:
-    """Of each item and seed, the outcome under that of `settings` which scores highest; the first where they
-    tie.
+    """For each item and seed, the outcome with the highest measure of all settings; the first of equal ones.
 
-    With a measure that needs no truth, a rule that chooses a setting for every image.
+    With a measure that needs no truth, this is a rule that chooses a setting for every image.
     """
     found: dict[tuple[str, int], Outcome] = {}
     for setting in settings:

@@ -1,4 +1,4 @@
-"""Sweeps of one knob at a time around the stock model, and what the knobs change, paired by item and seed."""
+"""Sweeps of one knob at a time from the stock model; changes are paired by item and seed."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ AXES: dict[str, tuple[Any, ...]] = {
     "gain_span": (0.0, 0.2, 0.5),
     "grow": (-4, -2, 0, 2, 4),
 }
-# Settings that are no single axis: the constraint needs something to constrain, and shows where nothing is
-# put back.
+# Settings of several knobs: hole_only has an effect only with a weight, and shows best without blending.
 MORE: dict[str, Setting] = {
     "blend off": Setting(blend=False),
     "0.5, blend off": Setting(alpha_subject=0.5, blend=False),
@@ -28,8 +27,8 @@ MORE: dict[str, Setting] = {
     "0.5, hole only": Setting(alpha_subject=0.5, hole_only=True),
     "released code": Setting(0.3, 0.3, 0.2),
 }
-RULE = "palette"  # by which `adaptive` chooses alpha_subject for each image: it needs no truth
-# (sort of items, what is measured of them)
+RULE = "palette"  # the measure by which "adaptive" chooses alpha_subject for each image; it needs no truth
+# (sort of items, measure)
 JUDGED = (
     ("reference", "psnr_hole"),
     ("reference", "pattern"),
@@ -41,10 +40,10 @@ INK, LINE, BASE = "#333333", "#7a3b8f", "#bbbbbb"
 
 
 def parse_axis(text: str) -> tuple[str, tuple[Any, ...]]:
-    """("alpha_prompt", (0.0, 0.3)) of "alpha_prompt=0,0.3".
+    """Parse an axis: "alpha_prompt=0,0.3" gives ("alpha_prompt", (0.0, 0.3)).
 
     Raises:
-        ValueError: no such knob, or a value that is none of its.
+        ValueError: no such knob, or a value of the wrong type.
     """
     name, _, values = text.partition("=")
     kinds = {field.name: type(field.default) for field in fields(Setting)}
@@ -62,7 +61,12 @@ def parse_axis(text: str) -> tuple[str, tuple[Any, ...]]:
 def settings(
     axes: Mapping[str, Sequence[Any]], more: Mapping[str, Setting]
 ) -> dict[tuple[str, str], Setting]:
-    """By (axis, value as text); Setting() is the base of all, and is in it as ("base", "")."""
+    """Settings by (axis, value as text), each with one knob changed from Setting(), which is ("base", "").
+
+    Args:
+        axes: values by knob.
+        more: further settings by name, listed as ("setting", name).
+    """
     found = {("base", ""): Setting()}
     for axis, values in axes.items():
         found |= {
@@ -75,11 +79,14 @@ def settings(
 
 
 def table(outcomes: Sequence[Outcome], named: Mapping[tuple[str, str], Setting]) -> list[dict[str, Any]]:
-    """A row for each setting and measure: mean, its error, difference to the base with its error, number of
-    items.
+    """A row for each setting and measure: mean, change against the base, standard errors, number of items.
 
-    With several values of alpha_subject, "adaptive" is the rule that takes for each image the one that RULE
-    likes best.
+    With several values of alpha_subject, "adaptive" is the rule that takes for each image the value whose
+    result has the highest RULE.
+
+    Args:
+        outcomes: of all settings.
+        named: the settings by (axis, value), as from settings().
     """
     by_setting: dict[Setting, list[Outcome]] = {}
     for outcome in outcomes:
@@ -112,7 +119,7 @@ def table(outcomes: Sequence[Outcome], named: Mapping[tuple[str, str], Setting])
 
 
 def _judged(outcomes: Sequence[Outcome]) -> list[tuple[str, str]]:
-    """JUDGED, where the items are of those sorts; else whatever was measured."""
+    """(sort, measure) of the rows: JUDGED where the items are of those sorts, else everything measured."""
     kinds = list(dict.fromkeys(o.kind for o in outcomes))
     if set(kinds) <= {kind for kind, _ in JUDGED}:
         return [(kind, measure) for kind, measure in JUDGED if kind in kinds]
@@ -124,9 +131,7 @@ def _judged(outcomes: Sequence[Outcome]) -> list[tuple[str, str]]:
 
 
 def plot(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
-    """A column for each axis, a row for each measure; bars are standard errors of the paired difference to
-    the base.
-    """
+    """Changes against the base with their standard errors: a column for each axis, a row for each measure."""
     from matplotlib.figure import Figure
 
     axes = [name for name in dict.fromkeys(row["axis"] for row in rows) if name != "base"]

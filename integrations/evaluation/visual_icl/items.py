@@ -1,6 +1,4 @@
-"""What visual in-context learning is judged on: a folder of photos and ground truths, with a list of what
-shows what.
-"""
+"""Items of visual in-context learning: a folder of photos and ground truths, and a list of their prompts."""
 
 from __future__ import annotations
 
@@ -23,10 +21,10 @@ class Pair:
     """A photo and its ground truth.
 
     Attributes:
-        name: unlike the others', fit for a file.
-        image, truth: RGB, of one size. For colourisation the image is the grey photo, the truth the one in
-            colour.
-        prompts: names of the pairs from which this one is predicted; none: it is a prompt of others.
+        name: unique within the folder, and valid in a file name.
+        image: RGB; for colourisation the grey photo.
+        truth: RGB, of the image's size; for colourisation the photo in colour.
+        prompts: names of the pairs from which this one is predicted; empty: it is only a prompt of others.
     """
 
     name: str
@@ -36,19 +34,20 @@ class Pair:
 
 
 def read_pairs(folder: Path) -> list[Pair]:
-    """Those that `folder`/pairs.csv lists: columns name, image, truth (files, relative to the folder), and
-    prompts: names of the rows from which this one is predicted, separated by spaces; empty for a row that is
-    only a prompt.
+    """Read the pairs that `folder`/pairs.csv lists.
 
-    Ground truths are the pictures that the task draws, see vicl_tasks: white on black for segmentation,
-    detection and
-    edges, a colour for each class or keypoint (PNG: without blending or compression), the photo itself for
-        colourisation.
+    Its columns are name, image and truth (files, relative to the folder), and prompts: the names of the rows
+    from which this one is predicted, separated by spaces; empty for a row that is only a prompt.
+
+    Ground truths are drawn as the tasks read them, see visual_icl_tasks: white on black for segmentation,
+    detection and edges; a colour for each class or keypoint, in a PNG file, without blending; the photo for
+    colourisation.
 
     Raises:
-        FileNotFoundError: no list, or a file of it is missing. ValueError: a column is missing, a name
-            appears twice or is none for a file, a prompt that is not listed or is the row itself, no row to
-            predict, sizes that do not go together, or a file that is no picture.
+        FileNotFoundError: the list or one of its files is missing.
+        ValueError: a column is missing, a name appears twice or is not valid in a file name, a prompt is not
+            listed or is the row itself, no row is to be predicted, sizes do not match, or a file is not a
+            picture.
     """
     path = Path(folder) / LIST
     rows = read_list(path, "pairs", COLUMNS)
@@ -81,7 +80,7 @@ def _read(path: Path, row: dict[str, str], names: Sequence[str]) -> Pair:
 
 
 def write_pairs(pairs: Sequence[Pair], folder: Path) -> Path:
-    """The folder that read_pairs reads; PNG files. Returns the list's path."""
+    """Write a folder that read_pairs reads, with PNG files; returns the list's path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LIST
     with path.open("w", newline="") as file:

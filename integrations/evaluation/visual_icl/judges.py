@@ -1,7 +1,6 @@
-"""What is measured of predictions of visual in-context learning: the six metrics of SD-VICL (arXiv
-2508.09949).
+"""Measures of visual in-context learning: the metrics of SD-VICL (arXiv 2508.09949) for its six tasks.
 
-A prediction and its ground truth are read by the same function of the task (vicl_tasks), then compared.
+Prediction and ground truth are read by the same function of the task (see visual_icl_tasks), then compared.
 """
 
 from __future__ import annotations
@@ -19,12 +18,14 @@ from ...pipelines.shared.visual_icl_tasks import Palette, check_palette, check_t
 from ..frechet import frechet_distance
 
 MEASURES = {
-    "miou": "intersection over union: mean over predictions; semantic: over classes, from the pixels of all predictions",
+    "miou": "intersection over union: mean over predictions; semantic: over classes, from the pixels of "
+    "all predictions",
     "mse": "mean squared error, of levels in [0, 1]; keypoints: of places, the longer side being 1",
     "pck": "share of keypoints that are at most `reach` of the longer side away",
     "lpips": "LPIPS: a network's distance between prediction and truth",
     "fid": "FID: Fréchet distance of Inception's features between all predictions and all truths",
-    "fid_latents": "Fréchet distance of the autoencoder's latents, their means and deviations; comparable within one model",
+    "fid_latents": "Fréchet distance of the autoencoder's latents, their means and deviations; comparable "
+    "within one model",
 }
 HIGHER_IS_BETTER = ("miou", "pck")
 
@@ -33,22 +34,23 @@ class TaskJudge:
     """Compares predictions with ground truths.
 
         judge = TaskJudge("segmentation")
-        for result, truth in ...:
-            judge.update(result.data, truth)   # {"miou": 0.71}, of this one
-        judge.summary()                        # {"miou": 0.64}, of all
+        for result, truth in zip(results, truths):
+            judge.update(result.data, truth)  # {"miou": 0.71}, of this prediction
+        judge.summary()  # {"miou": 0.64}, of all predictions
 
     Args:
-        task: one of vicl_tasks.TASKS.
-        palette: for semantic and keypoints, the one that the predictions were read with.
-        reach: of pck, a share of the picture's longer side. The paper does not say which length its distance
-            is a share of.
-        lpips: for colourisation: "alex", "vgg" or "squeeze", torchmetrics' networks; None: not measured.
-        features: for colourisation: from (n, 3, height, width) uint8 to (n, features), compared as
-            "fid_latents"; "inception": torchmetrics' own, as "fid"; None: not measured.
+        task: one of visual_icl_tasks.TASKS.
+        palette: for semantic and keypoints, the palette that the predictions were read with.
+        reach: of pck: how far a correct keypoint may be off, as a share of the picture's longer side. The
+            paper does not say of which length its distance is a share.
+        lpips: for colourisation, torchmetrics' network: "alex", "vgg" or "squeeze"; None: not measured.
+        features: for colourisation, a module from (n, 3, height, width) uint8 to (n, features), whose
+            distance is "fid_latents"; "inception": torchmetrics' own, whose distance is "fid"; None: not
+            measured.
 
     Raises:
-        ValueError: an unknown task, a palette that is missing, a reach that is no share. ImportError:
-            torchmetrics is not installed, or what it needs for `lpips` and "inception".
+        ValueError: an unknown task, a missing palette, or a reach outside (0, 1].
+        ImportError: torchmetrics is not installed, or what it needs for `lpips` or "inception".
     """
 
     def __init__(
@@ -79,21 +81,25 @@ class TaskJudge:
             from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
             try:
-                self._lpips = LearnedPerceptualImagePatchSimilarity(net_type=lpips, normalize=True)  # type: ignore[arg-type]
+                network: Any = lpips
+                self._lpips = LearnedPerceptualImagePatchSimilarity(net_type=network, normalize=True)
             except ModuleNotFoundError as error:
                 raise ImportError(f"lpips: {error}") from error
         self._measured: list[dict[str, float]] = []
-        self._points: list[
-            tuple[np.ndarray, np.ndarray]
-        ] = []  # of each picture: errors, and whether within reach
+        # Of each picture: errors of its keypoints, and whether they are within reach.
+        self._points: list[tuple[np.ndarray, np.ndarray]] = []
         self._found: list[Image.Image] = []
         self._truths: list[Image.Image] = []
 
     def update(self, data: Any, truth: Image.Image) -> dict[str, float]:
-        """Add a prediction; its own measures, without those that only all predictions have.
+        """Add a prediction.
 
         Args:
-            data: as VisualICLOutput.data. truth: the ground truth's picture, of the prediction's size.
+            data: as VisualICLOutput.data.
+            truth: the ground truth's picture, of the prediction's size.
+
+        Returns:
+            The prediction's own measures; distances between sets are in summary() only.
 
         Raises:
             ValueError: another size, or a truth without keypoints.
@@ -106,10 +112,10 @@ class TaskJudge:
         return measured
 
     def summary(self) -> dict[str, float]:
-        """Of all predictions.
+        """The measures of all predictions.
 
         Raises:
-            ValueError: none yet; fewer than two, which have no Fréchet distance.
+            ValueError: there is no prediction; or fewer than two, where a Fréchet distance is asked for.
         """
         if not self._measured:
             raise ValueError("predictions: expected at least one, got none")
@@ -132,7 +138,7 @@ class TaskJudge:
     ) -> dict[str, float]:
         from torchmetrics.functional.classification import binary_jaccard_index
 
-        # Where neither shows anything, the prediction is right.
+        # Where both are empty, the prediction is right: 1.
         iou = binary_jaccard_index(_tensor(data).int(), _tensor(expected).int(), zero_division=1)
         return {"miou": float(iou)}
 
@@ -146,8 +152,8 @@ class TaskJudge:
         known = ~np.isnan(expected).any(axis=1)
         if not known.any():
             raise ValueError("truth: expected at least one keypoint, found none in the palette's colours")
-        # A point that was not found counts as in the middle: leaving it out would make finding nothing the
-        # best answer. It is not correct, even where the middle would be.
+        # A point that was not found counts as one in the middle of the picture, since leaving it out would
+        # make finding nothing the best answer. It is never correct, even if the middle is.
         missing = np.isnan(data).any(axis=1)[known]
         places = np.where(np.isnan(data), (np.array(size) - 1) / 2, data)
         errors = np.linalg.norm(places - expected, axis=1)[known] / max(size)
@@ -165,7 +171,7 @@ class TaskJudge:
     ) -> dict[str, float]:
         self._truths.append(Image.fromarray(expected))
         self._found.append(Image.fromarray(data))
-        # A Fréchet distance is between pictures of one size.
+        # A Fréchet distance needs pictures of one size.
         for pictures in (self._truths, self._found):
             pictures[-1] = im.resize_photo(pictures[-1], self._truths[0].size)
         if self._lpips is None:
@@ -175,7 +181,7 @@ class TaskJudge:
 
 
 def _filled(box: tuple[int, int, int, int] | None, size: tuple[int, int]) -> np.ndarray:
-    """(height, width) bool, True inside of the box."""
+    """True inside of the box, (height, width) bool."""
     mask = np.zeros(size[::-1], bool)
     if box is not None:
         left, top, right, bottom = box

@@ -149,7 +149,9 @@ class DDPMSchedule:
         """The latents of the next level, mu + eta sqrt(var) z.
 
         Args:
-            latents, output, step: as in mean().
+            latents: before the step, as in mean().
+            output: of the model, as in mean().
+            step: index of the step.
             noise_map: z, of the latents' shape.
         """
         return self.mean(latents, output, step) + float(self.deviations[step]) * noise_map

@@ -1,1 +1,1 @@
-"""Training data of the embedded model: photos, drawn subjects, words and canvases made of them."""
+"""Training data of the tiny model: photos, drawn subjects, prompts, and the diptychs that combine them."""

@@ -1,7 +1,7 @@
-"""What the tiny model learns from: diptychs with a hole, prompts, and the whole picture that is to be found.
+"""Training examples of the tiny model: diptychs with a hole, their prompts, and the whole pictures.
 
-A subject may appear in both panels. As for FLUX Fill, the task is inpainting: the hole is filled by what the
-rest of the canvas and the prompt call for. KINDS says how often each is the case.
+The task is inpainting, as for FLUX Fill: the content of the hole follows from the rest of the canvas and from
+the prompt. KINDS are the ways in which they determine it.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ from .photos import Photos
 from .subjects import PHOTO, Subjects, draw, subjects
 
 SIDE = 64  # pixels of a panel
+# Shares of the kinds of examples.
 KINDS = {
-    "reference": 0.68,  # the subject above; the prompt names it, or is empty
-    "contradiction": 0.1,  # the prompt names another colour, and is right
-    "blank": 0.08,  # nothing above; the prompt names the subject
-    "stranger": 0.04,  # another subject above; the prompt names the one in the hole
-    "nothing": 0.05,  # the hole shows nothing but background, and the prompt says so
+    "reference": 0.68,  # the upper panel shows the subject; the prompt names it, or is empty
+    "contradiction": 0.1,  # the prompt names another colour than the upper panel shows, and the truth has it
+    "blank": 0.08,  # the upper panel is empty; the prompt names the subject
+    "stranger": 0.04,  # the upper panel shows another subject; the prompt names the one in the hole
+    "nothing": 0.05,  # the hole shows only background, and the prompt is "nothing"
     "above": 0.05,  # the hole is in the upper panel
 }
-SHIFT = 4.0  # pixels, each way, that a subject may stand elsewhere in the lower panel
-TURN = 0.15  # radians that it may be turned, and logarithm of how much larger or smaller it may be
-EMPTY = 0.3  # share of empty prompts where the reference is enough
+SHIFT = 4.0  # largest shift of the lower subject, pixels each way
+TURN = 0.15  # largest turn of the lower subject in radians, and largest logarithm of its change of size
+EMPTY = 0.3  # share of empty prompts where the other panel shows the subject
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,13 @@ class Canvases:
     """A batch of n diptychs, SIDE wide and 2 SIDE high.
 
     Attributes:
-        pictures: (n, 3, 2 SIDE, SIDE) in [0, 1], whole.
-        masks: (n, 1, 2 SIDE, SIDE), 1 in the hole.
-        prompts: n of them.
-        kinds: (n,) indices into KINDS.
-        coverage: (n, 1, 2 SIDE, SIDE): of the subject where it is to be found, whether or not there is a
-            hole.
-        subjects: those to be found.
-        scenes: (n, 3, SIDE, SIDE): the lower panels before anything was put into them.
+        pictures: the whole pictures, (n, 3, 2 SIDE, SIDE) in [0, 1].
+        masks: 1 in the hole, (n, 1, 2 SIDE, SIDE).
+        prompts: n texts.
+        kinds: indices into KINDS, (n,).
+        coverage: of the subject in the panel with the hole, (n, 1, 2 SIDE, SIDE) in [0, 1].
+        subjects: the subjects in the panel with the hole.
+        scenes: the lower panels' backgrounds, (n, 3, SIDE, SIDE).
     """
 
     pictures: Tensor
@@ -59,9 +59,12 @@ def canvases(
     """Random diptychs on the photos' device.
 
     Args:
-        freedom: of the pose, 0 to 1, or (count,) of them: at 0 a subject stands in the same place of both
-            panels; at 1 it is shifted by up to SHIFT, and turned and resized by up to TURN.
-        kind: all of one kind of KINDS; None: as often as that says.
+        count: number of diptychs.
+        photos: for backgrounds and textures.
+        generator: of all random numbers.
+        freedom: of the pose, 0 to 1, or (count,) of them. At 0 a subject has the same place, angle and size
+            in both panels; at 1 it is shifted by up to SHIFT, and turned and resized by up to TURN.
+        kind: one of KINDS, for all diptychs; None: random, with their shares.
     """
     device = photos.levels[0][0].device
 
@@ -115,7 +118,7 @@ def canvases(
 
 
 def _places(size: Tensor, where: Tensor, moved: Tensor) -> Tensor:
-    """(n, 2): the middle of the panel, or anywhere that the subject fits, with room to be shifted."""
+    """Centres of the subjects, (n, 2): the panel's middle, or anywhere with room for a shift."""
     room = (SIDE / 2 - size - SHIFT).clamp(min=0)[:, None]
     return SIDE / 2 + torch.where(moved[:, None] < 0.5, (2 * where - 1) * room, 0.0)
 
@@ -123,7 +126,7 @@ def _places(size: Tensor, where: Tensor, moved: Tensor) -> Tensor:
 def _holes(
     coverage: Tensor, centre: Tensor, size: Tensor, form: Tensor, margin: Tensor, wide: Tensor
 ) -> Tensor:
-    """(n, 1, SIDE, SIDE) of 0 and 1: a box, a disc, or the outline itself, each larger than the subject."""
+    """Holes, each a box, a disc or an outline larger than the subject: (n, 1, SIDE, SIDE) of 0 and 1."""
     axis = torch.arange(SIDE, device=coverage.device) + 0.5
     away = (axis - centre[:, :, None]).abs()  # (n, 2, SIDE)
     reach = size[:, None] + 1 + 5 * margin

@@ -1,4 +1,4 @@
-"""scikit-image's and scikit-learn's bundled photos: those to train on, and those kept back for judging."""
+"""Photos that come with scikit-image and scikit-learn: for training, and held out for evaluation."""
 
 from __future__ import annotations
 
@@ -25,17 +25,21 @@ TRAINING = (
     "colorwheel",
 )
 HELD_OUT = ("chelsea", "coffee", "rocket")
-HEIGHTS = (72, 104, 160)  # pixels of the shorter side: how much of a photo one crop shows
+HEIGHTS = (72, 104, 160)  # pixels of the shorter side, which decide how much of a photo a crop shows
 
 
 @dataclass(frozen=True)
 class Photos:
-    """Pictures as (3, height, width) float32 in [0, 1], each at every height of HEIGHTS."""
+    """Photos at several sizes.
+
+    Attributes:
+        levels: of each photo, (3, height, width) float32 in [0, 1] at every height of HEIGHTS.
+    """
 
     levels: list[list[Tensor]]
 
     def crops(self, count: int, side: int, generator: Generator) -> Tensor:
-        """(count, 3, side, side): pieces of random photos, mirrored at random, a little brighter or darker."""
+        """Random crops of random photos, (count, 3, side, side), some mirrored, with varied brightness."""
         device = self.levels[0][0].device
         which, level, flip = (
             torch.randint(n, (count,), generator=generator) for n in (len(self.levels), len(HEIGHTS), 2)
@@ -53,7 +57,7 @@ class Photos:
 
 @lru_cache(maxsize=4)
 def photos(names: tuple[str, ...] = TRAINING, device: str = "cpu") -> Photos:
-    """Read them once.
+    """The named photos; they are read once and kept.
 
     Raises:
         ImportError: scikit-image or scikit-learn is not installed.

@@ -1,8 +1,6 @@
-"""Made subjects: an outline, one or two colours in a pattern or a piece of a photo, some spots; drawn in any
-pose.
+"""Drawn subjects: an outline, a pattern of one or two colours or a piece of a photo, and spots, in any pose.
 
-A subject's own plane is [-1, 1] x [-1, 1], its outline a radius for every angle. All of a batch is drawn at
-once.
+A subject's own plane is [-1, 1] x [-1, 1]; its outline is a radius for every angle. A batch is drawn at once.
 """
 
 from __future__ import annotations
@@ -17,24 +15,35 @@ from torch import Generator, Tensor
 from .photos import Photos
 from .words import COLOURS, NOUNS, PATTERNS, SHAPES, prompt
 
-ANGLES = 256  # at which an outline is known
-SPOTS = 4
-TEXTURE = 48  # pixels of a photo's piece
+ANGLES = 256  # entries of an outline's table
+SPOTS = 4  # at most
+TEXTURE = 48  # pixels of a photo's piece, each way
 PHOTO = PATTERNS.index("photo")
 
 
 @dataclass(frozen=True)
 class Subjects:
-    """A batch of n.
+    """A batch of n subjects.
 
     Attributes:
-        shape, pattern, colour, second, noun: (n,) int64 indices into the word lists.
-        outline: (n, ANGLES) radii. hollow: (n,) radius of a hole in the middle.
-        ink, second_ink: (n, 3) colours in [0, 1].
-        wave: (n,) periods from edge to middle; turn: (n,) radians; phase: (n, 2) radians; of the pattern.
-        texture: (n, 3, TEXTURE, TEXTURE) in [0, 1].
-        spot_at: (n, SPOTS, 2); spot_size: (n, SPOTS) radii, 0 for none; spot_ink: (n, SPOTS, 3).
-        light: (n, 2) change of brightness along x and y; rim: (n,) darkness of the edge.
+        shape: index into SHAPES, (n,) int64.
+        pattern: index into PATTERNS, (n,) int64.
+        colour: index into COLOURS, (n,) int64.
+        second: index into COLOURS, of the pattern's second colour, (n,) int64.
+        noun: index into NOUNS, for the prompt of a photo's piece, (n,) int64.
+        outline: radii, (n, ANGLES).
+        hollow: radius of a hole in the middle, (n,).
+        ink: RGB in [0, 1] of the colour, (n, 3).
+        second_ink: RGB in [0, 1] of the second colour, (n, 3).
+        wave: the pattern's periods from edge to middle, (n,).
+        turn: the pattern's angle in radians, (n,).
+        phase: the pattern's phases in radians, (n, 2).
+        texture: the photo's piece, (n, 3, TEXTURE, TEXTURE) in [0, 1].
+        spot_at: centres of the spots, (n, SPOTS, 2).
+        spot_size: radii of the spots, 0 for none, (n, SPOTS).
+        spot_ink: RGB of the spots, (n, SPOTS, 3).
+        light: change of brightness along x and y, (n, 2).
+        rim: darkness of the edge, (n,).
     """
 
     shape: Tensor
@@ -60,6 +69,7 @@ class Subjects:
         return len(self.shape)
 
     def prompts(self) -> list[str]:
+        """A prompt for each subject."""
         indices = zip(
             *(t.tolist() for t in (self.shape, self.pattern, self.colour, self.second, self.noun)),
             strict=True,
@@ -67,7 +77,7 @@ class Subjects:
         return [prompt(*index) for index in indices]
 
     def where(self, chosen: Tensor, other: Subjects) -> Subjects:
-        """Those of `other` where chosen (n,) bool."""
+        """The same batch, with the subjects of `other` where `chosen` (n,) bool is True."""
         picked = {}
         for field in fields(self):
             mine, theirs = getattr(self, field.name), getattr(other, field.name)
@@ -75,7 +85,7 @@ class Subjects:
         return Subjects(**picked)
 
     def recoloured(self, generator: Generator) -> Subjects:
-        """The same in another colour, which the prompt names; not for a photo's piece."""
+        """The same subjects in other colours; a photo's piece has no colour to change."""
         step = torch.randint(1, len(COLOURS), (len(self),), generator=generator).to(self.colour.device)
         colour = (self.colour + step) % len(COLOURS)
         colour = torch.where(colour == self.second, (colour + 1) % len(COLOURS), colour)
@@ -83,7 +93,7 @@ class Subjects:
 
 
 def subjects(count: int, photos: Photos, generator: Generator) -> Subjects:
-    """Random ones, on the photos' device; a third show a piece of a photo, half have spots."""
+    """Random subjects on the photos' device; a third show a piece of a photo, half have spots."""
     device = photos.levels[0][0].device
 
     def uniform(*shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
@@ -120,12 +130,17 @@ def subjects(count: int, photos: Photos, generator: Generator) -> Subjects:
 
 
 def draw(subjects: Subjects, centre: Tensor, size: Tensor, turn: Tensor, side: int) -> tuple[Tensor, Tensor]:
-    """Colours (n, 3, side, side) and coverage (n, 1, side, side), both in [0, 1].
+    """Draw subjects.
 
     Args:
-        centre: (n, 2) pixels, x and y. size: (n,) pixels from the middle to the farthest edge. turn: (n,)
-            radians.
-        side: of the square picture, pixels.
+        subjects: n of them.
+        centre: x and y in pixels, (n, 2).
+        size: pixels from the middle to the farthest edge, (n,).
+        turn: angle in radians, (n,).
+        side: of the square pictures, pixels.
+
+    Returns:
+        Colours (n, 3, side, side) and coverage (n, 1, side, side), both in [0, 1].
     """
     device = centre.device
     axis = torch.arange(side, device=device) + 0.5
@@ -160,7 +175,7 @@ def draw(subjects: Subjects, centre: Tensor, size: Tensor, turn: Tensor, side: i
 
 
 def _pattern(subjects: Subjects, u: Tensor, v: Tensor, pixel: Tensor) -> Tensor:
-    """(n, side, side): how much of the second colour."""
+    """Share of the second colour, (n, side, side)."""
     cos, sin = subjects.turn.cos()[:, None, None], subjects.turn.sin()[:, None, None]
     pace = math.pi * subjects.wave[:, None, None]
     a = pace * (u * cos + v * sin) + subjects.phase[:, 0, None, None]
@@ -179,7 +194,7 @@ def _pattern(subjects: Subjects, u: Tensor, v: Tensor, pixel: Tensor) -> Tensor:
 
 
 def _around(table: Tensor, angle: Tensor) -> Tensor:
-    """The table (n, ANGLES) read at angles (n, side, side), linearly between its entries."""
+    """A table (n, ANGLES) at angles (n, side, side), by linear interpolation."""
     place = (angle / (2 * math.pi)) % 1 * ANGLES
     low = place.floor().long() % ANGLES
     flat = low.flatten(1)
@@ -193,7 +208,7 @@ def _inks(colour: Tensor, generator: Generator) -> Tensor:
 
 
 def _outlines(shape: Tensor, amount: Tensor, phase: Tensor) -> Tensor:
-    """(n, ANGLES), the largest radius 1; amount (n, 4) in [0, 1] and phase (n, 4) vary the blob."""
+    """Outlines of largest radius 1, (n, ANGLES); amount (n, 4) in [0, 1] and phase (n, 4) vary the blob."""
     t = torch.arange(ANGLES, device=shape.device) * (2 * math.pi / ANGLES)  # 0 to the right, then down
 
     def polygon(corners: int, first: float) -> Tensor:
@@ -204,9 +219,7 @@ def _outlines(shape: Tensor, amount: Tensor, phase: Tensor) -> Tensor:
     part = math.pi / 5  # from a star's point to the next notch
     past = part - ((t - up) % (2 * part) - part).abs()
     circle = torch.ones_like(t)
-    bite = (
-        0.6**2 - (0.75 * y).square()
-    )  # a circle of radius 0.6 at (0.75, 0), of which a ray meets the near side
+    bite = 0.6**2 - (0.75 * y).square()  # of a circle of radius 0.6 at (0.75, 0), whose near side a ray meets
     tables = {
         "circle": circle,
         "square": polygon(4, math.pi / 4),

@@ -1,4 +1,4 @@
-"""The words of the tiny model's world, and the prompts made of them."""
+"""The tiny model's vocabulary, and the prompts of its training data."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SHAPES = (
     "blob",
 )
 PATTERNS = ("plain", "striped", "dotted", "checked", "photo")
-# Names of what a photo's piece is said to show: they tell the model nothing, as "a cat" does not.
+# Names for a photo's piece. They are chosen at random, so the model cannot learn what they look like.
 NOUNS = (
     "cat",
     "dog",
@@ -105,8 +105,14 @@ SPECIAL = ("<pad>", "</s>", "<s>", "<unk>")
 
 
 def prompt(shape: int, pattern: int, colour: int, second: int, noun: int) -> str:
-    """Of a subject: "a red star with blue stripes", "a plain green ring"; of a photo's piece, "a photo of a
-    cat".
+    """The prompt of a subject: "a red star with blue stripes", "a plain green ring" or "a photo of a cat".
+
+    Args:
+        shape: index into SHAPES.
+        pattern: index into PATTERNS.
+        colour: index into COLOURS.
+        second: index into COLOURS, of the pattern's second colour.
+        noun: index into NOUNS.
     """
     names = tuple(COLOURS)
     if PATTERNS[pattern] == "photo":
@@ -118,13 +124,14 @@ def prompt(shape: int, pattern: int, colour: int, second: int, noun: int) -> str
 
 
 def vocabulary() -> dict[str, int]:
-    """Words, and letters where a word is unknown."""
+    """Token ids by word, with single letters for spelling unknown words."""
     letters = string.ascii_lowercase + string.digits + string.punctuation
     words = (*SPECIAL, *OTHER, *SHAPES, *PATTERNS, *NOUNS, *COLOURS, *letters, *(f"##{c}" for c in letters))
     return {token: i for i, token in enumerate(dict.fromkeys(words))}
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
+    """A word-piece tokenizer of the vocabulary, for texts of up to TEXT_TOKENS tokens."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 

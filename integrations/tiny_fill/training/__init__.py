@@ -1,1 +1,1 @@
-"""Training of the embedded model."""
+"""Training of the tiny model."""

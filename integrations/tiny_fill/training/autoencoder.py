@@ -1,8 +1,8 @@
-"""The tiny model's AutoencoderKL: an encoder set by hand to principal components, and a decoder that learns.
+"""The tiny model's AutoencoderKL: an encoder set to principal components, and a trained decoder.
 
-A latent holds the CHANNELS strongest principal components of a 4x4 cell of pixels, the weaker ones raised
-towards the stronger (BOOST). A linear encoder needs no training, and is one convolution while the transformer
-learns; AutoencoderKL's convolutions can do the same exactly once its residual branches are silent.
+A latent holds the CHANNELS strongest principal components of a 4x4 cell of pixels, with the weaker ones
+amplified (BOOST). A linear encoder needs no training, and it is a single convolution while the transformer
+trains. AutoencoderKL's convolutions compute the same once the residual branches are set to 0.
 """
 
 from __future__ import annotations
@@ -21,17 +21,16 @@ if TYPE_CHECKING:
 
 CHANNELS = 8
 CELL = 4  # pixels of a latent, each way
-BOOST = 0.5  # power of a component's deviation that is divided out
+BOOST = 0.5  # a component is divided by this power of its standard deviation
 GROUPS = 8  # of channels, in every norm
 PEG = 512.0  # far above any activation, see _set_last
 
 
 def principal_components(photos: Photos, generator: Generator, count: int = 1024) -> tuple[Tensor, Tensor]:
-    """(CHANNELS, 3, CELL, CELL) and (CHANNELS,): latents are F.conv2d(pixels in [-1, 1], weight, bias,
-    stride=CELL).
+    """Weight (CHANNELS, 3, CELL, CELL) and bias (CHANNELS,) of the encoder.
 
-    Over all cells of `count` canvases, half of them with the hole cut out, their mean is 0 and their mean
-    square 1.
+    Latents are F.conv2d(pixels in [-1, 1], weight, bias, stride=CELL). Over all cells of `count` canvases,
+    half of them with the hole cut out, the latents' mean is 0 and their mean square 1.
     """
     total, products, seen = (
         torch.zeros(3 * CELL**2).double(),
@@ -54,7 +53,7 @@ def principal_components(photos: Photos, generator: Generator, count: int = 1024
 
 
 def autoencoder(weight: Tensor, bias: Tensor) -> AutoencoderKL:
-    """With an encoder for these components, and a fresh decoder."""
+    """An AutoencoderKL with the encoder of these components and an untrained decoder."""
     from diffusers import AutoencoderKL
 
     blocks: dict[str, Any] = {  # annotated as tuples of one in diffusers
@@ -108,10 +107,11 @@ def _set_encoder(encoder: Any, weight: Tensor, bias: Tensor) -> None:
 
 
 def _set_last(encoder: Any, before: nn.Conv2d) -> None:
-    """The latents, led around the last norm and SiLU, between the 1x1 convolution `before` and conv_out.
+    """Make the last norm and SiLU the identity on latents, through the convolutions `before` and conv_out.
 
-    A group of the norm's channels holds three latents and their negatives, which makes its mean 0, and two
-    pegs that alone make its variance, which the norm's weight undoes; and silu(x) - silu(-x) = x.
+    A group of the norm's channels holds latents and their negatives, so its mean is 0, and two constants, PEG
+    and -PEG, so large that they alone decide its variance; the norm's weight undoes the division. conv_out
+    subtracts: silu(x) - silu(-x) = x.
     """
     size = encoder.conv_norm_out.num_channels // GROUPS
     each = (size - 2) // 2

@@ -1,6 +1,4 @@
-"""The tiny FLUX.1-Fill: every component with the class, the configuration keys and the wiring of the real
-one.
-"""
+"""The tiny FLUX.1-Fill: the classes and configuration keys of the real model, with small numbers."""
 
 from __future__ import annotations
 
@@ -23,10 +21,10 @@ PACKED = 4 * CHANNELS  # of a token: 2x2 latents
 
 
 def transformer() -> FluxTransformer2DModel:
-    """7.1 million parameters: 3 double and 5 single blocks, 6 heads of 32.
+    """A new transformer of 7.1 million parameters: 3 double and 5 single blocks, 6 heads of 32.
 
-    Every block starts as the identity (adaLN-Zero, arXiv 2212.09748), with sharp attention, which copying
-    wants.
+    Every block starts as the identity (adaLN-Zero, arXiv 2212.09748). The norms of q and k start with larger
+    gains, as copying needs sharp attention.
     """
     from diffusers import FluxTransformer2DModel
 
@@ -53,7 +51,7 @@ def transformer() -> FluxTransformer2DModel:
 
 
 def sharpness(transformer: nn.Module) -> list[nn.Parameter]:
-    """The gains of the q and k norms."""
+    """The gains of the q and k norms, which scale the logits."""
     gains = (".norm_q.", ".norm_k.", ".norm_added_")
     return [
         parameter for name, parameter in transformer.named_parameters() if any(gain in name for gain in gains)
@@ -61,7 +59,7 @@ def sharpness(transformer: nn.Module) -> list[nn.Parameter]:
 
 
 def clip(seed: int) -> CLIPTextModel:
-    """Random, and its pooled output is 0: what a prompt says reaches the model through attention alone."""
+    """A random CLIP encoder whose pooled output is 0, so that a prompt acts through attention alone."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     ids = vocabulary()
@@ -87,7 +85,7 @@ def clip(seed: int) -> CLIPTextModel:
 
 
 def t5(seed: int) -> T5EncoderModel:
-    """Random: a vector for each word, a little of its neighbours mixed in."""
+    """A random one-layer T5 encoder: a vector for each word, with a little of its neighbours mixed in."""
     from transformers import T5Config, T5EncoderModel
 
     ids = vocabulary()
@@ -112,10 +110,12 @@ def t5(seed: int) -> T5EncoderModel:
 def save(
     folder: str | os.PathLike[str], transformer: FluxTransformer2DModel, vae: AutoencoderKL, seed: int
 ) -> Path:
-    """Write the checkpoint for FluxFillPipeline.from_pretrained: safetensors, bfloat16.
+    """Write a checkpoint for FluxFillPipeline.from_pretrained: safetensors, bfloat16.
 
     Args:
-        folder: made if it is not there.
+        folder: created if it does not exist.
+        transformer: converted to bfloat16 in place.
+        vae: converted to bfloat16 in place.
         seed: of the random text encoders.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxFillPipeline
@@ -135,8 +135,11 @@ def save(
 
 
 class Prompts:
-    """What the transformer is told of prompts, as FluxFillPipeline tells it. The encoders are small: nothing
-    is kept.
+    """Embeds prompts as FluxFillPipeline does.
+
+    Args:
+        seed: of the random text encoders.
+        device: of the embeddings.
     """
 
     def __init__(self, seed: int, device: str | torch.device = "cpu") -> None:
@@ -145,7 +148,7 @@ class Prompts:
 
     @torch.no_grad()
     def __call__(self, prompts: list[str]) -> Tensor:
-        """(n, TEXT_TOKENS, TEXT_WIDTH)"""
+        """Embeddings, (n, TEXT_TOKENS, TEXT_WIDTH)."""
         ids = self.words(
             prompts, padding="max_length", max_length=TEXT_TOKENS, truncation=True, return_tensors="pt"
         )
@@ -153,21 +156,21 @@ class Prompts:
 
 
 def pack(latents: Tensor) -> Tensor:
-    """(n, channels, height, width) to tokens (n, height / 2 * width / 2, 4 channels), as FluxPipeline does."""
+    """Latents (n, channels, height, width) as FluxPipeline's tokens (n, height * width / 4, 4 channels)."""
     n, channels, height, width = latents.shape
     cells = latents.view(n, channels, height // 2, 2, width // 2, 2)
     return cells.permute(0, 2, 4, 1, 3, 5).reshape(n, height // 2 * (width // 2), 4 * channels)
 
 
 def pack_mask(masks: Tensor) -> Tensor:
-    """(n, 1, pixels, pixels) to tokens (n, tokens, 4 CELL^2), as FluxFillPipeline does."""
+    """Masks (n, 1, pixels, pixels) as tokens (n, tokens, 4 CELL^2), as in FluxFillPipeline."""
     n, _, height, width = masks.shape
     cells = masks.view(n, height // CELL, CELL, width // CELL, CELL).permute(0, 2, 4, 1, 3)
     return pack(cells.reshape(n, CELL * CELL, height // CELL, width // CELL))
 
 
 def token_places(height: int, width: int) -> Tensor:
-    """(tokens, 3): 0, row, column."""
+    """Ids of image tokens, (tokens, 3): 0, row, column."""
     places = torch.zeros(height, width, 3)
     places[..., 1] = torch.arange(height)[:, None]
     places[..., 2] = torch.arange(width)

@@ -1,4 +1,4 @@
-"""Filling holes with a model in training, and how well it does."""
+"""Sampling from a model in training, and measuring the result."""
 
 from __future__ import annotations
 
@@ -14,13 +14,18 @@ STEPS = 12
 
 
 def fill(training: Training, some: Canvases, generator: Generator) -> dict[str, float]:
-    """`psnr` (dB) in the hole and `pattern`, see judge.py, of what the components of the latents can show."""
+    """Fill the holes of canvases, and measure the pictures nearest to the latents.
+
+    Returns:
+        "psnr" in the hole, dB, and "pattern", the correlation over the subject's pixels; means over the
+        canvases.
+    """
     n = len(some.prompts)
     conditions = training.conditions(some)
     latents = model.pack(training.encode(some.pictures))
     latents = torch.randn(latents.shape, generator=generator).to(latents)
     guidance = torch.full((n,), 30.0, device=latents.device)
-    shift = 1.6  # what the scheduler makes of this number of tokens
+    shift = 1.6  # the scheduler's for this number of tokens
     levels = torch.linspace(1, 0, STEPS + 1)
     levels = shift * levels / (1 + (shift - 1) * levels)
     for level, following in zip(levels[:-1].tolist(), levels[1:].tolist(), strict=True):
@@ -35,8 +40,10 @@ def fill(training: Training, some: Canvases, generator: Generator) -> dict[str, 
 
 @torch.no_grad()
 def judge(training: Training, count: int = 32) -> dict[str, float]:
-    """PSNR in the hole and correlation of the pattern, on subjects of photos and seeds that are not learned
-    from.
+    """Measures of the averaged weights on held-out photos and new subjects, for poses of freedom 0 and 1.
+
+    Returns:
+        "psnr 0", "pattern 0", "psnr 1" and "pattern 1", see fill().
     """
     trained = copies(training.transformer)
     training.transformer.load_state_dict(training.averages["transformer"])
@@ -50,7 +57,7 @@ def judge(training: Training, count: int = 32) -> dict[str, float]:
 
 
 def _pixels(training: Training, tokens: Tensor, shape: torch.Size) -> Tensor:
-    """The nearest picture, in [0, 1], to the packed latents."""
+    """The picture in [0, 1] whose latents are nearest to packed latents, by the encoder's pseudoinverse."""
     n, _, height, width = shape
     cells = tokens.view(n, height // 8, width // 8, -1, 2, 2).permute(0, 3, 1, 4, 2, 5)
     cells = cells.reshape(n, -1, height // 4 * (width // 4)) - training.bias[:, None]
@@ -59,13 +66,13 @@ def _pixels(training: Training, tokens: Tensor, shape: torch.Size) -> Tensor:
 
 
 def psnr(found: Tensor, truth: Tensor, where: Tensor) -> Tensor:
-    """(n,) dB, over the pixels where `where` (n, 1, height, width) is 1; pictures are in [0, 1]."""
+    """PSNR of pictures in [0, 1] over the pixels where `where` (n, 1, height, width) is 1: (n,) dB."""
     error = ((found - truth).square() * where).sum((1, 2, 3)) / (3 * where.sum((1, 2, 3))).clamp(min=1)
     return -10 * error.clamp(min=1e-10).log10()
 
 
 def pattern(found: Tensor, some: Canvases) -> Tensor:
-    """(n,) in [-1, 1]: Pearson's correlation over the subject's pixels, each channel's mean taken away."""
+    """Correlation with the truth over the subject's pixels, less each channel's mean: (n,) in [-1, 1]."""
     weight = (some.coverage > 0.5).float()
     count = weight.sum((2, 3), keepdim=True).clamp(min=1)
 

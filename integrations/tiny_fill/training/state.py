@@ -1,4 +1,4 @@
-"""The state of a training run of the tiny FLUX.1-Fill: models, optimisers, averages, losses."""
+"""A training run of the tiny FLUX.1-Fill: models, optimisers, averaged weights and losses."""
 
 from __future__ import annotations
 
@@ -16,21 +16,27 @@ from ..data.canvases import SIDE, Canvases, canvases
 from ..data.photos import HELD_OUT, Photos, photos
 from . import autoencoder, model
 
-LEVELS = (0.2, 1.1)  # mean and deviation of the noise's logit
+LEVELS = (0.2, 1.1)  # mean and standard deviation of the noise level's logit
 
 
 @dataclass
 class Recipe:
-    """What a run is made of. A state that was made with another recipe goes on with the new one.
+    """The settings of a run. A saved state continues with the recipe that is given then.
 
     Attributes:
-        steps, decoder_steps: of the transformer and of the decoder.
-        batch: diptychs of a step. rate: of AdamW; that of the q and k norms is `sharp` times as high.
-        warmup: steps in which the rate rises. decay: share of the steps, at the end, in which it falls to 0.
-        widen: share of the steps in which the poses become free. aligned: share of the diptychs whose pose
-            never is.
-        average: decay of the average of the weights that is kept. outside: weight of the loss outside of the
-            hole.
+        seed: of weights and data.
+        steps: of the transformer.
+        decoder_steps: of the decoder.
+        batch: diptychs per step.
+        rate: AdamW's learning rate for the transformer.
+        decoder_rate: AdamW's learning rate for the decoder.
+        sharp: factor of the learning rate of the q and k norms.
+        warmup: steps in which the rate rises from 0.
+        decay: share of the steps, at the end, in which the rate falls to 0.
+        widen: share of the steps, from the start, in which the freedom of the poses rises from 0 to 1.
+        aligned: share of the diptychs whose pose is never free.
+        average: decay of the moving average of the weights.
+        outside: weight of the loss outside of the hole, where inside is 1.
     """
 
     seed: int = 0
@@ -49,7 +55,12 @@ class Recipe:
 
 
 class Training:
-    """The models, their optimisers and averages, and where they stand."""
+    """The models, their optimisers and averaged weights, and the number of steps done.
+
+    Args:
+        recipe: of the run.
+        device: of models and data.
+    """
 
     def __init__(self, recipe: Recipe, device: str) -> None:
         self.recipe, self.device = recipe, device
@@ -93,11 +104,11 @@ class Training:
         return {"transformer": self.transformer, "decoder": self.decoder}
 
     def encode(self, pictures: Tensor) -> Tensor:
-        """Latents of pictures in [0, 1], or [-1, 1] with 0 where they are cut out."""
+        """Latents (n, channels, height / CELL, width / CELL) of pictures (n, 3, height, width) in [-1, 1]."""
         return F.conv2d(pictures, self.weight, self.bias, stride=autoencoder.CELL)
 
     def conditions(self, some: Canvases) -> dict[str, Tensor]:
-        """What the transformer knows beside the noisy latents."""
+        """The transformer's inputs beside the noisy latents: masked picture, mask, and embedded prompts."""
         pixels = (2 * some.pictures - 1) * (1 - some.masks)
         return {
             "known": torch.cat([model.pack(self.encode(pixels)), model.pack_mask(some.masks)], -1),
@@ -119,7 +130,7 @@ class Training:
         )[0]
 
     def transformer_loss(self, generator: Generator) -> Tensor:
-        """Flow matching, most of it in the hole."""
+        """Flow-matching loss (arXiv 2210.02747), weighted by `recipe.outside` outside of the hole."""
         recipe, n = self.recipe, self.recipe.batch
         freedom = min(1.0, self.done["transformer"] / (recipe.widen * recipe.steps))
         freedom = torch.where(torch.rand(n, generator=generator) < recipe.aligned, 0.0, freedom)
@@ -127,9 +138,8 @@ class Training:
         clean = model.pack(self.encode(2 * some.pictures - 1))
         noise = torch.randn(clean.shape, generator=generator).to(clean)
         level = (LEVELS[0] + LEVELS[1] * torch.randn(n, generator=generator)).sigmoid().to(clean)
-        guidance = (1 + 59 * torch.rand(n, generator=generator)).to(
-            clean
-        )  # which means nothing to this model
+        # Random, so that the model learns to ignore it.
+        guidance = (1 + 59 * torch.rand(n, generator=generator)).to(clean)
         noisy = torch.lerp(clean, noise, level[:, None, None])
         error = self.velocity(noisy, level, self.conditions(some), guidance) - (noise - clean)
         hole = model.pack_mask(some.masks).mean(-1)
@@ -137,7 +147,7 @@ class Training:
         return (error.square().mean(-1) * weight).sum() / weight.sum()
 
     def decoder_loss(self, generator: Generator) -> Tensor:
-        """Panels from their latents, a little noise in them."""
+        """Absolute plus squared error of panels decoded from slightly noisy latents."""
         some = canvases(self.recipe.batch, self.seen["training"], generator)
         upper = (torch.rand(self.recipe.batch, generator=generator) < 0.3).to(self.device)[
             :, None, None, None
@@ -149,6 +159,7 @@ class Training:
         return error.abs().mean() + error.square().mean()
 
     def step(self, part: str) -> float:
+        """One optimiser step of "transformer" or "decoder"; returns the loss."""
         done, steps = (
             self.done[part],
             {"transformer": self.recipe.steps, "decoder": self.recipe.decoder_steps}[part],
@@ -159,7 +170,7 @@ class Training:
         optimiser = self.optimisers[part]
         for group in optimiser.param_groups:
             group["lr"] = rate * group.get("scale", 1.0)
-        # Of the seed and the step alone, so that a run that was cut off sees what it would have seen.
+        # From the seed and the step alone: a resumed run draws the same data as an uninterrupted one.
         generator = Generator().manual_seed((self.recipe.seed << 32) + 2 * done + (part == "decoder") + 1)
         losses: dict[str, Callable[[Generator], Tensor]] = {
             "transformer": self.transformer_loss,
@@ -179,7 +190,7 @@ class Training:
         return float(loss.detach())
 
     def save(self, path: Path) -> None:
-        """Whole or not at all."""
+        """Write the state to a file, which is replaced only once the new one is complete."""
         state = {
             "recipe": asdict(self.recipe),
             "done": self.done,
@@ -199,7 +210,7 @@ class Training:
             self.optimisers[name].load_state_dict(state["optimisers"][name])
 
     def write_checkpoint(self, folder: Path) -> None:
-        """Of the averages."""
+        """Write the averaged weights as a checkpoint of FluxFillPipeline."""
         averaged = model.transformer()
         averaged.load_state_dict(self.averages["transformer"])
         vae = autoencoder.autoencoder(self.weight, self.bias)

@@ -1,8 +1,9 @@
 """Train the tiny FLUX.1-Fill: python -m flashbrush.integrations.tiny_fill.training.train FOLDER
 
-One command, seeded, that goes on from its last state. FOLDER/state.pt is all of it, FOLDER/log.csv what was
-measured on the way, FOLDER/checkpoint the model for FluxFillPipeline.from_pretrained. The transformer learns
-first, then the decoder; on a GPU the data is made there too.
+Run again, the command continues from its last state. It writes FOLDER/state.pt, the whole state;
+FOLDER/log.csv, measures during training; and FOLDER/checkpoint, the model for
+FluxFillPipeline.from_pretrained. The transformer is trained first, then the decoder. On a GPU the data is
+made there as well.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""Wrong input on the command line costs one clear line and exit code 2, and nothing is written."""
+"""Wrong input on the command line: one line on standard error, exit code 2, and nothing is written."""
 
 from __future__ import annotations
 
-import re
 import shutil
 import subprocess
 import sys
@@ -17,11 +16,11 @@ from flashbrush.integrations import InContextBrushPipeline
 from flashbrush.integrations.cli import main as cli
 from flashbrush.integrations.cli.shared import output
 
-from ..command import flashbrush, options
+from ..command import insert_arguments, refused
 
 
-class Bad:
-    """Files that must not be taken."""
+class BadFiles:
+    """Makes files that must be refused."""
 
     def __init__(self, folder: Path, photos: dict[str, Path], checkpoint: Path) -> None:
         self.folder, self.photos, self.checkpoint = folder, photos, checkpoint
@@ -78,7 +77,7 @@ class Bad:
         return model
 
     def model_without_mask_channels(self) -> Path:
-        """As FLUX.1-dev has them: latents in, latents out."""
+        """As FLUX.1-dev: latents in, latents out."""
         from diffusers import FluxTransformer2DModel
 
         config = dict(FluxTransformer2DModel.load_config(self.checkpoint / "transformer"))
@@ -195,12 +194,12 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input(case: str, capsys, photos, checkpoint, tmp_path, monkeypatch) -> None:
+def test_insert(case: str, capsys, photos, checkpoint, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     change, match = BAD[case]
     folder = tmp_path / "work"
     folder.mkdir()
-    given = options(photos, checkpoint, folder, **change(Bad(folder, photos, checkpoint)))
+    given = insert_arguments(photos, checkpoint, folder, **change(BadFiles(folder, photos, checkpoint)))
     refused(capsys, tmp_path, given, match)
 
 
@@ -223,27 +222,12 @@ def test_bad_input(case: str, capsys, photos, checkpoint, tmp_path, monkeypatch)
         (["bench", "--shapes", "round"], "--shapes: unknown round"),
     ],
 )
-def test_bad_commands(arguments: list[str], match: str, capsys, tmp_path) -> None:
+def test_other_commands(arguments: list[str], match: str, capsys, tmp_path) -> None:
     (tmp_path / "file").write_text("mine")
     refused(capsys, tmp_path, [a.format(folder=tmp_path) for a in arguments], match)
 
 
-def refused(capsys, folder: Path, arguments: list, match: str) -> None:
-    """One line on standard error, exit code 2, and no file that was not there before or is another now."""
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    code, out, err = flashbrush(capsys, *arguments)
-    assert code == 2, (code, out, err)
-    lines = [
-        line
-        for line in re.split(r"[\r\n]+", err)
-        if line.strip() and "Loading pipeline components" not in line
-    ]
-    assert len(lines) == 1 and len(lines[0]) < 520, err
-    assert re.search(f"^flashbrush: .*{match}", lines[0]), lines[0]
-    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
-
-
-def test_the_exit_code_of_the_process(photos, tmp_path) -> None:
+def test_exit_code_and_message_of_the_process(photos, tmp_path) -> None:
     command = [
         sys.executable,
         "-m",
@@ -262,34 +246,34 @@ def test_the_exit_code_of_the_process(photos, tmp_path) -> None:
     assert done.stderr == f"flashbrush: image: no such file: {tmp_path / 'none.png'}\n"
 
 
-def test_a_full_device_is_said_in_words(capsys, photos, checkpoint, tmp_path, monkeypatch) -> None:
+def test_out_of_memory_has_advice(capsys, photos, checkpoint, tmp_path, monkeypatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
     monkeypatch.setattr(InContextBrushPipeline, "__call__", fail)
     folder = tmp_path / "work"
     folder.mkdir()
-    refused(capsys, tmp_path, options(photos, checkpoint, folder), "memory is full: try --offload")
+    refused(capsys, tmp_path, insert_arguments(photos, checkpoint, folder), "memory is full: try --offload")
 
 
 @pytest.mark.parametrize("command", ("insert", "inspect", "eval insert", "sweep"))
-def test_a_figure_needs_matplotlib_before_the_work(
+def test_a_missing_matplotlib_is_found_before_the_work(
     command: str, capsys, photos, checkpoint, tmp_path, monkeypatch
 ) -> None:
     monkeypatch.setattr(output, "find_spec", lambda name: None)
     given = command.split()
     if command in ("insert", "inspect"):
-        given += options(photos, checkpoint, tmp_path)[1:]
+        given += insert_arguments(photos, checkpoint, tmp_path)[1:]
     given += {"insert": ["--report", tmp_path / "report.png"], "inspect": []}.get(
         command, ["-o", tmp_path / "tables"]
     )
     refused(capsys, tmp_path, given, "needs matplotlib")
 
 
-def test_an_error_of_ours_is_not_hidden(photos, checkpoint, tmp_path, monkeypatch) -> None:
+def test_an_unexpected_error_is_raised(photos, checkpoint, tmp_path, monkeypatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("a bug")
 
     monkeypatch.setattr(InContextBrushPipeline, "__call__", fail)
     with pytest.raises(AssertionError, match="a bug"):
-        cli.main([str(a) for a in options(photos, checkpoint, tmp_path)])
+        cli.main([str(a) for a in insert_arguments(photos, checkpoint, tmp_path)])

@@ -1,4 +1,4 @@
-"""flashbrush inspect, on the tiny model that comes with the package."""
+"""flashbrush inspect on the tiny model: attention maps, mass and gains."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def inspect(photos: dict[str, Path], folder: Path, *more: object) -> list[object
     ]
 
 
-def test_words_regions_mass_and_gains(
+def test_maps_of_words_and_regions_mass_and_gains(
     photos: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "seen"
@@ -49,7 +49,7 @@ def test_words_regions_mass_and_gains(
     layers, heads = 8, 6
     assert maps.shape == (2, layers, heads, 5, 16, 8) and mass.shape == (2, layers, heads, 3, 3)
     assert gains.shape == (2, layers, heads) and 1 <= gains.min() < gains.max() <= 1.2 + 1e-5
-    # What the target gives to the subject, from the maps and from the operator's own sums.
+    # The target's attention to the subject, summed from the maps and by the operator.
     subject = maps[:, :, :, 3, 8:].sum((-1, -2))
     np.testing.assert_allclose(subject, mass[..., 2, 1], rtol=1e-4)
     np.testing.assert_allclose(mass.sum(-1), np.broadcast_to([16, 64, 64], mass.shape[:-1]), rtol=1e-4)
@@ -62,7 +62,7 @@ def test_words_regions_mass_and_gains(
         )
 
 
-def test_what_is_seen_changes_nothing(pipe, photos: dict[str, Path]) -> None:
+def test_recording_maps_does_not_change_the_result(pipe, photos: dict[str, Path]) -> None:
     asked = {name: str(path) for name, path in photos.items()} | {
         "seed": 3,
         "steps": 2,
@@ -78,7 +78,7 @@ def test_what_is_seen_changes_nothing(pipe, photos: dict[str, Path]) -> None:
     assert hole.segments[-1] == "hole" and hole.mass.shape[-2:] == (4, 4)
 
 
-def test_segments_are_those_of_the_tables() -> None:
+def test_segments_equal_the_control_s() -> None:
     from flashbrush.integrations.diffusers import Layer, Step
 
     hole = torch.zeros(8, dtype=torch.bool)
@@ -94,7 +94,7 @@ def test_segments_are_those_of_the_tables() -> None:
 
 
 def test_tokens_of_a_region(pipe, tmp_path: Path) -> None:
-    """Panels of 64 pixels have 8 x 8 tokens; the photo's comes second."""
+    """Panels of 64 pixels have 8 x 8 tokens; the photo's panel is the second."""
     size = (64, 64)
     picture, mask, region = Image.new("RGB", size), Image.new("L", size, 0), Image.new("L", size, 0)
     mask.paste(255, (16, 16, 48, 48))

@@ -1,10 +1,7 @@
-"""flashbrush vicl and eval vicl on real photos, with a tiny checkpoint: what they write and say, and what
-they refuse.
-"""
+"""flashbrush vicl on real photos with a tiny checkpoint: its files, its output, and wrong input."""
 
 from __future__ import annotations
 
-import csv
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -15,29 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-pytest.importorskip("skimage")
-from skimage import data as photos_of
-
 from flashbrush.integrations.cli import vicl as cli_vicl
-from flashbrush.integrations.evaluation.visual_icl.items import Pair, write_pairs
 from flashbrush.integrations.pipelines import VisualICLOutput
 from flashbrush.integrations.pipelines.inversion.cache import InversionCache
 from flashbrush.integrations.pipelines.shared.visual_icl_tasks import TASKS
 
-from ..command import flashbrush
-from .test_bad_input import refused
-
-SIZE = (64, 48)
-QUICK = ["--steps", "3", "--skip", "1", "--dtype", "float32"]
-
-
-def photo(name: str, size: tuple[int, int] = SIZE) -> Image.Image:
-    return Image.fromarray(getattr(photos_of, name)()).convert("RGB").resize(size)
-
-
-def mask(name: str) -> Image.Image:
-    """Of what is light."""
-    return photo(name).convert("L").point([0] * 128 + [255] * 128).convert("RGB")
+from ..command import flashbrush, refused
+from .vicl_files import QUICK, SIZE, folder_of_another_model, mask, photo
 
 
 @pytest.fixture
@@ -55,7 +36,7 @@ def files(tmp_path: Path) -> dict[str, Path]:
 
 
 def call(files: dict[str, Path], checkpoint: Path, folder: Path, **changes: object) -> list[object]:
-    """Of a good call, with changes; None leaves an option out."""
+    """A valid call with changes; None leaves an option out."""
     given = {
         "prompt": f"{files['cat']}:{files['mask']}",
         "query": files["coffee"],
@@ -72,7 +53,7 @@ def call(files: dict[str, Path], checkpoint: Path, folder: Path, **changes: obje
     ]
 
 
-def test_vicl_again_and_from_the_cache(capsys, files, sd_checkpoint, tmp_path) -> None:
+def test_runs_are_equal_with_and_without_the_cache(capsys, files, sd_checkpoint, tmp_path) -> None:
     given = call(files, sd_checkpoint, tmp_path, painted=tmp_path / "painted.png")
     code, out, err = flashbrush(capsys, *given)
     assert code == 0, err
@@ -92,7 +73,7 @@ def test_vicl_again_and_from_the_cache(capsys, files, sd_checkpoint, tmp_path) -
     assert [(tmp_path / name).read_bytes() for name in ("out.png", "painted.png")] == first
 
 
-def test_every_knob_reaches_the_pipeline(capsys, files, tmp_path, monkeypatch) -> None:
+def test_every_option_reaches_the_pipeline(capsys, files, tmp_path, monkeypatch) -> None:
     seen: dict[str, Any] = {}
 
     def load(*given: object, **more: object) -> Any:
@@ -109,7 +90,7 @@ def test_every_knob_reaches_the_pipeline(capsys, files, tmp_path, monkeypatch) -
         seen.clear()
         code, _, err = flashbrush(capsys, *call(files, tmp_path / "model", tmp_path), *more)
         assert code == 0, err
-        return {**asdict(seen["method"]), **seen}  # the method's own steps are others
+        return {**asdict(seen["method"]), **seen}  # `steps` of the call hides the method's
 
     first = knobs()
     assert first["given"][0] == "VisualICLPipeline" and first["steps"] == 3 and first["gamma"] == 3.5
@@ -133,7 +114,7 @@ def test_every_knob_reaches_the_pipeline(capsys, files, tmp_path, monkeypatch) -
         assert knobs(*more)[name] == value != first[name], more
 
 
-def test_sizes_are_said_aloud_and_may_be_forced(capsys, files, sd_checkpoint, tmp_path) -> None:
+def test_prints_the_sizes_when_images_are_resized(capsys, files, sd_checkpoint, tmp_path) -> None:
     given = call(files, sd_checkpoint, tmp_path, query=files["small"])
     code, out, err = flashbrush(capsys, *given, "--width", 32, "--height", 40)
     assert code == 0, err
@@ -145,13 +126,11 @@ def test_help_names_the_tasks(capsys) -> None:
     assert code == 0 and all(task in out for task in TASKS)
 
 
-def flux(folder: Path) -> Path:
-    (folder / "flux" / "transformer").mkdir(parents=True)
-    return folder / "flux"
-
-
 BAD = {
-    "a model without a UNet": (lambda f, t: {"model": flux(t)}, "model: .*flux is no UNet model"),
+    "a model without a UNet": (
+        lambda f, t: {"model": folder_of_another_model(t)},
+        "model: .*flux is no UNet model",
+    ),
     "no model folder": (lambda f, t: {"model": t / "none"}, "model: no such folder"),
     "half a pair": (
         lambda f, t: {"prompt": f"{f['cat']}:"},
@@ -192,108 +171,8 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input(case: str, capsys, files, sd_checkpoint, tmp_path) -> None:
+def test_wrong_input(case: str, capsys, files, sd_checkpoint, tmp_path) -> None:
     change, match = BAD[case]
     (tmp_path / "work").mkdir()
     changes = change(files, tmp_path)
     refused(capsys, tmp_path, call(files, sd_checkpoint, tmp_path / "work", **changes), match)
-
-
-# eval
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    names = {"cat": "chelsea", "coffee": "coffee", "rocket": "rocket"}
-    pairs = [Pair(n, photo(p), mask(p), () if n == "cat" else ("cat",)) for n, p in names.items()]
-    write_pairs(pairs, tmp_path / "pairs")
-    return tmp_path / "pairs"
-
-
-def judge(folder: Path, model: Path, work: Path, *more: object, task: str = "segmentation") -> list[object]:
-    return [
-        "eval",
-        "vicl",
-        folder,
-        "--task",
-        task,
-        "--model",
-        model,
-        "-o",
-        work / "results.csv",
-        "--cache",
-        work / "cache",
-        *QUICK,
-        *more,
-    ]
-
-
-def test_eval_measures_what_it_has_predicted(capsys, folder, sd_checkpoint, tmp_path) -> None:
-    given = judge(folder, sd_checkpoint, tmp_path, "--pictures", tmp_path / "predictions")
-    code, out, err = flashbrush(capsys, *given)
-    assert code == 0, err
-    assert "2 of 6 inversions" in out  # both queries have the same prompt
-    rows = list(csv.DictReader((tmp_path / "results.csv").open()))
-    assert [row["name"] for row in rows] == ["coffee", "rocket", "(all)"]
-    ious = []
-    for row in rows[:2]:
-        found, truth = (
-            np.asarray(Image.open(path).convert("L")) > 127
-            for path in (tmp_path / "predictions" / f"{row['name']}.png", folder / f"{row['name']}_truth.png")
-        )
-        ious.append((found & truth).sum() / (found | truth).sum())
-        assert float(row["miou"]) == pytest.approx(ious[-1], abs=1e-6)
-    assert float(rows[2]["miou"]) == pytest.approx(np.mean(ious), abs=1e-6)
-    assert "miou" in out and f"{np.mean(ious):.4f}" in out
-
-    before = (tmp_path / "results.csv").read_bytes()
-    code, out, _ = flashbrush(capsys, *given)
-    assert code == 0 and "6 of 6 inversions" in out and (tmp_path / "results.csv").read_bytes() == before
-
-
-@pytest.mark.parametrize(
-    ("task", "measures"), [("colourisation", ["fid_latents"]), ("keypoints", ["mse", "pck"])]
-)
-def test_eval_of_other_tasks(task: str, measures: list[str], capsys, folder, sd_checkpoint, tmp_path) -> None:
-    code, _, err = flashbrush(capsys, *judge(folder, sd_checkpoint, tmp_path, task=task))
-    assert code == 0, err
-    rows = list(csv.DictReader((tmp_path / "results.csv").open()))
-    assert list(rows[-1]) == ["name", *measures] and all(
-        np.isfinite(float(rows[-1][name])) for name in measures
-    )
-
-
-def break_list(folder: Path) -> Path:
-    path = folder / "pairs.csv"
-    path.write_text(path.read_text().replace("cat\n", "dog\n"))
-    return folder
-
-
-def other_size(folder: Path) -> Path:
-    for name in ("cat_image.png", "cat_truth.png"):
-        photo("cat", (32, 48)).save(folder / name)
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("arguments", "match"),
-    [
-        (lambda f, m, w: judge(w, m, w), "folder: expected a list of pairs"),
-        (lambda f, m, w: judge(break_list(f), m, w), "folder: .*'dog' of coffee is not listed"),
-        (lambda f, m, w: judge(other_size(f), m, w), "folder: cat has another size than coffee.*--width"),
-        (lambda f, m, w: judge(f, m, w, task="depth"), "task: .*'depth'"),
-        (lambda f, m, w: judge(f, flux(w.parent), w), "model: .*flux is no UNet model"),
-        (lambda f, m, w: [*judge(f, m, w), "-o", w / "results.txt"], "output: .*csv.*results.txt"),
-        (lambda f, m, w: judge(f, m, w, "--features", "eyes", task="colourisation"), "features: .*'eyes'"),
-        (lambda f, m, w: judge(f, m, w, "--reach", 0, task="keypoints"), "reach: .*0"),
-        (
-            lambda f, m, w: judge(f, m, w, "--pictures", f / "pairs.csv"),
-            "pictures: expected a folder, got a file",
-        ),
-        (lambda f, m, w: ["eval"], "Missing command"),
-    ],
-)
-def test_bad_evaluations(arguments, match: str, capsys, folder, sd_checkpoint, tmp_path) -> None:
-    (tmp_path / "work").mkdir()
-    given = arguments(folder, sd_checkpoint, tmp_path / "work")
-    refused(capsys, tmp_path, given, match)

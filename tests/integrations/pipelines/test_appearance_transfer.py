@@ -1,4 +1,4 @@
-"""AppearanceTransferPipeline on a tiny checkpoint, beside an eager run of the released code's steps."""
+"""AppearanceTransferPipeline on a tiny checkpoint, against an eager run of the released code's steps."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def pipe(sd_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Appea
 
 
 def method() -> CrossImageAttention:
-    """Of the tiny UNet's two resolutions, one from the first step on; the structure is read in steps 1 and 3."""
+    """A window per resolution of the tiny UNet; every second step before step 3 reads the structure."""
     return CrossImageAttention(
         windows={(6, 8): (1, 5), (3, 4): (0, None)}, structure_every=2, structure_until=3
     )
@@ -79,7 +79,7 @@ class Eager(AttnProcessor2_0):
 
 @torch.no_grad()
 def inverted(pipe: AppearanceTransferPipeline, guidance: float) -> Inversion:
-    """Both photos', again; their noise is read from what the pipeline has kept."""
+    """The inversions that the pipeline has cached, checked by sampling from them."""
     unet, kept = pipe.pipe.unet, {}
     for path in pipe.cache.folder.iterdir():
         file = load_file(path)
@@ -98,7 +98,7 @@ def inverted(pipe: AppearanceTransferPipeline, guidance: float) -> Inversion:
 
 
 @torch.no_grad()
-def test_beside_an_eager_run(pipe) -> None:
+def test_equals_an_eager_run(pipe) -> None:
     result = run(pipe)
     known = inverted(pipe, 3.5)
     unet, scheduler = pipe.pipe.unet, ddim()
@@ -137,16 +137,14 @@ def test_beside_an_eager_run(pipe) -> None:
         assert float((run(pipe, **change).latents - latents).abs().max()) > 1e-2, change
 
 
-def test_the_fall() -> None:
+def test_scales_fall_linearly() -> None:
     assert [linear_fall(3.5, i, 3) for i in range(3)] == [3.5, 2.625, 1.75]
     assert [linear_fall(1.5, i, 3) for i in range(3)] == [1.5, 1.25, 1.0]
     assert linear_fall(3.5, 0, 1) == 3.5
 
 
-def test_the_released_knobs_are_of_the_latents_own_resolutions_and_follow_the_steps(pipe) -> None:
-    """Of 100 levels the code skips 32, and mixes layers of 64 x 64 tokens in counts 10 to 90, of 32 x 32 in
-    10 to 70.
-    """
+def test_released_windows_follow_the_latents_size_and_the_steps(pipe) -> None:
+    """In the code: 32 of 100 levels skipped; 64 x 64 tokens in steps 10 to 90, 32 x 32 in 10 to 70."""
     released = run(pipe, steps=20, skip=None, adain_from="auto", method=None)
     knobs = CrossImageAttention(windows={(6, 8): (2, 18), (3, 4): (2, 14)}, structure_until=8)
     given = {"steps": 20, "skip": 6, "adain_from": 4, "method": knobs}
@@ -160,7 +158,7 @@ def test_the_released_knobs_are_of_the_latents_own_resolutions_and_follow_the_st
         assert float((run(pipe, **given | change).latents - released.latents).abs().max()) > 1e-3, change
 
 
-def test_sizes_and_a_second_run(pipe) -> None:
+def test_sizes_and_a_cached_second_run(pipe) -> None:
     first = run(pipe, photo(0, (80, 80)), photo(2, (100, 75)), width=48)
     assert first.size == (48, 32) and first.image.size == (100, 75) and first.latents.shape == (1, 4, 4, 6)
     assert first.seed == 0 and first.reused == 0
@@ -184,12 +182,12 @@ def test_sizes_and_a_second_run(pipe) -> None:
         ({"skip": STEPS}, ValueError, "skip: .*got 9"),
     ],
 )
-def test_bad_calls(pipe, change: dict, error: type[Exception], match: str) -> None:
+def test_wrong_input(pipe, change: dict, error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         run(pipe, **change)
 
 
-def test_the_method_s_own_items_are_replaced_in_a_copy(pipe) -> None:
+def test_the_caller_s_method_is_not_changed(pipe) -> None:
     mine = method()
     run(pipe, method=mine)
     assert mine.items == (TransferRoles(),)

@@ -1,4 +1,4 @@
-"""Photos, masks and diptychs: what a camera or an editor may hand over, and the geometry around the model."""
+"""Photos, masks and diptychs: formats and modes of cameras and editors, resizing, cropping and pasting."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ def test_modes(mode: str) -> None:
         ("none.png", FileNotFoundError, "photo: no such file: none.png"),
     ],
 )
-def test_what_is_no_photo(source, error: type[Exception], match: str) -> None:
+def test_wrong_photos(source, error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         im.open_image(source, "photo")
 
 
-def test_sizes_have_a_limit(tmp_path: Path) -> None:
+def test_photos_over_the_limit_are_refused(tmp_path: Path) -> None:
     Image.new("L", (100, 50)).save(tmp_path / "wide.png")
     for source in (tmp_path / "wide.png", Image.new("L", (100, 50))):
         assert im.open_image(source, max_pixels=5000).size == (100, 50)
@@ -65,7 +65,7 @@ def test_sixteen_bits_keep_their_levels(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_orientation(tmp_path: Path, orientation: int) -> None:
+def test_exif_orientation(tmp_path: Path, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     picture = Image.fromarray(noise(6, 4))
@@ -80,7 +80,7 @@ def test_orientation(tmp_path: Path, orientation: int) -> None:
     assert np.array_equal(upright, turns[orientation])
 
 
-def test_transparency_is_a_mask_and_white() -> None:
+def test_transparency_becomes_a_mask_and_white() -> None:
     pixels = noise(4, 2, 4)
     pixels[0, :, 3], pixels[1, :, 3] = (0, 127, 128, 255), 255
     picture = im.open_image(pixels)
@@ -92,7 +92,7 @@ def test_transparency_is_a_mask_and_white() -> None:
     assert im.alpha_mask(opaque) is None and im.alpha_mask(Image.new("RGB", (2, 2))) is None
 
 
-def test_masks() -> None:
+def test_a_mask_is_on_where_it_is_light_and_opaque() -> None:
     pixels = np.zeros((3, 4, 4), np.uint8)
     pixels[..., 3] = 255
     pixels[0, :, :3] = np.array([0, 127, 128, 255])[:, None]
@@ -103,7 +103,7 @@ def test_masks() -> None:
         im.open_mask(pixels, (3, 4), "hole", "scene")
 
 
-def test_masks_keep_thin_lines() -> None:
+def test_resized_masks_keep_thin_lines() -> None:
     mask = Image.new("L", (64, 48))
     mask.putpixel((20, 10), 255)
     assert im.resize_mask(mask, (16, 12)).getbbox() == (5, 2, 6, 3)
@@ -131,7 +131,7 @@ def test_panel_sizes(size: tuple[int, int], asked: dict[str, int], expected: tup
 
 
 @pytest.mark.parametrize("size", [(40, 10), (10, 40), (200, 300), (64, 48)])
-def test_the_subject_s_panel(size: tuple[int, int]) -> None:
+def test_the_subject_is_centred_and_fills_its_panel(size: tuple[int, int]) -> None:
     subject = Image.new("RGB", size, (10, 20, 30))
     mask = Image.new("L", size)
     mask.paste(255, (2, 3, size[0] - 2, size[1] - 1))
@@ -152,7 +152,7 @@ def test_a_diptych_and_its_lower_panel() -> None:
     assert im.lower_panel(canvas).tobytes() == bottom.tobytes()
 
 
-def test_colour_profiles_stay_where_they_are_true(tmp_path: Path) -> None:
+def test_rgb_colour_profiles_are_kept(tmp_path: Path) -> None:
     mask = Image.new("L", (4, 4))
     mask.putpixel((1, 1), 255)
     for mode, kept in (("RGB", True), ("RGBA", True), ("L", False), ("CMYK", False)):

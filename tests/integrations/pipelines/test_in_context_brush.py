@@ -1,4 +1,4 @@
-"""InContextBrushPipeline on the tiny checkpoint: what must stay, stays bitwise; what must change, changes."""
+"""InContextBrushPipeline on the tiny model: known pixels and tokens stay bitwise, knobs change the rest."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def run(pipe, photos, **more):
     return pipe(arguments.pop("prompt", "a red cup"), **arguments)
 
 
-def test_outside_of_the_mask_nothing_changes(pipe, photos) -> None:
+def test_pixels_and_tokens_outside_of_the_mask_stay_bitwise(pipe, photos) -> None:
     result = run(pipe, photos)
     photo, mask = np.asarray(Image.open(photos["image"])), np.asarray(Image.open(photos["mask"]))
     picture = np.asarray(result.images[0])
@@ -32,14 +32,14 @@ def test_outside_of_the_mask_nothing_changes(pipe, photos) -> None:
     assert not torch.equal(result.latents, result.source_latents) and bool(
         torch.isfinite(result.latents).all()
     )
-    # The subject's panel is known whole; of the photo's, the tokens that the hole does not touch.
+    # Known are all tokens of the subject's panel, and those of the photo's that the hole does not touch.
     tokens = result.known[0].reshape(2, 48 // 8, 64 // 8)
     hole = torch.zeros(6, 8, dtype=torch.bool)
     hole[1:5, 2:6] = True
     assert bool(tokens[0].all()) and torch.equal(~tokens[1], hole)
 
 
-def test_every_step_stays_on_one_line(pipe, photos, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_known_tokens_are_noised_to_each_step_s_level(pipe, photos, monkeypatch: pytest.MonkeyPatch) -> None:
     from flashbrush.integrations.pipelines import in_context_brush as module
 
     seen = []
@@ -60,7 +60,7 @@ def test_every_step_stays_on_one_line(pipe, photos, monkeypatch: pytest.MonkeyPa
         torch.testing.assert_close(torch.where(mask, 0, out), torch.where(mask, 0, line))
 
 
-def test_statistics(pipe, photos) -> None:
+def test_head_gains(pipe, photos) -> None:
     result = run(pipe, photos)
     assert result.head_gains.shape == (STEPS, 8, 1, 6)
     assert result.layer_kinds == ["double"] * 3 + ["single"] * 5
@@ -70,8 +70,7 @@ def test_statistics(pipe, photos) -> None:
     assert Handle.of(pipe.pipe.transformer) is None
 
 
-def test_statistics_beside_a_cache_of_attention(pipe, photos) -> None:
-    """Layers that a step takes from the cache have made none there."""
+def test_head_gains_are_nan_where_a_layer_was_cached(pipe, photos) -> None:
     config = PyramidAttentionBroadcastConfig(
         spatial_attention_block_skip_range=2,
         spatial_attention_timestep_skip_range=(0, 1000),
@@ -88,10 +87,8 @@ def test_statistics_beside_a_cache_of_attention(pipe, photos) -> None:
     assert not cached[:, :3].any() and not cached[0].any() and bool(cached[1, 3:].any())
 
 
-def test_neutral_knobs_are_fluxfill_with_blending(pipe, photos) -> None:
-    """Beside FluxFillPipeline's own call with the blending written out; the brush without effect adds nothing
-    to it.
-    """
+def test_neutral_knobs_equal_flux_fill_with_blending(pipe, photos) -> None:
+    """Against FluxFillPipeline's own call, with the blending in its step callback."""
     neutral = run(pipe, photos, method=InContextBrush(0, 0, gain_span=0), paste_back=False)
     assert torch.equal(neutral.head_gains, torch.ones_like(neutral.head_gains))
     generator = torch.Generator().manual_seed(0)
@@ -116,7 +113,7 @@ def test_neutral_knobs_are_fluxfill_with_blending(pipe, photos) -> None:
     assert not torch.allclose(changed.latents, stock, rtol=1e-2, atol=1e-2)
 
 
-def test_plain_acceleration_is_the_stock_pipeline(pipe, photos) -> None:
+def test_apply_without_a_method_equals_the_stock_pipeline(pipe, photos) -> None:
     panels = run(pipe, photos)
     inputs = {
         "prompt": "a red cup",
@@ -135,7 +132,7 @@ def test_plain_acceleration_is_the_stock_pipeline(pipe, photos) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_keeps_what_it_must(checkpoint, photos, dtype: torch.dtype) -> None:
+def test_half_precision_keeps_known_pixels_and_tokens(checkpoint, photos, dtype: torch.dtype) -> None:
     half = InContextBrushPipeline.from_pretrained(checkpoint, dtype=dtype)
     result = run(half, photos)
     assert result.latents.dtype == dtype and bool(result.latents.isfinite().all())
@@ -145,7 +142,7 @@ def test_half_precision_keeps_what_it_must(checkpoint, photos, dtype: torch.dtyp
     assert (np.asarray(result.images[0])[mask == 0] == photo[mask == 0]).all()
 
 
-def test_knobs_are_arguments_too(pipe, photos) -> None:
+def test_knobs_can_be_arguments(pipe, photos) -> None:
     knobs = {"alpha_prompt": 0.7, "alpha_subject": 0.1, "gain_span": 0.4}
     given = run(pipe, photos, **knobs)
     assert torch.equal(given.latents, run(pipe, photos, method=InContextBrush(**knobs)).latents)
@@ -156,7 +153,7 @@ def test_knobs_are_arguments_too(pipe, photos) -> None:
     assert method.alpha_subject == 0.9
 
 
-def test_generators(pipe, photos) -> None:
+def test_a_generator_equals_its_seed(pipe, photos) -> None:
     first = run(pipe, photos, seed=3)
     same = run(pipe, photos, seed=None, generator=torch.Generator().manual_seed(3))
     assert torch.equal(first.latents, same.latents) and (first.seeds, same.seeds) == ([3], [None])
@@ -171,7 +168,7 @@ def test_generators(pipe, photos) -> None:
     assert torch.equal(both.latents, seeded.latents) and seeded.seeds == [3, 4]
 
 
-def test_without_a_seed_torch_decides(pipe, photos) -> None:
+def test_without_a_seed_torch_s_default_generator_is_used(pipe, photos) -> None:
     results = []
     for start in (5, 5, 6):
         torch.manual_seed(start)
@@ -180,7 +177,7 @@ def test_without_a_seed_torch_decides(pipe, photos) -> None:
     assert torch.equal(results[2].latents, run(pipe, photos, seed=results[2].seeds).latents)
 
 
-def test_latents_that_overflow_are_said_aloud(pipe, photos) -> None:
+def test_raises_when_latents_overflow(pipe, photos) -> None:
     with pytest.raises(FloatingPointError, match=r"latents.*float32"):
         run(pipe, photos, alpha_prompt=1e38, alpha_subject=1e38)
     assert Handle.of(pipe.pipe.transformer) is None
@@ -195,7 +192,7 @@ def test_a_scheduler_of_second_order_is_refused(checkpoint, photos) -> None:
         run(own, photos)
 
 
-def test_the_method_hears_of_every_step(pipe, photos) -> None:
+def test_the_method_plans_every_step(pipe, photos) -> None:
     heard = []
 
     class Listening(InContextBrush):
@@ -209,7 +206,7 @@ def test_the_method_hears_of_every_step(pipe, photos) -> None:
     assert list(dict.fromkeys(heard)) == [(i, STEPS, sigmas[i], (12, 8)) for i in range(STEPS)]
 
 
-def test_seeds_and_batches(pipe, photos) -> None:
+def test_items_of_a_batch_equal_single_calls(pipe, photos) -> None:
     first, again, other = (run(pipe, photos, seed=seed) for seed in (3, 3, 4))
     assert torch.equal(first.latents, again.latents) and not torch.equal(first.latents, other.latents)
     both = run(pipe, photos, seed=3, prompt=["a red cup", "a red cup"])
@@ -222,7 +219,7 @@ def test_seeds_and_batches(pipe, photos) -> None:
     assert np.asarray(several.diptychs[0])[:48].tobytes() != np.asarray(several.diptychs[1])[:48].tobytes()
 
 
-def test_the_subject_is_cut_out(pipe, photos) -> None:
+def test_the_subject_is_cut_out_by_mask_or_transparency(pipe, photos) -> None:
     panel = np.asarray(run(pipe, photos).diptychs[0])[:48]
     assert (panel[:2, :2] == 255).all() and (panel[20:28, 28:36] != 255).any()
     whole = np.asarray(run(pipe, photos | {"subject_mask": None}).diptychs[0])[:48]
@@ -234,13 +231,13 @@ def test_the_subject_is_cut_out(pipe, photos) -> None:
     assert by_alpha.diptychs[0].tobytes() == by_mask.diptychs[0].tobytes()
 
 
-def test_sizes(pipe, photos) -> None:
+def test_panel_sizes(pipe, photos) -> None:
     result = run(pipe, photos, width=32, height=24, paste_back=False)
     assert result.images[0].size == (32, 24) and result.diptychs[0].size == (32, 48)
     assert run(pipe, photos, width=32).images[0].size == (64, 48)
 
 
-def test_a_name_takes_the_finder(pipe, photos) -> None:
+def test_a_name_calls_the_finder(pipe, photos) -> None:
     asked = []
 
     def finder(picture, name):
@@ -253,7 +250,7 @@ def test_a_name_takes_the_finder(pipe, photos) -> None:
     assert found.diptychs[0].tobytes() == run(pipe, photos).diptychs[0].tobytes()
 
 
-def test_progress_bar_setting_survives(pipe, photos) -> None:
+def test_the_progress_bar_s_setting_is_restored(pipe, photos) -> None:
     before = dict(pipe.pipe._progress_bar_config)
     run(pipe, photos, progress=False)
     assert pipe.pipe._progress_bar_config == before
@@ -304,13 +301,13 @@ def test_progress_bar_setting_survives(pipe, photos) -> None:
         ),
     ],
 )
-def test_bad_calls(pipe, photos, change: dict, error: type[Exception], match: str) -> None:
+def test_wrong_input(pipe, photos, change: dict, error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         run(pipe, photos | change)
     assert Handle.of(pipe.pipe.transformer) is None
 
 
-def test_loads_the_real_way(checkpoint, tmp_path) -> None:
+def test_from_pretrained_and_wrong_models(checkpoint, tmp_path) -> None:
     assert isinstance(InContextBrushPipeline.from_pretrained(checkpoint).pipe, FluxFillPipeline)
     (tmp_path / "model").mkdir()
     with pytest.raises(ValueError, match=r"model.*model_index\.json, transformer"):
@@ -331,7 +328,9 @@ def test_options_reach_diffusers(checkpoint) -> None:
         InContextBrushPipeline.from_pretrained(checkpoint, device_map="nowhere")
 
 
-def test_the_finder_is_loaded_when_a_name_comes(checkpoint, photos, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_finder_is_loaded_when_a_name_is_first_given(
+    checkpoint, photos, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from flashbrush.integrations.pipelines import SubjectFinder
 
     loaded = []
@@ -349,16 +348,12 @@ def test_the_finder_is_loaded_when_a_name_comes(checkpoint, photos, monkeypatch:
     assert loaded == [("one", "two", "cpu")]
 
 
-def test_a_crop_shows_the_hole_and_leaves_the_rest(pipe, photos) -> None:
+def test_a_crop_shows_the_hole_and_keeps_the_rest(pipe, photos) -> None:
     result = run(pipe, photos, padding_mask_crop=4, width=32, height=32)
     photo, mask = np.asarray(Image.open(photos["image"])), np.asarray(Image.open(photos["mask"]))
     left, top, right, bottom = im.crop_box(Image.open(photos["mask"]), 4, 1.0)
-    assert (left, top, right, bottom) == (
-        16,
-        5,
-        49,
-        38,
-    )  # the mask is 20 to 44 and 10 to 32; made square, as the panel
+    # The mask is 20 to 44 and 10 to 32; the box is square, as the panel.
+    assert (left, top, right, bottom) == (16, 5, 49, 38)
     shown = np.asarray(result.diptychs[0].crop((0, 32, 32, 64)))
     assert (
         shown
@@ -371,14 +366,14 @@ def test_a_crop_shows_the_hole_and_leaves_the_rest(pipe, photos) -> None:
     assert (picture[mask > 0] != photo[mask > 0]).mean() > 0.5
 
 
-def test_blending_can_be_left_out(pipe, photos) -> None:
+def test_without_blending_known_tokens_change(pipe, photos) -> None:
     kept, free = (run(pipe, photos, blend=blend, paste_back=False) for blend in (True, False))
     known = kept.known[:, :, None].expand_as(kept.latents)
     assert torch.equal(kept.latents[known], kept.source_latents[known])
     assert not torch.equal(free.latents[known], free.source_latents[known])
 
 
-def test_the_subject_s_size_in_its_panel(pipe, photos) -> None:
+def test_subject_fill_sets_the_subject_s_size(pipe, photos) -> None:
     def share(**more) -> float:
         panel = np.asarray(run(pipe, photos, **more).diptychs[0].crop((0, 0, 64, 48)))
         columns = np.flatnonzero((panel < 250).any((0, 2)))
@@ -397,6 +392,6 @@ def test_the_subject_s_size_in_its_panel(pipe, photos) -> None:
         ({"subject_fill": 1.1}, "subject_fill: expected a number above 0"),
     ],
 )
-def test_bad_framing(pipe, photos, more, message) -> None:
+def test_wrong_crop_or_fill(pipe, photos, more, message) -> None:
     with pytest.raises(ValueError, match=message):
         run(pipe, photos, **more)

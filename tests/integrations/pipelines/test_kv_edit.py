@@ -1,6 +1,4 @@
-"""KVEditPipeline and flashbrush edit --method kv-edit, on a tiny FLUX with the text encoders of the tiny
-model.
-"""
+"""KVEditPipeline on a tiny random FLUX with the text encoders of the tiny model."""
 
 from __future__ import annotations
 
@@ -14,8 +12,6 @@ from skimage import data
 
 from flashbrush.integrations import KVEditPipeline
 from flashbrush.integrations.diffusers import apply
-
-from ..command import flashbrush
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +34,9 @@ OPTIONS = {
 }
 
 
-def test_the_background_stays(pipe: KVEditPipeline, photo: Image.Image, mask: Image.Image) -> None:
+def test_the_background_is_bitwise_the_photo_s(
+    pipe: KVEditPipeline, photo: Image.Image, mask: Image.Image
+) -> None:
     result, again = (pipe(photo, mask, "a red moon", **OPTIONS) for _ in range(2))
     assert torch.equal(result.latents, again.latents) and result.image.size == photo.size
     # 8 x 8 pixels a token: columns 2 to 4, rows 1 to 3.
@@ -53,7 +51,7 @@ def test_the_background_stays(pipe: KVEditPipeline, photo: Image.Image, mask: Im
     assert not np.array_equal(np.asarray(result.image)[~outside], np.asarray(photo)[~outside])
 
 
-def test_an_edit_computes_the_masked_tokens_alone(
+def test_an_edit_computes_only_the_masked_tokens(
     pipe: KVEditPipeline, photo: Image.Image, mask: Image.Image
 ) -> None:
     seen: list[int] = []
@@ -67,9 +65,7 @@ def test_an_edit_computes_the_masked_tokens_alone(
     assert seen == [48] * 3 + [9] * 3
 
 
-def test_again_is_an_edit_of_the_same_inversion(
-    pipe: KVEditPipeline, photo: Image.Image, mask: Image.Image
-) -> None:
+def test_again_equals_a_call_of_its_own(pipe: KVEditPipeline, photo: Image.Image, mask: Image.Image) -> None:
     other = Image.fromarray(np.roll(np.asarray(mask), 16, 1))
     expected = [
         pipe(photo, mask, "a green star", **OPTIONS),
@@ -85,7 +81,7 @@ def test_again_is_an_edit_of_the_same_inversion(
         made = [
             pipe.again(first, "a green star", progress=False),
             pipe.again(first, "a red moon", mask=other, attn_scale=3.0, guidance_scale=2.0, progress=False),
-            pipe.again(first, "a red moon", paste_back=False, progress=False),  # with the first one's mask
+            pipe.again(first, "a red moon", paste_back=False, progress=False),  # the first mask again
         ]
     finally:
         hook.remove()
@@ -95,7 +91,7 @@ def test_again_is_an_edit_of_the_same_inversion(
         assert one.image.tobytes() == again.image.tobytes()
 
 
-def test_again_refuses(pipe: KVEditPipeline, photo: Image.Image, mask: Image.Image) -> None:
+def test_wrong_input_of_again(pipe: KVEditPipeline, photo: Image.Image, mask: Image.Image) -> None:
     done = pipe(photo, mask, "a red moon", **OPTIONS, masked_inversion=True)
     other = Image.fromarray(np.roll(np.asarray(mask), 16, 1))
     with pytest.raises(ValueError, match="mask: what is kept was inverted with another mask"):
@@ -109,10 +105,10 @@ def test_again_refuses(pipe: KVEditPipeline, photo: Image.Image, mask: Image.Ima
         pipe.again(done, "a star", progress=False)
 
 
-def test_the_same_prompt_brings_the_photo_back(
+def test_an_unchanged_prompt_gives_the_photo_back(
     pipe: KVEditPipeline, photo: Image.Image, mask: Image.Image
 ) -> None:
-    """To the error of Euler's steps, which more of them make smaller."""
+    """To the error of the Euler steps, which shrinks with their number."""
     clean = pipe._encode(photo)[0].detach()
     errors = []
     for steps in (8, 64):
@@ -133,7 +129,7 @@ CHANGES = [
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=str)
-def test_what_is_asked_for_matters(
+def test_every_option_changes_the_result(
     change: dict, pipe: KVEditPipeline, photo: Image.Image, mask: Image.Image
 ) -> None:
     plain = pipe(photo, mask, "a red moon", **OPTIONS)
@@ -142,11 +138,13 @@ def test_what_is_asked_for_matters(
     assert float((plain.latents - changed.latents).abs().max()) > 1e-4
 
 
-def test_the_model_is_left_as_it_was(pipe: KVEditPipeline, photo: Image.Image, mask: Image.Image) -> None:
+def test_the_model_s_processors_are_restored(
+    pipe: KVEditPipeline, photo: Image.Image, mask: Image.Image
+) -> None:
     before = list(pipe.pipe.transformer.attn_processors.values())
     pipe(photo, mask, "a red moon", **OPTIONS)
     assert all(a is b for a, b in zip(before, pipe.pipe.transformer.attn_processors.values(), strict=True))
-    with apply(pipe.pipe.transformer):  # nobody else's control is in place
+    with apply(pipe.pipe.transformer):  # raises if a control is still in place
         pass
 
 
@@ -174,41 +172,3 @@ def test_another_pipeline_is_refused(checkpoint: Path) -> None:
         KVEditPipeline("FLUX")
     with pytest.raises(ValueError, match="is not a FLUX checkpoint"):
         KVEditPipeline.from_pretrained(checkpoint / "vae")
-
-
-def test_the_command(
-    flux_checkpoint: Path,
-    photo: Image.Image,
-    mask: Image.Image,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    photo.save(tmp_path / "cup.png")
-    mask.save(tmp_path / "mask.png")
-    call = [
-        "edit",
-        "--method",
-        "kv-edit",
-        "--image",
-        tmp_path / "cup.png",
-        "--prompt",
-        "a red moon",
-        "--model",
-        flux_checkpoint,
-        "--width",
-        64,
-        "--height",
-        48,
-        "--steps",
-        4,
-        "--dtype",
-        "float32",
-    ]
-    code, said, err = flashbrush(capsys, *call, "--mask", tmp_path / "mask.png", "-o", tmp_path / "out.png")
-    assert code == 0, err
-    assert Image.open(tmp_path / "out.png").size == (64, 48) and "9 of 48 image tokens" in said
-    code, _, err = flashbrush(capsys, *call, "-o", tmp_path / "none.png")
-    assert code == 2 and "mask: kv-edit needs one" in err and not (tmp_path / "none.png").exists()
-    more = ["--mask", tmp_path / "mask.png", "--negative-prompt", "blue", "-o", tmp_path / "none.png"]
-    code, _, err = flashbrush(capsys, *call, *more)
-    assert code == 2 and "negative_prompt: kv-edit has no use for it" in err

@@ -1,8 +1,7 @@
-"""PersonalizeAnythingPipeline and flashbrush edit --method personalize-anything, on a tiny FLUX."""
+"""PersonalizeAnythingPipeline on a tiny random FLUX."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
@@ -12,8 +11,6 @@ from skimage import data
 
 from flashbrush.integrations import PersonalizeAnything, PersonalizeAnythingPipeline, PersonalSubject
 from flashbrush.integrations.pipelines import PersonalizeAnythingOutput
-
-from ..command import flashbrush
 
 
 @pytest.fixture(scope="module")
@@ -31,12 +28,12 @@ TOKENS = [8 * row + column for row in (1, 2, 3) for column in (2, 3, 4)]  # 8 x 
 
 
 def subjects(result: PersonalizeAnythingOutput) -> tuple[PersonalSubject, ...]:
-    """Which the method keeps as a tuple."""
+    """The method's subjects, a tuple."""
     assert isinstance(result.method.subjects, tuple)
     return result.method.subjects
 
 
-def test_a_subject_where_it_is_wanted(
+def test_the_subject_s_tokens_and_what_changes_the_result(
     pipe: PersonalizeAnythingPipeline, photo: Image.Image, mask: Image.Image
 ) -> None:
     here, again = (pipe("a red moon", photo, mask, **OPTIONS) for _ in range(2))
@@ -62,7 +59,7 @@ def test_a_subject_where_it_is_wanted(
         assert float((other.latents - here.latents).abs().max()) > 1e-4
 
 
-def test_without_replacement_the_photo_has_no_say(
+def test_without_replacement_the_photo_has_no_effect(
     pipe: PersonalizeAnythingPipeline, photo: Image.Image, mask: Image.Image
 ) -> None:
     off = PersonalizeAnything(PersonalSubject(torch.ones(1, 1).bool()), tau=1.0)
@@ -100,50 +97,3 @@ def test_wrong_input(
 ) -> None:
     with pytest.raises(ValueError, match=said):
         pipe("a red moon", photo, wrong.pop("mask", mask), **OPTIONS | wrong)
-
-
-def test_the_command(
-    flux_checkpoint: Path,
-    photo: Image.Image,
-    mask: Image.Image,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    photo.save(tmp_path / "cat.png")
-    mask.save(tmp_path / "mask.png")
-    call = [
-        "edit",
-        "--method",
-        "personalize-anything",
-        "--image",
-        tmp_path / "cat.png",
-        "--prompt",
-        "a red moon",
-        "--model",
-        flux_checkpoint,
-        "--mask",
-        tmp_path / "mask.png",
-        "--width",
-        64,
-        "--height",
-        48,
-        "--steps",
-        2,
-        "--dtype",
-        "float32",
-    ]
-    pictures = []
-    for name, more in (("here.png", []), ("there.png", ["--move", 16, 16])):
-        code, _, err = flashbrush(capsys, *call, *more, "-o", tmp_path / name)
-        assert code == 0, err
-        pictures.append(Image.open(tmp_path / name).tobytes())
-    assert pictures[0] != pictures[1]
-    for wrong, said in (
-        (["--word", "moon"], "word: personalize-anything has no use for it"),
-        (["--move", 8, 16], r"move: .* multiples of 16, got \(8, 16\)"),
-        (["--height", 40], "height: expected a positive multiple of 16 pixels, got 40"),
-    ):
-        code, _, err = flashbrush(
-            capsys, *call, "--model", "none", *wrong, "-o", tmp_path / "none.png"
-        )  # before it is loaded
-        assert code == 2 and re.search(said, err) and not (tmp_path / "none.png").exists(), err

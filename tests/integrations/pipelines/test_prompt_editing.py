@@ -1,4 +1,4 @@
-"""PromptEditingPipeline and flashbrush edit, on a tiny Stable Diffusion and a real photo."""
+"""PromptEditingPipeline on a tiny Stable Diffusion and a real photo."""
 
 from __future__ import annotations
 
@@ -24,10 +24,8 @@ from flashbrush.integrations import (
 from flashbrush.integrations.pipelines import PromptEditingPipeline
 from flashbrush.integrations.pipelines.prompt_editing import METHODS, _released
 
-from ..command import flashbrush
-
 SOURCE, EDIT = "a b c", "a d c"  # the tiny tokenizer knows letters
-# The knobs that suit two resolutions of 8 x 8 and 4 x 4, and few steps.
+# Knobs for a UNet of two resolutions, 8 x 8 and 4 x 4, and for few steps.
 KNOBS = {
     "masactrl": lambda: MasaCtrl(layers=(0, None), steps=(1, None)),
     "plug-and-play": lambda: PlugAndPlay(
@@ -61,12 +59,13 @@ def encoded(pipe: PromptEditingPipeline, photo: Image.Image) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", METHODS)
-def test_an_edit(kind: str, pipe: PromptEditingPipeline, photo: Image.Image) -> None:
+def test_an_edit_follows_method_prompt_and_guidance(
+    kind: str, pipe: PromptEditingPipeline, photo: Image.Image
+) -> None:
     method = KNOBS[kind]()
     first, again = (edit(pipe, photo, method) for _ in range(2))
     assert torch.equal(first.latents, again.latents) and first.image.size == photo.size
     assert type(first.method) is METHODS[kind][0]
-    # The method matters, and so do prompt and guidance.
     other = edit(pipe, photo, method, prompt="z y x")
     strong = edit(pipe, photo, method, guidance_scale=12.0)
     idle = edit(pipe, photo, MasaCtrl(steps=(4, None)))
@@ -75,24 +74,28 @@ def test_an_edit(kind: str, pipe: PromptEditingPipeline, photo: Image.Image) -> 
 
 
 @pytest.mark.parametrize("kind", ["masactrl", "plug-and-play", "prompt-to-prompt"])
-def test_without_a_change_the_photo_comes_back(
+def test_an_unchanged_prompt_gives_the_photo_back(
     kind: str, pipe: PromptEditingPipeline, photo: Image.Image
 ) -> None:
-    """Of inverted latents, with the same text and no guidance, to the error of the inversion."""
+    """Without guidance, to the error of the inversion."""
     result = edit(pipe, photo, KNOBS[kind](), prompt=SOURCE, guidance_scale=1.0, inversion_iterations=12)
     clean = encoded(pipe, photo)
     assert float((result.latents - clean).abs().max() / clean.abs().max()) < 1e-3
 
 
-def test_infedit_without_a_change_is_the_photo(pipe: PromptEditingPipeline, photo: Image.Image) -> None:
-    """Whatever the noise: it needs no inversion."""
+def test_infedit_with_an_unchanged_prompt_gives_the_photo_back(
+    pipe: PromptEditingPipeline, photo: Image.Image
+) -> None:
+    """Exactly, as it inverts nothing."""
     result = edit(pipe, photo, KNOBS["infedit"](), prompt=SOURCE, guidance_scale=1.0)
     clean = encoded(pipe, photo)
     assert float((result.latents - clean).abs().max() / clean.abs().max()) < 1e-4
 
 
 @pytest.mark.parametrize("kind", ["masactrl", "prompt-to-prompt", "infedit"])
-def test_words_confine_the_edit(kind: str, pipe: PromptEditingPipeline, photo: Image.Image) -> None:
+def test_a_blend_or_masks_confine_the_edit(
+    kind: str, pipe: PromptEditingPipeline, photo: Image.Image
+) -> None:
     plain = edit(pipe, photo, KNOBS[kind]())
     method = KNOBS[kind]()
     if kind == "masactrl":
@@ -104,14 +107,14 @@ def test_words_confine_the_edit(kind: str, pipe: PromptEditingPipeline, photo: I
     confined = edit(pipe, photo, method)
     assert float((confined.latents - plain.latents).abs().max()) > 1e-4
     if kind == "prompt-to-prompt":
-        # Outside of the mask the photo's latents stay.
+        # Outside of the blend's mask the latents are the photo's.
         clean = encoded(pipe, photo)
         same = (confined.latents == clean).all(1)
         assert 0 < int(same.sum()) < same.numel()
 
 
-def test_words_of_the_prompts_are_found(pipe: PromptEditingPipeline, photo: Image.Image) -> None:
-    """The pipeline makes masks of words, of layers that a photo of this size has."""
+def test_words_become_masks_or_a_blend(pipe: PromptEditingPipeline, photo: Image.Image) -> None:
+    """With the layers that exist at the photo's size."""
     masa_ctrl = MasaCtrl(layers=(0, None), steps=(0, None))
     for given, size in (
         (masa_ctrl, {}),
@@ -157,7 +160,7 @@ def test_wrong_input(wrong: dict, said: str, pipe: PromptEditingPipeline, photo:
 
 
 @pytest.mark.parametrize("kind", ["prompt-to-prompt", "infedit"])
-def test_a_method_that_was_used_is_of_its_prompts(
+def test_a_used_method_is_bound_to_its_prompts(
     kind: str, pipe: PromptEditingPipeline, photo: Image.Image
 ) -> None:
     used = edit(pipe, photo, kind)
@@ -171,80 +174,8 @@ def test_a_method_that_was_used_is_of_its_prompts(
         edit(pipe, photo, used.method, prompt="d b", source_prompt="a b")
 
 
-def test_the_command(
-    sd_checkpoint: Path, photo: Image.Image, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    photo.save(tmp_path / "cat.png")
-    out, again = tmp_path / "out.png", tmp_path / "again.png"
-    call = [
-        "edit",
-        "--method",
-        "prompt-to-prompt",
-        "--image",
-        tmp_path / "cat.png",
-        "--prompt",
-        EDIT,
-        "--model",
-        sd_checkpoint,
-        "--source-prompt",
-        SOURCE,
-        "--steps",
-        3,
-        "--dtype",
-        "float32",
-    ]
-    code, said, err = flashbrush(capsys, *call, "-o", out, "--reconstruction", again)
-    assert code == 0, err
-    assert Image.open(out).size == Image.open(again).size == (64, 64) and "the picture is" in said
-    code, _, err = flashbrush(capsys, *call, "-o", tmp_path / "none.png", "--word", "d")
-    assert code == 2 and "together with --source-word" in err and not (tmp_path / "none.png").exists()
-    code, _, err = flashbrush(
-        capsys, *["magic" if a == "prompt-to-prompt" else a for a in call], "-o", tmp_path / "none.png"
-    )
-    assert code == 2 and "expected one of masactrl" in err
-    code, _, err = flashbrush(capsys, *call, "--guidance", "nan", "-o", tmp_path / "none.png")
-    assert code == 2 and "guidance: expected a finite number" in err
-    for kind, given in (
-        ("infedit", ["--inversion-iterations", 2]),
-        ("plug-and-play", ["--word", "d", "--source-word", "b"]),
-    ):
-        mine = [
-            kind if a == "prompt-to-prompt" else "none" if a == sd_checkpoint else a for a in call
-        ]  # no model is loaded
-        code, _, err = flashbrush(capsys, *mine, *given, "-o", tmp_path / "none.png")
-        assert code == 2 and f"{given[0][2:].replace('-', '_')}: {kind} has no use for it" in err, err
-
-
-def test_a_prompt_that_is_cut_is_told_in_one_line(
-    sd_checkpoint: Path, photo: Image.Image, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    photo.save(tmp_path / "cat.png")
-    code, _, err = flashbrush(
-        capsys,
-        "edit",
-        "--method",
-        "masactrl",
-        "--image",
-        tmp_path / "cat.png",
-        "--prompt",
-        "a b c d " * 40,
-        "--steps",
-        5,
-        "--model",
-        sd_checkpoint,
-        "--dtype",
-        "float32",
-        "-o",
-        tmp_path / "out.png",
-    )
-    told = [line for line in err.splitlines() if "the text encoder sees" in line]
-    assert code == 0 and len(told) == 1 and told[0].startswith("flashbrush: of 1") and ".py" not in told[0], (
-        err
-    )
-
-
 @pytest.mark.parametrize("steps", (50, 20, 10))
-def test_released_windows_are_shares_of_the_run(steps: int) -> None:
+def test_released_windows_are_in_proportion_to_the_steps(steps: int) -> None:
     masactrl, pnp = (_released(kind, steps) for kind in ("masactrl", "plug-and-play"))
     assert isinstance(masactrl, MasaCtrl) and isinstance(pnp, PlugAndPlay)
     assert masactrl.steps == {50: (4, None), 20: (2, None), 10: (1, None)}[steps]

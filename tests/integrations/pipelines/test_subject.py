@@ -1,4 +1,4 @@
-"""SubjectFinder on tiny random checkpoints of the real model classes, loaded the real way."""
+"""SubjectFinder with tiny random checkpoints of the real model classes."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def picture() -> Image.Image:
     return Image.fromarray(np.random.default_rng(1).integers(0, 256, (48, 64, 3), dtype=np.uint8))
 
 
-def test_a_box_and_its_outline(finder: SubjectFinder) -> None:
+def test_box_and_outline_are_within_the_picture(finder: SubjectFinder) -> None:
     box = finder.find(picture(), "A cat", box_threshold=0.0, text_threshold=0.0)
     left, top, right, bottom = box
     assert 0 <= left <= right <= 64 and 0 <= top <= bottom <= 48
@@ -109,7 +109,9 @@ def test_a_box_and_its_outline(finder: SubjectFinder) -> None:
     assert outline.size == (64, 48) and set(np.unique(outline)) <= {0, 255}
 
 
-def test_the_best_box_counts(finder: SubjectFinder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_named_box_with_the_highest_score_is_taken(
+    finder: SubjectFinder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     answer = {
         "boxes": torch.tensor([[1.0, 2, 30, 40], [5, 6, 99, 20], [0, 0, 1, 1]]),
         "scores": torch.tensor([0.4, 0.7, 0.9]),
@@ -124,7 +126,7 @@ def test_the_best_box_counts(finder: SubjectFinder, monkeypatch: pytest.MonkeyPa
     assert finder.find(picture(), "a cat") == (5.0, 6.0, 64.0, 20.0)
 
 
-def test_nothing_found(finder: SubjectFinder) -> None:
+def test_raises_when_nothing_is_found(finder: SubjectFinder) -> None:
     with pytest.raises(ValueError, match="subject_name: no 'a dog' found"):
         finder(picture(), "a dog", box_threshold=1.0)
     with pytest.raises(ValueError, match="subject_name: expected a few words"):
@@ -141,7 +143,9 @@ def test_pickles_are_not_loaded(folders: tuple[Path, Path], tmp_path: Path) -> N
         SubjectFinder.from_pretrained(detector, tmp_path / "segmenter")
 
 
-def test_in_the_pipeline(folders: tuple[Path, Path], finder: SubjectFinder, checkpoint, photos) -> None:
+def test_the_pipeline_loads_and_uses_it(
+    folders: tuple[Path, Path], finder: SubjectFinder, checkpoint, photos
+) -> None:
     pipe = InContextBrushPipeline.from_pretrained(checkpoint, detector=folders[0], segmenter=folders[1])
     inputs = {name: photos[name] for name in ("subject", "image", "mask")}
     result = pipe("a cat", **inputs, subject_name="a cat", steps=1, seed=0, progress=False)

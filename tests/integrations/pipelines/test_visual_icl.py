@@ -1,6 +1,4 @@
-"""VisualICLPipeline on a tiny checkpoint: beside an eager run, and what the cache, the seed and the knobs
-change.
-"""
+"""VisualICLPipeline on a tiny checkpoint: against an eager run; effects of cache, seed and knobs."""
 
 from __future__ import annotations
 
@@ -47,7 +45,7 @@ def loaded(sd_checkpoint: Path) -> VisualICLPipeline:
 
 @pytest.fixture
 def pipe(loaded: VisualICLPipeline, tmp_path: Path) -> Iterator[VisualICLPipeline]:
-    """With an empty cache, for tests that leave the model as it is."""
+    """With an empty cache, for tests that do not change the model."""
     loaded.cache = InversionCache(tmp_path / "cache")
     yield loaded
     loaded.pipe.unet._forward_pre_hooks.clear()
@@ -67,7 +65,7 @@ def photo(seed: int, size: tuple[int, int] = (SIDE, SIDE)) -> Image.Image:
 
 
 def truth(seed: int, size: tuple[int, int] = (SIDE, SIDE)) -> Image.Image:
-    """Of two colours."""
+    """A picture of two colours."""
     return photo(seed, size).convert("L").point([0] * 128 + [255] * 128).convert("RGB")
 
 
@@ -81,14 +79,14 @@ def run(pipe: VisualICLPipeline, prompts: Any = None, query: Any = QUERY, **more
 
 
 def calls(pipe: VisualICLPipeline) -> list[int]:
-    """The batches of the UNet's coming calls."""
+    """Batch sizes of the UNet's calls from now on."""
     batches: list[int] = []
     pipe.pipe.unet.register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
     return batches
 
 
 class Eager(AttnProcessor2_0):
-    """Stock attention; the last item reads as the paper says, its map in full."""
+    """Stock attention; the last item's is the paper's, with its map in memory."""
 
     def __init__(self, temperature: float, beta: float, clip: tuple[float, float] | None) -> None:
         super().__init__()
@@ -112,7 +110,7 @@ class Eager(AttnProcessor2_0):
 
 
 def inverted(pipe: VisualICLPipeline, image: Image.Image, skip: int = SKIP) -> Inversion:
-    """What the pipeline has kept of an image."""
+    """The inversion of an image in the pipeline's cache."""
     clean = pipe._encode(image)
     for path in pipe.cache.folder.iterdir():
         with safe_open(path, "pt") as file:
@@ -162,7 +160,7 @@ def eagerly(
     "pairs", [PAIRS[:1], PAIRS, [*PAIRS, (photo(7), truth(8))]], ids=["one pair", "two", "three"]
 )
 @pytest.mark.parametrize("clip", [(0.0, 1.0), None], ids=["clipped", "unclipped"])
-def test_beside_an_eager_run(pipe, pairs: list, clip: tuple[float, float] | None) -> None:
+def test_equals_an_eager_run(pipe, pairs: list, clip: tuple[float, float] | None) -> None:
     result = run(pipe, pairs, method=VisualInContext(clip=clip))
     torch.testing.assert_close(result.latents, eagerly(pipe, pairs, (0.4, 1.67, clip)), rtol=1e-4, atol=1e-4)
     plain = run(pipe, pairs, gamma=0).latents
@@ -176,7 +174,7 @@ def test_knobs_reach_the_attention(pipe) -> None:
     torch.testing.assert_close(result.latents, expected, rtol=1e-4, atol=1e-4)
     assert method.items is None
     plain = run(pipe, gamma=0, use_adain=False).latents
-    # Steps are counted with the one that is skipped.
+    # The method counts skipped steps.
     late, last = (
         run(pipe, method=VisualInContext(steps=(n, None)), use_adain=False).latents
         for n in (STEPS, STEPS - 1)
@@ -185,7 +183,7 @@ def test_knobs_reach_the_attention(pipe) -> None:
     assert float((last - plain).abs().max()) > 1e-3
 
 
-def test_without_guidance_the_pass_is_plain(pipe) -> None:
+def test_without_swap_guidance_sampling_is_plain(pipe) -> None:
     batches = calls(pipe)
     plain = run(pipe, gamma=0, use_adain=False)
     assert batches[-(STEPS - SKIP) :] == [1] * (STEPS - SKIP)
@@ -197,14 +195,14 @@ def test_without_guidance_the_pass_is_plain(pipe) -> None:
     assert torch.equal(run(pipe, gamma=0, use_adain=False, method=knobs).latents, plain.latents)
 
 
-def test_one_call_a_step_for_all_items(pipe) -> None:
+def test_each_step_is_one_unet_call(pipe) -> None:
     batches = calls(pipe)
     run(pipe, PAIRS, use_cache=False)
     levels = STEPS - SKIP
     assert batches == [levels] * 5 + [2 * 2 + 3] * levels
 
 
-def test_the_scale_of_each_step(pipe) -> None:
+def test_gamma_as_a_function_of_the_step(pipe) -> None:
     heard = []
 
     def gamma(step: int, steps: int) -> float:
@@ -230,14 +228,14 @@ def test_the_prediction_has_the_truths_statistics(pipe) -> None:
     torch.testing.assert_close(run(pipe).latents, fb.adain(run(pipe).latents, style), rtol=1e-3, atol=1e-3)
 
 
-def test_a_second_run_is_bitwise_the_same(pipe, changed) -> None:
+def test_runs_are_bitwise_equal_with_and_without_the_cache(pipe, changed) -> None:
     fresh = run(pipe, PAIRS)
     changed.cache = InversionCache(pipe.cache.folder / "other")
     for result in (run(pipe, PAIRS), run(pipe, PAIRS, use_cache=False), run(changed, PAIRS)):
         assert torch.equal(result.latents, fresh.latents) and result.image.tobytes() == fresh.image.tobytes()
 
 
-def test_a_prompt_set_is_inverted_once(pipe, changed) -> None:
+def test_each_image_is_inverted_once(pipe, changed) -> None:
     batches = calls(pipe)
     first = run(pipe, PAIRS)
     assert len(batches) == 5 + STEPS - SKIP and first.reused == 0
@@ -253,10 +251,10 @@ def test_a_prompt_set_is_inverted_once(pipe, changed) -> None:
     assert torch.equal(run(changed, PAIRS).latents, first.latents) and len(batches) == STEPS - SKIP
 
 
-def test_what_decides_an_inversion_is_in_its_name(pipe) -> None:
+def test_settings_of_an_inversion_have_files_of_their_own(pipe) -> None:
     run(pipe)
     run(pipe, gamma=1.0, method=VisualInContext(0.8), use_adain=False)
-    run(pipe, inversion_guidance=2.0)  # without effect: both texts are empty
+    run(pipe, inversion_guidance=2.0)  # no effect: both texts are empty
     kept = 3
     assert len(list(pipe.cache.folder.iterdir())) == kept
     for change in (
@@ -273,7 +271,7 @@ def test_what_decides_an_inversion_is_in_its_name(pipe) -> None:
         assert len(list(pipe.cache.folder.iterdir())) == kept, change
 
 
-def test_another_model_has_other_inversions(changed) -> None:
+def test_a_changed_model_or_scheduler_inverts_again(changed) -> None:
     run(changed)
     with torch.no_grad():
         changed.pipe.unet.conv_out.bias += 0.1
@@ -284,12 +282,12 @@ def test_another_model_has_other_inversions(changed) -> None:
     assert len(list(changed.cache.folder.iterdir())) == 9
 
 
-def test_a_cache_can_be_left_alone(pipe) -> None:
+def test_use_cache_false_writes_nothing(pipe) -> None:
     run(pipe, use_cache=False)
     assert not pipe.cache.folder.exists()
 
 
-def test_images_get_noise_of_their_own(pipe) -> None:
+def test_noise_of_different_images_is_uncorrelated(pipe) -> None:
     run(pipe, skip=0)
     noise = torch.stack([inverted(pipe, image, 0).latents[0, 0].flatten() for image in (*PAIRS[0], QUERY)])
     clean = torch.stack([inverted(pipe, image, 0).latents[0, -1].flatten() for image in (*PAIRS[0], QUERY)])
@@ -322,7 +320,7 @@ def test_tasks(pipe, task: str) -> None:
     assert (result.palette is not None) is (task in ("semantic", "keypoints"))
 
 
-def test_a_palette_may_be_given(pipe) -> None:
+def test_given_palettes(pipe) -> None:
     palette = {"sky": (0, 0, 255), "ground": (120, 80, 20), "tree": (0, 160, 0)}
     result = run(pipe, task="semantic", palette=palette)
     assert result.palette.tolist() == [list(colour) for colour in palette.values()] and result.data.max() <= 2
@@ -339,7 +337,7 @@ def test_sizes(pipe) -> None:
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_sd_2_s_prediction(changed, prediction: str) -> None:
+def test_v_prediction_of_stable_diffusion_2(changed, prediction: str) -> None:
     pipe = changed
     pipe.pipe.scheduler = ddim(prediction_type=prediction)
     result = run(pipe, gamma=0, use_adain=False)
@@ -358,7 +356,7 @@ def test_half_precision(sd_checkpoint, tmp_path) -> None:
     assert torch.equal(run(half).latents, result.latents)
 
 
-def test_latents_that_are_not_finite_are_said_aloud(changed) -> None:
+def test_raises_when_latents_are_not_finite(changed) -> None:
     pipe = changed
     with torch.no_grad():
         pipe.pipe.unet.conv_out.bias.fill_(float("nan"))
@@ -367,7 +365,7 @@ def test_latents_that_are_not_finite_are_said_aloud(changed) -> None:
     assert Handle.of(pipe.pipe.unet) is None and not pipe.cache.folder.exists()
 
 
-def test_progress(pipe, capsys) -> None:
+def test_progress_bars(pipe, capsys) -> None:
     run(pipe, progress=True)
     said = capsys.readouterr().err
     assert "inverting" in said and "sampling" in said and f"{3 * (STEPS - SKIP)}/{3 * (STEPS - SKIP)}" in said
@@ -428,13 +426,13 @@ def wide(size: tuple[int, int]) -> Image.Image:
         ({"seed": None, "generator": 3}, TypeError, r"generator: .*torch\.Generator.*int"),
     ],
 )
-def test_bad_calls(pipe, change: dict, error: type[Exception], match: str) -> None:
+def test_wrong_input(pipe, change: dict, error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         run(pipe, **change)
     assert Handle.of(pipe.pipe.unet) is None and not pipe.cache.folder.exists()
 
 
-def test_bad_models(sd_checkpoint, tmp_path, pipe) -> None:
+def test_wrong_models(sd_checkpoint, tmp_path, pipe) -> None:
     with pytest.raises(TypeError, match="pipe: expected a StableDiffusionPipeline, got str"):
         VisualICLPipeline(str(sd_checkpoint))
     for folder, parts in (("flux", ("transformer", "vae")), ("empty", ())):
@@ -456,8 +454,7 @@ def test_bad_models(sd_checkpoint, tmp_path, pipe) -> None:
             VisualICLPipeline(stock)
 
 
-def test_the_inversion_is_the_module_s(pipe) -> None:
-    """Its seed is made of the run's and the pixels, so that neither the other images nor their order matter."""
+def test_the_cached_inversion_satisfies_the_formula(pipe) -> None:
     run(pipe)
     kept = inverted(pipe, QUERY)
     schedule, predict = (

@@ -1,4 +1,4 @@
-"""What the tiny model learns from: the same by seed, what each kind promises, and drawn where it says."""
+"""The tiny model's training data: reproducible by seed, true to its kind, drawn at the given pose."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def made(kind: str, count: int = 24, freedom: float = 1.0, seed: int = 0) -> Can
     return canvases(count, photos(), Generator().manual_seed(seed), freedom, kind)
 
 
-def test_the_seed_decides() -> None:
+def test_a_seed_gives_the_same_canvases() -> None:
     first, again, other = (canvases(8, photos(), Generator().manual_seed(seed)) for seed in (0, 0, 1))
     assert torch.equal(first.pictures, again.pictures) and first.prompts == again.prompts
     assert not torch.equal(first.pictures, other.pictures)
@@ -26,7 +26,7 @@ def test_the_seed_decides() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_hole_covers_its_subject_and_no_more_than_a_panel(kind: str) -> None:
+def test_a_hole_covers_its_subject_within_one_panel(kind: str) -> None:
     some = made(kind)
     assert (
         some.pictures.shape == (24, 3, 2 * SIDE, SIDE)
@@ -41,16 +41,16 @@ def test_a_hole_covers_its_subject_and_no_more_than_a_panel(kind: str) -> None:
     assert (upper > 0) == (kind == "above") and (lower > 0) == (kind != "above")
 
 
-def test_kinds() -> None:
-    at_rest = made("reference", freedom=0.0)
-    both = at_rest.coverage[:, :, SIDE:] == 1  # elsewhere the background shines through
-    upper, lower = at_rest.pictures[:, :, :SIDE], at_rest.pictures[:, :, SIDE:]
+def test_each_kind_is_as_described() -> None:
+    aligned = made("reference", freedom=0.0)
+    both = aligned.coverage[:, :, SIDE:] == 1  # elsewhere the background is blended in
+    upper, lower = aligned.pictures[:, :, :SIDE], aligned.pictures[:, :, SIDE:]
     torch.testing.assert_close((upper * both), (lower * both), atol=1e-5, rtol=0)
-    assert any(text == "" for text in at_rest.prompts) and any(text for text in at_rest.prompts)
-    turned = made("contradiction", freedom=0.0)
-    differ = (turned.pictures[:, :, :SIDE] - turned.pictures[:, :, SIDE:]).abs().amax((1, 2, 3))
+    assert any(text == "" for text in aligned.prompts) and any(text for text in aligned.prompts)
+    recoloured = made("contradiction", freedom=0.0)
+    differ = (recoloured.pictures[:, :, :SIDE] - recoloured.pictures[:, :, SIDE:]).abs().amax((1, 2, 3))
     assert differ.min() > 0.05
-    for text, colour in zip(turned.prompts, turned.subjects.colour.tolist(), strict=True):
+    for text, colour in zip(recoloured.prompts, recoloured.subjects.colour.tolist(), strict=True):
         assert list(COLOURS)[colour] in text
     blank, nothing = made("blank"), made("nothing")
     assert (blank.pictures[:, :, :SIDE] == 1).all() and all(blank.prompts)
@@ -73,7 +73,7 @@ def test_freedom_moves_the_subject() -> None:
     assert torch.equal(fixed.pictures[:, :, :SIDE], free.pictures[:, :, :SIDE])
 
 
-def test_every_shape_is_drawn_where_and_as_large_as_it_is_said() -> None:
+def test_every_shape_is_drawn_at_its_place_size_and_angle() -> None:
     some = subjects(130, photos(), Generator().manual_seed(0))
     assert {SHAPES[i] for i in some.shape.tolist()} == set(SHAPES)
     assert some.outline.shape == (130, ANGLES)

@@ -1,4 +1,4 @@
-"""Training the tiny FLUX.1-Fill: from nothing, by seed, resumed, and what comes out is a FluxFillPipeline."""
+"""Training the tiny FLUX.1-Fill: reproducible, resumable, and the result is a FluxFillPipeline."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from diffusers import FluxFillPipeline
 
 from flashbrush.integrations.tiny_fill.data.canvases import canvases
 from flashbrush.integrations.tiny_fill.data.photos import HELD_OUT, photos
-from flashbrush.integrations.tiny_fill.training import autoencoder, model
+from flashbrush.integrations.tiny_fill.training import autoencoder, model, train
+from flashbrush.integrations.tiny_fill.training.sampling import judge
 from flashbrush.integrations.tiny_fill.training.state import Recipe, Training
-from flashbrush.integrations.tiny_fill.training.train import main
 
-QUICK = Recipe(steps=4, decoder_steps=2, batch=2, warmup=1)
+QUICK = Recipe(steps=3, decoder_steps=2, batch=1, warmup=1)
 
 
 @pytest.fixture(scope="module")
@@ -28,12 +28,18 @@ def components() -> tuple[torch.Tensor, torch.Tensor]:
     return autoencoder.principal_components(photos(), Generator().manual_seed(0), 128)
 
 
+@pytest.fixture
+def given_components(components, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training run takes the components of 128 canvases, computed once, in place of those of 1,024."""
+    monkeypatch.setattr(autoencoder, "principal_components", lambda photos, generator: components)
+
+
 def weights(training: Training) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for part in training.parts.values() for p in part.parameters()])
 
 
 @torch.no_grad()
-def test_the_encoder_is_one_convolution(components) -> None:
+def test_the_encoder_equals_one_convolution(components) -> None:
     weight, bias = components
     vae = autoencoder.autoencoder(weight, bias)
     pixels = 2 * canvases(4, photos(HELD_OUT), Generator().manual_seed(1)).pictures - 1
@@ -50,35 +56,37 @@ def test_the_encoder_is_one_convolution(components) -> None:
     assert products.abs().max() < 1e-4
 
 
-def test_packing_is_the_pipeline_s() -> None:
+def test_packing_equals_the_pipeline_s() -> None:
     latents = torch.randn(2, 8, 6, 4)
     assert torch.equal(model.pack(latents), FluxFillPipeline._pack_latents(latents, 2, 8, 6, 4))
     ids = FluxFillPipeline._prepare_latent_image_ids(1, 3, 2, torch.device("cpu"), torch.float32)
     assert torch.equal(model.token_places(3, 2), ids)
 
 
-def test_steps_learn_and_a_cut_off_run_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
-    whole, cut = Training(QUICK, "cpu"), Training(QUICK, "cpu")
+def test_a_resumed_run_equals_an_uninterrupted_one(given_components, tmp_path: Path) -> None:
+    """Two steps of the transformer and one of the decoder; the second run is saved after the first step."""
+    whole, first = Training(QUICK, "cpu"), Training(QUICK, "cpu")
     before = weights(whole)
-    assert torch.equal(before, weights(cut))
-    for part, steps in (("transformer", 3), ("decoder", 2)):
-        for _ in range(steps):
-            assert whole.step(part) > 0
-    cut.step("transformer")
-    cut.save(tmp_path / "state.pt")
+    assert torch.equal(before, weights(first))
+    for part in ("transformer", "transformer", "decoder"):
+        assert whole.step(part) > 0
+    first.step("transformer")
+    first.save(tmp_path / "state.pt")
     resumed = Training(QUICK, "cpu")
     resumed.load(tmp_path / "state.pt")
     assert resumed.done == {"transformer": 1, "decoder": 0}
-    for part, steps in (("transformer", 2), ("decoder", 2)):
-        for _ in range(steps):
-            resumed.step(part)
+    for part in ("transformer", "decoder"):
+        resumed.step(part)
     assert torch.equal(weights(whole), weights(resumed)) and not torch.equal(weights(whole), before)
     for name, average in whole.averages["transformer"].items():
         assert torch.equal(average, resumed.averages["transformer"][name])
 
 
-def test_the_command_writes_a_checkpoint_that_the_stock_pipeline_runs(tmp_path: Path) -> None:
-    main(tmp_path, steps=2, decoder_steps=1, batch=2, device="cpu", every=2)
+def test_the_command_writes_a_checkpoint_for_the_stock_pipeline(
+    given_components, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "judge", lambda training: judge(training, 2))
+    train.main(tmp_path, steps=1, decoder_steps=1, batch=1, device="cpu", every=2)
     rows = (tmp_path / "log.csv").read_text().splitlines()
     assert rows[0].startswith("part,step,loss,psnr 0") and [row.split(",")[0] for row in rows[1:]] == [
         "transformer",

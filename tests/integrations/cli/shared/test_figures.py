@@ -1,4 +1,4 @@
-"""The report's figure, and pictures that appear together or not at all."""
+"""Figures of insertions: their contents, and that nothing overlaps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from flashbrush.integrations.pipelines import InContextBrushOutput
 def output(
     layers: int = 57, heads: int = 24, size: tuple[int, int] = (60, 40), batch: int = 2
 ) -> InContextBrushOutput:
-    """As of FLUX: 19 double blocks and 38 single ones, 24 heads."""
+    """A result of FLUX's size: 19 double blocks and 38 single ones, 24 heads."""
     width, height = size
     none = torch.zeros(batch, 1, 1)
     return InContextBrushOutput(
@@ -37,7 +37,7 @@ def output(
 
 
 @pytest.mark.parametrize("item", [0, 1])
-def test_the_figure_holds_what_was_made(item: int) -> None:
+def test_the_report_shows_pictures_and_gains(item: int) -> None:
     made = output()
     diptych, mask, result, heat, bar = insertion_report(made, item, "a cat").axes
     for axes, picture in (
@@ -75,7 +75,7 @@ def test_nothing_overlaps_or_is_cut_off(tmp_path: Path, size: tuple[int, int]) -
     assert np.asarray(Image.open(tmp_path / "report.png").convert("L")).std() > 10
 
 
-def test_one_kind_and_equal_gains_are_drawn(tmp_path: Path) -> None:
+def test_a_report_of_one_block_kind_and_equal_gains(tmp_path: Path) -> None:
     made = output(layers=2, heads=1, batch=1)
     made.head_gains, made.layer_kinds = torch.ones(1, 2, 1, 1), ["single"] * 2
     figure = insertion_report(made)
@@ -83,7 +83,7 @@ def test_one_kind_and_equal_gains_are_drawn(tmp_path: Path) -> None:
     assert [text.get_text() for text in figure.axes[3].texts] == ["single blocks"]
 
 
-def test_grids_hold_what_was_made(tmp_path: Path) -> None:
+def test_grids_show_their_pictures(tmp_path: Path) -> None:
     made = [output(layers=3, heads=2, batch=1) for _ in range(2)]
     scene, hole = Image.new("RGB", (60, 40), (9, 9, 200)), Image.new("L", (60, 40))
     hole.paste(255, (10, 10, 20, 20))
@@ -103,6 +103,6 @@ def test_grids_hold_what_was_made(tmp_path: Path) -> None:
     assert not figure.axes[6].images and len(figure.axes[5].images) == 1
 
 
-def test_no_such_item() -> None:
+def test_an_item_that_does_not_exist() -> None:
     with pytest.raises(IndexError):
         insertion_report(output(), 2)

@@ -9,7 +9,7 @@ import pytest
 from flashbrush.integrations.cli.shared.output import check_pictures, write_pictures
 
 
-def test_pictures_appear_together(tmp_path: Path) -> None:
+def test_files_are_written_together_or_not_at_all(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     one, two = tmp_path / "one.png", tmp_path / "other" / "two.png"
     one.write_text("old")
@@ -27,7 +27,7 @@ def test_pictures_appear_together(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["one.png", "other", "two.png"]
 
 
-def test_names_of_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     check_pictures({"output": Path("out.PNG"), "report": None})
     for wrong, match in (

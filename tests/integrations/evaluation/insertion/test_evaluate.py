@@ -1,4 +1,4 @@
-"""Insertions run and measured: what each setting is given, and the means and errors of what comes out."""
+"""Running and measuring insertions: seeds, settings and batches; summaries and sweeps of the outcomes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from flashbrush.integrations.evaluation.insertion.items import Item, held_out
 from flashbrush.integrations.evaluation.insertion.summary import best, estimate
 from flashbrush.integrations.evaluation.insertion.sweep import parse_axis, plot, settings, table
 
-PANEL = {"width": 64, "height": 64, "steps": 2}
+PANEL = {"width": 64, "height": 64, "steps": 1}
 
 
 def outcomes(
@@ -34,7 +34,7 @@ def outcomes(
     return made
 
 
-def test_every_setting_has_the_same_seeds_and_reaches_the_picture(pipe) -> None:
+def test_settings_share_their_seeds_and_change_the_picture(pipe) -> None:
     items = held_out(3)
     base = Setting()
     changed = [
@@ -70,7 +70,7 @@ def test_every_setting_has_the_same_seeds_and_reaches_the_picture(pipe) -> None:
         pipe, items[1:2], [base], options=lambda _: PANEL, seed=4, paste_back=False, progress=False
     )
     near = np.asarray(alone[0].picture).astype(int) - np.asarray(by_key[base, items[1].name, 4].picture)
-    assert np.abs(near).max() <= 2  # sums of another batch size are rounded elsewhere
+    assert np.abs(near).max() <= 2  # another batch size rounds sums differently
     row = alone[0].row()
     assert (
         row["item"] == items[1].name
@@ -79,7 +79,7 @@ def test_every_setting_has_the_same_seeds_and_reaches_the_picture(pipe) -> None:
     )
 
 
-def test_folders_of_any_sizes_are_batched_by_size(pipe) -> None:
+def test_items_are_batched_by_size(pipe) -> None:
     one, two = held_out(2)
     large = replace(
         two, image=two.image.resize((80, 64)), mask=two.mask.resize((80, 64)), truth=None, coverage=None
@@ -100,7 +100,7 @@ def test_masks_grow_and_shrink() -> None:
         Setting(grow=-3).mask(mask)
 
 
-def test_nothing_to_do_is_an_error(pipe) -> None:
+def test_without_items_or_settings_it_raises(pipe) -> None:
     with pytest.raises(ValueError, match="expected items and settings, got 0 and 1"):
         evaluate(pipe, [], [Setting()], options=lambda _: PANEL)
 
@@ -119,7 +119,7 @@ def test_estimates_by_hand() -> None:
     assert estimate(infinite, "pattern")[0] == 3.0 and math.isnan(estimate(infinite, "pattern").error)
 
 
-def test_the_rule_takes_each_image_s_best() -> None:
+def test_the_rule_takes_the_best_setting_of_each_image() -> None:
     none, some = Setting(), Setting(alpha_subject=0.5)
     made = outcomes(none, {("a", 0): 0.2, ("b", 0): 0.9}, "palette") + outcomes(
         some, {("a", 0): 0.3, ("b", 0): 0.1}, "palette"

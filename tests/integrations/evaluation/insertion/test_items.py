@@ -20,7 +20,7 @@ def items():
     return held_out(12)
 
 
-def test_made_items_hide_the_truth_and_differ_only_in_what_is_asked(items) -> None:
+def test_made_items_hide_the_truth_and_differ_only_as_asked(items) -> None:
     again, blank, stranger, silent = (
         held_out(12, **more)
         for more in ({}, {"reference": "blank"}, {"reference": "stranger"}, {"prompts": False})
@@ -35,7 +35,7 @@ def test_made_items_hide_the_truth_and_differ_only_in_what_is_asked(items) -> No
         assert stranger[i].subject.tobytes() == items[(i + 1) % 12].subject.tobytes()
 
 
-def test_a_folder_gives_back_what_was_written(items, tmp_path: Path) -> None:
+def test_a_written_folder_is_read_back(items, tmp_path: Path) -> None:
     outline = items[0].subject.convert("L").point(lambda level: 255 * (level < 250))
     given = [replace(items[0], subject_mask=outline), *items[1:3]]
     write_items(given, tmp_path)
@@ -63,7 +63,7 @@ def test_a_folder_gives_back_what_was_written(items, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_wrong_folders_are_explained(tmp_path: Path, text: str | None, message: str) -> None:
+def test_wrong_folders(tmp_path: Path, text: str | None, message: str) -> None:
     Image.new("RGB", (8, 8), "red").save(tmp_path / "s.png")
     Image.new("RGB", (9, 8), "red").save(tmp_path / "i.png")
     if text is not None:

@@ -54,7 +54,7 @@ def test_an_exact_error_and_a_named_colour() -> None:
         measure(item, Image.new("RGB", (8, 8)))
 
 
-def test_models_judge(items, tmp_path: Path) -> None:
+def test_dino_and_clip(items, tmp_path: Path) -> None:
     from transformers import (
         BitImageProcessor,
         CLIPConfig,

@@ -1,6 +1,4 @@
-"""What is measured of the six tasks, on pictures whose right value is known by hand; and the folders they
-come from.
-"""
+"""Measures of the six tasks, on pictures whose values are known by hand; folders of pairs."""
 
 from __future__ import annotations
 
@@ -31,7 +29,7 @@ def boxes(
 def judged(
     task: str, predictions: list[Image.Image], truths: list[Image.Image], **options
 ) -> tuple[list[dict], dict]:
-    """(of each, of all), of pictures that the task reads"""
+    """(measures of each, measures of all)."""
     judge = TaskJudge(task, **options)
     palette = {"palette": options["palette"]} if "palette" in options else {}
     each = [
@@ -49,7 +47,7 @@ def test_segmentation() -> None:
 
 
 def test_detection() -> None:
-    """Boxes: a hole in the prediction, or a speck beside it, is no part of the overlap."""
+    """A hole in the prediction, or a speck beside it, does not change its box."""
     truth = boxes((2, 0, 6, 4))
     holed = boxes((0, 0, 4, 4), (7, 7, 8, 8))
     holed.putpixel((1, 1), (0, 0, 0))
@@ -59,7 +57,7 @@ def test_detection() -> None:
     )
 
 
-def test_semantic_counts_all_pixels_of_a_class_together() -> None:
+def test_semantic_sums_the_pixels_of_a_class_over_all_pictures() -> None:
     palette = [(0, 0, 0), (255, 0, 0), (0, 255, 0)]
     red, small = boxes((0, 0, 4, 8), colour="red"), boxes((0, 0, 2, 8), colour="red")
     green = boxes((0, 0, 8, 8), colour="lime")
@@ -81,7 +79,7 @@ def test_keypoints() -> None:
         [[23.0, 24.0], [80.0, 29.0], [7.0, 7.0]]
     )  # 5 and 11 pixels off; the truth has no third point
     assert judge.update(near, truth) == pytest.approx({"mse": (25 + 121) / 2 / 101**2, "pck": 0.5})
-    nothing = np.full((3, 2), np.nan)  # as if in the middle, (50, 25)
+    nothing = np.full((3, 2), np.nan)  # counts as the middle, (50, 25)
     assert judge.update(nothing, truth) == pytest.approx(
         {"mse": (900 + 25 + 900 + 225) / 2 / 101**2, "pck": 0}
     )
@@ -106,9 +104,7 @@ class MeanColour(nn.Module):
 
 
 def test_colourisation() -> None:
-    """All features move by 0.2 in one of three directions, and keep their spread: the Fréchet distance is
-    0.2^2.
-    """
+    """All features move by 0.2 and keep their spread: the Fréchet distance is 0.2^2."""
     rng = np.random.default_rng(0)
     truths = [Image.fromarray(np.full((8, 8, 3), rng.integers(0, 200, 3), np.uint8)) for _ in range(6)]
     moved = [Image.fromarray(np.asarray(t) + np.array([0, 51, 0], np.uint8)) for t in truths]
@@ -126,18 +122,18 @@ def test_colourisation() -> None:
 
 
 @pytest.mark.skipif(find_spec("torchvision") is not None, reason="torchvision is installed")
-def test_networks_that_are_not_there_are_named() -> None:
+def test_a_missing_torchvision_is_named() -> None:
     with pytest.raises(ImportError, match=r"lpips: .*orchvision"):
         TaskJudge("colourisation", lpips="alex")
 
 
 @pytest.mark.skipif(find_spec("torch_fidelity") is not None, reason="torch-fidelity is installed")
-def test_inception_that_is_not_there_is_named() -> None:
+def test_a_missing_torch_fidelity_is_named() -> None:
     with pytest.raises(ImportError, match=r"fid: .*torch-fidelity"):
         TaskJudge("colourisation", features="inception")
 
 
-def test_wrong_calls() -> None:
+def test_wrong_input() -> None:
     with pytest.raises(ValueError, match=r"task: .*'depth'"):
         TaskJudge("depth")
     with pytest.raises(ValueError, match="palette: semantic needs one"):
@@ -150,7 +146,7 @@ def test_wrong_calls() -> None:
         TaskJudge("edges").update(np.zeros((4, 4)), boxes())
 
 
-def test_every_task_has_a_measure_that_is_described() -> None:
+def test_every_task_has_a_described_measure_and_a_best_value() -> None:
     palette = [(0, 0, 0), (255, 255, 255)]
     for task in TASKS:
         needs = {"colourisation": {"features": MeanColour()}}.get(task, {})
@@ -167,7 +163,7 @@ def test_every_task_has_a_measure_that_is_described() -> None:
 # Folders
 
 
-def test_a_folder_gives_back_what_was_written(tmp_path: Path) -> None:
+def test_a_written_folder_is_read_back(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     pictures = [Image.fromarray(rng.integers(0, 256, (8, 9, 3), dtype=np.uint8)) for _ in range(6)]
     given = [
@@ -202,7 +198,7 @@ HEAD = "name,image,truth,prompts\n"
         (HEAD + "a,s.png,i.png,\nb,s.png,s.png,a\n", "truth of a: expected the size of the image"),
     ],
 )
-def test_wrong_folders_are_explained(tmp_path: Path, text: str | None, message: str) -> None:
+def test_wrong_folders(tmp_path: Path, text: str | None, message: str) -> None:
     Image.new("RGB", (8, 8), "red").save(tmp_path / "s.png")
     Image.new("RGB", (9, 8), "red").save(tmp_path / "i.png")
     if text is not None:

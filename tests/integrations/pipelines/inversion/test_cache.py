@@ -1,4 +1,4 @@
-"""Inversions on disk: found again, whole or not at all, and never taken for another's."""
+"""Inversions on disk: read back bitwise, written completely or not at all, never confused with others."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def same(a: Inversion | None, b: Inversion) -> bool:
     )
 
 
-def test_found_again_bitwise(tmp_path: Path) -> None:
+def test_read_back_bitwise(tmp_path: Path) -> None:
     cache = InversionCache(tmp_path / "new" / "folder")
     assert cache.get(SETTINGS) is None and not cache.folder.exists()
     path = cache.put(SETTINGS, inversion())
@@ -50,7 +50,7 @@ def test_found_again_bitwise(tmp_path: Path) -> None:
     assert same(InversionCache(cache.folder).get(dict(reversed(SETTINGS.items()))), inversion())
 
 
-def test_made_once(tmp_path: Path) -> None:
+def test_get_or_make_makes_once(tmp_path: Path) -> None:
     cache, made = InversionCache(tmp_path), []
 
     def make() -> Inversion:
@@ -65,7 +65,7 @@ def test_made_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "change", [{"steps": 5}, {"pixels": "abd"}, {"eta": 0.9}, {"prompts": ["", "b"]}, {"more": 1}]
 )
-def test_other_settings_are_others(tmp_path: Path, change: dict) -> None:
+def test_other_settings_find_nothing(tmp_path: Path, change: dict) -> None:
     cache = InversionCache(tmp_path)
     cache.put(SETTINGS, inversion())
     assert cache.get(SETTINGS | change) is None
@@ -88,7 +88,7 @@ def damaged_files(path: Path, cache: InversionCache) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("damage", ["cut off", "empty", "a bit", "another's", "without a word"])
-def test_what_does_not_hold_is_made_again(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_file_is_ignored_with_a_warning(tmp_path: Path, damage: str) -> None:
     cache = InversionCache(tmp_path)
     path = cache.put(SETTINGS, inversion())
     path.write_bytes(damaged_files(path, cache)[damage])
@@ -99,7 +99,7 @@ def test_what_does_not_hold_is_made_again(tmp_path: Path, damage: str) -> None:
         assert same(cache.get(SETTINGS), inversion(2))
 
 
-def test_a_failure_leaves_nothing_and_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = InversionCache(tmp_path)
 
     def fail(*_: object) -> None:
@@ -118,14 +118,14 @@ def test_a_failure_leaves_nothing_and_the_old_one(tmp_path: Path, monkeypatch: p
     assert same(cache.get(SETTINGS), inversion())
 
 
-def test_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert InversionCache().folder == default_folder() == tmp_path / "flashbrush" / "inversions"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert default_folder() == Path.home() / ".cache" / "flashbrush" / "inversions"
 
 
-def test_digests_see_shape_dtype_and_every_bit() -> None:
+def test_tensor_digests_depend_on_shape_dtype_and_every_bit() -> None:
     x = torch.arange(6.0)
     assert tensor_digest([x]) == tensor_digest([x.clone()]) == tensor_digest([torch.stack([x, x], 1)[:, 0]])
     nearly = x.clone()
@@ -135,7 +135,7 @@ def test_digests_see_shape_dtype_and_every_bit() -> None:
     assert tensor_digest([x.bfloat16()]) != tensor_digest([x.half()])
 
 
-def test_a_model_is_known_by_its_weights() -> None:
+def test_weights_digest_depends_on_weights_and_adapters() -> None:
     model: Any = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     digest = WeightsDigest()
     first = digest(model)
@@ -158,7 +158,7 @@ def test_a_model_is_known_by_its_weights() -> None:
     assert changed()
 
 
-def test_a_digest_is_computed_again_only_after_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_digest_is_computed_again_only_after_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
     from flashbrush.integrations.pipelines.inversion import cache as module
 
     computed = []
@@ -169,6 +169,6 @@ def test_a_digest_is_computed_again_only_after_a_change(monkeypatch: pytest.Monk
     assert digest(model) == "2" and digest(nn.Linear(3, 3)) == "3"
 
 
-def test_weights_that_are_elsewhere_are_no_name() -> None:
+def test_weights_that_are_not_in_memory_are_refused() -> None:
     with pytest.raises(ValueError, match=r"cache: the weight (weight|bias) is not in memory"):
         WeightsDigest()(nn.Linear(2, 2, device="meta"))

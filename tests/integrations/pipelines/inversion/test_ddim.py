@@ -1,4 +1,4 @@
-"""DDIM inversion on a tiny UNet: the published formula, diffusers' sampler, and how far the way back strays."""
+"""DDIM inversion on a tiny UNet: the published formula, diffusers' sampler, and the error of a round trip."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def clean() -> Tensor:
 
 
 def test_inversion_is_the_published_formula(predict, clean) -> None:
-    """Each step upwards takes the noise of the cleaner latents, at the timestep of the noisier level."""
+    """Each step takes the noise prediction of the cleaner latents, at the timestep of the noisier level."""
     scheduler = ddim()
     scheduler.set_timesteps(STEPS)
     x, alpha = clean, float(scheduler.final_alpha_cumprod)
@@ -45,7 +45,7 @@ def test_inversion_is_the_published_formula(predict, clean) -> None:
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_sampling_is_diffusers(predict, clean, prediction: str) -> None:
+def test_sampling_equals_diffusers(predict, clean, prediction: str) -> None:
     scheduler = ddim(prediction_type=prediction)
     scheduler.set_timesteps(STEPS)
     x = clean
@@ -59,9 +59,8 @@ def test_sampling_is_diffusers(predict, clean, prediction: str) -> None:
 
 
 @pytest.mark.parametrize(("prediction", "bound"), [("epsilon", 0.5), ("v_prediction", 0.05)])
-def test_the_way_back(predict, clean, prediction: str, bound: float) -> None:
-    """More steps stray less, and more iterations lead back to float error; by epsilon a first level that is
-    nearly all noise costs most."""
+def test_the_error_of_a_round_trip(predict, clean, prediction: str, bound: float) -> None:
+    """It shrinks with more steps, and to rounding with more iterations; epsilon needs the looser bound."""
     error = {}
     for steps, iterations in ((6, 1), (24, 1), (6, 20)):
         schedule = DDPMSchedule.from_scheduler(ddim(prediction_type=prediction), steps)
@@ -71,7 +70,7 @@ def test_the_way_back(predict, clean, prediction: str, bound: float) -> None:
     assert error[6, 20] <= 1e-4, error
 
 
-def test_progress_and_what_it_refuses(predict, clean) -> None:
+def test_progress_and_wrong_input(predict, clean) -> None:
     schedule, done = DDPMSchedule.from_scheduler(ddim(), STEPS), []
     invert(clean, predict, schedule, progress=done.append)
     assert done == [1] * STEPS

@@ -1,4 +1,4 @@
-"""Edit-friendly DDPM inversion on a tiny UNet: the formulas, and that sampling goes back the way it came."""
+"""Edit-friendly DDPM inversion on a tiny UNet: the formulas, and that sampling reproduces its latents."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def ddpm() -> DDPMScheduler:
 @pytest.mark.parametrize("eta", [1.0, 0.6])
 @pytest.mark.parametrize("guidance", [1.0, 3.5])
 @pytest.mark.parametrize("skip", [0, 2])
-def test_sampling_goes_back_the_way(
+def test_sampling_reproduces_the_latents(
     unet, clean, prediction: str, eta: float, guidance: float, skip: int
 ) -> None:
     schedule = DDPMSchedule.from_scheduler(ddim(prediction_type=prediction), STEPS, eta)
@@ -75,14 +75,14 @@ def test_sampling_goes_back_the_way(
     assert float((back[:, -1] - clean).abs().max()) > 1e-3
 
 
-def test_other_noise_maps_lead_elsewhere(unet, clean) -> None:
+def test_other_noise_maps_give_other_latents(unet, clean) -> None:
     schedule, predict = DDPMSchedule.from_scheduler(ddim(), STEPS), noise_predictor(unet, text())
     found = invert(clean, predict, schedule, generators=generators())
     swapped = dataclasses.replace(found, noise_maps=found.noise_maps.flip(0))
     assert float((sample(swapped, predict, schedule)[:, -1] - clean).abs().max()) > 0.1
 
 
-def test_the_step_is_ddim_s_with_eta_one(clean) -> None:
+def test_a_step_equals_ddim_with_eta_1(clean) -> None:
     scheduler, x, output = ddim(), clean, torch.randn(clean.shape)
     schedule = DDPMSchedule.from_scheduler(scheduler, STEPS)
     scheduler.set_timesteps(STEPS)
@@ -99,10 +99,8 @@ def test_the_step_is_ddim_s_with_eta_one(clean) -> None:
     )
 
 
-def test_the_step_is_ddpm_s(clean) -> None:
-    """Beside the posterior of diffusers' own DDPMScheduler, whose levels are those of the whole training
-    schedule.
-    """
+def test_a_step_equals_ddpm(clean) -> None:
+    """Against the posterior of diffusers' own DDPMScheduler."""
     schedule, own = DDPMSchedule.from_scheduler(ddpm(), STEPS), ddpm()
     own.set_timesteps(STEPS)
     output = torch.randn(clean.shape)
@@ -112,8 +110,8 @@ def test_the_step_is_ddpm_s(clean) -> None:
         torch.testing.assert_close(schedule.step(clean, output, i, noise), stock, rtol=1e-3, atol=1e-3)
 
 
-def test_between_the_two_etas_the_published_formula_holds(clean) -> None:
-    """eta, not its square, is in the direction towards the latents."""
+def test_eta_below_1_follows_the_published_formula(clean) -> None:
+    """In the term towards the latents it has eta, where DDIM has its square."""
     schedule, output = DDPMSchedule.from_scheduler(ddim(), STEPS, 0.5), torch.randn(clean.shape)
     a, b = (float(schedule.alphas[i]) for i in (2, 3))
     start = (clean - (1 - a) ** 0.5 * output) / a**0.5
@@ -122,7 +120,7 @@ def test_between_the_two_etas_the_published_formula_holds(clean) -> None:
     torch.testing.assert_close(schedule.mean(clean, output, 2), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_v_is_another_name_for_epsilon(clean) -> None:
+def test_v_prediction_equals_epsilon(clean) -> None:
     epsilon, v = (
         DDPMSchedule.from_scheduler(ddim(prediction_type=p), STEPS) for p in ("epsilon", "v_prediction")
     )
@@ -158,14 +156,14 @@ def test_an_image_does_not_depend_on_the_others(unet, clean) -> None:
     )
 
 
-def test_the_share_of_steps_that_is_left_out() -> None:
+def test_steps_left_out_are_a_share_of_the_run() -> None:
     assert [steps_left_out(None, steps, (32, 100)) for steps in (100, 50, 3, 1)] == [32, 16, 0, 0]
     assert steps_left_out(2, 3, (32, 100)) == 2
     with pytest.raises(ValueError, match=r"skip: .*0 to 2.*got 3"):
         steps_left_out(3, 3, (32, 100))
 
 
-def test_skipping_and_batches_change_no_noise(unet, clean) -> None:
+def test_skip_and_batch_do_not_change_the_noise(unet, clean) -> None:
     schedule, predict = DDPMSchedule.from_scheduler(ddim(), STEPS), noise_predictor(unet, text())
     whole = invert(clean, predict, schedule, generators=generators())
     late = invert(clean, predict, schedule, generators=generators(), skip=3)
@@ -188,7 +186,7 @@ def test_a_ddpm_scheduler_ends_without_noise(unet, clean) -> None:
 
 
 def test_zero_terminal_snr(unet, clean) -> None:
-    """SD 2's later schedulers begin with pure noise, from which v alone gives a picture."""
+    """The first level is pure noise, where only v-prediction defines x0."""
     levels = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "steps_offset": 0}
     schedule = DDPMSchedule.from_scheduler(ddim(prediction_type="v_prediction", **levels), STEPS)
     alphas = schedule.alphas.clone()
@@ -224,7 +222,7 @@ def test_guidance(unet, clean) -> None:
         ({"scheduler": ddim(prediction_type="sample")}, ValueError, "prediction: .*'sample'"),
     ],
 )
-def test_bad_schedules(change: dict, error: type[Exception], match: str) -> None:
+def test_wrong_schedules(change: dict, error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         DDPMSchedule.from_scheduler(**{"scheduler": ddim(), "steps": STEPS} | change)
 
@@ -240,7 +238,7 @@ def test_bad_schedules(change: dict, error: type[Exception], match: str) -> None
         ({"predict": lambda x, t: x * float("nan")}, FloatingPointError, "not finite"),
     ],
 )
-def test_bad_inversions(clean, change: dict, error: type[Exception], match: str) -> None:
+def test_wrong_inversions(clean, change: dict, error: type[Exception], match: str) -> None:
     given = {"clean": clean, "predict": lambda x, t: x, "generators": generators()} | change
     with pytest.raises(error, match=match):
         invert(schedule=DDPMSchedule.from_scheduler(ddim(), STEPS), **given)

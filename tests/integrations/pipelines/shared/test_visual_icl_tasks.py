@@ -1,4 +1,4 @@
-"""The six tasks: what they read out of pictures that are drawn well, and badly."""
+"""The six tasks, on clean and on disturbed pictures."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(0)
 
 
-def smudged(picture: Image.Image, noise: int = 60) -> Image.Image:
-    """As a model would paint it."""
+def with_noise(picture: Image.Image, noise: int = 60) -> Image.Image:
+    """Uniform noise on every channel, as a model's picture has."""
     pixels = np.asarray(picture.convert("RGB")).astype(int)
     return Image.fromarray(
         (pixels + rng().integers(-noise, noise + 1, pixels.shape)).clip(0, 255).astype(np.uint8)
@@ -30,7 +30,7 @@ def box_picture(box: tuple[int, int, int, int], size: tuple[int, int] = (64, 48)
 
 
 def test_segmentation() -> None:
-    result = vt.read_segmentation(smudged(box_picture((10, 5, 40, 30))))
+    result = vt.read_segmentation(with_noise(box_picture((10, 5, 40, 30))))
     expected = np.zeros((48, 64), bool)
     expected[5:30, 10:40] = True
     assert result.data.dtype == bool and np.array_equal(result.data, expected)
@@ -41,13 +41,13 @@ def test_segmentation() -> None:
 
 @pytest.mark.parametrize("box", [(10, 5, 40, 30), (0, 0, 64, 48), (63, 47, 64, 48), (0, 20, 64, 21)])
 def test_detection(box: tuple[int, int, int, int]) -> None:
-    result = vt.read_detection(smudged(box_picture(box)))
+    result = vt.read_detection(with_noise(box_picture(box)))
     assert result.data == box
     assert np.array_equal(np.asarray(result.picture), np.asarray(box_picture(box).convert("L")))
 
 
-def test_detection_agrees_with_every_box_tried() -> None:
-    """Beside all boxes of small random masks."""
+def test_detection_equals_a_search_over_all_boxes() -> None:
+    """On small random masks."""
     for seed in range(20):
         mask = np.random.default_rng(seed).random((5, 6)) < 0.5
         found = vt.read_detection(Image.fromarray(mask.astype(np.uint8) * 255)).data
@@ -68,7 +68,7 @@ def test_specks_and_holes_do_not_move_the_box() -> None:
     assert np.abs(np.array([left - 20, top - 10, right - 50, bottom - 40])).max() <= 1
 
 
-def test_nothing_to_detect() -> None:
+def test_no_box_in_a_dark_picture() -> None:
     result = vt.read_detection(Image.new("RGB", (8, 8)))
     assert result.data is None and not np.asarray(result.picture).any()
 
@@ -76,7 +76,7 @@ def test_nothing_to_detect() -> None:
 def test_semantic() -> None:
     classes = rng().integers(0, 4, (12, 16))
     drawn = Image.fromarray(vt.check_palette(PALETTE)[classes])
-    result = vt.read_semantic(smudged(drawn, 100), palette=PALETTE)
+    result = vt.read_semantic(with_noise(drawn, 100), palette=PALETTE)
     assert np.array_equal(result.data, classes) and result.data.dtype == np.int64
     assert result.picture.tobytes() == drawn.tobytes()
 
@@ -101,7 +101,7 @@ def test_palettes_come_from_ground_truths() -> None:
         ([(1, 2, 3), (1, 2, 3)], "each colour once"),
     ],
 )
-def test_bad_palettes(palette, match: str) -> None:
+def test_wrong_palettes(palette, match: str) -> None:
     with pytest.raises(ValueError, match=f"palette: .*{match}"):
         vt.read_semantic(Image.new("RGB", (2, 2)), palette=palette)
 
@@ -113,13 +113,13 @@ def test_keypoints() -> None:
     for name, (x, y) in places.items():
         pen.ellipse((x - 2, y - 2, x + 2, y + 2), fill=PALETTE[name])
     pen.point([(60, 45), (3, 40)], fill=PALETTE["red"])  # stray pixels
-    result = vt.read_keypoints(smudged(picture, 80), palette=PALETTE, radius=2)
+    result = vt.read_keypoints(with_noise(picture, 80), palette=PALETTE, radius=2)
     np.testing.assert_allclose(result.data, np.array(list(places.values())), atol=0.5)
     again = vt.read_keypoints(result.picture, palette=PALETTE, radius=2)
     np.testing.assert_allclose(again.data, result.data, atol=0.6)
 
 
-def test_keypoints_that_are_missing_or_of_another_background() -> None:
+def test_missing_keypoints_and_another_background() -> None:
     picture = Image.new("RGB", (20, 20), (0, 0, 255))
     picture.paste((0, 255, 0), (4, 6, 7, 9))
     result = vt.read_keypoints(picture, palette=PALETTE, background=3)
@@ -157,7 +157,7 @@ def test_colourisation_keeps_the_photo_s_detail() -> None:
 
 
 @pytest.mark.parametrize("task", vt.TASKS)
-def test_by_name(task: str) -> None:
+def test_read_task_calls_the_task_s_function(task: str) -> None:
     picture = box_picture((2, 2, 9, 9), (16, 12))
     palette = [(0, 0, 0), (255, 255, 255)]
     result = vt.read_task(task, picture, query=picture, palette=palette)
@@ -166,7 +166,7 @@ def test_by_name(task: str) -> None:
     assert expected is None or np.array_equal(np.asarray(result.data), np.asarray(expected))
 
 
-def test_bad_tasks() -> None:
+def test_wrong_tasks() -> None:
     with pytest.raises(ValueError, match=r"task: expected one of segmentation, .*'depth'"):
         vt.read_task("depth", Image.new("RGB", (2, 2)))
     with pytest.raises(ValueError, match="palette: semantic needs one"):
