@@ -29,13 +29,18 @@ class AttentionMap(NamedTuple):
             has none of a name's keys.
 
     Examples:
-        ```python
-        maps = AttentionMaps(text={"cat": [2]})
-        with apply(pipe.unet, maps):
-            pipe("a cat")
-        first = maps.maps[0]
-        print(first.step, first.layer, first.values[0].mean(0).unflatten(-1, first.grid).shape)
-        ```
+        >>> from diffusers import StableDiffusionPipeline
+        >>> from flashbrush.integrations import AttentionMaps
+        >>> from flashbrush.integrations.diffusers import apply
+        >>> pipe = StableDiffusionPipeline.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5")
+        >>> maps = AttentionMaps(text={"cat": [2]}, layers="up")
+        >>> with apply(pipe.unet, maps):
+        ...     images = pipe("a cat", num_inference_steps=2).images
+        >>> first = maps.maps[0]
+        >>> first.step, first.kind, first.grid
+        (0, 'cross', (16, 16))
+        >>> first.values.shape  # (batch, heads, names, image tokens)
+        torch.Size([2, 4, 1, 256])
     """
 
     step: int
@@ -53,14 +58,6 @@ class AttentionMaps:
     is; beside another method, ``compose(method, maps)``, values are those before that method's weights and
     biases.
 
-    Examples:
-        ```python
-        maps = AttentionMaps(text={"cat": [2], "hat": [5]})
-        with apply(pipe.unet, maps):
-            pipe("a cat with a hat")
-        print(maps.mean()["cat"].shape)  # (batch, rows, columns)
-        ```
-
     Args:
         text: {name: positions among the text tokens}, for layers that attend to text.
         image: {name: positions among the image tokens}, for layers that attend to the image.
@@ -73,6 +70,17 @@ class AttentionMaps:
     Raises:
         ValueError: a wrong knob, by name; a name in both `text` and `image`. When the model is called:
             positions beyond the tokens, a layer whose grid is not known (FLUX without ``handle.grid``).
+
+    Examples:
+        >>> from diffusers import StableDiffusionPipeline
+        >>> from flashbrush.integrations import AttentionMaps
+        >>> from flashbrush.integrations.diffusers import apply
+        >>> pipe = StableDiffusionPipeline.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5")
+        >>> maps = AttentionMaps(text={"cat": [2], "hat": [5]})
+        >>> with apply(pipe.unet, maps):
+        ...     images = pipe("a cat with a hat", num_inference_steps=2).images
+        >>> maps.mean()["cat"].shape  # (batch, rows, columns)
+        torch.Size([2, 16, 16])
     """
 
     text: Mapping[str, Sequence[int]] = Positions("name", str, {}, empty=True)

@@ -27,12 +27,6 @@ class CrossImageAttention:
     latents to the appearance's by AdaIN and guides by the difference to a plain pass:
     AppearanceTransferPipeline does. A knob may be set at any time.
 
-    Examples:
-        ```python
-        with apply(pipe.unet, CrossImageAttention()):
-            pipe(["a zebra", "a zebra", "a giraffe"], guidance_scale=1.0)  # output, appearance, structure
-        ```
-
     Args:
         contrast: 1.67 in the code; 1: none.
         clip: bounds of the contrasted map, or None.
@@ -48,6 +42,15 @@ class CrossImageAttention:
     Raises:
         ValueError: a wrong knob, by name. When the model is called: another model, a batch that does not
             fit.
+
+    Examples:
+        >>> from diffusers import StableDiffusionPipeline
+        >>> from flashbrush.integrations import CrossImageAttention
+        >>> from flashbrush.integrations.diffusers import apply
+        >>> pipe = StableDiffusionPipeline.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5")
+        >>> prompts = ["a zebra", "a zebra", "a giraffe"]  # output, appearance, structure
+        >>> with apply(pipe.unet, CrossImageAttention(windows={16: (1, None)})):
+        ...     images = pipe(prompts, guidance_scale=1.0, num_inference_steps=3).images
     """
 
     contrast: float = Number(1.67)

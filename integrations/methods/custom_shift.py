@@ -35,16 +35,6 @@ class CustomShift:
     tokens, and that x and p do not read s, are our readings. The paper fine-tunes by LoRA, which is loaded
     as usual. SD 3.5's second attention, of the image alone, stays plain. A knob may be set at any time.
 
-    Examples:
-        ```python
-        method = CustomShift()
-        with apply(pipe.transformer, method):
-            method.remember(pipe.transformer, references, names, pooled)
-            velocity = pipe.transformer(latents, text, pooled_text, t).sample
-        neither, with_references, both = velocity.chunk(3)
-        velocity = guide(neither, with_references, both)
-        ```
-
     Args:
         items: the batch items that read the references; None: the last two thirds of a batch [neither,
             references, references and prompt], as `guide` takes them.
@@ -52,6 +42,24 @@ class CustomShift:
     Raises:
         ValueError: a wrong knob, by name. When the model is called: another model than SD 3, a batch that
             does not fit.
+
+    Examples:
+        >>> import torch
+        >>> from diffusers import SD3Transformer2DModel
+        >>> from flashbrush.integrations import CustomShift
+        >>> from flashbrush.integrations.diffusers import apply
+        >>> from flashbrush.integrations.methods.custom_shift import guide
+        >>> transformer = SD3Transformer2DModel(sample_size=8, in_channels=4, num_layers=1,
+        ...     attention_head_dim=8, num_attention_heads=2, joint_attention_dim=8, caption_projection_dim=16,
+        ...     pooled_projection_dim=8, pos_embed_max_size=8)
+        >>> references, names, pooled = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 8), torch.randn(2, 8)
+        >>> latents, text, pooled_text = torch.randn(3, 4, 8, 8), torch.randn(3, 5, 8), torch.randn(3, 8)
+        >>> method = CustomShift()
+        >>> with apply(transformer, method):
+        ...     method.remember(transformer, references, names, pooled)
+        ...     velocity = transformer(latents, text, pooled_text, torch.full((3,), 500.0)).sample
+        >>> neither, with_references, both = velocity.chunk(3)
+        >>> velocity = guide(neither, with_references, both)
     """
 
     items: Sequence[int] | None = Items()

@@ -30,15 +30,6 @@ class FastComposer:
     Read `loss()` after the model's call and before its backward pass. A knob may be set at any time, as the
     next batch's `tokens` and `masks` are.
 
-    Examples:
-        ```python
-        method = FastComposer(tokens=torch.tensor([[2]]), masks=masks)  # "cat" is token 2 of the one text
-        with apply(pipe.unet, method):
-            noise = pipe.unet(latents, t, text).sample
-        loss = noise.square().mean() + method.loss()
-        loss.backward()
-        ```
-
     Args:
         tokens: int64 (batch, subjects), the position of each subject's token in its text; -1: there is
             none.
@@ -51,6 +42,22 @@ class FastComposer:
     Raises:
         ValueError: a wrong knob, by name. When the model is called: another model, a batch that does not
             fit.
+
+    Examples:
+        >>> import torch
+        >>> from diffusers import StableDiffusionPipeline
+        >>> from flashbrush.integrations import FastComposer
+        >>> from flashbrush.integrations.diffusers import apply
+        >>> pipe = StableDiffusionPipeline.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5")
+        >>> latents = torch.randn(1, pipe.unet.config.in_channels, 16, 16)
+        >>> text, empty = pipe.encode_prompt("a cat", "cpu", 1, True)
+        >>> masks = torch.zeros(1, 1, 64, 64)
+        >>> masks[..., 16:48, 16:48] = 1
+        >>> method = FastComposer(tokens=torch.tensor([[2]]), masks=masks)  # "cat" is token 2
+        >>> with apply(pipe.unet, method):
+        ...     noise = pipe.unet(latents, 500, text).sample
+        >>> loss = noise.square().mean() + method.loss()
+        >>> loss.backward()
     """
 
     tokens: Tensor = Indices("batch, subjects")

@@ -33,14 +33,6 @@ class ICCustom:
     text's. `known_mask` makes the model's mask, `preserve` keeps a background. Load the released LoRA and
     input layers yourself. A knob may be set at any time.
 
-    Examples:
-        ```python
-        parameters = ICCustomParameters(hidden)
-        with apply(pipe.transformer, ICCustom(parameters, references=1)) as handle:
-            handle.grid = grid  # (rows, columns) of the image tokens, all panels together
-            pipe("a chair in a garden")
-        ```
-
     Args:
         parameters: loaded or trained, in the model's dtype.
         task: "free": no position is given. "precise" or "drawn": it is, by an exact mask or a user's
@@ -52,6 +44,18 @@ class ICCustom:
     Raises:
         ValueError: a wrong knob, by name. When the model is called: parameters, panels or a grid that do
             not fit.
+
+    Examples:
+        >>> from diffusers import FluxPipeline
+        >>> from flashbrush.integrations import ICCustom, ICCustomParameters
+        >>> from flashbrush.integrations.diffusers import apply
+        >>> pipe = FluxPipeline.from_pretrained("black-forest-labs/FLUX.1-dev")
+        >>> parameters = ICCustomParameters(pipe.transformer.inner_dim)  # or from_pretrained()
+        >>> size = {"height": 64, "width": 128, "max_sequence_length": 16}  # two panels
+        >>> token = 2 * pipe.vae_scale_factor  # pixels a side
+        >>> with apply(pipe.transformer, ICCustom(parameters)) as handle:
+        ...     handle.grid = (64 // token, 128 // token)
+        ...     images = pipe("a chair in a garden", num_inference_steps=2, **size).images
     """
 
     parameters: ICCustomParameters = Instance(ICCustomParameters)

@@ -31,12 +31,6 @@ class InContextBrush:
     vertical diptych. The defaults are the released code's. A knob may be set at any time, between steps
     too.
 
-    Examples:
-        ```python
-        with apply(pipe.transformer, InContextBrush(alpha_subject=0.5)):
-            pipe("a dog on a beach")
-        ```
-
     Args:
         alpha_prompt: >= -1; 0.3 in the code, 0.1 to 0.5 in the paper.
         alpha_subject: >= -1; 0.3 in the code, 0.1 to 0.5 in the paper.
@@ -55,6 +49,16 @@ class InContextBrush:
 
     Raises:
         ValueError: a wrong knob, by name; when the model is called, token numbers that do not fit.
+
+    Examples:
+        >>> import flashbrush as fb
+        >>> from diffusers import FluxFillPipeline
+        >>> from flashbrush.integrations import InContextBrush
+        >>> from flashbrush.integrations.diffusers import apply
+        >>> pipe = FluxFillPipeline.from_pretrained(fb.tiny_fill())  # or black-forest-labs/FLUX.1-Fill-dev
+        >>> size = {"height": 128, "width": 64, "max_sequence_length": 16}
+        >>> with apply(pipe.transformer, InContextBrush(alpha_subject=0.5)):
+        ...     images = pipe(prompt, image=diptych, mask_image=mask, num_inference_steps=2, **size).images
     """
 
     alpha_prompt: float = Number(0.3, low=-1)

@@ -31,13 +31,6 @@ class InfEdit:
     released code's way; the paper mixes both maps by a factor. ddcm_step() samples around it, in 15 steps
     with guidance of 1 for the source and 2 for the target. A knob may be set at any time.
 
-    Examples:
-        ```python
-        edit = PromptEdit(TokenAlignment.refine("a cat", "a fluffy cat", pipe.tokenizer))
-        with apply(pipe.unet, InfEdit(edit)):
-            pipe(["a cat", "a fluffy cat", "a fluffy cat"], guidance_scale=1.0)
-        ```
-
     Args:
         edit: the target's prompt, aligned by TokenAlignment.refine(). The code also aligns new words with
             the source's by the cosine of their embeddings; an alignment of your own can do that.
@@ -51,6 +44,16 @@ class InfEdit:
     Raises:
         ValueError: a wrong knob, by name. When the model is called: another model, a batch or an alignment
             that does not fit.
+
+    Examples:
+        >>> from diffusers import StableDiffusionPipeline
+        >>> from flashbrush.integrations import InfEdit, PromptEdit, TokenAlignment
+        >>> from flashbrush.integrations.diffusers import apply
+        >>> pipe = StableDiffusionPipeline.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5")
+        >>> prompts, length = ("a cat", "a fluffy cat"), pipe.tokenizer.model_max_length
+        >>> edit = PromptEdit(TokenAlignment.refine(*prompts, pipe.tokenizer, length))
+        >>> with apply(pipe.unet, InfEdit(edit)):
+        ...     images = pipe([*prompts, prompts[1]], guidance_scale=1.0, num_inference_steps=4).images
     """
 
     edit: PromptEdit = Instance(PromptEdit)

@@ -30,13 +30,6 @@ class IPAdapter:
     leave 0 to 1, as in diffusers. Several images of an adapter without masks share a softmax. A knob may be
     set at any time; keys and values of `prompts` are made once.
 
-    Examples:
-        ```python
-        prompt = ImagePrompt.load(pipe.unet, state).showing(embeds)
-        with apply(pipe.unet, IPAdapter([prompt], scale={"up": 0.8})):
-            pipe("a cat")
-        ```
-
     Args:
         prompts: the adapters with their images.
         scale: one for all adapters, or one for each. A number, or, to set layers apart as InstantStyle
@@ -50,6 +43,19 @@ class IPAdapter:
         ValueError: a wrong knob, by name; other numbers of adapters or images; from apply(), a scale that
             fits no layer. When the model is called: another model, a grid that is not known (FLUX without
             ``handle.grid``).
+
+    Examples:
+        >>> import torch
+        >>> from diffusers import StableDiffusionPipeline
+        >>> from flashbrush.integrations import ImagePrompt, IPAdapter
+        >>> from flashbrush.integrations.diffusers import apply
+        >>> pipe = StableDiffusionPipeline.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5")
+        >>> cross = {n: m for n, m in pipe.unet.named_modules() if n.endswith("attn2")}
+        >>> weights = {n: (m.to_k.weight, m.to_v.weight) for n, m in cross.items()}
+        >>> prompt = ImagePrompt(weights)  # or ImagePrompt.load(), of a published file
+        >>> prompt = prompt.showing(tokens=torch.randn(1, 1, 4, pipe.unet.config.cross_attention_dim))
+        >>> with apply(pipe.unet, IPAdapter([prompt], scale={"up": 0.8})):
+        ...     images = pipe("a cat", num_inference_steps=2).images
     """
 
     prompts: Sequence[ImagePrompt] = Several(ImagePrompt)

@@ -35,16 +35,6 @@ class KVEdit:
     need no new inversion. The released code has 28 steps without the 4 noisiest, and guidance of 1.5
     (inversion) and 5.5 (edit). KVEditPipeline does all this. A knob may be set between calls.
 
-    Examples:
-        ```python
-        method = KVEdit(mask.flatten(), times=(0.5, 0.0))
-        with apply(pipe.transformer, method) as handle:
-            invert(method)
-            method.phase = "edit"
-            handle.reset()
-            edit(method)  # with method.tokens alone
-        ```
-
     Args:
         mask: bool (image tokens,), the tokens that are edited, at least one; token_masks.token_mask() makes
             it from a mask of the latents.
@@ -61,6 +51,28 @@ class KVEdit:
     Raises:
         ValueError: a wrong knob, by name; a mask that what is kept does not allow. When the model is
             called: a call of other tokens, an edit of which nothing is kept.
+
+    Examples:
+        >>> import torch
+        >>> from diffusers import FluxTransformer2DModel
+        >>> from flashbrush.integrations import KVEdit
+        >>> from flashbrush.integrations.diffusers import apply
+        >>> transformer = FluxTransformer2DModel(num_layers=1, num_single_layers=1, attention_head_dim=16,
+        ...     num_attention_heads=2, in_channels=4, joint_attention_dim=8, pooled_projection_dim=8,
+        ...     axes_dims_rope=(4, 6, 6))
+        >>> call = {"encoder_hidden_states": torch.randn(1, 3, 8), "pooled_projections": torch.randn(1, 8),
+        ...     "txt_ids": torch.zeros(3, 3), "timestep": torch.ones(1)}
+        >>> ids = torch.cartesian_prod(torch.zeros(1), torch.arange(4.0), torch.arange(4.0))
+        >>> latents, mask = torch.randn(1, 16, 4), torch.arange(16) < 6
+        >>> method = KVEdit(mask, times=(0.5, 0.0))
+        >>> with apply(transformer, method) as handle:
+        ...     velocity = transformer(latents, img_ids=ids, **call).sample  # the inversion's only step
+        ...     method.phase = "edit"
+        ...     handle.reset()
+        ...     tokens = method.tokens
+        ...     velocity = transformer(latents[:, tokens], img_ids=ids[tokens], **call).sample
+        >>> velocity.shape
+        torch.Size([1, 6, 4])
     """
 
     mask: Tensor = Mask("image tokens", some=True)

@@ -36,12 +36,6 @@ class MasaCtrl:
     or another sample; both start from the same latents. The defaults are the released code's for SD 1.5,
     with 50 steps and guidance of 7.5. A knob may be set at any time.
 
-    Examples:
-        ```python
-        with apply(pipe.unet, MasaCtrl()):
-            pipe(["a sitting cat", "a jumping cat"])
-        ```
-
     Args:
         layers: (first, the one after the last or None) of the transformer blocks, in the order of the
             forward pass; for SDXL the code's first is 44, 54 or 64.
@@ -61,6 +55,15 @@ class MasaCtrl:
     Raises:
         ValueError: a wrong knob, by name. When the model is called: another model, a batch that does not
             fit, masks beside `union`.
+
+    Examples:
+        >>> from diffusers import StableDiffusionPipeline
+        >>> from flashbrush.integrations import MasaCtrl
+        >>> from flashbrush.integrations.diffusers import apply
+        >>> pipe = StableDiffusionPipeline.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5")
+        >>> method = MasaCtrl(layers=(2, None), steps=(1, None))  # the defaults are for SD 1.5 and 50 steps
+        >>> with apply(pipe.unet, method):
+        ...     images = pipe(["a sitting cat", "a jumping cat"], num_inference_steps=3).images
     """
 
     layers: tuple[int, int | None] = Window(10)

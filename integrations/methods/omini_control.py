@@ -30,12 +30,6 @@ class OminiControl:
     the conditions' LoRA and at time 0, and the sampling's steps count from 1. LoRA, time and ids
     (`offset_ids`) are the caller's. A knob may be set at any time.
 
-    Examples:
-        ```python
-        with apply(pipe.transformer, OminiControl(condition_tokens=8, strength=0.8)):
-            pipe("a mug on a table")
-        ```
-
     Args:
         condition_tokens: the number of tokens, > 0, or one for each condition.
         strength: gamma, >= 0; 1: neutral, 0: the conditions are cut off.
@@ -45,6 +39,21 @@ class OminiControl:
     Raises:
         ValueError: a wrong knob, by name. When the model is called: fewer image tokens than condition
             tokens; a later step of which nothing is kept.
+
+    Examples:
+        >>> import torch
+        >>> from diffusers import FluxTransformer2DModel
+        >>> from flashbrush.integrations import OminiControl
+        >>> from flashbrush.integrations.diffusers import apply
+        >>> transformer = FluxTransformer2DModel(num_layers=1, num_single_layers=1, attention_head_dim=16,
+        ...     num_attention_heads=2, in_channels=4, joint_attention_dim=8, pooled_projection_dim=8,
+        ...     axes_dims_rope=(4, 6, 6))
+        >>> call = {"encoder_hidden_states": torch.randn(1, 3, 8), "pooled_projections": torch.randn(1, 8),
+        ...     "txt_ids": torch.zeros(3, 3), "timestep": torch.ones(1)}
+        >>> ids = torch.cartesian_prod(torch.zeros(1), torch.arange(4.0), torch.arange(6.0))
+        >>> latents = torch.randn(1, 24, 4)  # the last 8 are the condition's
+        >>> with apply(transformer, OminiControl(condition_tokens=8, strength=0.8)):
+        ...     velocity = transformer(latents, img_ids=ids, **call).sample
     """
 
     condition_tokens: int | Sequence[int] = Counts("condition", low=1)

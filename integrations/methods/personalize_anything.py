@@ -29,14 +29,6 @@ class PersonalizeAnything:
     and, last, the generation. As released (an inversion with gamma = eta = 1) a reconstruction is its photo
     noised on a straight line: `noised` gives its latents before each step. A knob may be set at any time.
 
-    Examples:
-        ```python
-        method = PersonalizeAnything(PersonalSubject(mask))
-        with apply(pipe.transformer, method) as handle:
-            handle.set_step(0, 28)
-            pipe(["a dog", "a dog on a beach"])
-        ```
-
     Args:
         subjects: one or several, with masks of one shape.
         tau: noise level, 0 to 1: 0.5 in the released demo, 0.45 to 0.7 in its notebooks.
@@ -53,6 +45,24 @@ class PersonalizeAnything:
     Raises:
         ValueError: a wrong knob, by name. When the model is called: another model, masks or items that do
             not fit, a step with neither sigma nor count.
+
+    Examples:
+        >>> import torch
+        >>> from diffusers import FluxPipeline
+        >>> from flashbrush.integrations import PersonalizeAnything, PersonalSubject
+        >>> from flashbrush.integrations.diffusers import apply
+        >>> pipe = FluxPipeline.from_pretrained("black-forest-labs/FLUX.1-dev")
+        >>> side = 64 // (2 * pipe.vae_scale_factor)  # image tokens
+        >>> mask = torch.zeros(side, side, dtype=torch.bool)
+        >>> mask[1:3, 1:3] = True
+        >>> def next_step(pipe, step, timestep, tensors):
+        ...     handle.set_step(step + 1, pipe.num_timesteps)
+        ...     return tensors
+        >>> size = {"height": 64, "width": 64, "max_sequence_length": 16}
+        >>> with apply(pipe.transformer, PersonalizeAnything(PersonalSubject(mask))) as handle:
+        ...     handle.set_step(0, 2)
+        ...     images = pipe(["a dog", "a dog on a beach"], num_inference_steps=2,
+        ...         callback_on_step_end=next_step, **size).images
     """
 
     subjects: PersonalSubject | Sequence[PersonalSubject] = Several(PersonalSubject)

@@ -27,14 +27,6 @@ class PerturbedAttention(Perturbed):
     with `perturbed_guidance.guide`, with a scale of 3 in the paper, and if wanted
     `perturbed_guidance.adaptive`. A knob may be set at any time.
 
-    Examples:
-        ```python
-        with apply(pipe.unet, PerturbedAttention()):
-            noise = pipe.unet(latents, t, text).sample  # of the batch [unconditional, conditional, perturbed]
-        unconditional, conditional, perturbed = noise.chunk(3)
-        noise = guide(perturbed, conditional, unconditional, scale=3.0, guidance=7.5)
-        ```
-
     Args:
         layers: places or kinds of Layer, or its indices; of a UNet, self-attention only. None: "mid" in a
             UNet, layer 1 elsewhere, as the PAG pipelines of diffusers have it for SD, SDXL and SD 3.
@@ -46,6 +38,20 @@ class PerturbedAttention(Perturbed):
     Raises:
         ValueError: a wrong knob, by name. When the model is called: layers other than self-attention, a
             batch that does not fit.
+
+    Examples:
+        >>> import torch
+        >>> from diffusers import StableDiffusionPipeline
+        >>> from flashbrush.integrations import PerturbedAttention
+        >>> from flashbrush.integrations.diffusers import apply
+        >>> from flashbrush.integrations.methods.shared.perturbed_guidance import guide
+        >>> pipe = StableDiffusionPipeline.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5")
+        >>> latents = torch.randn(1, pipe.unet.config.in_channels, 16, 16)
+        >>> text, empty = pipe.encode_prompt("a cat", "cpu", 1, True)
+        >>> with apply(pipe.unet, PerturbedAttention()):
+        ...     noise = pipe.unet(latents.repeat(3, 1, 1, 1), 500, torch.cat([empty, text, text])).sample
+        >>> unconditional, conditional, perturbed = noise.chunk(3)
+        >>> noise = guide(perturbed, conditional, unconditional, scale=3.0, guidance=7.5)
     """
 
     def plan(self, layer: Layer, step: Step) -> Plan | None:
@@ -59,7 +65,7 @@ def _plan(items: tuple[int, ...], image_len: int) -> Plan:
 
 
 def _identity(image_len: int, q: Tensor, k: Tensor, v: Tensor, *, backend: str) -> Tensor:
-    """softmax over [text ; itself] for image tokens and over all tokens for text, (batch, tokens, heads, dim)."""
+    """An image token attends to [text ; itself], a text token to all; (batch, tokens, heads, head_dim)."""
     text_len = q.shape[1] - image_len
     if not text_len:
         return v  # one key a row: its probability is 1

@@ -30,12 +30,6 @@ class PlugAndPlay:
     latents. The defaults are the released code's for 50 steps, guidance of 10 and a negative prompt that
     negative_prompt_share() fades in. A knob may be set at any time.
 
-    Examples:
-        ```python
-        with apply(pipe.unet, PlugAndPlay()):
-            pipe(["a horse", "a zebra"], guidance_scale=10.0)
-        ```
-
     Args:
         layers: (first, the one after the last or None) of the transformer blocks, in the order of the
             forward pass. The code has ldm's output blocks 4 to 11: SD 1.5's last two of up_blocks[1], and
@@ -50,6 +44,15 @@ class PlugAndPlay:
     Raises:
         ValueError: a wrong knob, by name; from apply(), a model without the block of `feature`. When the
             model is called: another model, a batch that does not fit.
+
+    Examples:
+        >>> from diffusers import StableDiffusionPipeline
+        >>> from flashbrush.integrations import PlugAndPlay
+        >>> from flashbrush.integrations.diffusers import apply
+        >>> pipe = StableDiffusionPipeline.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5")
+        >>> method = PlugAndPlay(layers=(2, None), steps=(0, 2))  # the defaults are for SD 1.5 and 50 steps
+        >>> with apply(pipe.unet, method):
+        ...     images = pipe(["a horse", "a zebra"], guidance_scale=10.0, num_inference_steps=3).images
     """
 
     layers: tuple[int, int | None] = Window(8)

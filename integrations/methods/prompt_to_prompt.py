@@ -31,13 +31,6 @@ class PromptToPrompt:
     guidance. All images start from one noise; the released notebooks have 50 steps and guidance of 7.5. A
     knob may be set at any time.
 
-    Examples:
-        ```python
-        alignment = TokenAlignment.replace("a cat on a bench", "a dog on a bench", pipe.tokenizer)
-        with apply(pipe.unet, PromptToPrompt(PromptEdit(alignment))):
-            pipe(["a cat on a bench", "a dog on a bench"])
-        ```
-
     Args:
         edits: a PromptEdit for each of the edited items.
         cross_share: share of the steps, from the first, with the source's cross-attention maps.
@@ -52,6 +45,16 @@ class PromptToPrompt:
     Raises:
         ValueError: a wrong knob, by name. When the model is called: another model, a batch or an alignment
             that does not fit.
+
+    Examples:
+        >>> from diffusers import StableDiffusionPipeline
+        >>> from flashbrush.integrations import PromptEdit, PromptToPrompt, TokenAlignment
+        >>> from flashbrush.integrations.diffusers import apply
+        >>> pipe = StableDiffusionPipeline.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5")
+        >>> prompts, length = ["a cat", "a dog"], pipe.tokenizer.model_max_length
+        >>> edit = PromptEdit(TokenAlignment.replace(*prompts, pipe.tokenizer, length))
+        >>> with apply(pipe.unet, PromptToPrompt(edit)):
+        ...     images = pipe(prompts, num_inference_steps=3).images
     """
 
     edits: Sequence[PromptEdit] = Several(PromptEdit)

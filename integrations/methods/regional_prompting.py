@@ -36,15 +36,6 @@ class RegionalPrompting:
     In joint attention (FLUX, SD 3) image tokens still attend to each other. The idea is a survey's, which
     gives no algorithm; the formulas are ours. A knob may be set at any time.
 
-    Examples:
-        ```python
-        left, right = torch.zeros(2, 8, 8)
-        left[:, :4] = right[:, 4:] = 1
-        method = RegionalPrompting(torch.stack([left, right]), spans=[(1, 3), (4, 6)])  # "a cat", "a dog"
-        with apply(pipe.unet, method):
-            pipe("a cat and a dog")
-        ```
-
     Args:
         masks: (regions, rows, columns) within 0 and 1, resized to each layer's grid by area; regions may
             overlap. For form="bias" a token is in a region that covers half of it or more.
@@ -62,6 +53,18 @@ class RegionalPrompting:
         ValueError: a wrong knob, by name; other numbers of masks and spans. When the model is called: a
             knob of the other form, spans or items that do not fit, a grid that is not known (FLUX without
             ``handle.grid``).
+
+    Examples:
+        >>> import torch
+        >>> from diffusers import StableDiffusionPipeline
+        >>> from flashbrush.integrations import RegionalPrompting
+        >>> from flashbrush.integrations.diffusers import apply
+        >>> pipe = StableDiffusionPipeline.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5")
+        >>> masks = torch.zeros(2, 16, 16)
+        >>> masks[0, :, :8] = masks[1, :, 8:] = 1  # left and right
+        >>> method = RegionalPrompting(masks, spans=[(1, 3), (4, 6)])  # "a cat" and "a dog"
+        >>> with apply(pipe.unet, method):
+        ...     images = pipe("a cat and a dog", num_inference_steps=2).images
     """
 
     masks: Tensor = SoftMask("regions, rows, columns")

@@ -28,21 +28,28 @@ class SelfAttentionGuidance:
     classifier-free guidance the unconditional items' mask counts: `mask(...)[:n]`. A knob may be set at any
     time.
 
-    Examples:
-        ```python
-        method = SelfAttentionGuidance()
-        with apply(pipe.unet, method):
-            noise = pipe.unet(latents, t, text).sample
-            worse = degrade(latents, noise, method.mask(*latents.shape[2:]), alpha_bar)
-            noise = guide(noise, pipe.unet(worse, t, text).sample)
-        ```
-
     Args:
         threshold: of c_j, whose mean is 1; >= 0. The released code has 1.
         layer: Layer.index of the self-attention that is read; None: the first of a UNet's middle block.
 
     Raises:
         ValueError: a wrong knob, by name. When the model is called: `layer` is not self-attention.
+
+    Examples:
+        >>> import torch
+        >>> from diffusers import StableDiffusionPipeline
+        >>> from flashbrush.integrations import SelfAttentionGuidance
+        >>> from flashbrush.integrations.diffusers import apply
+        >>> from flashbrush.integrations.methods.self_attention_guidance import degrade, guide
+        >>> pipe = StableDiffusionPipeline.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5")
+        >>> latents = torch.randn(1, pipe.unet.config.in_channels, 16, 16)
+        >>> text, empty = pipe.encode_prompt("a cat", "cpu", 1, True)
+        >>> method = SelfAttentionGuidance()
+        >>> with apply(pipe.unet, method):
+        ...     noise = pipe.unet(latents, 500, text).sample
+        ...     alpha_bar = pipe.scheduler.alphas_cumprod[500]
+        ...     worse = degrade(latents, noise, method.mask(16, 16), alpha_bar)
+        ...     noise = guide(noise, pipe.unet(worse, 500, text).sample)
     """
 
     threshold: float = Number(1.0, low=0)

@@ -26,14 +26,6 @@ class SmoothedEnergy(Perturbed):
     they are; diffusers' guider blurs them, and has its two branches the wrong way round. Guide with
     `perturbed_guidance.guide`, with a scale of 3 in the paper. A knob may be set at any time.
 
-    Examples:
-        ```python
-        with apply(pipe.unet, SmoothedEnergy(sigma=10.0)):
-            noise = pipe.unet(latents, t, text).sample  # of the batch [unconditional, conditional, perturbed]
-        unconditional, conditional, perturbed = noise.chunk(3)
-        noise = guide(perturbed, conditional, unconditional, scale=3.0, guidance=7.5)
-        ```
-
     Args:
         layers: places or kinds of Layer, or its indices; of a UNet, self-attention only. None: "mid" in a
             UNet, layer 1 elsewhere.
@@ -47,6 +39,20 @@ class SmoothedEnergy(Perturbed):
     Raises:
         ValueError: a wrong knob, by name. When the model is called: layers other than self-attention, a
             batch that does not fit, a grid that is not known (FLUX without ``handle.grid``).
+
+    Examples:
+        >>> import torch
+        >>> from diffusers import StableDiffusionPipeline
+        >>> from flashbrush.integrations import SmoothedEnergy
+        >>> from flashbrush.integrations.diffusers import apply
+        >>> from flashbrush.integrations.methods.shared.perturbed_guidance import guide
+        >>> pipe = StableDiffusionPipeline.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5")
+        >>> latents = torch.randn(1, pipe.unet.config.in_channels, 16, 16)
+        >>> text, empty = pipe.encode_prompt("a cat", "cpu", 1, True)
+        >>> with apply(pipe.unet, SmoothedEnergy(sigma=1.0)):
+        ...     noise = pipe.unet(latents.repeat(3, 1, 1, 1), 500, torch.cat([empty, text, text])).sample
+        >>> unconditional, conditional, perturbed = noise.chunk(3)
+        >>> noise = guide(perturbed, conditional, unconditional, scale=3.0, guidance=7.5)
     """
 
     sigma: float = Number(math.inf, low=0, infinite=True)

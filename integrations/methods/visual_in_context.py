@@ -28,12 +28,6 @@ class VisualInContext:
     by the difference to a plain pass: VisualICLPipeline does. A knob may be set at any time, between steps
     too.
 
-    Examples:
-        ```python
-        with apply(pipe.unet, VisualInContext()):
-            pipe(["", "", "", ""], guidance_scale=1.0)  # A, B, C, D
-        ```
-
     Args:
         temperature: > 0; 0.4 in the paper.
         contrast: 1.67 in the paper; 1: none.
@@ -49,6 +43,14 @@ class VisualInContext:
     Raises:
         ValueError: a wrong knob, by name. When the model is called: another model, a batch that does not
             fit.
+
+    Examples:
+        >>> from diffusers import StableDiffusionPipeline
+        >>> from flashbrush.integrations import VisualInContext
+        >>> from flashbrush.integrations.diffusers import apply
+        >>> pipe = StableDiffusionPipeline.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5")
+        >>> with apply(pipe.unet, VisualInContext()):  # of the batch [A, B, C, D]
+        ...     images = pipe(["", "", "", ""], guidance_scale=1.0, num_inference_steps=2).images
     """
 
     temperature: float = Number(0.4, above=0)

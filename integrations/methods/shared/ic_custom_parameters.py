@@ -19,19 +19,17 @@ class ICCustomParameters(nn.Module):
     They have the names of the released files. Bring them to the model's dtype and device with `.to()`. They
     can be trained: gradients reach them through the attention.
 
-    Examples:
-        ```python
-        parameters = ICCustomParameters(hidden, references=2).to(pipe.transformer.dtype)
-        with apply(pipe.transformer, ICCustom(parameters, grid=grid)):
-            pipe("a chair in a garden")
-        parameters.save_pretrained(folder)
-        parameters = ICCustomParameters.from_pretrained(folder)
-        ```
-
     Args:
         hidden: heads * head_dim of the model; 3072 in FLUX.1.
         references: the largest number of panels beside the target.
         registers: key and value tokens for each task; 0: none.
+
+    Examples:
+        >>> from flashbrush.integrations import ICCustomParameters
+        >>> parameters = ICCustomParameters(3072, references=2)
+        >>> file = parameters.save_pretrained("ic-custom")
+        >>> ICCustomParameters.from_pretrained("ic-custom").hidden
+        3072
     """
 
     def __init__(self, hidden: int = 3072, *, references: int = 10, registers: int = 4) -> None:

@@ -18,19 +18,23 @@ from torch import Tensor, nn
 class ImagePrompt:
     """The weights of one IP-Adapter (arXiv 2308.06721) and its images.
 
-    Examples:
-        ```python
-        prompt = ImagePrompt.load(pipe.unet, state).showing(embeds)  # state: a file, or a state dict
-        with apply(pipe.unet, IPAdapter([prompt], scale=0.6)):
-            pipe("a cat")
-        ```
-
     Args:
         weights: {name of an attention layer in the model: (to_k, to_v), each (heads * head_dim, channels)}.
         projection: diffusers' module from an image encoder's output to tokens, or None.
         tokens: (batch or 1, images, tokens of an image, channels); None before `showing`.
         biases: {name of an attention layer: (to_k's, to_v's), each (heads * head_dim,)}, of adapters with
             biases.
+
+    Examples:
+        >>> import torch
+        >>> from flashbrush.integrations import ImagePrompt
+        >>> layer = "up_blocks.1.attentions.0.transformer_blocks.0.attn2"
+        >>> weights = {layer: (torch.randn(320, 768), torch.randn(320, 768))}  # to_k and to_v
+        >>> prompt = ImagePrompt(weights)  # or ImagePrompt.load(), of a published file
+        >>> prompt = prompt.showing(tokens=torch.randn(1, 2, 4, 768))  # two images of 4 tokens each
+        >>> k, v = prompt.project(layer, heads=8)
+        >>> k.shape
+        torch.Size([1, 2, 4, 8, 40])
     """
 
     weights: Mapping[str, tuple[Tensor, Tensor]]

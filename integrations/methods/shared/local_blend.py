@@ -27,17 +27,6 @@ class LocalBlend:
 
     Give it to the method, whose plans feed it, and call it on the latents after each step.
 
-    Examples:
-        ```python
-        blend = LocalBlend([[2], [2]])  # "cat" and "dog": token 2 of both prompts
-
-        def keep_background(pipe, step, timestep, tensors):
-            return {"latents": blend(tensors["latents"])}
-
-        with apply(pipe.unet, PromptToPrompt(PromptEdit(), blend=blend)):
-            pipe(["a cat", "a dog"], callback_on_step_end=keep_background)
-        ```
-
     Args:
         words: positions of each image's words among its text tokens, first the source's, then each edit's;
             token_alignment.word_tokens() finds them.
@@ -46,6 +35,18 @@ class LocalBlend:
 
     Raises:
         ValueError: a wrong argument, by name.
+
+    Examples:
+        >>> from diffusers import StableDiffusionPipeline
+        >>> from flashbrush.integrations import LocalBlend, PromptEdit, PromptToPrompt
+        >>> from flashbrush.integrations.diffusers import apply
+        >>> pipe = StableDiffusionPipeline.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5")
+        >>> blend = LocalBlend([[2], [2]])  # "cat" and "dog": token 2 of both prompts
+        >>> def keep_background(pipe, step, timestep, tensors):
+        ...     return {"latents": blend(tensors["latents"])}
+        >>> with apply(pipe.unet, PromptToPrompt(PromptEdit(), blend=blend)):
+        ...     images = pipe(["a cat", "a dog"], num_inference_steps=2,
+        ...         callback_on_step_end=keep_background).images
     """
 
     def __init__(
@@ -106,17 +107,6 @@ class MutualBlend(LocalBlend):
 
     Give it to InfEdit, whose plans feed it, and call it on the latents after each step.
 
-    Examples:
-        ```python
-        blend = MutualBlend(target=[2], mutual=[2])
-
-        def blended(pipe, step, timestep, tensors):
-            return {"latents": blend(tensors["latents"])}
-
-        with apply(pipe.unet, InfEdit(PromptEdit(), blend=blend)):
-            pipe(["a cat", "a dog", "a dog"], callback_on_step_end=blended)
-        ```
-
     Args:
         target: positions of words among the target's text tokens.
         mutual: positions of words among the mutual's text tokens.
@@ -126,6 +116,18 @@ class MutualBlend(LocalBlend):
 
     Raises:
         ValueError: a wrong argument, by name.
+
+    Examples:
+        >>> from diffusers import StableDiffusionPipeline
+        >>> from flashbrush.integrations import InfEdit, MutualBlend, PromptEdit
+        >>> from flashbrush.integrations.diffusers import apply
+        >>> pipe = StableDiffusionPipeline.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5")
+        >>> blend = MutualBlend(target=[2], mutual=[2])
+        >>> def blended(pipe, step, timestep, tensors):
+        ...     return {"latents": blend(tensors["latents"])}
+        >>> with apply(pipe.unet, InfEdit(PromptEdit(), blend=blend)):
+        ...     images = pipe(["a cat", "a dog", "a dog"], num_inference_steps=2,
+        ...         callback_on_step_end=blended).images
     """
 
     def __init__(

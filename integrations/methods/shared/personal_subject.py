@@ -16,14 +16,6 @@ from .knobs import Count, Mask
 class PersonalSubject:
     """A subject of PersonalizeAnything: where it is in its reference image, and where it goes.
 
-    Examples:
-        ```python
-        subject = PersonalSubject(mask, target=mask.roll(1, dims=1))  # one token to the right
-        with apply(pipe.transformer, PersonalizeAnything(subject)) as handle:
-            handle.set_step(0, 28)
-            pipe(["a dog", "a dog on a beach"])
-        ```
-
     Args:
         mask: bool (rows, columns), the subject's image tokens in the reference, at least one.
         target: bool, the same shape and number of tokens: the places they go to, matched in raster order.
@@ -32,6 +24,15 @@ class PersonalSubject:
 
     Raises:
         ValueError: a wrong argument, by name.
+
+    Examples:
+        >>> import torch
+        >>> from flashbrush.integrations import PersonalSubject
+        >>> mask = torch.zeros(4, 6, dtype=torch.bool)
+        >>> mask[1:3, 1:3] = True
+        >>> subject = PersonalSubject(mask, target=mask.roll(2, dims=1))  # two tokens to the right
+        >>> subject.positions(target=True)[0]  # row and column of the first
+        tensor([1, 3])
     """
 
     mask: Tensor = Mask("rows, columns", some=True)

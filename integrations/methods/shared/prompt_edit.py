@@ -23,13 +23,6 @@ Gates = tuple[tuple[bool, tuple[bool, ...]], ...]
 class PromptEdit:
     """What one edit's prompt changes: words, their weights, and how long they keep the source's attention.
 
-    Examples:
-        ```python
-        edit = PromptEdit(weights={2: 2.0})  # the same prompt, with twice the attention for token 2
-        with apply(pipe.unet, PromptToPrompt(edit)):
-            pipe(["a fluffy cat", "a fluffy cat"])
-        ```
-
     Args:
         alignment: of the edit's text tokens with the source's, TokenAlignment.replace() or .refine(). None:
             the prompt is the same.
@@ -39,6 +32,15 @@ class PromptEdit:
 
     Raises:
         ValueError: a wrong argument, by name.
+
+    Examples:
+        >>> from diffusers import StableDiffusionPipeline
+        >>> from flashbrush.integrations import PromptEdit, PromptToPrompt
+        >>> from flashbrush.integrations.diffusers import apply
+        >>> pipe = StableDiffusionPipeline.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5")
+        >>> edit = PromptEdit(weights={2: 2.0})  # the same prompt, with twice the attention for token 2
+        >>> with apply(pipe.unet, PromptToPrompt(edit)):
+        ...     images = pipe(["a fluffy cat", "a fluffy cat"], num_inference_steps=2).images
     """
 
     alignment: TokenAlignment | None = Instance(TokenAlignment, None)

@@ -10,16 +10,14 @@ from dataclasses import dataclass
 class EditRoles:
     """A source and its edit, in one half of classifier-free guidance.
 
-    Examples:
-        ```python
-        method = MasaCtrl(items=EditRoles(source=0, target=1))
-        with apply(pipe.unet, method):
-            pipe(["a sitting cat", "a jumping cat"], guidance_scale=1.0)
-        ```
-
     Args:
         source: batch item of the image that is kept.
         target: batch item of its edit.
+
+    Examples:
+        >>> from flashbrush.integrations import EditRoles
+        >>> EditRoles.stacked(edits=1)  # of the batch [source, edit] without and with the prompt
+        (EditRoles(source=0, target=1), EditRoles(source=2, target=3))
     """
 
     source: int
@@ -48,18 +46,17 @@ class EditRoles:
 class MutualRoles:
     """InfEdit's three items, in one half of classifier-free guidance.
 
-    Examples:
-        ```python
-        method = InfEdit(PromptEdit(), items=MutualRoles(source=0, target=1, mutual=2))
-        with apply(pipe.unet, method):
-            pipe(["a cat", "a dog", "a dog"], guidance_scale=1.0)
-        ```
-
     Args:
         source: batch item of the image that is kept.
         target: batch item of its edit.
         mutual: batch item with the edit's layout and the source's contents.
         conditional: whether this is the conditional half, whose cross-attention is edited.
+
+    Examples:
+        >>> from flashbrush.integrations import InfEdit, MutualRoles, PromptEdit
+        >>> method = InfEdit(PromptEdit(), items=MutualRoles(source=2, target=0, mutual=1))
+        >>> method.items
+        (MutualRoles(source=2, target=0, mutual=1, conditional=True),)
     """
 
     source: int = 0
@@ -72,17 +69,16 @@ class MutualRoles:
 class TransferRoles:
     """The three items of an appearance transfer.
 
-    Examples:
-        ```python
-        method = CrossImageAttention(items=TransferRoles(output=2, appearance=0, structure=1))
-        with apply(pipe.unet, method):
-            pipe(["a zebra", "a giraffe", "a giraffe"], guidance_scale=1.0)
-        ```
-
     Args:
         output: batch item of the result.
         appearance: batch item of the image whose appearance it takes.
         structure: batch item of the image whose structure it takes.
+
+    Examples:
+        >>> from flashbrush.integrations import CrossImageAttention, TransferRoles
+        >>> method = CrossImageAttention(items=TransferRoles(output=2, appearance=0, structure=1))
+        >>> method.items
+        (TransferRoles(output=2, appearance=0, structure=1),)
     """
 
     output: int = 0
@@ -94,13 +90,6 @@ class TransferRoles:
 class InContextRoles:
     """The items of a visual in-context task: example pairs (A_k, B_k), a query C and its prediction D.
 
-    Examples:
-        ```python
-        method = VisualInContext(items=InContextRoles(prompts=((0, 1),), query=2, prediction=3))
-        with apply(pipe.unet, method):
-            pipe([""] * 4, guidance_scale=1.0)
-        ```
-
     Args:
         prompts: pairs of batch items (A_k, B_k), at least one.
         query: batch item of C.
@@ -108,6 +97,11 @@ class InContextRoles:
 
     Raises:
         ValueError: `prompts` holds no pair, or something else than pairs.
+
+    Examples:
+        >>> from flashbrush.integrations import InContextRoles
+        >>> InContextRoles.stacked(prompts=2, plain=False)  # of the batch [A_1, B_1, A_2, B_2, C, D]
+        (InContextRoles(prompts=((0, 1), (2, 3)), query=4, prediction=5),)
     """
 
     prompts: tuple[tuple[int, int], ...]

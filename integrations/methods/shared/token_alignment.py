@@ -18,13 +18,6 @@ GAP, MATCH, MISMATCH = 0, 1, -1
 class TokenAlignment:
     """Which of the source's text tokens each of the edit's takes its attention from (arXiv 2208.01626).
 
-    Examples:
-        ```python
-        alignment = TokenAlignment.refine("a cat", "a fluffy cat", pipe.tokenizer)
-        with apply(pipe.unet, PromptToPrompt(PromptEdit(alignment))):
-            pipe(["a cat", "a fluffy cat"])
-        ```
-
     Args:
         mapper: (tokens, tokens) float32; column j holds the share of each source token in the edit's token
             j.
@@ -33,6 +26,15 @@ class TokenAlignment:
 
     Raises:
         ValueError: other shapes or dtypes.
+
+    Examples:
+        >>> from diffusers import StableDiffusionPipeline
+        >>> from flashbrush.integrations import TokenAlignment
+        >>> pipe = StableDiffusionPipeline.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5")
+        >>> length = pipe.tokenizer.model_max_length
+        >>> alignment = TokenAlignment.replace("a cat", "a dog", pipe.tokenizer, length)
+        >>> alignment.mapper.shape == (length, length)
+        True
     """
 
     mapper: Tensor

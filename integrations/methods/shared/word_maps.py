@@ -21,14 +21,6 @@ class WordMaps:
     A map is one layer's mean over heads, summed over an item's words: each item's own attention, whatever a
     method changes. Only the words' columns of the map are computed.
 
-    Examples:
-        ```python
-        words = WordMaps({-2: [2], -1: [2]})  # token 2 of the last two items: source and edit, conditional
-        with apply(pipe.unet, MasaCtrl(masks=words)):
-            pipe(["a sitting cat", "a jumping cat"])
-        print(words.mean.shape)  # (2, 16, 16)
-        ```
-
     Args:
         words: {item: positions of its words among the text tokens}. Items count from the end of a call's
             batch where negative, as those of the conditional half do.
@@ -40,6 +32,17 @@ class WordMaps:
     Raises:
         ValueError: a wrong argument, by name. When the model is called: items or positions beyond the
             call's.
+
+    Examples:
+        >>> from diffusers import StableDiffusionPipeline
+        >>> from flashbrush.integrations import MasaCtrl, WordMaps
+        >>> from flashbrush.integrations.diffusers import apply
+        >>> pipe = StableDiffusionPipeline.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5")
+        >>> words = WordMaps({-2: [2], -1: [2]})  # token 2 of the source and the edit, conditional
+        >>> with apply(pipe.unet, MasaCtrl(masks=words, steps=(0, None))):
+        ...     images = pipe(["a sitting cat", "a jumping cat"], num_inference_steps=2).images
+        >>> words.mean.shape  # (items, rows, columns)
+        torch.Size([2, 16, 16])
     """
 
     words: Mapping[int, Sequence[int]] = Positions("item", int)
