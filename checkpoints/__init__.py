@@ -11,10 +11,6 @@ def tiny_fill() -> Path:
     A checkpoint in diffusers' format with panels of 64 x 64 pixels, trained on synthetic subjects; see
     README.md in the folder.
 
-        from diffusers import FluxFillPipeline
-
-        pipe = FluxFillPipeline.from_pretrained(flashbrush.tiny_fill(), dtype=torch.float32)
-
     Returns:
         The path of the folder.
 

@@ -49,11 +49,6 @@ class AppearanceTransferOutput:
 class AppearanceTransferPipeline(SwapGuidancePipeline):
     """Cross-image attention (arXiv 2311.03335) on Stable Diffusion, without training.
 
-        pipe = AppearanceTransferPipeline.from_pretrained(
-            "stable-diffusion-v1-5/stable-diffusion-v1-5"
-        ).to("cuda")
-        pipe("zebra.png", "giraffe.png", text="A photo of an animal").image.save("out.png")
-
     Both photos are inverted. The output starts from the structure's noisy latents and adds its noise maps. In
     the UNet's upsampling self-attention, its queries read the appearance's keys and values; in the later
     steps it takes the appearance's statistics.
@@ -61,6 +56,14 @@ class AppearanceTransferPipeline(SwapGuidancePipeline):
     Defaults are the released code's. That code differs in three ways: it samples both photos beside the
     output, where here their inverted latents are used in every step; it can restrict the statistics to masks
     found by clustering; and it enables FreeU, for which call `pipe.pipe.enable_freeu`.
+
+    Examples:
+        ```python
+        pipe = AppearanceTransferPipeline.from_pretrained(
+            "stable-diffusion-v1-5/stable-diffusion-v1-5"
+        ).to("cuda")
+        pipe("zebra.png", "giraffe.png", text="A photo of an animal").image.save("out.png")
+        ```
 
     Args:
         pipe: a diffusers StableDiffusionPipeline.

@@ -58,6 +58,15 @@ class InContextBrushOutput:
 class InContextBrushPipeline:
     """In-Context Brush (arXiv 2505.20271) on FLUX.1-Fill, without training.
 
+    The subject, on white, is the upper panel of a vertical diptych, the photo is the lower one. After every
+    step tokens outside the mask are set to the photo's latents, noised with one fixed noise to the step's
+    level; after the last step they are the photo's latents.
+
+    The wrapped FluxFillPipeline is `pipe`; offload it, load LoRAs into it or compile its transformer as
+    usual.
+
+    Examples:
+        ```python
         pipe = InContextBrushPipeline.from_pretrained(
             "black-forest-labs/FLUX.1-Fill-dev", dtype=torch.bfloat16
         ).to("cuda")
@@ -65,13 +74,7 @@ class InContextBrushPipeline:
             "a cat on a table", subject="cat.png", subject_name="cat", image="table.jpg", mask="hole.png"
         )
         result.images[0].save("out.png")
-
-    The subject, on white, is the upper panel of a vertical diptych, the photo is the lower one. After every
-    step tokens outside the mask are set to the photo's latents, noised with one fixed noise to the step's
-    level; after the last step they are the photo's latents.
-
-    The wrapped FluxFillPipeline is `pipe`; offload it, load LoRAs into it or compile its transformer as
-    usual.
+        ```
 
     Args:
         pipe: a diffusers FluxFillPipeline.

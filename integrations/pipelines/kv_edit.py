@@ -55,12 +55,15 @@ class KVEditOutput:
 class KVEditPipeline(FluxParts):
     """KV-Edit (arXiv 2502.17363) on FLUX.1, without training.
 
-        pipe = KVEditPipeline.from_pretrained("black-forest-labs/FLUX.1-dev", dtype=torch.bfloat16).to("cuda")
-        pipe("park.jpg", "bench.png", "a bench in a park", source_prompt="a park").image.save("out.png")
-
     The photo is inverted with all of its tokens (Euler steps). The edit's calls hold only text and masked
     tokens, so a small mask makes them cheap. again() makes more edits from one inversion. Defaults are the
     released code's.
+
+    Examples:
+        ```python
+        pipe = KVEditPipeline.from_pretrained("black-forest-labs/FLUX.1-dev", dtype=torch.bfloat16).to("cuda")
+        pipe("park.jpg", "bench.png", "a bench in a park", source_prompt="a park").image.save("out.png")
+        ```
 
     Args:
         pipe: a diffusers FluxPipeline.
@@ -168,8 +171,11 @@ class KVEditPipeline(FluxParts):
     ) -> KVEditOutput:
         """Edit the photo of an earlier result again, without another inversion.
 
+        Examples:
+            ```python
             done = pipe("park.jpg", "bench.png", "a bench in a park", source_prompt="a park")
             pipe.again(done, "a fountain in a park").image.save("fountain.png")
+            ```
 
         Args:
             done: a result of this pipeline. Its method takes the new mask and scale.

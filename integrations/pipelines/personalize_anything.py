@@ -41,13 +41,16 @@ class PersonalizeAnythingOutput:
 class PersonalizeAnythingPipeline(FluxParts):
     """Personalize Anything (arXiv 2503.12590) on FLUX.1, without training.
 
+    Each step is one call of the model on the photos and the image. The photos' latents are noised to the
+    step's level, without an inversion (see PersonalizeAnything). Defaults are the released demo's.
+
+    Examples:
+        ```python
         pipe = PersonalizeAnythingPipeline.from_pretrained(
             "black-forest-labs/FLUX.1-dev", dtype=torch.bfloat16
         ).to("cuda")
         pipe("a cat on a beach", "cat.png", "cat-mask.png", move=(0, 128)).image.save("out.png")
-
-    Each step is one call of the model on the photos and the image. The photos' latents are noised to the
-    step's level, without an inversion (see PersonalizeAnything). Defaults are the released demo's.
+        ```
 
     Args:
         pipe: a diffusers FluxPipeline.

@@ -68,16 +68,19 @@ class PromptEditingOutput:
 class PromptEditingPipeline(StableDiffusionParts):
     """Edits of a photo by a prompt on Stable Diffusion, without training.
 
+    MasaCtrl, Plug-and-Play and Prompt-to-Prompt start from the photo's DDIM inversion. The inverted latents
+    of every level represent the photo beside the edit, so guidance cannot change it; the released code
+    samples it again. InfEdit needs no inversion. Each step is one UNet call on the photo and its edit, with
+    and without text.
+
+    Examples:
+        ```python
         pipe = PromptEditingPipeline.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5").to("cuda")
         edited = pipe(
             "cat.png", "a photo of a tiger", source_prompt="a photo of a cat", method="prompt-to-prompt"
         )
         edited.image.save("tiger.png")
-
-    MasaCtrl, Plug-and-Play and Prompt-to-Prompt start from the photo's DDIM inversion. The inverted latents
-    of every level represent the photo beside the edit, so guidance cannot change it; the released code
-    samples it again. InfEdit needs no inversion. Each step is one UNet call on the photo and its edit, with
-    and without text.
+        ```
 
     Args:
         pipe: a diffusers StableDiffusionPipeline.

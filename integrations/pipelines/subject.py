@@ -20,8 +20,11 @@ class SubjectFinder:
     Default thresholds, 0.35 for boxes and 0.25 for text, are those of In-Context Brush's released code. Of
     the boxes that pass both, the one with the highest score is taken.
 
+    Examples:
+        ```python
         finder = SubjectFinder.from_pretrained(device="cuda")
         mask = finder(Image.open("cat.jpg"), "a cat")
+        ```
 
     Args:
         detector: a zero-shot object detection model of transformers.

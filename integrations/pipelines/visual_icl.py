@@ -61,14 +61,17 @@ class VisualICLOutput:
 class VisualICLPipeline(SwapGuidancePipeline):
     """SD-VICL (arXiv 2508.09949) on Stable Diffusion, without training.
 
-        pipe = VisualICLPipeline.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5").to("cuda")
-        result = pipe([("cat.png", "cat_mask.png")], "dog.png", task="segmentation")
-        result.picture.save("dog_mask.png")
-
     The images A and B of each pair and the query C are inverted. The prediction D starts from C's noisy
     latents and adds C's noise maps. In the UNet's upsampling self-attention it takes queries from C, keys
     from A and values from B. The scale of the swap guidance is gamma (T - t)/T, and D takes the statistics of
     the B's after every step.
+
+    Examples:
+        ```python
+        pipe = VisualICLPipeline.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5").to("cuda")
+        result = pipe([("cat.png", "cat_mask.png")], "dog.png", task="segmentation")
+        result.picture.save("dog_mask.png")
+        ```
 
     Args:
         pipe: a diffusers StableDiffusionPipeline.

@@ -33,10 +33,13 @@ HIGHER_IS_BETTER = ("miou", "pck")
 class TaskJudge:
     """Compares predictions with ground truths.
 
+    Examples:
+        ```python
         judge = TaskJudge("segmentation")
         for result, truth in zip(results, truths):
             judge.update(result.data, truth)  # {"miou": 0.71}, of this prediction
         judge.summary()  # {"miou": 0.64}, of all predictions
+        ```
 
     Args:
         task: one of visual_icl_tasks.TASKS.
