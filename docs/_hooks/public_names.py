@@ -7,6 +7,7 @@ flashbrush.integrations.diffusers.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import griffe
 from mkdocs.config.defaults import MkDocsConfig
@@ -27,10 +28,10 @@ def public_names(root: Path) -> dict[str, set[str]]:
     package = griffe.load("flashbrush", search_paths=[str(root / ".typing")])
     found: dict[str, set[str]] = {}
     for module in PACKAGES:
-        members = package if module == package.path else package[module.removeprefix("flashbrush.")]
+        members: Any = package if module == package.path else package[module.removeprefix("flashbrush.")]
         for name in members.exports or ():
             path = f"{module}.{name}"
-            thing = members.members[str(name)]
+            thing: Any = members.members[str(name)]
             target = thing.target_path if thing.is_alias else thing.path
             found[path] = {path, target, f"{target}.{name}"} | {
                 p for p in (f"flashbrush.integrations.{name}",) if module.endswith(".pipelines")
@@ -44,7 +45,8 @@ def missing(names: dict[str, set[str]], documented: set[str]) -> list[str]:
 
 @event_priority(-100)  # after mkdocstrings, which rendered the entries
 def on_post_build(config: MkDocsConfig) -> None:
-    entries = config.plugins["mkdocstrings"].handlers.inventory
+    plugin: Any = config.plugins["mkdocstrings"]
+    entries = plugin.handlers.inventory
     names = public_names(Path(config.docs_dir).parent)
     # A module's entry is not that of the function whose name it bears.
     documented = {name for name, entry in entries.items() if entry.role != "module"}

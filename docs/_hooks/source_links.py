@@ -26,6 +26,7 @@ from pygments.util import ClassNotFound
 log = get_plugin_logger("source_links")
 LINK = re.compile(r"(?<=\]\()(?!\w+:|[#/])([^)\s#]+)(#[^)\s]+)?(?=\))")
 FOLDER = "source"  # of the site, for these pages
+SOURCE = "SOURCE-OF-THE-FILE"  # stands in a page for the highlighted file
 PICTURES = (".png", ".svg", ".jpg")
 
 
@@ -49,7 +50,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
                 todo.append((path, source.read_text()))
                 made = File.generated(config, uri, content=without_metadata(source.read_text()), **where)
             else:
-                made = File.generated(config, uri, content=source_page(path, source.read_text()), **where)
+                content = source_page(path, source.read_text())
+                made = File.generated(config, uri, content=content, **where)
             files.append(made)
     return files
 
@@ -103,16 +105,27 @@ def definitions(path: str, text: str) -> dict[str, int]:
 
 
 def source_page(path: str, text: str) -> str:
-    """A page with the highlighted file; definitions have anchors of their names."""
+    """A page with anchors of the definitions' names; on_page_content() puts the source in their place."""
+    anchors = "".join(f'<span id="{html.escape(name)}"></span>' for name in definitions(path, text))
+    return f'---\ntitle: "{path}"\nhide: [navigation, toc]\nsearch:\n  exclude: true\n---\n\n# `{path}`\n\n{anchors}{SOURCE}\n'
+
+
+def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    if SOURCE not in content or not page.file.src_uri.startswith(f"{FOLDER}/"):
+        return content
+    path = page.file.src_uri.removeprefix(f"{FOLDER}/").removesuffix(".md")
+    code = highlighted(path, Path(config.docs_dir).parent.joinpath(path).read_text())
+    return content[: content.index("</h1>") + 5] + code
+
+
+def highlighted(path: str, text: str) -> str:
+    """The file's source as HTML; each definition's line has the anchor of its name."""
     try:
         lexer = get_lexer_for_filename(path, stripnl=False)
     except ClassNotFound:
         lexer = TextLexer(stripnl=False)
     lines = highlight(text, lexer, HtmlFormatter(nowrap=True)).splitlines()
-    for name, number in definitions(path, text).items():
-        lines[number - 1] = f'<span id="{html.escape(name)}"></span>{lines[number - 1]}'
-    code = "\n".join(lines)
-    return (
-        f'---\ntitle: "{path}"\nsearch:\n  exclude: true\n---\n\n# `{path}`\n\n'
-        f'<div class="highlight"><pre><code>{code}\n</code></pre></div>\n'
-    )
+    anchors = {number: f' id="{html.escape(name)}"' for name, number in definitions(path, text).items()}
+    # A span for each line: the theme lays them out as rows.
+    code = "".join(f"<span{anchors.get(i, '')}>{line}\n</span>" for i, line in enumerate(lines, 1))
+    return f'<div class="highlight"><pre><span></span><code>{code}</code></pre></div>'

@@ -55,7 +55,7 @@ def apply(
         backend: as in attention(), for controlled and plain calls.
 
     Returns:
-        The handle: a context manager that removes the control at its end; or call handle.remove().
+        A context manager that removes the control at its end, or at handle.remove().
 
     Raises:
         TypeError: a model class without a host here; processors that are not diffusers' own (IP-Adapter,

@@ -146,7 +146,7 @@ class AttentionMaps:
                 the finest one recorded.
 
         Returns:
-            {name: (batch, rows, columns)}.
+            A dict from name to (batch, rows, columns).
 
         Raises:
             RuntimeError: nothing was recorded.

@@ -35,7 +35,7 @@ class FastComposer:
             none.
         masks: (batch, subjects, rows, columns) within 0 and 1, resized to each layer's grid bilinearly,
             antialiased.
-        weight: >= 0; 1e-3 in the paper.
+        weight: at least 0; 1e-3 in the paper.
         stages: how many of the UNet's stages with attention count (down, middle, up), around the middle.
             The released code's 5 of 7 are all but those of the finest grid. None: all.
 

@@ -32,8 +32,8 @@ class InContextBrush:
     too.
 
     Args:
-        alpha_prompt: >= -1; 0.3 in the code, 0.1 to 0.5 in the paper.
-        alpha_subject: >= -1; 0.3 in the code, 0.1 to 0.5 in the paper.
+        alpha_prompt: at least -1; 0.3 in the code, 0.1 to 0.5 in the paper.
+        alpha_subject: at least -1; 0.3 in the code, 0.1 to 0.5 in the paper.
         gain_span: how far gains rise above the floor.
         gain_floor: the gain of a head without mass. The code's gains are 1 to 1.2.
         gain_norm: "minmax" (code), "mean", "max" or "softmax"; the paper says "Norm" only. See HeadGain.

@@ -29,7 +29,7 @@ class VisualInContext:
     too.
 
     Args:
-        temperature: > 0; 0.4 in the paper.
+        temperature: above 0; 0.4 in the paper.
         contrast: 1.67 in the paper; 1: none.
         clip: bounds of the contrasted map. The paper mentions none; the code of cross-image attention,
             which it builds on, has (0, 1). None: unclipped, with one sweep over the keys.

@@ -58,20 +58,26 @@ def test_definitions_are_anchors() -> None:
     source = hook("source_links")
     text = "class A:\n    def f(self): ...\n\ndef g(): ...\n"
     assert source.definitions("a.py", text) == {"A": 1, "A.f": 2, "g": 4}
-    page = source.source_page("a.py", text)
-    assert '<span id="A.f"></span>' in page and '<span id="g"></span>' in page
-    assert "<code>" in source.source_page("LICENSE", "text of no known language")
+    for page in (source.source_page("a.py", text), source.highlighted("a.py", text)):
+        assert '<span id="A.f">' in page and '<span id="g">' in page
+    assert source.highlighted("a.py", text).count("\n") == text.count("\n")
+    assert "<code><span>text of" in source.highlighted("LICENSE", "text of no known language")
+
+
+def entries_of_the_pages() -> set[str]:
+    """What the pages have rendered from docstrings."""
+    return {
+        name
+        for page in (ROOT / "docs").rglob("*.md")
+        for name in re.findall(r"^#+ ::: (\S+)$", page.read_text(), re.M)
+    }
 
 
 def test_entries_of_the_pages_exist() -> None:
     """Checked by the build too, but here in a second."""
     griffe = pytest.importorskip("griffe")
     package = griffe.load("flashbrush", search_paths=[str(ROOT / ".typing")])
-    entries = {
-        name
-        for page in (ROOT / "docs").rglob("*.md")
-        for name in re.findall(r"^#+ ::: (\S+)$", page.read_text(), re.M)
-    }
+    entries = entries_of_the_pages()
     assert len(entries) > 50
 
     def exists(name: str) -> bool:
@@ -81,3 +87,37 @@ def test_entries_of_the_pages_exist() -> None:
             return False
 
     assert not sorted(name for name in entries if not exists(name))
+
+
+def test_docstrings_are_read_as_they_are_meant() -> None:
+    """A description that begins with > or - would be a quotation or a list, and the first words of Returns before a
+    colon would be taken for its type.
+    """
+    griffe = pytest.importorskip("griffe")
+    package = griffe.load(
+        "flashbrush",
+        search_paths=[str(ROOT / ".typing")],
+        docstring_parser="google",
+        docstring_options={"returns_multiple_items": False, "returns_named_value": False, "warnings": False},
+    )
+    wrong = []
+
+    def read(entry: Any) -> None:
+        for section in entry.docstring.parsed if entry.docstring else ():
+            if section.kind.value == "returns" and isinstance(section.value[0].annotation, str):
+                wrong.append(f"{entry.path}: Returns: {section.value[0].annotation}")
+            if section.kind.value in ("parameters", "attributes"):
+                wrong.extend(
+                    f"{entry.path}: {item.name}: {item.description}"
+                    for item in section.value
+                    if item.description.startswith((">", "-", "#"))
+                )
+        for name, member in entry.members.items() if entry.is_class else ():
+            if not name.startswith("_") and not member.is_alias:
+                read(member)
+
+    for name in sorted(entries_of_the_pages()):
+        entry = package[name.removeprefix("flashbrush.")]
+        entry = entry.final_target if entry.is_alias else entry
+        read(entry.members.get(entry.name, entry) if entry.is_module else entry)
+    assert not wrong
