@@ -14,6 +14,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -24,7 +25,8 @@ from ...bindings.backends.cpu import attention as cpu_attention, structures
 from ...bindings.core import coalesce
 from ...bindings.core.problem import Problem
 from ...integrations.evaluation import machine
-from ..timing.paired import paired, ratio, spread
+from ..timing.host_clock import time_on_host
+from ..timing.rounds import ratio, spread
 
 ROUNDS = 31
 
@@ -84,7 +86,7 @@ def measure(rounds: int = ROUNDS) -> dict[str, dict[str, dict]]:
                 for _ in range(100):
                     call()
 
-            samples = paired({"with": quicker, "without": slower}, rounds)
+            samples = time_on_host({"with": quicker, "without": slower}, rounds)
             found[shortcut][name] = {
                 "microseconds": {
                     which: spread([1e4 * s for s in times]).as_dict() for which, times in samples.items()
@@ -99,8 +101,8 @@ def _construction(rounds: int) -> dict:
     """Constructing a Problem as it is, and as a frozen dataclass."""
     fields = [(f.name, f.type, dataclasses.field(default=None)) for f in dataclasses.fields(Problem)]
     frozen = dataclasses.make_dataclass("Frozen", fields, frozen=True, kw_only=True, eq=False)
-    values = {f.name: None for f in dataclasses.fields(Problem)}
-    samples = paired(
+    values: dict[str, Any] = {f.name: None for f in dataclasses.fields(Problem)}
+    samples = time_on_host(
         {
             "with": lambda: [Problem(**values) for _ in range(100)],
             "without": lambda: [frozen(**values) for _ in range(100)],
@@ -114,7 +116,7 @@ def _construction(rounds: int) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
