@@ -1,57 +1,62 @@
-// The gradient for one instruction set: one (item, key head) at a time, its row blocks against all tiles of
-// keys.
+// The backward pass for one instruction set: the blocks of rows of an (item, key head) against all tiles of
+// keys. schedule/backward.h has the formulas.
 //
-// A block of rows and a tile of 64 keys give S and dP (6 rows at a time, 16 with AMX), from them P and dS,
-// and then three products: dQ += dS K with dS as it lies, dV += P^T dO and dK += dS^T Q with both transposed
-// in 16 x 16 blocks. dK and dV of the head stay in float32 until its last row; one thread sums them, in
-// order.
+// A block of rows and a tile of 64 keys give S = Q K^T and dP = dO V^T (6 rows at a time, 16 with AMX), these
+// give P and dS, and then come three products: dQ += dS K, dV += P^T dO, dK += dS^T Q, the last two after P
+// and dS were transposed in 16 x 16 blocks. dK and dV of a head are float32 sums until its last row. One
+// thread adds to them, in order.
 #include "schedule/backward.h"
 #include "isa/pack.h"
+#include "isa/scratch.h"
 
 namespace {
 
-constexpr int64_t kRows = 96;  // of a block: a multiple of 6 and 16 rows, and of 16 pairs
+constexpr int64_t kRows = 96;  // of a block: a multiple of 6 and 16 rows, and of 16 pairs of rows
 constexpr int KT = kBackwardKeys;
 
-// Rows of a transposed tile: whole groups.
+// Keys of a tile as rows of dK and dV: KT rounded up to whole products.
 template <int DTYPE>
 constexpr int transposed_rows() {
   return (KT + group_of<DTYPE>() - 1) / group_of<DTYPE>() * group_of<DTYPE>();
 }
 
-// Scratch of a thread.
-struct Work {
-  uint32_t *q, *dout;                  // [kRows][steps] as A operand
-  uint32_t *q_columns, *dout_columns;  // [kRows / per][padded D] as B operand
-  uint32_t* ds;                        // [kRows][KT / per] as A operand
-  uint32_t *prob_t, *ds_t;             // [transposed_rows][kRows / per] as A operand
-  uint32_t *prob_pairs, *ds_pairs;     // [kRows / per][KT], transposed into the two above
+// Scratch of a thread. per: numbers of a packed element; MR: rows of one product.
+struct Scratch {
+  uint32_t *q, *dout;                  // [kRows][steps], operand a
+  uint32_t *q_columns, *dout_columns;  // [kRows / per][padded D], operand b
+  uint32_t* ds;                        // [kRows][KT / per], operand a
+  uint32_t *prob_t, *ds_t;             // [transposed_rows][kRows / per], operand a
+  uint32_t *prob_pairs, *ds_pairs;     // [kRows / per][KT], to be transposed into the two above
   float *s, *dp;                       // [MR][KT]
   float* dq;                           // [kRows][padded D]
-  float *lse, *delta, *factor;         // [G][kRows]: log2; sum of p dP; gain * gate
+  float *lse, *delta, *factor;         // [G][kRows]: lse in log2 units; sum of p dP; gain * gate
 
   template <int DTYPE>
-  size_t place(const FbAttention* p, char* base) {
-    size_t offset = 0;
-    auto take = [&](auto*& pointer, int64_t count) {
-      pointer = (decltype(+pointer))(base + offset);
-      offset += size_t(round_up(count * 4, 64));
-    };
+  size_t assign(const FbAttention* p, char* base) {
+    Arena arena{base};
     constexpr int PER = per<DTYPE>(), MR = group_of<DTYPE>(), KTP = transposed_rows<DTYPE>();
     const int64_t DP = padded_dim(p->D), steps = dim_steps<DTYPE>(p->D);
-    take(q, kRows * steps), take(dout, kRows * steps);
-    take(q_columns, kRows / PER * DP), take(dout_columns, kRows / PER * DP);
-    take(ds, kRows * KT / PER);
-    take(prob_t, KTP * kRows / PER), take(ds_t, KTP * kRows / PER);
-    take(prob_pairs, kRows / PER * KT), take(ds_pairs, kRows / PER * KT);
-    take(s, MR * KT), take(dp, MR * KT);
-    take(dq, kRows * DP);
-    take(lse, p->G * kRows), take(delta, p->G * kRows), take(factor, p->G * kRows);
-    return offset;
+    arena.take(q, kRows * steps);
+    arena.take(dout, kRows * steps);
+    arena.take(q_columns, kRows / PER * DP);
+    arena.take(dout_columns, kRows / PER * DP);
+    arena.take(ds, kRows * KT / PER);
+    arena.take(prob_t, KTP * kRows / PER);
+    arena.take(ds_t, KTP * kRows / PER);
+    arena.take(prob_pairs, kRows / PER * KT);
+    arena.take(ds_pairs, kRows / PER * KT);
+    arena.take(s, MR * KT);
+    arena.take(dp, MR * KT);
+    arena.take(dq, kRows * DP);
+    arena.take(lse, p->G * kRows);
+    arena.take(delta, p->G * kRows);
+    arena.take(factor, p->G * kRows);
+    return arena.bytes;
   }
 };
 
-// Rows of one head as B operand, summed over in products with P^T and dS^T: [strip][row pair][d]
+// Rows of a task as operand b of products with P^T and dS^T, which sum over rows: [strip][step][d]. kRows
+// rows, those beyond task.count zeros.
 template <int DTYPE>
 void pack_columns(const FbAttention* p, const FbTensor& t, int64_t item, const RowTask& task, uint32_t* out) {
   constexpr int PER = per<DTYPE>();
@@ -63,14 +68,14 @@ void pack_columns(const FbAttention* p, const FbTensor& t, int64_t item, const R
   pack_depth<DTYPE>(rows, D, depth, strips, out);
 }
 
-// The constants of a tile for the rows of one segment; lanes differ in a tile of several segments or a short
-// one.
+// The constants of a tile for the rows of one segment.
 struct Constants {
   float scale, add, weight;
-  const float *lane_add, *lane_weight;
+  const float *lane_add, *lane_weight;  // [KT]: add and weight of each key where they differ, else null
 };
 
-// Two rows of probabilities as pairs of bfloat16: word j holds (even[j], odd[j]).
+// Two rows of a tile as they are transposed: with pairs word j holds (even[j], odd[j]), else the rows follow
+// each other.
 template <int DTYPE>
 inline void store_pairs(uint32_t* to, const vf* even, const vf* odd) {
 #if defined(__AVX512BF16__)
@@ -90,6 +95,7 @@ inline void store_pairs(uint32_t* to, const vf* even, const vf* odd) {
     }
 }
 
+// One row of a tile as a row of operand a.
 template <int DTYPE>
 inline void store_operand(uint32_t* to, const vf* x) {
 #if defined(__AVX512BF16__)
@@ -102,6 +108,7 @@ inline void store_operand(uint32_t* to, const vf* x) {
     for (int j = 0; j < KT / W; ++j) store((float*)to + j * W, x[j]);
 }
 
+// from[kRows / per][KT] -> to[KT][kRows / per]
 template <int DTYPE>
 inline void transpose(const uint32_t* from, uint32_t* to) {
   constexpr int64_t depth = kRows / per<DTYPE>();
@@ -117,8 +124,10 @@ inline void transpose(const uint32_t* from, uint32_t* to) {
 #endif
 }
 
+// Rows `row` and `row` + 1 of the block, at s[r] and s[r + 1]: P = exp2(t - lse), dP = <dO, v> factor weight,
+// dS = P (dP - delta) scale. With DELTA only delta += sum of P dP.
 template <int DTYPE, bool LANES, bool DELTA>
-inline void row_pair(Work& x, int64_t row, int r, int64_t g, const Constants& c) {
+inline void row_pair(Scratch& x, int64_t row, int r, int64_t g, const Constants& c) {
   constexpr int N = KT / W;
   vf prob[2][N], ds[2][N];
 #pragma GCC unroll 2
@@ -133,7 +142,7 @@ inline void row_pair(Work& x, int64_t row, int r, int64_t g, const Constants& c)
       const vf p = exp2<5>(fma(load(s + j * W), splat(c.scale * kLog2e), add - lse));
       const vf weight = LANES ? load(c.lane_weight + j * W) : splat(c.weight), a = factor * weight;
       const vf scaled =
-          keep_from(weight, splat(1.4e-45f), load(dp + j * W)) * a;  // at weight 0 no NaN of a value counts
+          keep_from(weight, splat(1.4e-45f), load(dp + j * W)) * a;  // 0 at weight 0, even for a value of NaN
       if (DELTA) {
         total = total + p * scaled;
       } else {
@@ -151,9 +160,10 @@ inline void row_pair(Work& x, int64_t row, int r, int64_t g, const Constants& c)
   }
 }
 
-// A block of rows against one tile. With DELTA only the sums of p dP are taken.
+// A block of rows against one tile: P and dS in the forms that the products want. With DELTA only delta is
+// summed.
 template <int DTYPE, bool LANES, bool DELTA>
-void tile_rows(const FbAttention* p, Work& x, int64_t g, const Constants& c, const uint32_t* keys,
+void tile_rows(const FbAttention* p, Scratch& x, int64_t g, const Constants& c, const uint32_t* keys,
                const uint32_t* values) {
   constexpr bool PAIRS = pairs<DTYPE>();
   constexpr int MR = group_of<DTYPE>();
@@ -173,9 +183,9 @@ struct Backward {
   const FbAttention* p;
   const Layout* layout;
   const BackwardPacked* packed;
-  Work x;
+  Scratch x;
 
-  // Calls visit(tile, group, constants) for the tiles that the rows of the task see.
+  // Calls visit(tile, group, constants) for each tile that is not removed for the rows of the task.
   template <class Visit>
   void tiles(const RowTask& task, const Visit& visit) {
     alignas(64) float lane_add[KT], lane_weight[KT];
@@ -200,6 +210,7 @@ struct Backward {
       }
   }
 
+  // One block of rows: writes dq, adds to dk and dv.
   void block(const RowTask& task) {
     constexpr bool PAIRS = pairs<DTYPE>();
     constexpr int PER = per<DTYPE>();
@@ -216,13 +227,15 @@ struct Backward {
         const int64_t row = task.first + i, at = g * kRows + i;
         const bool real = i < task.count;
         const float lse = real ? p->lse[((b * p->H + h) * p->M + row) * p->G + g] : -kInf;
-        // exp2(t - inf) = 0: a row without a key, or none at all
+        // exp2(t - inf) = 0 for rows that have no key or do not exist.
         x.lse[at] = lse == -kInf ? kInf : lse * kLog2e;
         const float gate =
             real && p->gates.data ? p->gates.data[b * p->gates.stride_b + row * p->gates.stride_h + g] : 1.f;
         x.factor[at] = gain * gate;
         x.delta[at] = 0.f;
       }
+    // delta = sum_j p dP. With one group and no contrast it is <o, dO>; with several it takes a sweep of its
+    // own.
     if (p->G == 1) {
       for (int64_t i = 0; i < task.count; ++i) {
         const char *o = at(p->out, p->dtype, b, task.first + i, h),
@@ -300,19 +313,20 @@ struct Backward {
 template <int DTYPE>
 void unit(const FbBackward* call, const Layout* layout, const RowTask* blocks, int64_t count, int64_t b,
           int64_t kv, const BackwardPacked* packed, char* scratch) {
-  const Tiles<pairs<DTYPE>()> tiles;
+  const AmxScope<pairs<DTYPE>()> amx;
   Backward<DTYPE> backward{call, &call->call, layout, packed, {}};
-  backward.x.template place<DTYPE>(&call->call, scratch);
+  backward.x.template assign<DTYPE>(&call->call, scratch);
   backward.run(blocks, count, b, kv);
 }
 
 template <int DTYPE>
 BackwardSizes sizes(const FbAttention* p, int64_t tiles) {
-  Work x;
+  Scratch x;
   const size_t tile = size_t(dim_steps<DTYPE>(p->D)) * KT * 4,
                rows = size_t(KT / per<DTYPE>() * padded_dim(p->D)) * 4;
   return {size_t(tiles) * tile, size_t(tiles) * rows,
-          size_t(tiles * transposed_rows<DTYPE>() * padded_dim(p->D)) * 4, x.place<DTYPE>(p, nullptr), kRows};
+          size_t(tiles * transposed_rows<DTYPE>() * padded_dim(p->D)) * 4, x.assign<DTYPE>(p, nullptr),
+          kRows};
 }
 
 }  // namespace

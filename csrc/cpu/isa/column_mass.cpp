@@ -1,7 +1,9 @@
-// column_mass for one instruction set. Keys and queries change places: a block of keys stands where the
-// attention has rows, a tile of queries where it has keys, so that a key's mass is a row sum and -lse a
-// constant of each lane.
+// column_mass for one instruction set: mass_j = sum_i exp(s_ij + bias - lse_i).
+//
+// Keys and queries change places. A block of keys stands where attention has rows, a tile of queries where it
+// has keys: the mass of a key is then the sum of a row, and bias - lse a constant of each lane.
 #include "isa/pack.h"
+#include "isa/scratch.h"
 
 namespace {
 
@@ -9,19 +11,20 @@ using namespace flashbrush;
 
 constexpr int KT = kForwardKeys;
 
-struct Block {
-  uint32_t *keys, *queries;  // [kColumnKeys][steps], [strip][step][KT]
-  float *s, *sums;           // [MR][KT], [kColumnKeys][W]
+// Scratch of a thread. MR: rows of one product.
+struct Scratch {
+  uint32_t* keys;     // [kColumnKeys][steps], operand a
+  uint32_t* queries;  // [strip][step][query], operand b
+  float* s;           // [MR][KT]
+  float* sums;        // [kColumnKeys][W]: masses, lane by lane
 
-  size_t place(int64_t steps, int64_t MR, char* base) {
-    size_t offset = 0;
-    auto take = [&](auto*& pointer, int64_t count) {
-      pointer = (decltype(+pointer))(base + offset);
-      offset += size_t(round_up(count * 4, 64));
-    };
-    take(keys, kColumnKeys * steps), take(queries, KT * steps);
-    take(s, MR * KT), take(sums, kColumnKeys * W);
-    return offset;
+  size_t assign(int64_t steps, int64_t MR, char* base) {
+    Arena arena{base};
+    arena.take(keys, kColumnKeys * steps);
+    arena.take(queries, KT * steps);
+    arena.take(s, MR * KT);
+    arena.take(sums, kColumnKeys * W);
+    return arena.bytes;
   }
 };
 
@@ -29,13 +32,13 @@ template <int DTYPE>
 void column_mass(const FbColumnMass* call, const ColumnTask* task, char* scratch) {
   constexpr bool PAIRS = pairs<DTYPE>();
   constexpr int MR = group_of<DTYPE>();
-  const Tiles<PAIRS> tiles;
+  const AmxScope<PAIRS> amx;
   const FbAttention* p = &call->call;
   const int64_t b = task->b, h = task->h, c = task->segment, steps = dim_steps<DTYPE>(p->D),
                 per_kv = p->H / p->Hkv;
   const int64_t groups = round_up(task->count, MR) / MR, group = p->groups[c];
-  Block x;
-  x.place(steps, MR, scratch);
+  Scratch x;
+  x.assign(steps, MR, scratch);
   const RowTask keys{task->b, int32_t(h / per_kv), 0, 0, task->first, task->count};
   const int64_t key_item = p->source_k ? p->source_k[task->tensor * p->B + b] : b;
   pack_rows<DTYPE>(p, p->k[task->tensor], key_item, keys, groups * MR, x.keys);
@@ -56,7 +59,7 @@ void column_mass(const FbColumnMass* call, const ColumnTask* task, char* scratch
         const int64_t row = start + first + j;
         rows[j] = j < count ? at(p->q, p->dtype, item, row, h) : kZeros;
         const float lse = j < count ? p->lse[((b * p->H + h) * p->M + row) * p->G + group] : -kInf;
-        // A row without a key, or no row at all, has no mass.
+        // Lanes without a row, and rows without a key, add nothing.
         add[j] = lse == -kInf ? -kInf : (bias - lse) * kLog2e;
       }
       pack_keys<DTYPE, KT>(p, rows, x.queries);
@@ -68,13 +71,13 @@ void column_mass(const FbColumnMass* call, const ColumnTask* task, char* scratch
 #pragma GCC unroll 16
           for (int j = 0; j < KT; j += W)
             total = total + exp2<DEGREE>(fma(load(x.s + n * KT + j), splat(scale), load(add + j)));
-          // One addition a tile: a running sum over all rows would gather their roundings.
+          // One addition a tile, not one a vector: a running sum over all rows rounds as often.
           store(x.sums + (i + n) * W, load(x.sums + (i + n) * W) + total);
         }
       }
     }
   }
-  float* to = call->mass + (b * p->H + h) * call->N + task->place;
+  float* to = call->mass + (b * p->H + h) * call->N + task->out;
   for (int64_t i = 0; i < task->count; ++i) to[i] = sum(load(x.sums + i * W));
 }
 
@@ -84,8 +87,8 @@ namespace flashbrush {
 namespace FLASHBRUSH_ISA {
 
 size_t column_mass_scratch(const FbAttention* p) {
-  Block x;
-#define FB_CALL(T) return x.place(dim_steps<T>(p->D), group_of<T>(), nullptr)
+  Scratch x;
+#define FB_CALL(T) return x.assign(dim_steps<T>(p->D), group_of<T>(), nullptr)
   FB_BY_DTYPE(p->dtype, FB_CALL)
 #undef FB_CALL
 }

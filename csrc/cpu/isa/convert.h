@@ -1,8 +1,9 @@
-// Reading and writing rows of the three dtypes.
+// Rows of float32, bfloat16 or float16 in memory to and from float32 vectors.
 #pragma once
 #include "attention.h"
 #include "isa/simd.h"
 
+// call(FB_...) with the dtype as a constant; `call` returns or breaks.
 #define FB_BY_DTYPE(dtype, call) \
   switch (dtype) {               \
     case FB_F32:                 \
@@ -19,6 +20,7 @@ inline int64_t element_size(int32_t dtype) {
   return dtype == FB_F32 ? 4 : 2;
 }
 
+// The row of dim elements of one token and head.
 inline const char* at(const FbTensor& t, int32_t dtype, int64_t b, int64_t token, int64_t h) {
   return (const char*)t.data + (b * t.stride_b + token * t.stride_t + h * t.stride_h) * element_size(dtype);
 }
@@ -30,7 +32,7 @@ inline float to_f32(const void* p, int64_t i) {
   return f16_to_f32(((const uint16_t*)p)[i]);
 }
 
-// Elements i .. i + W of a row as they lie.
+// Elements i .. i + W of a row.
 template <int DTYPE>
 inline vf load_vector(const char* row, int64_t i) {
   if constexpr (DTYPE == FB_F32) return load((const float*)row + i);
@@ -49,7 +51,7 @@ inline vf load_vector(const char* row, int64_t i) {
 #endif
 }
 
-// Elements i .. i + count, then zeros; nothing behind them is read.
+// Elements i .. i + count, count < W, then zeros. Nothing beyond them is read.
 template <int DTYPE>
 inline vf load_part(const char* row, int64_t i, int64_t count) {
 #if defined(__AVX512F__)

@@ -1,13 +1,14 @@
-// The attention of a few rows for one instruction set: K and V are read where they lie, converted in
-// registers.
+// The forward pass of few rows for one instruction set: K and V are read from their tensors and converted in
+// registers, as packing them costs more than it saves.
 //
 // The rows are those of all query heads that share a key head. For each tile of keys, S = Q K^T takes four
-// keys at a time, whose products are summed over lanes at the end; P V takes four vectors of the head dim at
-// a time. Both read a key or value once for up to six rows. P stays in float32.
+// keys at a time and sums over lanes at the end; P V takes NV vectors of the head dim at a time. Both read a
+// key or a value once for up to six rows. P is float32 in every dtype.
 #include "schedule/few_rows.h"
 
 #include <type_traits>
 
+#include "isa/scratch.h"
 #include "isa/softmax.h"
 
 namespace {
@@ -15,63 +16,64 @@ namespace {
 using namespace flashbrush;
 
 constexpr int KT = kForwardKeys;
-constexpr int kTogether = kVectorRows;  // rows that share a read of a key
+constexpr int kTogether = kVectorRows;  // rows that share a read of a value
 
 #if defined(__AVX512F__)
-constexpr int kDotRows = 6;  // 6 x 4 accumulators, 4 vectors of keys and one of a row
+// Rows that share a read of a key: 6 x 4 accumulators, 4 vectors of keys and one of a row fill 29 of 32
+// registers.
+constexpr int kDotRows = 6;
 #else
-constexpr int kDotRows = 2;
+constexpr int kDotRows = 2;  // 2 x 4, 4 and 1: 13 of 16
 #endif
 
-// What a chunk of keys gives, in the units of its own maximum.
+// The results of a chunk of keys, relative to its own m.
 struct Sums {
-  float *m, *l;          // [G][rows], m in log2
+  float *m, *l;          // [G][rows], m in log2 units
   float* o;              // [G][rows][padded D]
-  float *mass, *mass_m;  // [rows][C], relative to the maximum of its time
-  float* values;         // [C][padded D]: sums of a segment's values, for the unclipped contrast
+  float *mass, *mass_m;  // [rows][C]: sum of P of a segment, and the m that it is relative to; null: none
+  float* values;         // [C][padded D]: sum of a segment's values, for an unclipped contrast; null: none
 
-  size_t place(const FbAttention* p, char* base) {
-    size_t offset = 0;
-    auto take = [&](auto*& pointer, int64_t count) {
-      pointer = (decltype(+pointer))(base + offset);
-      offset += size_t(round_up(count * 4, 64));
-    };
+  size_t assign(const FbAttention* p, char* base) {
+    Arena arena{base};
     const int64_t rows = p->M * (p->H / p->Hkv), DP = padded_dim(p->D);
     bool linear = false;
     for (int64_t g = 0; g < p->G; ++g) linear |= p->contrast[g * 4] == 1.f;
-    take(m, p->G * rows), take(l, p->G * rows), take(o, p->G * rows * DP);
-    take(mass, p->mass ? rows * p->C : 0), take(mass_m, p->mass ? rows * p->C : 0);
-    take(values, linear ? p->C * DP : 0);
+    arena.take(m, p->G * rows);
+    arena.take(l, p->G * rows);
+    arena.take(o, p->G * rows * DP);
+    arena.take(mass, p->mass ? rows * p->C : 0);
+    arena.take(mass_m, p->mass ? rows * p->C : 0);
+    arena.take(values, linear ? p->C * DP : 0);
     if (!p->mass) mass = nullptr;
     if (!linear) values = nullptr;
-    return offset;
+    return arena.bytes;
   }
 };
 
 // Scratch of a thread.
-struct Work {
-  float *q, *s, *prob, *lanes;  // [rows][padded D], [rows][KT] twice, [W]
+struct Scratch {
+  float* q;         // [rows][padded D]
+  float *s, *prob;  // [rows][KT]
+  float* lanes;     // [W]
 
-  size_t place(const FbAttention* p, char* base) {
-    size_t offset = 0;
-    auto take = [&](auto*& pointer, int64_t count) {
-      pointer = (decltype(+pointer))(base + offset);
-      offset += size_t(round_up(count * 4, 64));
-    };
+  size_t assign(const FbAttention* p, char* base) {
+    Arena arena{base};
     const int64_t rows = p->M * (p->H / p->Hkv);
-    take(q, rows * padded_dim(p->D)), take(s, rows * KT), take(prob, rows * KT), take(lanes, W);
-    return offset;
+    arena.take(q, rows * padded_dim(p->D));
+    arena.take(s, rows * KT);
+    arena.take(prob, rows * KT);
+    arena.take(lanes, W);
+    return arena.bytes;
   }
 };
 
-// How many rows ahead to fetch, 4 KB of them: rows of a head lie apart, where the hardware's own prefetching
-// does little.
+// Keys or values to prefetch ahead: 4 KB of them, as hardware prefetchers rarely follow rows that lie apart.
 inline int rows_ahead(int64_t row_bytes) {
   const int64_t rows = 4096 / row_bytes;
   return int(rows < 4 ? 4 : rows > 32 ? 32 : rows);
 }
 
-// s[r][j] = <q[r], key j> for keys 0 .. round_up(count, 4), of which those behind `count` are zeros.
+// s[r][j] = <q[r], key j> for j in 0 .. round_up(count, 4); keys beyond `count` are zeros.
 template <int DTYPE, int R>
 void dots(const float* const* q, const char* const* keys, int count, int64_t D, float* const* s) {
   const int64_t full = D / W * W, bytes = D * element_size(DTYPE);
@@ -108,8 +110,8 @@ void dots(const float* const* q, const char* const* keys, int count, int64_t D, 
   }
 }
 
-// o[r][d .. d + N vectors] += sum_j prob[r][j] value_j; with PART the last vector, of which `part` elements
-// exist.
+// o[r][d .. d + N * W] += sum_j prob[r][j] * value_j[d ..]. With PART it is the last vector, of `part`
+// elements.
 template <int DTYPE, int R, int N, bool PART>
 void weigh(const float* const* prob, const char* const* values, int count, int ahead, int64_t d, int64_t part,
            float* const* o) {
@@ -134,11 +136,11 @@ void weigh(const float* const* prob, const char* const* values, int count, int a
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    // One addition a tile: a running sum over all keys would gather their roundings.
+    // o gets one addition a tile, not one a key, see kTilesInSum.
     for (int n = 0; n < N; ++n) store(o[r] + d + n * W, load(o[r] + d + n * W) + acc[r][n]);
 }
 
-// Calls run(i, integral constant R) for rows i .. i + R, up to LIMIT of `count` at a time.
+// Calls run(i, R) for rows i .. i + R until `count`, R being a constant of at most LIMIT.
 template <int LIMIT, class Run>
 inline void by_rows(int count, const Run& run) {
   for (int i = 0; i < count;) {
@@ -178,7 +180,7 @@ void all_weigh(const float* const* prob, const char* const* values, int count, i
   });
 }
 
-// A tile's logits in s -> the row's probabilities, in float32 whatever the dtype.
+// Logits s[KT] of one row -> probabilities prob[KT], in float32 whatever the dtype.
 void softmax_tile(Mode mode, const RowSums& x, float* s, float* prob, const Constants& c, int32_t count,
                   int64_t DP) {
   const bool lanes = c.lane_add != nullptr, half = count <= KT / 2;
@@ -206,8 +208,8 @@ struct Sweep {
   const FewRows* u;
   const FbAttention* p;
   Sums to;
-  Work x;
-  bool second;
+  Scratch x;
+  bool second;  // the sweep that applies a clipped contrast; m holds lse
 
   void add_mass(int64_t i, int64_t c, float part, float m) {
     float &mass = to.mass[i * p->C + c], &mass_m = to.mass_m[i * p->C + c];
@@ -223,8 +225,7 @@ struct Sweep {
     alignas(64) float lane_add[KT], lane_post[KT];
     const float *q[kFewRows], *prob[kFewRows];
     float *s[kFewRows], *o[kFewRows];
-    // Segments that share a tile are never removed.
-    int seen = 0;
+    int seen = 0;  // rows for which the tile is not removed; removed segments never share a tile with others
     int64_t i = 0;
     for (int64_t n = 0; n < u->count; i += u->bands[n++].count)
       if (bias_of(p, u->bands[n], pieces[0].segment) != -kInf)
@@ -232,9 +233,9 @@ struct Sweep {
     if (!seen) return;
     const TileRows<KT> keys(p, u->layout, tile, p->k, p->source_k, u->b, u->kv);
     all_dots<DTYPE>(q, keys.row, tile.count, D, seen, s);
-    // Of lanes without a key: an infinite q would make zeros NaN.
+    // Lanes without a key: an infinite q times their zeros would be NaN.
     for (int r = 0; r < seen; ++r) memset(s[r] + tile.count, 0, size_t(KT - tile.count) * 4);
-    int read = 0;
+    int read = 0;  // rows that read the tile's values
     i = 0;
     for (int64_t n = 0; n < u->count; i += u->bands[n++].count) {
       const RowTask& band = u->bands[n];
@@ -242,19 +243,19 @@ struct Sweep {
       Constants k{};
       k.scale = entry(p->scale, band.b, band.h, 0, 1.f) * kLog2e;
       if (second) k.beta = contrast[1], k.lo = contrast[2], k.hi = contrast[3], k.shift = shift(band, g);
-      const Use use = use_tile(p, u->layout, tile, band,
-                               second    ? kClip
-                               : clipped ? kSum
-                                         : kFold,
-                               k, lane_add, lane_post);
-      if (!use.seen) continue;
+      const TileUse use = use_tile(p, u->layout, tile, band,
+                                   second    ? kClip
+                                   : clipped ? kSum
+                                             : kFold,
+                                   k, lane_add, lane_post);
+      if (!use.computed) continue;
       const bool pieces_apart = mixed && to.mass && !second;
       for (int64_t r = i; r < i + band.count; ++r) {
         float *own_s = x.s + r * KT, *own_prob = x.prob + r * KT;
         const RowSums row{to.m + g * rows + r, to.l + g * rows + r, x.lanes, to.o + (g * rows + r) * DP,
                           nullptr};
         store(x.lanes, splat(0.f));
-        // A row without a key has an lse of -inf, which would give NaN: its output is 0.
+        // A row without a key has lse = -inf, of which exp2 would make NaN. Its output is 0.
         if (second && *row.m == -kInf) continue;
         softmax_tile(pieces_apart ? kPost : use.mode, row, own_s, own_prob, k, tile.count, DP);
         if (use.mode != kSum) prob[read] = own_prob, o[read++] = row.o;
@@ -277,7 +278,7 @@ struct Sweep {
       for (int n = 0; n < tile.pieces; ++n) add_values(pieces[n], values);
   }
 
-  // Only where a row sees the segment with a weight, as its values are read by nothing else.
+  // Only if a row sees the segment with a weight other than 0: nothing else may read these values.
   void add_values(const Piece& piece, const TileRows<KT>& values) {
     bool read = false;
     for (int64_t n = 0; n < u->count; ++n)
@@ -317,7 +318,7 @@ struct Sweep {
 
 inline Sums chunk_sums(const FewRows* u, int64_t chunk) {
   Sums sums;
-  sums.place(u->call, u->sums + chunk * int64_t(u->chunk_bytes));
+  sums.assign(u->call, u->sums + chunk * int64_t(u->chunk_bytes));
   return sums;
 }
 
@@ -327,10 +328,10 @@ namespace flashbrush {
 namespace FLASHBRUSH_ISA {
 
 size_t few_rows_sums(const FbAttention* p) {
-  return Sums().place(p, nullptr);
+  return Sums().assign(p, nullptr);
 }
 size_t few_rows_scratch(const FbAttention* p) {
-  return Work().place(p, nullptr);
+  return Scratch().assign(p, nullptr);
 }
 
 void few_rows_sweep(const FewRows* u, int64_t chunk, int32_t first, int32_t last, bool second,
@@ -338,19 +339,20 @@ void few_rows_sweep(const FewRows* u, int64_t chunk, int32_t first, int32_t last
 #define FB_CALL(T)                                                \
   {                                                               \
     Sweep<T> sweep{u, u->call, chunk_sums(u, chunk), {}, second}; \
-    sweep.x.place(u->call, scratch);                              \
+    sweep.x.assign(u->call, scratch);                             \
     return sweep.run(first, last);                                \
   }
   FB_BY_DTYPE(u->call->dtype, FB_CALL)
 #undef FB_CALL
 }
 
-// The chunks' sums join those of the first, in their order. Groups with a clip have their lse in every
-// chunk's m then.
+// Adds the chunks' results to those of chunk 0, in order. m of chunk 0 becomes lse in log2 units; with a
+// clipped contrast so does m of every chunk, for the second sweep.
 void few_rows_merge(const FewRows* u) {
   const FbAttention* p = u->call;
   const int64_t DP = padded_dim(p->D), rows = u->rows, C = p->C;
   const Sums to = chunk_sums(u, 0);
+  // The factor from sums relative to m to sums relative to top.
   auto relative = [](float m, float top) { return m == top ? 1.f : __builtin_exp2f(m - top); };
   int64_t i = 0;
   for (int64_t n = 0; n < u->count; ++n)
@@ -373,7 +375,7 @@ void few_rows_merge(const FewRows* u) {
             store(o + d,
                   chunk == 0 ? load(o + d) * splat(factor) : fma(load(more + d), splat(factor), load(o + d)));
         }
-        // m + log2(l), in log2; a row without a key keeps -inf
+        // In log2 units; -inf for a row without a key.
         const float lse = l == 0.f ? -kInf : top + __builtin_log2f(l);
         if (p->lse) p->lse[((u->b * p->H + band.h) * p->M + band.first + r) * p->G + g] = lse * kLn2;
         for (int64_t c = 0; to.mass && c < C; ++c) {
@@ -397,7 +399,7 @@ void few_rows_merge(const FewRows* u) {
     for (int64_t d = 0; d < C * DP; ++d) to.values[d] += chunk_sums(u, chunk).values[d];
 }
 
-// Groups are joined, and rows are written to out.
+// Adds the softmax groups and writes the rows to out.
 void few_rows_finish(const FewRows* u) {
   const FbAttention* p = u->call;
   const int64_t DP = padded_dim(p->D), rows = u->rows;

@@ -1,7 +1,9 @@
-// The forward kernel for one instruction set: packing, and one block of query rows against all tiles of keys.
+// The forward pass for one instruction set: the packing of K and V, and a block of query rows against all
+// tiles.
 //
-// A row block keeps its maximum m, sum l and output in scratch; for each tile of 128 keys, six rows at a time
-// (16 with AMX) go through QK^T, exp2 and PV while the tile's K and V stay in the caches next to the core.
+// A block of rows keeps m, l and the output in a thread's scratch. For each tile of 128 keys it takes 6 rows
+// at a time (16 with AMX) through Q K^T, exp2 and P V, while K and V of the tile stay in the core's caches.
+#include "isa/scratch.h"
 #include "isa/softmax.h"
 
 namespace {
@@ -10,9 +12,7 @@ using namespace flashbrush;
 
 constexpr int KT = kForwardKeys;
 
-// ----------------------------------------------------------------------------------------------------------------
-// pack
-
+// Adds the values of a tile to the sums [C][padded D] of their segments.
 template <int DTYPE>
 void add_values(const FbAttention* p, const Layout* layout, const Tile& tile, const TileRows<KT>& rows,
                 float* sums) {
@@ -36,67 +36,64 @@ void pack(const FbAttention* p, const Layout* layout, int64_t b, int64_t kv, int
   }
 }
 
-// ----------------------------------------------------------------------------------------------------------------
-// rows
-
-// Scratch of a thread, for a block of up to `rows` rows (a multiple of MR).
-struct Block {
-  uint32_t* q;           // [rows][dim_steps]
-  float *o, *total;      // [rows][padded D]: of the running group; over groups
-  float* s;              // [MR][KT]
-  uint32_t* prob;        // [MR][KT] as A operand
-  float *m, *l, *lse;    // [rows]
-  float* lanes;          // [rows][W]: row sums of the running segment, lane by lane
-  float *mass, *mass_m;  // [C][rows], relative to the maximum of its time
-  float* before;         // [rows][W + padded D]: finished sums, see RowSums; float32 only
+// Scratch of a thread for a block of rows. MR: rows of one product.
+struct Scratch {
+  uint32_t* q;           // [rows][dim_steps], operand a
+  float *o, *total;      // [rows][padded D]: P V of one softmax group; the sum over groups
+  float* s;              // [MR][KT] logits
+  uint32_t* prob;        // [MR][KT] probabilities, operand a
+  float *m, *l, *lse;    // [rows], m and lse in log2 units
+  float* lanes;          // [rows][W]: the part of l of the segment that is being summed; else zeros
+  float *mass, *mass_m;  // [C][rows]: sum of P of a segment, and the m that it is relative to
+  float* before;         // [rows][W + padded D]: finished sums, see RowSums; of float32 only
   bool keeps_before = false;
 
+  // `rows` is a multiple of MR. Returns bytes.
   template <int DTYPE>
-  size_t place(const FbAttention* p, int64_t rows, char* base) {
-    size_t offset = 0;
-    auto take = [&](auto*& pointer, int64_t count) {
-      pointer = (decltype(+pointer))(base + offset);
-      offset += size_t(round_up(count * 4, 64));
-    };
+  size_t assign(const FbAttention* p, int64_t rows, char* base) {
+    Arena arena{base};
     const int64_t DP = padded_dim(p->D);
     constexpr int MR = group_of<DTYPE>();
-    take(q, rows * dim_steps<DTYPE>(p->D));
-    take(o, rows * DP);
-    take(total, p->G > 1 ? rows * DP : 0);
-    take(s, MR * KT);
-    take(prob, MR * KT);
-    take(m, rows);
-    take(l, rows);
-    take(lse, rows);
-    take(lanes, rows * W);
-    take(mass, p->mass ? rows * p->C : 0);
-    take(mass_m, p->mass ? rows * p->C : 0);
-    take(before, DTYPE == FB_F32 ? rows * (W + DP) : 0);
-    return offset;
+    arena.take(q, rows * dim_steps<DTYPE>(p->D));
+    arena.take(o, rows * DP);
+    arena.take(total, p->G > 1 ? rows * DP : 0);
+    arena.take(s, MR * KT);
+    arena.take(prob, MR * KT);
+    arena.take(m, rows);
+    arena.take(l, rows);
+    arena.take(lse, rows);
+    arena.take(lanes, rows * W);
+    arena.take(mass, p->mass ? rows * p->C : 0);
+    arena.take(mass_m, p->mass ? rows * p->C : 0);
+    arena.take(before, DTYPE == FB_F32 ? rows * (W + DP) : 0);
+    return arena.bytes;
   }
 
+  template <int DTYPE>
   RowSums sums(int64_t i, int64_t DP) {
-    return {m + i, l + i, lanes + i * W, o + i * DP, keeps_before ? before + i * (W + DP) : nullptr};
+    float* row_before = DTYPE == FB_F32 && keeps_before ? before + i * (W + DP) : nullptr;
+    return {m + i, l + i, lanes + i * W, o + i * DP, row_before};
   }
 };
 
-// What a tile's rows are multiplied with.
+// A tile's packed keys and values.
 struct Operands {
   const uint32_t *keys, *values;
   int32_t count;
 };
 
-// s[rows][KT] logits of rows first.. -> probabilities. Its own function: its constants then have the
-// registers to themselves.
+// Logits x.s of rows first .. first + MR -> probabilities x.prob. Not inlined, so that its constants stay in
+// registers.
 template <int DTYPE, int MODE, bool LANES, int N>
-__attribute__((noinline)) void softmax(Block& x, int64_t first, const Constants& c, int64_t DP) {
+__attribute__((noinline)) void softmax(Scratch& x, int64_t first, const Constants& c, int64_t DP) {
   for (int r = 0; r < group_of<DTYPE>(); ++r)
-    softmax_row<DTYPE, MODE, LANES, N>(x.sums(first + r, DP), x.s + r * KT, x.prob + r * (KT / per<DTYPE>()),
-                                       c, DP);
+    softmax_row<DTYPE, MODE, LANES, N>(x.sums<DTYPE>(first + r, DP), x.s + r * KT,
+                                       x.prob + r * (KT / per<DTYPE>()), c, DP);
 }
 
+// One tile for all rows of the block. N: vectors of keys.
 template <int DTYPE, int MODE, bool LANES, int N>
-void tile_rows(const FbAttention* p, Block& x, int64_t groups, const Constants& c, const Operands& tile) {
+void tile_rows(const FbAttention* p, Scratch& x, int64_t groups, const Constants& c, const Operands& tile) {
   constexpr bool PAIRS = pairs<DTYPE>();
   constexpr int PER = per<DTYPE>(), MR = group_of<DTYPE>();
   const int64_t steps = dim_steps<DTYPE>(p->D), DP = padded_dim(p->D);
@@ -111,7 +108,7 @@ void tile_rows(const FbAttention* p, Block& x, int64_t groups, const Constants& 
 }
 
 template <int DTYPE>
-void run_tile(Mode mode, const FbAttention* p, Block& x, int64_t groups, const Constants& c,
+void run_tile(Mode mode, const FbAttention* p, Scratch& x, int64_t groups, const Constants& c,
               const Operands& tile, int32_t keys) {
   const bool lanes = c.lane_add != nullptr, half = keys <= KT / 2;
   switch (mode) {
@@ -132,7 +129,7 @@ void run_tile(Mode mode, const FbAttention* p, Block& x, int64_t groups, const C
   }
 }
 
-// One sweep of a row block over the tiles of a group.
+// Sweeps a block of rows over the tiles of a softmax group.
 template <int DTYPE>
 struct Sweep {
   static constexpr int MR = group_of<DTYPE>();
@@ -140,7 +137,7 @@ struct Sweep {
   const Layout* layout;
   const RowTask* task;
   const Packed* packed;
-  Block& x;
+  Scratch& x;
   int64_t rows, groups;
   float scale;
 
@@ -155,11 +152,11 @@ struct Sweep {
 
   void clear_lanes() { memset(x.lanes, 0, size_t(groups * MR * W) * 4); }
 
-  // Add the running sums of lanes and o to those before, and start them anew.
+  // Adds lanes and o to `before`, and sets them to zero.
   void keep_sums() {
     const int64_t DP = padded_dim(p->D);
     for (int64_t i = 0; i < groups * MR; ++i) {
-      const RowSums row = x.sums(i, DP);
+      const RowSums row = x.template sums<DTYPE>(i, DP);
       auto keep = [](float* before, float* now) {
         store(before, load(before) + load(now));
         store(now, splat(0.f));
@@ -171,7 +168,7 @@ struct Sweep {
 
   void join_kept_lanes() {
     for (int64_t i = 0; i < groups * MR; ++i) {
-      const RowSums row = x.sums(i, padded_dim(p->D));
+      const RowSums row = x.template sums<DTYPE>(i, padded_dim(p->D));
       store(row.lanes, load(row.lanes) + load(row.before));
       store(row.before, splat(0.f));
     }
@@ -180,12 +177,12 @@ struct Sweep {
   void join_kept_outputs() {
     const int64_t DP = padded_dim(p->D);
     for (int64_t i = 0; i < groups * MR; ++i) {
-      const RowSums row = x.sums(i, DP);
+      const RowSums row = x.template sums<DTYPE>(i, DP);
       for (int64_t d = 0; d < DP; d += W) store(row.o + d, load(row.o + d) + load(row.before + W + d));
     }
   }
 
-  // Close a segment: its lanes join l, and its mass is kept with the maximum of this moment.
+  // Ends a segment: adds its lanes to l, and keeps their sum as its mass, relative to the present m.
   void close(int64_t c, float unfold) {
     const int64_t all = groups * MR;
     if (x.keeps_before) join_kept_lanes();
@@ -204,14 +201,16 @@ struct Sweep {
     clear_lanes();
   }
 
+  // sums_only: the first sweep of a clipped contrast. clip: its row of FbAttention.contrast in the second
+  // sweep, else null; shift = (beta - 1) / Nk.
   void run(int64_t g, bool sums_only, const float* clip, float shift) {
     const int64_t steps = dim_steps<DTYPE>(p->D), DP = padded_dim(p->D);
-    int64_t open = -1;
+    int64_t open = -1;  // the segment whose sum lanes holds
     float unfold = 1.f;
     alignas(64) float lane_add[KT], lane_post[KT];
     const int32_t first_tile = layout->group_tiles[g], last_tile = layout->group_tiles[g + 1];
     int32_t summed = 0;  // tiles in lanes and o
-    // 16-bit outputs round far more than a long running sum.
+    // Rounding the output to 16 bits costs far more than a long running sum does.
     x.keeps_before = DTYPE == FB_F32 && last_tile - first_tile > kTilesInSum;
     if (x.keeps_before) memset(x.before, 0, size_t(groups * MR * (W + DP)) * 4);
     for (int32_t n = first_tile; n < last_tile; ++n) {
@@ -222,17 +221,17 @@ struct Sweep {
       const int64_t c = pieces[0].segment;
       const bool mixed = tile.pieces > 1;
       if (open >= 0 && (mixed || open != c)) close(open, unfold), open = -1;
-      // Segments that share a tile are never removed.
+      // Removed segments never share a tile with others.
       if (bias(c) == -kInf) continue;
       Constants k{};
       k.scale = scale * kLog2e;
       if (clip) k.beta = clip[1], k.lo = clip[2], k.hi = clip[3], k.shift = shift;
-      const Use use = use_tile(p, layout, tile, *task,
-                               sums_only ? kSum
-                               : clip    ? kClip
-                                         : kFold,
-                               k, lane_add, lane_post);
-      if (!use.seen) continue;
+      const TileUse use = use_tile(p, layout, tile, *task,
+                                   sums_only ? kSum
+                                   : clip    ? kClip
+                                             : kFold,
+                                   k, lane_add, lane_post);
+      if (!use.computed) continue;
       if (x.keeps_before && summed == kTilesInSum) keep_sums(), summed = 0;
       ++summed;
       const Mode mode = use.mode;
@@ -261,11 +260,11 @@ struct Sweep {
     clear_lanes();
   }
 
-  // Several segments in one tile, their masses wanted: a few rows at a time, so that s still holds the
-  // probabilities.
+  // A tile of several segments whose masses are wanted: MR rows at a time, as x.s holds the probabilities of
+  // the last ones.
   void run_mixed(Mode mode, const Constants& k, const Tile& tile, const Piece* pieces, Operands operands) {
     const int64_t steps = dim_steps<DTYPE>(p->D), DP = padded_dim(p->D);
-    Block part = x;
+    Scratch part = x;
     if (mode == kSum) operands.count = 0;
     for (int64_t first = 0; first < groups * MR; first += MR) {
       part.q = x.q + first * steps, part.o = x.o + first * DP, part.lanes = x.lanes + first * W;
@@ -282,15 +281,16 @@ struct Sweep {
   }
 };
 
+// out, lse and masses of one block of rows.
 template <int DTYPE>
 void rows(const FbAttention* p, const Layout* layout, const RowTask* task, const Packed* packed,
           float* block_mass, char* scratch) {
   const int64_t b = task->b, h = task->h, D = p->D, DP = padded_dim(D), C = p->C;
   constexpr int MR = group_of<DTYPE>();
-  const Tiles<pairs<DTYPE>()> tiles;
+  const AmxScope<pairs<DTYPE>()> amx;
   const int64_t padded = round_up(task->count, MR);
-  Block x;
-  x.place<DTYPE>(p, padded, scratch);
+  Scratch x;
+  x.assign<DTYPE>(p, padded, scratch);
   if (!p->mass) x.mass = nullptr;
   pack_rows<DTYPE>(p, p->q, p->source_q ? p->source_q[b] : b, *task, padded, x.q);
   const float scale = entry(p->scale, b, h, 0, 1.f), gain = entry(p->gain, b, h, task->segment, 1.f);
@@ -306,7 +306,7 @@ void rows(const FbAttention* p, const Layout* layout, const RowTask* task, const
     sweep.run(g, clipped, nullptr, 0.f);
     if (p->lse || clipped)
       for (int64_t i = 0; i < task->count; ++i) {
-        // m + log2(l), in log2; a row without a key keeps -inf
+        // In log2 units; -inf for a row without a key.
         x.lse[i] = x.l[i] == 0.f ? -kInf : x.m[i] + __builtin_log2f(x.l[i]);
         if (p->lse) p->lse[((b * p->H + h) * p->M + task->first + i) * p->G + g] = x.lse[i] * kLn2;
       }
@@ -358,14 +358,15 @@ void rows(const FbAttention* p, const Layout* layout, const RowTask* task, const
   }
 }
 
-// An output row of every head, times a factor each.
+// One row of out, for each head times its factor.
 template <int DTYPE>
 void scale_row(const FbAttention* p, int64_t b, int64_t row, const float* factors) {
   const int64_t D = p->D, full = D / W * W, bytes = D * element_size(DTYPE);
   alignas(64) float x[256];
   for (int64_t h = 0; h < p->H; ++h) {
     char* to = (char*)at(p->out, DTYPE, b, row, h);
-    // Mostly lines that another core has written: without their ownership they would be asked for twice.
+    // Another core wrote most of these lines. A prefetch for writing asks for their ownership with the first
+    // request.
     const char* ahead = (const char*)at(p->out, DTYPE, b, row + 1 < p->M ? row + 1 : row, h);
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(ahead + i, 1);
     if (factors[h] == 1.f) continue;
@@ -375,9 +376,6 @@ void scale_row(const FbAttention* p, int64_t b, int64_t row, const float* factor
     store_row<DTYPE>(to, x, D);
   }
 }
-
-// -------------------------------------------------------------------------------------------------------------
-// exports
 
 }  // namespace
 
@@ -397,8 +395,8 @@ size_t value_tile_bytes(const FbAttention* p){
 }
 
 size_t scratch_bytes(const FbAttention* p, int64_t block_rows) {
-  Block x;
-#define FB_CALL(T) return x.place<T>(p, round_up(block_rows, group_of<T>()), nullptr)
+  Scratch x;
+#define FB_CALL(T) return x.assign<T>(p, round_up(block_rows, group_of<T>()), nullptr)
   FB_BY_DTYPE(p->dtype, FB_CALL)
 #undef FB_CALL
 }

@@ -1,5 +1,9 @@
-// Register-blocked products on packed tiles, and the packing. An operand element is 4 bytes: a float32, or a
-// pair of bfloat16 that are neighbours along the summed dimension (the layout of VDPBF16PS).
+// Matrix products c (+)= a * b whose sums stay in registers, on operands that pack.h lays out.
+//
+// An element of a and b has 4 bytes: a float32, or two bfloat16 that are neighbours along the summed
+// dimension, as VDPBF16PS reads them. `steps` is the length of the summed dimension in elements. a is
+// [rows][steps], with a stride of lda elements. b is cut into strips of up to NV vectors of columns, each
+// [steps][columns].
 #pragma once
 #include "isa/convert.h"
 #include "kernels.h"
@@ -18,32 +22,33 @@ constexpr bool kHasPairs = false;
 #endif
 
 #if defined(__AVX512F__)
-constexpr int NV = 4;  // 6 x 4 accumulators, 4 columns of B and one of A fill 29 of 32 registers
+// Vectors of columns: 6 x 4 accumulators, 4 vectors of b and one of a fill 29 of 32 registers.
+constexpr int NV = 4;
 #else
-constexpr int NV = 2;  // 6 x 2, 2 and 1: 15 of 16
+// 6 x 2 accumulators, 2 vectors of b and one of a fill 15 of 16 registers.
+constexpr int NV = 2;
 #endif
-constexpr int kVectorRows = 6;
+constexpr int kVectorRows = 6;  // rows of a product by vectors
 
 #if defined(__AMX_BF16__)
-constexpr bool kHasTiles = true;
+constexpr bool kHasAmx = true;
 #else
-constexpr bool kHasTiles = false;
+constexpr bool kHasAmx = false;
 template <bool ON>
-struct Tiles {
-  Tiles() {}
+struct AmxScope {
+  AmxScope() {}
 };
 #endif
 
-// Rows that a product takes at a time.
+// Rows of one product.
 template <bool PAIRS>
 constexpr int group_rows() {
-  return kHasTiles && PAIRS ? 16 : kVectorRows;
+  return kHasAmx && PAIRS ? 16 : kVectorRows;
 }
 
-constexpr int kRowGroup = kHasTiles ? 48 : kVectorRows;  // a multiple of both
+constexpr int kRowGroup = kHasAmx ? 48 : kVectorRows;  // a multiple of group_rows for every dtype
 
-// How an element of a dtype is held in packed tiles: pairs of bfloat16 where the hardware multiplies them,
-// else float32.
+// An element of packed operands: a pair of bfloat16 where the hardware multiplies pairs, else a float32.
 template <bool PAIRS>
 struct Element;
 
@@ -88,12 +93,12 @@ inline void multiply(int64_t steps, const uint32_t* a, int64_t lda, const uint32
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i)
 #pragma GCC unroll 8
-    // One addition a tile: a running sum over thousands of keys would gather their roundings.
+    // c gets one addition a product, not one a step: a running sum over thousands of keys rounds as often.
     for (int j = 0; j < N; ++j)
       store(c + i * ldc + j * W, ADD ? load(c + i * ldc + j * W) + acc[i][j] : acc[i][j]);
 }
 
-// The strips that `vectors` columns of B are cut into: as even as can be, none wider than NV.
+// How `vectors` of columns of b are cut into strips: of equal width within one, none wider than NV.
 struct Strips {
   int count, vectors;
   explicit Strips(int vectors) : count((vectors + NV - 1) / NV), vectors(vectors) {}
@@ -101,8 +106,8 @@ struct Strips {
   int first(int i) const { return i * (vectors / count) + (i < vectors % count ? i : vectors % count); }
 };
 
-// c[group_rows][vectors] (+)= a * b, b in strips. Tiles must be configured, and take operands padded to 16
-// steps.
+// c[group_rows][vectors] (+)= a * b for all strips of b, which are `depth` steps apart. With AMX an AmxScope
+// must live, and operands are padded to 16 steps.
 template <bool PAIRS, bool ADD>
 inline void multiply_strips(int64_t steps, const uint32_t* a, int64_t lda, const uint32_t* b, int64_t depth,
                             const Strips& strips, float* c, int64_t ldc) {
@@ -114,16 +119,16 @@ inline void multiply_strips(int64_t steps, const uint32_t* a, int64_t lda, const
     if constexpr (PAIRS) {
       switch (strips.width(i)) {
         case 1:
-          multiply_tiles<1, ADD>(steps, a, lda, strip, out, ldc);
+          multiply_amx<1, ADD>(steps, a, lda, strip, out, ldc);
           break;
         case 2:
-          multiply_tiles<2, ADD>(steps, a, lda, strip, out, ldc);
+          multiply_amx<2, ADD>(steps, a, lda, strip, out, ldc);
           break;
         case 3:
-          multiply_tiles<3, ADD>(steps, a, lda, strip, out, ldc);
+          multiply_amx<3, ADD>(steps, a, lda, strip, out, ldc);
           break;
         case 4:
-          multiply_tiles<4, ADD>(steps, a, lda, strip, out, ldc);
+          multiply_amx<4, ADD>(steps, a, lda, strip, out, ldc);
           break;
       }
       continue;
@@ -149,6 +154,7 @@ inline void multiply_strips(int64_t steps, const uint32_t* a, int64_t lda, const
 }
 
 template <int DTYPE>
+// Element i of a row as the bits of a float32.
 inline uint32_t f32_bits(const void* p, int64_t i) {
   const float x = to_f32<DTYPE>(p, i);
   uint32_t bits;

@@ -1,4 +1,4 @@
-// qk_norm_rope for one instruction set: one read and one write of each element, arithmetic in float32.
+// qk_norm_rope for one instruction set. Each element is read and written once; arithmetic is in float32.
 #include "schedule/norm_rope.h"
 #include "isa/convert.h"
 #include "kernels.h"
@@ -9,7 +9,8 @@ using namespace flashbrush;
 
 constexpr int64_t kMaxDim = 256;
 
-// out = z * cos + rotate(z) * sin, rotate(a, b) = (-b, a) on each pair
+// out = z * cos + rotate(z) * sin, where rotate(a, b) = (-b, a) for each pair. Pairs are (d, d + D/2) if
+// half, else neighbours.
 inline void rotate(const float* z, const float* cos, const float* sin, bool half, int64_t D, float* out) {
   if (half) {
     const int64_t n = D / 2;
@@ -25,7 +26,7 @@ inline void rotate(const float* z, const float* cos, const float* sin, bool half
   }
 }
 
-// The transpose of rotate.
+// The transpose of rotate: dz from dout.
 inline void rotate_back(const float* dout, const float* cos, const float* sin, bool half, int64_t D,
                         float* dz) {
   if (half) {
@@ -42,6 +43,8 @@ inline void rotate_back(const float* dout, const float* cos, const float* sin, b
   }
 }
 
+// 1 / sqrt(mean(x^2) + eps), summed in 16 lanes: the compiler keeps the order, so it cannot make lanes
+// itself.
 inline float inverse_rms(const float* x, int64_t D, float eps) {
   float lanes[16] = {};
   int64_t d = 0;
@@ -53,6 +56,7 @@ inline float inverse_rms(const float* x, int64_t D, float eps) {
   return 1.f / __builtin_sqrtf(total / float(D) + eps);
 }
 
+// Token i of the joined streams, all heads.
 template <int DTYPE>
 void forward_token(const FbNormRope* p, int64_t b, int64_t i) {
   const int64_t D = p->D, joined = p->permutation ? p->permutation[b * p->permutation_stride + i] : i;
@@ -79,6 +83,7 @@ void forward_token(const FbNormRope* p, int64_t b, int64_t i) {
   }
 }
 
+// With r = 1 / rms and dy = dz * weight:  dx = r * (dy - x * <dy, x> * r^2 / D)      dweight += dz * x * r
 template <int DTYPE>
 void backward_token(const FbNormRopeBackward* q, int64_t b, int64_t i, int64_t part) {
   const FbNormRope* p = &q->forward;

@@ -1,4 +1,5 @@
-// Packing of keys, values and rows into the operands of matmul.h.
+// Packs keys, values and rows into the operands of matmul.h. Packing costs one pass and pays off over many
+// rows: products then read memory in order, whatever the strides of the tensors.
 #pragma once
 #include "isa/matmul.h"
 
@@ -8,17 +9,19 @@ using namespace flashbrush;
 
 const float kInf = __builtin_inff();
 
-// Pairs of bfloat16 where the hardware multiplies them, else float32.
+// Whether packed elements are pairs of bfloat16, not float32.
 template <int DTYPE>
 constexpr bool pairs() {
   return kHasPairs && DTYPE == FB_BF16;
 }
 
+// Numbers of a packed element.
 template <int DTYPE>
 constexpr int per() {
   return pairs<DTYPE>() ? 2 : 1;
 }
 
+// Rows of one product.
 template <int DTYPE>
 constexpr int group_of() {
   return group_rows<pairs<DTYPE>()>();
@@ -28,14 +31,15 @@ inline int64_t padded_dim(int64_t D) {
   return round_up(D, W);
 }
 
-// Tiles take 16 steps at a time, zeros beyond the head dim.
+// Steps of a product over the head dim: AMX takes 16 at a time, of zeros beyond the head dim.
 template <int DTYPE>
 inline int64_t dim_steps(int64_t D) {
-  return round_up((D + per<DTYPE>() - 1) / per<DTYPE>(), kHasTiles && pairs<DTYPE>() ? 16 : 1);
+  return round_up((D + per<DTYPE>() - 1) / per<DTYPE>(), kHasAmx && pairs<DTYPE>() ? 16 : 1);
 }
 
-// The rows of a tile's keys or values; a row of zeros stands for the missing ones.
-alignas(64) const char kZeros[4 * 1024] = {};
+alignas(64) const char kZeros[4 * 1024] = {};  // a row of zeros, of 256 numbers of any dtype
+
+// Pointers to the keys or values of a tile; those beyond tile.count point to zeros.
 
 template <int KT>
 struct TileRows {
@@ -53,26 +57,28 @@ struct TileRows {
   }
 };
 
-constexpr int kAhead =
-    16;  // rows to fetch ahead: rows of a head lie apart, where the hardware's own prefetching does little
+// Rows to prefetch ahead. The rows of a head are H * D elements apart, which hardware prefetchers rarely
+// follow.
+constexpr int kAhead = 16;
 
 inline void fetch(const char* row, int64_t bytes) {
   for (int64_t x = 0; x < bytes; x += 64) __builtin_prefetch(row + x);
 }
 
-// K^T in strips of NV vectors of keys: [strip][step][key]
+// Keys as operand b of Q K^T, in strips of up to NV vectors of keys: [strip][step][key].
 template <int DTYPE, int KT>
 inline void pack_keys(const FbAttention* p, const char* const* rows, uint32_t* out) {
-  const int64_t D = p->D, steps = dim_steps<DTYPE>(D), bytes = D * element_size(DTYPE);
+  const int64_t D = p->D, steps = dim_steps<DTYPE>(D);
   const Strips strips(KT / W);
   for (int i = 0; i < strips.count; ++i) {
     const int first = strips.first(i) * W, width = strips.width(i) * W;
     uint32_t* to = out + first * steps;
-    int64_t whole = 0;  // steps that are transposed in registers
+    int64_t whole = 0;  // steps that are transposed 16 x 16 in registers
 #if defined(__AVX512F__)
     if constexpr (pairs<DTYPE>() || DTYPE == FB_F32) whole = D / per<DTYPE>() / 16 * 16;
     for (int j = 0; j < width && whole; j += 16) {
-      for (int n = first + j + kAhead; n < first + j + kAhead + 16 && n < KT; ++n) fetch(rows[n], bytes);
+      for (int n = first + j + kAhead; n < first + j + kAhead + 16 && n < KT; ++n)
+        fetch(rows[n], D * element_size(DTYPE));
       for (int64_t s = 0; s < whole; s += 16) transpose_words(rows + first + j, s, to + s * width + j, width);
     }
 #endif
@@ -89,8 +95,8 @@ inline void pack_keys(const FbAttention* p, const char* const* rows, uint32_t* o
   }
 }
 
-// Rows as B operand whose rows are summed over, in strips of up to NV vectors of the head dim:
-// [strip][step][d]
+// Rows as operand b of a product that sums over rows, in strips of up to NV vectors of the head dim:
+// [strip][step][d]. depth: steps, of per rows each.
 template <int DTYPE>
 inline void pack_depth(const char* const* rows, int64_t D, int64_t depth, const Strips& strips,
                        uint32_t* out) {
@@ -114,13 +120,13 @@ inline void pack_depth(const char* const* rows, int64_t D, int64_t depth, const 
   }
 }
 
+// Values as operand b of P V.
 template <int DTYPE, int KT>
 inline void pack_values(const FbAttention* p, const TileRows<KT>& rows, uint32_t* out) {
   pack_depth<DTYPE>(rows.row, p->D, KT / per<DTYPE>(), Strips(int(padded_dim(p->D) / W)), out);
 }
 
-// sums[d] += the piece's values, which are summed first: a running sum over a segment would gather their
-// roundings.
+// sums[D] += the sum of a piece's values. Summing the piece first keeps running sums short, see kTilesInSum.
 template <int DTYPE>
 inline void add_piece(const Piece& piece, const char* const* values, int64_t D, float* sums) {
   float part[256] = {};
@@ -129,7 +135,7 @@ inline void add_piece(const Piece& piece, const char* const* values, int64_t D, 
   for (int64_t d = 0; d < D; ++d) sums[d] += part[d];
 }
 
-// Rows of one head as A operand, [rows][steps], padded with rows of zeros.
+// Rows of a task as operand a, [padded][steps]; rows beyond task.count are zeros.
 template <int DTYPE>
 inline void pack_rows(const FbAttention* p, const FbTensor& t, int64_t item, const RowTask& task,
                       int64_t padded, uint32_t* out) {
@@ -152,6 +158,7 @@ inline void pack_rows(const FbAttention* p, const FbTensor& t, int64_t item, con
   }
 }
 
+// Entry `index` of an item's and head's table, or `absent` where there is no table.
 inline float entry(const FbTable& table, int64_t b, int64_t h, int64_t index, float absent) {
   return table.data ? table.data[b * table.stride_b + h * table.stride_h + index] : absent;
 }

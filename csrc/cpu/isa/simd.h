@@ -1,4 +1,4 @@
-// Vectors of float32 for the instruction set that a file is compiled for, and exp2 on them.
+// Vectors of W float32 for the instruction set that a file is compiled for, exp2 on them, and 16-bit numbers.
 #pragma once
 #include <stdint.h>
 #include <string.h>
@@ -27,16 +27,17 @@ inline vf fma(vf a, vf b, vf c) {
 inline vf maximum(vf a, vf b) {
   return _mm512_max_ps(a, b);
 }
+// True for NaN too.
 inline bool any_greater(vf a, vf b) {
   return _mm512_cmp_ps_mask(a, b, _CMP_NLE_UQ) != 0;
-}  // true for NaN
+}
 inline float sum(vf x) {
   return _mm512_reduce_add_ps(x);
 }
 inline float largest(vf x) {
   return _mm512_reduce_max_ps(x);
 }
-// to[i] = sum(x_i)
+// to[0 .. 4] = sum(x0), sum(x1), sum(x2), sum(x3)
 inline void store_sums(float* to, vf x0, vf x1, vf x2, vf x3) {
   const vf low = _mm512_add_ps(_mm512_unpacklo_ps(x0, x1), _mm512_unpackhi_ps(x0, x1));
   const vf high = _mm512_add_ps(_mm512_unpacklo_ps(x2, x3), _mm512_unpackhi_ps(x2, x3));
@@ -132,8 +133,8 @@ inline vf keep_from(vf t, vf bound, vf x) {
 }
 #endif
 
-// 2^f for f in [0, 1), exactly 1 at 0. Minimax in relative error: 8e-8, and 3e-6 with DEGREE 4, which is far
-// below the rounding of a 16-bit probability.
+// 2^f for f in [0, 1), exactly 1 at 0. Minimax polynomial in relative error: 8e-8 with DEGREE 5; 3e-6 with
+// DEGREE 4, far below the rounding of a 16-bit probability.
 template <int DEGREE>
 inline vf exp2_fraction(vf f) {
   vf p;
@@ -150,17 +151,18 @@ inline vf exp2_fraction(vf f) {
   return fma(p, f, splat(1.f));
 }
 
-// 2^t; exactly 0 for -inf, NaN for NaN; above 2^127 a large number or inf.
+// 2^t. Exactly 0 for -inf, NaN for NaN; above 2^127 a large number or inf.
 template <int DEGREE>
 inline vf exp2(vf t) {
 #if defined(__AVX512F__)
-  // VREDUCE gives t - floor(t), 0 for an infinity, and VSCALEF multiplies by 2^floor(t).
+  // VREDUCE returns t - floor(t), and 0 for an infinity. VSCALEF multiplies by 2^floor(t).
   return _mm512_scalef_ps(
       exp2_fraction<DEGREE>(_mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)), t);
 #else
   const vf low = splat(-126.f),
-           magic = splat(12582912.f + 127.f);              // 1.5 * 2^23 leaves an integer in the low bits
-  const vf x = -maximum(splat(-127.f), -maximum(low, t));  // the order of the arguments lets NaN through
+           magic = splat(12582912.f + 127.f);  // adding 1.5 * 2^23 rounds to an integer, in the low bits
+  // maximum returns its second argument if one is NaN, so that NaN passes.
+  const vf x = -maximum(splat(-127.f), -maximum(low, t));
   vf shifted = (x - splat(0.5f)) + magic, whole = shifted - magic;
   vi bits;
   memcpy(&bits, &shifted, sizeof bits);
@@ -178,7 +180,7 @@ inline float bf16_to_f32(uint16_t x) {
   return f;
 }
 
-// Round to nearest even; NaN stays NaN.
+// Rounds to nearest even; NaN stays NaN.
 inline uint16_t f32_to_bf16(float f) {
   uint32_t bits;
   memcpy(&bits, &f, sizeof bits);

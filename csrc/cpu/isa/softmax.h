@@ -1,34 +1,38 @@
-// One row of a tile through the softmax, and what a tile means for the rows of a segment.
+// The online softmax of a row over tiles of keys: t = s * scale + add in log2 units, P = exp2(t - m), l = sum
+// of P.
 //
-// m is the maximum of the first tile and moves only when a logit exceeds it by kSlack: probabilities are
-// floating point, so that their scale costs no precision.
+// m starts as the maximum of the row's first tile. It moves only when a probability exceeds kSlack:
+// probabilities are floating point, so their scale costs no precision, and moving m costs a pass over what
+// was summed so far.
 #pragma once
 #include "isa/pack.h"
 
 namespace {
 
-constexpr float kSlack = 256.f;  // how far a probability may exceed 1 before its row is rescaled
+constexpr float kSlack = 256.f;  // how large the sum of a lane may be before its row is rescaled
 
+// What becomes of the probabilities of a tile.
 enum Mode {
-  kFold,  // P = exp2(t - m), a weight is part of t
-  kSum,   // only the sum: a first sweep, or weight 0
-  kPost,  // P = exp2(t - m) * post
-  kClip,  // P = clip(beta * exp2(t - lse) - shift, lo, hi) * post; m holds the row's lse
+  kFold,  // P = exp2(t - m), where t contains log2(weight)
+  kSum,   // only l is summed: the first sweep of a clipped contrast, or weight 0
+  kPost,  // P = exp2(t - m) * post; l is summed without post
+  kClip,  // P = clip(beta * exp2(t - lse) - shift, lo, hi) * post; m holds lse
 };
 
 // The constants of a tile for the rows of one segment.
 struct Constants {
-  float scale, add, post;             // t = s * scale + add
+  float scale, add, post;
   float beta, shift, lo, hi;          // of kClip
-  const float *lane_add, *lane_post;  // [kForwardKeys] where lanes differ, else null
+  const float *lane_add, *lane_post;  // [kForwardKeys]: add and post of each key where they differ, else null
 };
 
-// What a row has summed so far: l is a number, lanes[W] the running segment's part of it, o[padded D] the
-// output. before[W + padded D] holds finished sums of kTilesInSum tiles each, of lanes and of o; null: none.
+// The sums of a row so far: l (a number), lanes[W] the running segment's part of l, o[padded D] = P V.
+// before[W + padded D]: finished sums of lanes and of o, of kTilesInSum tiles each; null: none are kept.
 struct RowSums {
   float *m, *l, *lanes, *o, *before;
 };
 
+// N vectors of probabilities as a row of operand a.
 template <int DTYPE, int N>
 inline void store_prob(uint32_t* prob, const vf* e) {
   if constexpr (pairs<DTYPE>()) {
@@ -43,8 +47,8 @@ inline void store_prob(uint32_t* prob, const vf* e) {
   }
 }
 
-// Raise the row's maximum to that of its logits in s, and rescale what was summed so far. Pointers come one
-// by one: a struct of them would be put together in memory for every row, and this is rare.
+// Raises m to the maximum of the logits s[N * W] and rescales the sums. Called rarely, so never inlined; it
+// takes pointers one by one, because the caller would have to build a RowSums in memory for every row.
 template <int N>
 __attribute__((noinline, cold)) void rescale(float* m, float* l, float* lanes, float* o, float* before,
                                              const float* s, const Constants& c, int64_t DP) {
@@ -61,8 +65,7 @@ __attribute__((noinline, cold)) void rescale(float* m, float* l, float* lanes, f
   for (int64_t i = 0; before && i < W + DP; i += W) store(before + i, load(before + i) * splat(factor));
 }
 
-// A row's logits in s -> its probabilities as A operand; its sums gain theirs. N vectors hold the tile's
-// keys.
+// One row of a tile: logits s[N * W] -> probabilities as a row of operand a; m, l and lanes follow.
 template <int DTYPE, int MODE, bool LANES, int N>
 inline __attribute__((always_inline)) void softmax_row(const RowSums& x, float* s, uint32_t* prob,
                                                        const Constants& c, int64_t DP) {
@@ -83,7 +86,7 @@ inline __attribute__((always_inline)) void softmax_row(const RowSums& x, float* 
   if (MODE != kClip && __builtin_expect(*x.m == -kInf, 0))
     rescale<N>(x.m, x.l, x.lanes, x.o, x.before, s, c, DP);
   exponentials();
-  // A probability above kSlack shows in its lane's sum: the maximum has to move.
+  // A probability above kSlack shows in the sum of its lane: m has to move.
   if (MODE != kClip && __builtin_expect(any_greater(total, splat(kSlack)), 0)) {
     rescale<N>(x.m, x.l, x.lanes, x.o, x.before, s, c, DP);
     exponentials();
@@ -94,13 +97,13 @@ inline __attribute__((always_inline)) void softmax_row(const RowSums& x, float* 
       const vf post = LANES ? load(c.lane_post + j * W) : splat(c.post);
       vf e = t[j];
       if constexpr (MODE == kPost) {
-        store(s + j * W, e);  // the masses of a mixed tile are taken from here
+        store(s + j * W, e);  // the masses of a tile with several segments are summed from s
       } else {
         e = maximum(splat(c.lo), fma(e, splat(c.beta), splat(-c.shift)));
         e = -maximum(splat(-c.hi), -e);
       }
       e = keep_from(post, splat(1e-45f), e * post);
-      // A lane of -inf is no key: phi(0) must not count.
+      // A lane with add = -inf has no key: phi(0) must not count.
       if (MODE == kClip && LANES) e = keep_from(load(c.lane_add + j * W), splat(-3e38f), e);
       t[j] = e;
     }
@@ -108,6 +111,7 @@ inline __attribute__((always_inline)) void softmax_row(const RowSums& x, float* 
   if constexpr (MODE != kSum) store_prob<DTYPE, N>(prob, t);
 }
 
+// Table entries of the rows' segment and key segment c.
 inline float bias_of(const FbAttention* p, const RowTask& rows, int64_t c) {
   return entry(p->bias, rows.b, rows.h, rows.segment * p->C + c, 0.f);
 }
@@ -116,7 +120,7 @@ inline float weight_of(const FbAttention* p, const RowTask& rows, int64_t c) {
   return entry(p->weight, rows.b, rows.h, rows.segment * p->C + c, 1.f);
 }
 
-// Allowed, existing keys of a group.
+// How many keys of a group exist and are not removed for these rows: Nk of the contrast.
 inline int64_t allowed_keys(const FbAttention* p, const Layout* layout, const RowTask& rows, int64_t g) {
   int64_t count = 0;
   for (int32_t n = layout->group_tiles[g]; n < layout->group_tiles[g + 1]; ++n)
@@ -127,17 +131,18 @@ inline int64_t allowed_keys(const FbAttention* p, const Layout* layout, const Ro
   return count;
 }
 
-// How rows take a tile: not at all, or in a mode, their sums then to be multiplied by unfold.
-struct Use {
-  bool seen;
+// How the rows of a task compute a tile.
+struct TileUse {
+  bool computed;  // false: the tile adds nothing to these rows
   Mode mode;
-  float unfold;
+  float unfold;  // sums of P times this are sums without the folded weight
 };
 
-// Of a tile whose first segment the rows see. `mode` is kFold, kSum or kClip, k has the scale and what
-// belongs to kClip; the rest of k is set, with lane_add and lane_post as memory for lanes that differ.
-inline Use use_tile(const FbAttention* p, const Layout* layout, const Tile& tile, const RowTask& rows,
-                    Mode mode, Constants& k, float* lane_add, float* lane_post) {
+// For a tile whose first segment is not removed. `mode` is kFold, kSum or kClip; k has its scale and the
+// constants of kClip, the others are set here. lane_add and lane_post are memory for [kForwardKeys] numbers
+// each.
+inline TileUse use_tile(const FbAttention* p, const Layout* layout, const Tile& tile, const RowTask& rows,
+                        Mode mode, Constants& k, float* lane_add, float* lane_post) {
   constexpr int KT = kForwardKeys;
   const Piece* pieces = layout->pieces + tile.first_piece;
   const int64_t c = pieces[0].segment;

@@ -1,4 +1,5 @@
-// The functions of one instruction set, as the schedulers find them.
+// The table of functions of one instruction set: flashbrush_kernels_<isa>(), which schedule/dispatch.cpp
+// chooses from.
 #include "isa/matmul.h"
 #include "kernels.h"
 

@@ -1,5 +1,5 @@
-// Spreads the gradient over threads: one (item, key head) a thread, so that every sum has one owner and one
-// order.
+// Spreads the backward pass over threads. A thread takes a whole (item, key head), so each sum has one owner
+// and one order, and results are bitwise the same for any number of threads.
 #include <string.h>
 
 #include <atomic>
@@ -18,7 +18,7 @@ struct Job {
   std::vector<std::vector<RowTask>> blocks;
   BackwardSizes sizes;
   size_t unit_bytes;
-  Buffer buffers;  // of each thread: packed operands, gradients, scratch
+  Buffer buffers;  // [threads] of unit_bytes: packed operands, gradients, scratch
   std::atomic<int64_t> next{0}, next_thread{0};
 
   void work() {
@@ -44,7 +44,6 @@ struct Job {
 
 }  // namespace
 
-// Keys that do not exist keep the gradient that dk and dv hold: zeros, by the caller.
 FLASHBRUSH_EXPORT int flashbrush_backward(const FbBackward* call, const char* isa, FbParallel parallel) {
   const FbAttention* p = &call->call;
   if (p->abi != FLASHBRUSH_ABI) return kOtherVersion;

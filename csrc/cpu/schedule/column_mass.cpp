@@ -1,5 +1,5 @@
-// Spreads column_mass over threads, a block of keys of one head at a time: every sum has one owner and one
-// order.
+// Spreads column_mass over threads. A thread takes a block of keys of one head, so each sum has one owner and
+// one order, and results are bitwise the same for any number of threads.
 #include <algorithm>
 #include <atomic>
 

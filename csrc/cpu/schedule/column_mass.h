@@ -1,14 +1,13 @@
-// How much attention each key receives: the sum over rows of p_ij = exp(s_ij + bias - lse_i), without the
-// map.
+// How much attention each key receives: mass_j = sum over rows i of p_ij = exp(s_ij + bias - lse_i).
 #pragma once
 #include "attention.h"
 
 extern "C" {
 
 typedef struct {
-  FbAttention call;        // v, out, weight, gain, gates, contrast and mass are not read; lse is given
-  const uint8_t* counted;  // [R]: the row segments that count
-  float* mass;             // [B][H][N], zeros before; N keys of all tensors together
-  int64_t N;
+  FbAttention call;        // lse is an input; v, out, weight, gain, gates, contrast and mass are not read
+  const uint8_t* counted;  // [R]: 1 for the row segments that count
+  float* mass;             // output [B][H][N], zeros before the call
+  int64_t N;               // keys of all tensors
 } FbColumnMass;
 }

@@ -1,4 +1,4 @@
-// Chooses the instruction set at run time.
+// Chooses the instruction set at run time. An instruction set that was not built is a null weak symbol.
 #include <string.h>
 #if defined(__x86_64__) && defined(__linux__)
 #include <cpuid.h>
@@ -24,7 +24,7 @@ struct Isa {
   const char* name;
   const Kernels* (*kernels)();
   bool (*supported)();
-  bool by_name_only;  // never chosen by itself
+  bool by_name_only;  // never the default
 };
 
 #if defined(__x86_64__)
@@ -54,8 +54,8 @@ bool has_amx() {
   return has_avx512();
 }
 #elif defined(__x86_64__) && defined(__linux__)
-// The processor has AMX's tiles and their bfloat16 product, and the kernel saves this process's tiles: it has
-// to be asked.
+// Whether the processor has AMX with bfloat16, and Linux lets this process use it. Linux saves the tile
+// registers only of a process that asked.
 bool ask_for_amx() {
   constexpr unsigned kTile = 1u << 24, kBf16 = 1u << 22;  // EDX of leaf 7
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
@@ -76,8 +76,8 @@ bool always() {
   return true;
 }
 
+// Best first.
 const Isa kIsas[] = {
-    // best first
     {"amx", flashbrush_kernels_amx, has_amx, true},  // tested by emulation, not yet run on hardware
     {"avx512bf16", flashbrush_kernels_avx512bf16, has_avx512bf16, false},
     {"avx512", flashbrush_kernels_avx512, has_avx512, false},
@@ -99,8 +99,8 @@ FLASHBRUSH_EXPORT int flashbrush_abi() {
   return FLASHBRUSH_ABI;
 }
 
-// Name of the i-th instruction set that is built in and runs here, best first; null after the last. One of
-// them may be for those who name it only.
+// The name of the i-th instruction set that is built in and runs here, best first; null after the last. It
+// lists those too that are never the default.
 FLASHBRUSH_EXPORT const char* flashbrush_isa(int i) {
   for (const Isa& isa : kIsas)
     if (isa.kernels && isa.supported() && i-- == 0) return isa.name;

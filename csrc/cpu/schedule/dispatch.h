@@ -1,4 +1,4 @@
-// What the schedulers need: the kernels of an instruction set, threads, aligned memory.
+// What all schedulers use: the kernels of an instruction set, threads and aligned memory.
 #pragma once
 #include <stdlib.h>
 
@@ -10,11 +10,12 @@
 
 namespace flashbrush {
 
-// The kernels called `name`, or the best that run here for null or ""; null if there are none.
+// The kernels of instruction set `name`; for null or "" the best that runs here. Null: there are none.
 const Kernels* find(const char* name);
 
 enum Status { kOk = 0, kNoIsa = 1, kNoMemory = 2, kOtherVersion = 3 };
 
+// Runs worker(data) on `threads` threads, by the caller's `parallel` if there is one.
 inline void run_parallel(FbParallel parallel, void (*worker)(void*), void* data, int threads) {
   if (threads <= 1) return worker(data);
   if (parallel) return parallel(worker, data, unsigned(threads), 0);
@@ -29,6 +30,7 @@ struct Free {
 };
 using Buffer = std::unique_ptr<char, Free>;
 
+// False: out of memory. The memory is not cleared.
 inline bool allocate(Buffer& buffer, size_t bytes) {
   void* p = nullptr;
   if (posix_memalign(&p, 64, bytes ? bytes : 64)) return false;

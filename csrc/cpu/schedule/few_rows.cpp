@@ -1,9 +1,10 @@
-// Spreads the attention of a few rows over threads: for each (item, key head) chunks of its keys, whose sums
-// are merged in their order by the thread that ends the last one. Where the chunks end depends on the call
-// alone, and who takes which enters no sum: results are bitwise the same for any number of threads.
+// Spreads the attention of few rows over threads. The keys of each (item, key head) are cut into chunks; the
+// thread that ends a head's last chunk merges the chunks' results in their order. Chunks depend on the call
+// alone, so results are bitwise the same for any number of threads.
 //
-// A clipped contrast needs the final lse: the chunks are swept twice, and a second sweep waits for the first
-// of its head. As in forward.cpp, entries of one ordered list wait for earlier ones alone.
+// A clipped contrast needs the final lse: chunks are swept twice, and a second sweep waits until the first
+// ones of its head are merged. Threads take tasks in one order in which every task waits for earlier ones
+// only.
 #include "schedule/few_rows.h"
 
 #include <sched.h>
@@ -16,8 +17,8 @@ using namespace flashbrush;
 
 namespace {
 
-// Chunks of a key head: enough work for many threads, none so short that starting it shows, and none so long
-// that its running sums gather many roundings.
+// Chunks of a key head: about kTasks in all for many threads, of at least kTiles tiles so that starting one
+// costs little, and of at most kTilesInSum tiles so that running sums stay short.
 int64_t key_chunks(int64_t units, int64_t tiles) {
   constexpr int64_t kTasks = 64, kTiles = 4;
   const int64_t for_threads = std::min((kTasks + units - 1) / std::max<int64_t>(units, 1), tiles / kTiles);
@@ -44,7 +45,7 @@ struct Job {
   void work() {
     char* mine = scratch.get() + next_thread.fetch_add(1) * scratch_size;
     std::vector<RowTask> bands;
-    // Heads before chunks: the heads' keys lie side by side, on the same pages.
+    // All heads of a chunk before the next chunk: the heads of a token lie side by side in memory.
     for (int64_t i; (i = next.fetch_add(1)) < units * sweeps * chunks;)
       run(i % units, i / (units * chunks), i / units % chunks, bands, mine);
   }

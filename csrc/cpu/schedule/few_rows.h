@@ -1,20 +1,22 @@
-// Attention of a few rows: keys and values are read where they lie, as packing them costs more than it saves.
+// Attention of few rows, which does not pack K and V: packing costs more there than it saves.
 #pragma once
 #include "kernels.h"
 
 namespace flashbrush {
 
+// Most rows that share a key head. A little below the number for which both paths take the same time with
+// AVX2 (measured), which is lower than with AVX-512.
 constexpr int64_t kFewRows = 36;
+// The same for bfloat16 where the hardware multiplies pairs: only packed products do, twice as fast. By count
+// of operations, not measured.
+constexpr int64_t kFewRowsOfPairs = 16;
 
-// Whether the rows that share a key head are so few that its keys and values are not worth packing. kFewRows
-// lies short of where the two paths cross with AVX2, which is earlier than with AVX-512. Pairs of bfloat16
-// multiply twice as fast where the hardware has them, but only packed, which moves the crossing: 16 is by
-// count of operations there, not measured.
 inline bool has_few_rows(const FbAttention* p, const Kernels* kernels) {
-  return p->M * (p->H / p->Hkv) <= (p->dtype == FB_BF16 && kernels->multiplies_pairs ? 16 : kFewRows);
+  return p->M * (p->H / p->Hkv) <=
+         (p->dtype == FB_BF16 && kernels->multiplies_pairs ? kFewRowsOfPairs : kFewRows);
 }
 
-// Writes out, lse and mass; p->mass holds zeros before.
+// Writes out and lse, adds to mass. Returns a Status.
 int attend_few_rows(const FbAttention* p, const Kernels* kernels, FbParallel parallel);
 
 }  // namespace flashbrush

@@ -1,20 +1,19 @@
-// Lays out tiles and row blocks of an attention, and spreads them over threads.
+// Spreads the forward pass over threads. A unit is an (item, key head).
 //
-// The work is ordered lists: for each (item, key head) the packing of its K and V, then its row blocks.
-// Threads take the next entry of a list; a row block waits for the packing of its head, a packing for the
-// head whose buffer it takes over. Entries wait for earlier ones of their own list alone, so that no order of
-// threads can block. Who takes what never enters a sum: results are bitwise the same for any number of
-// threads.
+// Tasks are in ordered lists: for each unit first the packing of its K and V, in chunks of tiles, then its
+// blocks of rows. Threads take the next task of a list. A block of rows waits for the packing of its unit; a
+// packing waits for the unit whose buffer it takes over. A task waits only for earlier tasks of its own list,
+// so threads cannot block each other. Which thread takes a task changes no sum: results are bitwise the same
+// for any number of threads.
 //
-// A few threads have a list of heads each, and help with another's when theirs has ended: what a thread packs
-// stays in its own caches, and is there when its row blocks read it. Many threads share one list, which packs
-// two heads at a time.
+// Up to kOwnLists threads have a list of units each, and help with other lists when theirs has ended: what a
+// thread packs is still in its caches when its blocks of rows read it. More threads share one list and two
+// buffers.
 //
-// No two threads write the same memory at once. A packing writes its own tiles of a head's buffer, and its
-// release of `packing` is acquired by every row block that reads them; a buffer is packed anew after the
-// acquire of `running`, which each row block released when it was done. A row block writes its own rows of
-// out and lse, its own slot of masses and its thread's scratch. The parallel region's end comes before masses
-// are reduced, by one thread.
+// Threads never write the same memory at once. A packing task writes its own tiles of a buffer and then
+// releases `packing`, which the blocks of rows acquire. A block of rows writes its own rows of out and lse,
+// its own slot of masses and its thread's scratch, and then releases `running`, which the next packing of
+// that buffer acquires. Masses are added up by one thread after the parallel region.
 #include <sched.h>
 #include <string.h>
 
@@ -31,17 +30,18 @@ using namespace flashbrush;
 
 namespace {
 
-// Rows of a block: many enough to reuse a tile in L1, few enough that every thread has several. It must not
-// depend on the number of threads, which would show in the sums of the masses.
+// Rows of a block: as many as leave 32 blocks, so that every thread has several; more rows reuse a tile in L1
+// more often. The number of threads must not matter here, since masses are summed by block.
 int64_t block_rows(const FbAttention* p) {
   for (int64_t rows : {192, 96, 48})
     if (p->B * p->H * ((p->M + rows - 1) / rows) >= 32) return rows;
   return 24;
 }
 
-constexpr int kOwnLists = 4;  // threads, at most, that have one each: every list has a buffer
+constexpr int kOwnLists = 4;  // more threads share one list, because every list needs a buffer
 
-// Units list, list + lists, ..: entries [first_task[n], first_task[n + 1]) are the n-th's, packing first.
+// The tasks of units i, i + lists, i + 2 * lists, ...: tasks first_task[n] .. first_task[n + 1] are the n-th
+// unit's, its packing first.
 struct List {
   std::vector<int64_t> first_task{0};
   std::atomic<int64_t> next{0};
@@ -50,20 +50,20 @@ struct List {
 struct Job {
   const FbAttention* p;
   const Kernels* kernels;
-  std::vector<ItemLayout> layouts;           // one, or one an item
-  std::vector<std::vector<RowTask>> blocks;  // of an item, without its head: one, or one an item
-  std::vector<int64_t> first_slot;           // [B + 1] of an item's masses
+  std::vector<ItemLayout> layouts;           // one for all items, or one for each
+  std::vector<std::vector<RowTask>> blocks;  // the same; b and h are set when a task runs
+  std::vector<int64_t> first_slot;           // [B + 1]: the first slot of an item's masses
   std::unique_ptr<List[]> list;              // [lists]
-  int64_t units, lists, buffers, chunks;
+  int64_t units, lists, buffers, chunks;     // chunks: packing tasks of a unit
   size_t unit_bytes, value_offset, sums_offset, scratch_size;
   Buffer packed, scratch, masses;
-  std::unique_ptr<std::atomic<int64_t>[]> packing, running;  // [units] left to do
+  std::unique_ptr<std::atomic<int64_t>[]> packing, running;  // [units]: packing tasks and blocks left
   std::atomic<int64_t> next_thread{0};
 
   const ItemLayout& layout(int64_t b) const { return layouts[layouts.size() > 1 ? b : 0]; }
   const std::vector<RowTask>& rows(int64_t b) const { return blocks[blocks.size() > 1 ? b : 0]; }
 
-  Packed place(int64_t unit) const {
+  Packed buffer_of(int64_t unit) const {
     char* base = packed.get() + (unit % buffers) * unit_bytes;
     return {base, base + value_offset, (float*)(base + sums_offset)};
   }
@@ -77,7 +77,7 @@ struct Job {
     if (unit >= buffers) wait(running[unit - buffers]);
     const int64_t b = unit / p->Hkv;
     const Layout view = layout(b).view();
-    const Packed to = place(unit);
+    const Packed to = buffer_of(unit);
     const int64_t first = view.n_tiles * chunk / chunks, last = view.n_tiles * (chunk + 1) / chunks;
     if (sums_offset < unit_bytes) memset(to.sums, 0, unit_bytes - sums_offset);
     Packed target = to;
@@ -95,7 +95,7 @@ struct Job {
     task.b = int32_t(b), task.h = int32_t(local);
     task.slot = int32_t(first_slot[b] + local * int64_t(list.size()) + index % int64_t(list.size()));
     const Layout view = layout(b).view();
-    const Packed from = place(unit);
+    const Packed from = buffer_of(unit);
     wait(packing[unit]);
     kernels->rows(p, &view, &task, &from, (float*)masses.get(), thread_scratch);
     running[unit].fetch_sub(1, std::memory_order_release);
@@ -134,7 +134,7 @@ void reduce_masses(const Job& job) {
   }
 }
 
-// In-Context Brush (arXiv 2505.20271), Eqs. 6-8: from the mass of the block, normalised over heads.
+// derived[H] of item b: floor + span * normalise(mass per row) over heads (arXiv 2505.20271, Eqs. 6-8).
 void derive_gains(const FbAttention* p, int64_t b, float* derived) {
   const int32_t* lengths = p->row_lengths + (p->rows_by_item ? b * p->R : 0);
   int64_t count = 0;
@@ -240,7 +240,7 @@ FLASHBRUSH_EXPORT int flashbrush_attention(const FbAttention* p, const char* isa
   for (int64_t g = 0; g < p->G; ++g) linear |= p->contrast[g * 4] == 1.f;
 
   job.units = p->B * p->Hkv;
-  // The sums over a segment's values are taken in order, by one thread.
+  // The sums over a segment's values have one order: one thread packs.
   job.chunks = linear ? 1 : std::max<int64_t>(1, std::min<int64_t>(most_tiles / 2, 8));
   job.first_slot.assign(p->B + 1, 0);
   for (int64_t b = 0; b < p->B; ++b)

@@ -6,7 +6,7 @@
 
 namespace flashbrush {
 
-constexpr int kShort = 32;  // keys: below it neighbouring segments share tiles
+constexpr int kShort = 32;  // segments of fewer keys share a tile with their neighbours
 
 struct ItemLayout {
   std::vector<Tile> tiles;
@@ -15,7 +15,8 @@ struct ItemLayout {
   Layout view() const { return {tiles.data(), pieces.data(), group_tiles.data(), int32_t(tiles.size())}; }
 };
 
-// Whether no table removes the segment or weighs it with 0 for anyone: such keys must not even be read.
+// Whether every row of every head reads segment c: no bias is -inf, no weight is 0. Keys of other segments
+// must not be read by some rows, so those segments have tiles of their own.
 inline bool always_read(const FbAttention* p, int64_t c) {
   for (const FbTable* t : {&p->bias, &p->weight}) {
     if (!t->data) continue;
@@ -29,6 +30,7 @@ inline bool always_read(const FbAttention* p, int64_t c) {
   return true;
 }
 
+// The tiles of item b. shareable[c]: whether a short segment c may share a tile.
 inline ItemLayout lay_out(const FbAttention* p, int64_t b, int tile_keys,
                           const std::vector<char>& shareable) {
   ItemLayout out;
@@ -37,7 +39,7 @@ inline ItemLayout lay_out(const FbAttention* p, int64_t b, int tile_keys,
   for (int64_t c = 1; c < p->C && p->L == 1; ++c) starts[c] = starts[c - 1] + lengths[c - 1];
   for (int64_t g = 0; g < p->G; ++g) {
     out.group_tiles.push_back(int32_t(out.tiles.size()));
-    bool open = false;  // the last tile still takes short segments
+    bool open = false;  // the last tile takes more short segments
     for (int64_t c = 0; c < p->C; ++c) {
       if (p->groups[c] != g) continue;
       int64_t length = lengths[c];
@@ -62,7 +64,8 @@ inline ItemLayout lay_out(const FbAttention* p, int64_t b, int tile_keys,
   return out;
 }
 
-// Blocks of at most `limit` rows, none across a segment's end.
+// The rows of item b in blocks of at most `limit` rows of one segment: a segment's blocks are of equal size,
+// rounded up to a multiple of `group`.
 inline std::vector<RowTask> cut_rows(const FbAttention* p, int64_t b, int64_t limit, int group) {
   std::vector<RowTask> out;
   const int32_t* lengths = p->row_lengths + (p->rows_by_item ? b * p->R : 0);

@@ -1,4 +1,4 @@
-// Spreads qk_norm_rope over threads, a run of tokens at a time.
+// Spreads qk_norm_rope and its gradient over threads, a run of tokens at a time.
 #include <atomic>
 
 #include "schedule/dispatch.h"
@@ -7,7 +7,7 @@ using namespace flashbrush;
 
 namespace {
 
-constexpr int64_t kTokens = 32;
+constexpr int64_t kTokens = 32;  // of a run in the forward pass
 
 struct Job {
   const FbNormRope* forward;
@@ -15,8 +15,8 @@ struct Job {
   const Kernels* kernels;
   std::atomic<int64_t> next{0};
 
-  // A part of the work is a fixed run of tokens with a row of weight gradients of its own, so that no number
-  // of threads changes a sum.
+  // The gradient has `parts` runs, each with its own row of dweight: results are bitwise the same for any
+  // number of threads.
   void work() {
     const int64_t total = forward->B * forward->T,
                   size = backward ? (total + backward->parts - 1) / backward->parts : kTokens;
