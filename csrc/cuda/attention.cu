@@ -1,4 +1,4 @@
-// Checks, tensor maps and the choice of a kernel for the attention over segments on Hopper.
+// The entry points of the library for Hopper GPUs: checks, tensor maps, the choice of a kernel, its launch.
 #include <type_traits>
 #include "attention_forward.cuh"
 
@@ -6,7 +6,7 @@ using namespace flashbrush;
 
 namespace {
 
-constexpr int kMostShared = 227 << 10;  // bytes of a block
+constexpr int kMostShared = 227 << 10;  // bytes of shared memory that a block can have
 
 enum { kOk = 0, kOtherVersion = -1, kNotTaken = -2, kRefused = -3 };
 
@@ -24,7 +24,7 @@ int start(const FbGpuAttention& call, Stream stream) {
   p.shared_q = call.q.items == 1;
   if (!map_tensor(&p.q, call.q, call, call.H, K::ROWS)) return kRefused;
   for (int n = 0; n < call.L; ++n) {
-    p.k[n] = p.v[n] = p.q;  // there is no map of an empty tensor; nothing reads this one
+    p.k[n] = p.v[n] = p.q;  // an empty tensor has no map; this one is never read
     if (call.k[n].tokens == 0) continue;
     if (!map_tensor(&p.k[n], call.k[n], call, call.Hkv, K::KEYS) ||
         !map_tensor(&p.v[n], call.v[n], call, call.Hkv, K::KEYS))
@@ -37,8 +37,8 @@ int start(const FbGpuAttention& call, Stream stream) {
   return launch(attention_forward<K>, p, blocks, K::THREADS, K::shared_bytes(call), stream);
 }
 
-// Another number in place of these can be tried from the command line. A trial wants the plain kernel of one
-// head dim alone.
+// Tuning: -D on the compiler's command line replaces a number. FLASHBRUSH_TRIAL_DIM then builds only the
+// kernel of that head dim, bfloat16, with one softmax group.
 #ifndef FLASHBRUSH_TRIAL_DIM
 #define FLASHBRUSH_TRIAL_DIM 0
 #endif
@@ -61,8 +61,8 @@ int start(const FbGpuAttention& call, Stream stream) {
 #define FLASHBRUSH_POLYNOMIAL_64 0
 #endif
 
-// Warp groups by head dim; three have no registers for the two accumulators of several softmax groups at head
-// dim 128.
+// Warp groups that compute. At head dim 128 three of them have no registers for the second accumulator that
+// several softmax groups need.
 constexpr int warp_groups(int dim, bool grouped) {
   return dim <= 64 ? FLASHBRUSH_GROUPS_64 : grouped ? 2 : FLASHBRUSH_GROUPS_128;
 }
@@ -76,8 +76,9 @@ int run(const FbGpuAttention& call, Stream stream) {
     return start<Kernel<T, DIM, KEYS, warp_groups(DIM, GROUPED), GROUPED, POLYNOMIAL>>(call, stream);
 }
 
-// Two accumulators leave room for tiles of 64 keys. The segments of a diptych are multiples of 128 tokens,
-// and a mass wants the shared memory that a wider tile would take.
+// With several softmax groups, two accumulators leave registers for tiles of 64 keys. With one, tiles have
+// 128 keys: segments of image tokens are often multiples of 128, and wider tiles would take the shared memory
+// of the masses.
 template <typename T>
 int choose(const FbGpuAttention& call, Stream stream) {
   if (call.D % 8 || call.D > 128) return kNotTaken;
@@ -90,8 +91,8 @@ int choose(const FbGpuAttention& call, Stream stream) {
 
 }  // namespace
 
-// 0, a CUDA error, or -1: built of another version, -2: no kernel for this call, -3: the driver refused a
-// tensor's layout.
+// Returns 0, a CUDA error (> 0), -1: built from another version, -2: no kernel for this call, or -3: the
+// driver refused the layout of a tensor.
 FLASHBRUSH_EXPORT int flashbrush_gpu_attention(const FbGpuAttention* call, void* stream) {
   if (call->abi != FLASHBRUSH_CUDA_ABI) return kOtherVersion;
   if (call->C > FB_MOST_SEGMENTS || call->G > FB_MOST_GROUPS || call->L > FB_MOST_SEGMENTS) return kNotTaken;
@@ -100,12 +101,12 @@ FLASHBRUSH_EXPORT int flashbrush_gpu_attention(const FbGpuAttention* call, void*
   return kNotTaken;
 }
 
-// What a status means; null: not CUDA's.
+// The text of a CUDA error; null for other statuses.
 FLASHBRUSH_EXPORT const char* flashbrush_gpu_error(int status) {
   return error_text(status);
 }
 
-// Rows of a block, a multiple of 64, which are a warp group's.
+// Rows of a block: 64 for each warp group that computes.
 FLASHBRUSH_EXPORT int flashbrush_gpu_block_rows(int dim, int softmax_groups) {
   return kGroupRows * warp_groups(dim, softmax_groups > 1);
 }

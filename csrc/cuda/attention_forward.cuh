@@ -1,28 +1,28 @@
-// The attention over segments on Hopper: a persistent kernel of three or four warp groups.
+// Attention over segments on Hopper: a persistent kernel of three or four warp groups.
 //
-// One of the first group's warps makes plans of what a block of rows visits, another lets the copy engine
-// bring its Q and tiles of K and V. The other groups own 64 rows each and take turns: while one's products
-// run, another computes its softmax. Within a group the product of the next tile with K runs ahead of the
-// product of this one with V.
+// In the first warp group one warp lists the key segments that a block of rows visits (block_work.cuh), and
+// one starts the copies of Q and of tiles of K and V. The other warp groups own 64 rows each and take turns:
+// the products of one run while another computes its softmax. Within a group, Q K^T of the next tile is
+// started before P V of this one.
 #pragma once
 #include "softmax.cuh"
 
-// 0, for a trial: the assembler may end a product with V before the next tile's exponentials begin, and does.
+// 0 for a measurement without it: the assembler then waits for P V before the next tile's exponentials begin.
 #ifndef FLASHBRUSH_OVERLAP
 #define FLASHBRUSH_OVERLAP 1
 #endif
 
 namespace flashbrush {
 
-// Named barriers, by id. 0 is sync_block's.
-constexpr int kTurn = 1;   // to 3: of the group whose turn it is to start products, and the one before it
-constexpr int kGroup = 4;  // to 6: a group's own
+// Ids of named barriers; 0 is sync_block's. Each has one id for each warp group that computes.
+constexpr int kTurn = 1;   // 1 .. 3: between the group whose turn to start products it is and the one before
+constexpr int kGroup = 4;  // 4 .. 6: among the threads of a group
 
 constexpr int kGroupThreads = 128, kGroupWarps = 4;
-constexpr int kStages = 2, kPlans = 2;
+constexpr int kStages = 2, kWorkBuffers = 2;
 
-// D: of the tiles; a smaller head dim is filled up with zeros. GROUPS: warp groups that compute. KEYS: of a
-// tile. POLYNOMIAL: see softmax_tile.
+// D: head dim of the tiles; the copies fill a smaller one up with zeros. KEYS: keys of a tile. GROUPS: warp
+// groups that compute. POLYNOMIAL: see softmax_tile. Offsets are bytes in shared memory.
 template <typename T, int D_, int KEYS_, int GROUPS_, bool GROUPED_, int POLYNOMIAL_>
 struct Kernel {
   using Type = T;
@@ -30,26 +30,27 @@ struct Kernel {
   static constexpr bool GROUPED = GROUPED_;  // several softmax groups
   static constexpr int ROWS = GROUPS * kGroupRows, WARPS = GROUPS * kGroupWarps,
                        THREADS = (GROUPS + 1) * kGroupThreads;
-  // Of 65,536 registers at most, what loads and plans need goes first.
+  // Registers of a thread, of the block's 65,536: the loading warp group gets few, the others the rest.
   static constexpr int LOAD_REGISTERS = GROUPS == 2 ? 40 : 32, REGISTERS = GROUPS == 2 ? 232 : 160;
   static constexpr int q_bytes = ROWS * D * 2, tile_bytes = KEYS * D * 2;
   static constexpr int k_offset = q_bytes, v_offset = k_offset + kStages * tile_bytes;
-  static constexpr int plans_offset = v_offset + kStages * tile_bytes;
-  static constexpr int barriers_offset = plans_offset + kPlans * int(sizeof(Plan));
+  static constexpr int works_offset = v_offset + kStages * tile_bytes;
+  static constexpr int barriers_offset = works_offset + kWorkBuffers * int(sizeof(BlockWork));
   static constexpr int mass_offset = barriers_offset + 128;
-  // Sum and maximum of each (segment, row), then sums over the rows of a warp.
+  // For a mass: sum and maximum of each (segment, row), then the sums over the rows of each warp.
   static int shared_bytes(const FbGpuAttention& call) {
     return mass_offset + (call.partial_mass ? call.C * (2 * ROWS + WARPS) * int(sizeof(float)) : 0);
   }
 };
 
 struct Barriers {
-  Barrier q_full, q_empty, plan_full[kPlans], plan_empty[kPlans], k_full[kStages], k_empty[kStages],
-      v_full[kStages], v_empty[kStages];
+  Barrier q_full, q_empty, work_full[kWorkBuffers], work_empty[kWorkBuffers], k_full[kStages],
+      k_empty[kStages], v_full[kStages], v_empty[kStages];
 };
 static_assert(sizeof(Barriers) <= 128, "the room that Kernel gives them");
 
-// A place in a ring of buffers, and the parity of its barriers.
+// An index in a ring of SIZE buffers, and the parity of their barriers, which flips with each turn of the
+// ring.
 template <int SIZE>
 struct Ring {
   int at = 0;
@@ -59,20 +60,18 @@ struct Ring {
   }
 };
 
-// -------------------------------------------------------------------------------------------------------------
-// loading
-
+// Describes the work of each block of rows one block ahead; run by one warp.
 template <typename K>
-FB_DEVICE void make_plans(const Parameters& p, Plan* plans, Barriers* bars, int lane) {
-  Ring<kPlans> plan;
-  for (int n = block_index(); n < p.count; n += block_count(), plan.next()) {
-    wait(&bars->plan_empty[plan.at], plan.parity ^ 1);
-    make_plan(p, n, K::ROWS, lane, plans + plan.at);
-    arrive(&bars->plan_full[plan.at]);
+FB_DEVICE void describe_blocks(const Parameters& p, BlockWork* works, Barriers* bars, int lane) {
+  Ring<kWorkBuffers> work;
+  for (int n = block_index(); n < p.count; n += block_count(), work.next()) {
+    wait(&bars->work_empty[work.at], work.parity ^ 1);
+    describe_block(p, n, K::ROWS, lane, works + work.at);
+    arrive(&bars->work_full[work.at]);
   }
 }
 
-// ROWS rows in blocks of 64 columns, one after another. Columns from the head dim on come as zeros.
+// Copies ROWS rows, 64 columns at a time. Columns beyond the head dim become zeros.
 template <typename K, int ROWS>
 FB_DEVICE void copy_rows(char* to, const TensorMap* map, Barrier* full, int row, int head, int item) {
   arrive_expecting(full, ROWS * K::D * 2);
@@ -80,17 +79,17 @@ FB_DEVICE void copy_rows(char* to, const TensorMap* map, Barrier* full, int row,
     copy_tile(to + block * ROWS * 128, map, full, 64 * block, row, head, item);
 }
 
-// By one thread. K runs one tile ahead of V, as the products do.
+// Starts all copies; run by one thread. K is one tile ahead of V, as in the products.
 template <typename K>
-FB_DEVICE void load_tiles(const Parameters& p, char* shared, const Plan* plans, Barriers* bars) {
+FB_DEVICE void load_tiles(const Parameters& p, char* shared, const BlockWork* works, Barriers* bars) {
   using Tiles = Cursor<K::KEYS>;
-  Ring<kPlans> plan;
+  Ring<kWorkBuffers> work;
   Ring<kStages> k, v;
   Ring<1> q;
   const int heads_per_kv = p.call.H / p.call.Hkv;
-  for (int n = block_index(); n < p.count; n += block_count(), plan.next(), q.next()) {
-    wait(&bars->plan_full[plan.at], plan.parity);
-    const Plan* todo = plans + plan.at;
+  for (int n = block_index(); n < p.count; n += block_count(), work.next(), q.next()) {
+    wait(&bars->work_full[work.at], work.parity);
+    const BlockWork* todo = works + work.at;
     const int head = todo->h / heads_per_kv;
     auto load_k = [&](const Tiles& tile) {
       wait(&bars->k_empty[k.at], k.parity ^ 1);
@@ -104,7 +103,7 @@ FB_DEVICE void load_tiles(const Parameters& p, char* shared, const Plan* plans, 
                             &bars->v_full[v.at], tile.row(), head, tile.visit->item_v);
       v.next();
     };
-    // The first tile of K comes before Q, whose memory the block before needs longer.
+    // The first tile of K comes before Q: the block before still reads the memory of Q.
     bool waiting = true;
     auto load_q = [&] {
       if (!waiting) return;
@@ -114,14 +113,15 @@ FB_DEVICE void load_tiles(const Parameters& p, char* shared, const Plan* plans, 
       copy_rows<K, K::ROWS>(shared, &p.q, &bars->q_full, todo->first, todo->h, item_q);
     };
     for (int g = 0; g < p.call.G; ++g) {
-      const Visit *silent = todo->visits + todo->begin[g], *loud = todo->visits + todo->loud[g],
+      const Visit *sum_only = todo->visits + todo->begin[g],
+                  *with_values = todo->visits + todo->with_values[g],
                   *end = todo->visits + todo->begin[g + 1];
-      Tiles tile(silent, loud);
+      Tiles tile(sum_only, with_values);
       if (tile.any()) do {
           load_k(tile);
           load_q();
         } while (tile.next());
-      Tiles ahead(loud, end), behind(loud, end);
+      Tiles ahead(with_values, end), behind(with_values, end);
       if (!ahead.any()) continue;
       load_k(ahead);
       load_q();
@@ -133,24 +133,21 @@ FB_DEVICE void load_tiles(const Parameters& p, char* shared, const Plan* plans, 
       load_v(behind);
     }
     load_q();
-    arrive(&bars->plan_empty[plan.at]);
+    arrive(&bars->work_empty[work.at]);
   }
 }
-
-// -----------------------------------------------------------------------------------------------------------
-// computing
 
 struct alignas(16) Chunk {
   uint32_t words[4];
 };
 
-// A warp group that computes; its threads know their place in it.
-struct Place {
+// Where a computing thread is: its warp group, and its thread, warp and lane in that group.
+struct ThreadPosition {
   int group, thread, warp, lane;
-  FB_INLINE int row() const { return 16 * warp + lane / 4; }  // of 64; a thread's other row is 8 below
+  FB_INLINE int row() const { return 16 * warp + lane / 4; }  // of the group's 64; its second row is 8 below
 };
 
-// s = Q K^T, started.
+// Starts s = Q K^T, (64, KEYS).
 template <typename K>
 FB_DEVICE void start_scores(float (&s)[K::KEYS / 2], uint64_t q, uint64_t k) {
 #pragma unroll
@@ -160,7 +157,7 @@ FB_DEVICE void start_scores(float (&s)[K::KEYS / 2], uint64_t q, uint64_t k) {
   commit_products();
 }
 
-// o += P V, started.
+// Starts o += P V, (64, D).
 template <typename K>
 FB_DEVICE void start_output(float (&o)[K::D / 2], const uint32_t (&p)[K::KEYS / 16][4], uint64_t v) {
 #pragma unroll
@@ -169,10 +166,10 @@ FB_DEVICE void start_output(float (&o)[K::D / 2], const uint32_t (&p)[K::KEYS / 
   commit_products();
 }
 
-// Values from `keys` on belong to others, and 0 * NaN is NaN. All groups write these zeros; each waits for
-// its own.
+// Sets the values of a tile from `keys` on to zero. They belong to another segment, and 0 * NaN is NaN. Every
+// group writes all of these zeros, so that it waits only for itself.
 template <typename K>
-FB_DEVICE void clear_values(char* tile, int keys, const Place& me) {
+FB_DEVICE void clear_values(char* tile, int keys, const ThreadPosition& me) {
   const int chunks = (K::KEYS - keys) * 8;
   for (int block = 0; block < K::D / 64; ++block)
     for (int n = me.thread; n < chunks; n += kGroupThreads)
@@ -181,9 +178,9 @@ FB_DEVICE void clear_values(char* tile, int keys, const Place& me) {
   sync_some(kGroup + me.group, kGroupThreads);
 }
 
-// The running segment ends: its sum joins the row's, and is kept for its mass.
+// Ends a segment: adds its sum to l, and keeps it as the segment's mass, relative to the present m.
 template <typename K>
-FB_DEVICE void close_segment(RowSums& sums, const Visit& visit, float* mass, const Place& me) {
+FB_DEVICE void close_segment(RowSums& sums, const Visit& visit, float* mass, const ThreadPosition& me) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const float sum = sums.segment[i] * visit.unfold;
@@ -197,10 +194,11 @@ FB_DEVICE void close_segment(RowSums& sums, const Visit& visit, float* mass, con
   }
 }
 
-// Mass of the visits of a group: p summed over a warp's rows.
+// The masses of a softmax group's segments: p summed over the rows of a warp. share[i] = 1 / l.
 template <typename K>
-FB_DEVICE void write_mass(const Plan* plan, const Visit* begin, const Visit* end, const float* mass,
-                          float* by_warp, const float (&m)[2], const float (&share)[2], const Place& me) {
+FB_DEVICE void write_mass(const BlockWork* work, const Visit* begin, const Visit* end, const float* mass,
+                          float* by_warp, const float (&m)[2], const float (&share)[2],
+                          const ThreadPosition& me) {
   sync_warp();
   for (const Visit* visit = begin; visit < end; visit += 4) {
     const bool mine = visit + me.lane % 4 < end;
@@ -210,7 +208,7 @@ FB_DEVICE void write_mass(const Plan* plan, const Visit* begin, const Visit* end
     for (int i = 0; i < 2; ++i) {
       const int row = kGroupRows * me.group + me.row() + 8 * i;
       const float* from = mass + c * 2 * K::ROWS + row;
-      if (mine && row < plan->rows && share[i] != 0.f)
+      if (mine && row < work->rows && share[i] != 0.f)
         sum += from[0] * exp2_fast(from[K::ROWS] - m[i]) * share[i];
     }
     sum += shuffle_xor(sum, 4);
@@ -220,7 +218,8 @@ FB_DEVICE void write_mass(const Plan* plan, const Visit* begin, const Visit* end
   }
 }
 
-// x[j] of four neighbours q -> x[j] of neighbour j of each, so that every thread has four in a row.
+// Transposes x over four neighbouring lanes q: x[j] of lane q becomes x[q] of lane j. Each lane then has four
+// in a row.
 FB_DEVICE void transpose_quad(uint32_t (&x)[4], int q) {
   const bool odd = q & 1, high = q & 2;
 #pragma unroll
@@ -235,18 +234,18 @@ FB_DEVICE void transpose_quad(uint32_t (&x)[4], int q) {
   }
 }
 
-// The group's rows of the output, straight from registers: four threads write 64 bytes in a row. Memory to
-// gather whole rows in would be taken from K and V, or from the next block's Q.
+// Writes the group's rows of the output from registers; four lanes write 64 bytes of a row. Gathering whole
+// rows first would take shared memory from K and V or from the next block's Q.
 template <typename K>
-FB_DEVICE void store_output(const FbGpuAttention& call, const Plan* plan, const float (&o)[K::D / 2],
-                            const Place& me) {
+FB_DEVICE void store_output(const FbGpuAttention& call, const BlockWork* work, const float (&o)[K::D / 2],
+                            const ThreadPosition& me) {
   const int q = me.lane % 4;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int row = kGroupRows * me.group + me.row() + 8 * i;
     char* out =
-        (char*)call.out.data + 2 * (plan->b * call.out.stride_b + (plan->first + row) * call.out.stride_t +
-                                    plan->h * call.out.stride_h);
+        (char*)call.out.data + 2 * (work->b * call.out.stride_b + (work->first + row) * call.out.stride_t +
+                                    work->h * call.out.stride_h);
 #pragma unroll
     for (int j = 0; j < K::D / 8; j += 4) {
       uint32_t x[4];
@@ -254,20 +253,21 @@ FB_DEVICE void store_output(const FbGpuAttention& call, const Plan* plan, const 
       for (int n = 0; n < 4; ++n)
         x[n] = pack<typename K::Type>(o[4 * (j + n) + 2 * i], o[4 * (j + n) + 2 * i + 1]);
       transpose_quad(x, q);
-      if (row < plan->rows && 8 * (j + q) < call.D)
+      if (row < work->rows && 8 * (j + q) < call.D)
         *(Chunk*)(out + 16 * (j + q)) = Chunk{x[0], x[1], x[2], x[3]};
     }
   }
 }
 
+// Computes the rows of one warp group, block after block.
 template <typename K>
-FB_DEVICE void compute(const Parameters& p, char* shared, const Plan* plans, Barriers* bars,
-                       const Place& me) {
+FB_DEVICE void compute(const Parameters& p, char* shared, const BlockWork* works, Barriers* bars,
+                       const ThreadPosition& me) {
   constexpr int KEYS = K::KEYS, D = K::D;
   const FbGpuAttention& call = p.call;
   float* mass = call.partial_mass ? (float*)(shared + K::mass_offset) : nullptr;
   float* mass_by_warp = mass ? mass + call.C * 2 * K::ROWS : nullptr;
-  Ring<kPlans> plan;
+  Ring<kWorkBuffers> work;
   Ring<kStages> k, v;
   Ring<1> q;
   const uint64_t q_operand = operand(shared + me.group * kGroupRows * 128, 0, 1024);
@@ -281,9 +281,9 @@ FB_DEVICE void compute(const Parameters& p, char* shared, const Plan* plans, Bar
   auto your_turn = [&] { arrive_some(next_turn, 2 * kGroupThreads); };
   if (me.group == K::GROUPS - 1) your_turn();
 
-  for (int n = block_index(); n < p.count; n += block_count(), plan.next(), q.next()) {
-    wait(&bars->plan_full[plan.at], plan.parity);
-    const Plan* todo = plans + plan.at;
+  for (int n = block_index(); n < p.count; n += block_count(), work.next(), q.next()) {
+    wait(&bars->work_full[work.at], work.parity);
+    const BlockWork* todo = works + work.at;
     const float scale = todo->scale;
     wait(&bars->q_full, q.parity);
     float total[K::GROUPED ? D / 2 : 1];
@@ -293,7 +293,8 @@ FB_DEVICE void compute(const Parameters& p, char* shared, const Plan* plans, Bar
     float o[D / 2];
 
     for (int g = 0; g < (K::GROUPED ? call.G : 1); ++g) {
-      const Visit *silent = todo->visits + todo->begin[g], *loud = todo->visits + todo->loud[g],
+      const Visit *sum_only = todo->visits + todo->begin[g],
+                  *with_values = todo->visits + todo->with_values[g],
                   *end = todo->visits + todo->begin[g + 1];
       RowSums sums;
       sums.clear();
@@ -302,7 +303,7 @@ FB_DEVICE void compute(const Parameters& p, char* shared, const Plan* plans, Bar
 #pragma unroll
       for (int i = 0; i < D / 2; ++i) o[i] = 0.f;
 
-      Cursor<KEYS> tile(silent, loud);
+      Cursor<KEYS> tile(sum_only, with_values);
       while (tile.any()) {
         wait(&bars->k_full[k.at], k.parity);
         begin_products();
@@ -311,18 +312,18 @@ FB_DEVICE void compute(const Parameters& p, char* shared, const Plan* plans, Bar
         pin(s);
         release(&bars->k_empty[k.at]);
         k.next();
-        softmax_tile<KEYS, K::POLYNOMIAL>(s, sums, decay, scale, Tile(tile), me.lane);
+        softmax_tile<KEYS, K::POLYNOMIAL>(s, sums, decay, scale, TileTerms(tile), me.lane);
         const Visit& visit = *tile.visit;
         tile.next();
         if (tile.opens()) close_segment<K>(sums, visit, mass, me);
       }
 
       const bool last = g == call.G - 1;
-      tile = Cursor<KEYS>(loud, end);
+      tile = Cursor<KEYS>(with_values, end);
       if (!tile.any()) {
         if (last) release(&bars->q_empty);
       } else {
-        const Tile first(tile);
+        const TileTerms first(tile);
         wait(&bars->k_full[k.at], k.parity);
         my_turn();
         begin_products();
@@ -333,7 +334,7 @@ FB_DEVICE void compute(const Parameters& p, char* shared, const Plan* plans, Bar
         release(&bars->k_empty[k.at]);
         k.next();
         softmax_tile<KEYS, K::POLYNOMIAL>(s, sums, decay, scale, first, me.lane);
-        pack_probabilities<typename K::Type, KEYS>(s, sums.thinning(first.shift), prob);
+        pack_probabilities<typename K::Type, KEYS>(s, sums.shift_factor(first.shift), prob);
         for (;;) {
           const Visit& before = *tile.visit;
           const int keys = tile.keys();
@@ -345,7 +346,7 @@ FB_DEVICE void compute(const Parameters& p, char* shared, const Plan* plans, Bar
             break;
           }
           if (tile.opens()) close_segment<K>(sums, before, mass, me);
-          const Tile next(tile);
+          const TileTerms next(tile);
           wait(&bars->k_full[k.at], k.parity);
           wait(&bars->v_full[v.at], v.parity);
           if (keys < KEYS) clear_values<K>(shared + K::v_offset + v.at * K::tile_bytes, keys, me);
@@ -368,7 +369,7 @@ FB_DEVICE void compute(const Parameters& p, char* shared, const Plan* plans, Bar
           if (raised)
 #pragma unroll
             for (int i = 0; i < D / 2; ++i) o[i] *= decay[i / 2 % 2];
-          pack_probabilities<typename K::Type, KEYS>(s, sums.thinning(next.shift), prob);
+          pack_probabilities<typename K::Type, KEYS>(s, sums.shift_factor(next.shift), prob);
         }
         begin_products();
         start_output<K>(o, prob, advance(v_operand, v.at * K::tile_bytes));
@@ -396,7 +397,7 @@ FB_DEVICE void compute(const Parameters& p, char* shared, const Plan* plans, Bar
               call.gates.data[todo->b * call.gates.stride_b + (todo->first + row) * call.gates.stride_h + g];
         factor[i] = gate;
       }
-      if (mass) write_mass<K>(todo, silent, end, mass, mass_by_warp, sums.m, share, me);
+      if (mass) write_mass<K>(todo, sum_only, end, mass, mass_by_warp, sums.m, share, me);
       const float unshift = sums.shift == -kInf ? 1.f : exp2f(sums.shift);
 #pragma unroll
       for (int i = 0; i < D / 2; ++i) o[i] *= share[i / 2 % 2] * unshift;
@@ -409,7 +410,7 @@ FB_DEVICE void compute(const Parameters& p, char* shared, const Plan* plans, Bar
             2 * (me.lane % 4);
 #pragma unroll
         for (int i = 0; i < D / 2; ++i) o[i] *= beta;
-        for (const Visit* visit = loud; visit < end; ++visit)
+        for (const Visit* visit = with_values; visit < end; ++visit)
 #pragma unroll
           for (int i = 0; i < D / 2; ++i)
             if (8 * (i / 4) < call.D)
@@ -437,22 +438,23 @@ FB_DEVICE void compute(const Parameters& p, char* shared, const Plan* plans, Bar
       }
       sync_some(kGroup + me.group, kGroupThreads);  // before the next block's sums
     }
-    sync_warp();  // its other lanes may still read the plan
-    release(&bars->plan_empty[plan.at]);
+    sync_warp();  // other lanes may still read this BlockWork
+    release(&bars->work_empty[work.at]);
   }
 }
 
+// The kernel: warp 0 loads, warp 1 describes the blocks' work, warps 4 and up compute.
 template <typename K>
 __global__ void __launch_bounds__(K::THREADS, 1) attention_forward(const __grid_constant__ Parameters p) {
   char* shared = shared_memory();
-  Plan* plans = (Plan*)(shared + K::plans_offset);
+  BlockWork* works = (BlockWork*)(shared + K::works_offset);
   Barriers* bars = (Barriers*)(shared + K::barriers_offset);
   const int warp = uniform(thread_index() / 32), lane = thread_index() % 32;
   if (thread_index() == 0) {
     init_barrier(&bars->q_full, 1);
     init_barrier(&bars->q_empty, K::WARPS);
-    for (int i = 0; i < kPlans; ++i)
-      init_barrier(&bars->plan_full[i], 32), init_barrier(&bars->plan_empty[i], K::WARPS + 1);
+    for (int i = 0; i < kWorkBuffers; ++i)
+      init_barrier(&bars->work_full[i], 32), init_barrier(&bars->work_empty[i], K::WARPS + 1);
     for (int i = 0; i < kStages; ++i) {
       init_barrier(&bars->k_full[i], 1), init_barrier(&bars->k_empty[i], K::WARPS);
       init_barrier(&bars->v_full[i], 1), init_barrier(&bars->v_empty[i], K::WARPS);
@@ -463,11 +465,12 @@ __global__ void __launch_bounds__(K::THREADS, 1) attention_forward(const __grid_
   sync_block();
   if (warp < 4) {
     give_registers<K::LOAD_REGISTERS>();
-    if (warp == 0 && lane == 0) load_tiles<K>(p, shared, plans, bars);
-    if (warp == 1) make_plans<K>(p, plans, bars, lane);
+    if (warp == 0 && lane == 0) load_tiles<K>(p, shared, works, bars);
+    if (warp == 1) describe_blocks<K>(p, works, bars, lane);
   } else {
     take_registers<K::REGISTERS>();
-    compute<K>(p, shared, plans, bars, Place{(warp - 4) / 4, thread_index() % kGroupThreads, warp % 4, lane});
+    compute<K>(p, shared, works, bars,
+               ThreadPosition{(warp - 4) / 4, thread_index() % kGroupThreads, warp % 4, lane});
   }
 }
 

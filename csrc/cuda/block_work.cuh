@@ -1,5 +1,5 @@
-// What a block of rows has to visit: the key segments that it sees, with their constants, made in shared
-// memory by a warp of its own while the block before is computed, so that no product ever waits for a table.
+// The work of a block of rows: which key segments it visits, with their constants. A warp writes it to shared
+// memory while the block before is computed, so that no product waits for a table.
 #pragma once
 #include "attention.h"
 #ifdef FLASHBRUSH_EMULATED
@@ -10,39 +10,41 @@
 
 namespace flashbrush {
 
-constexpr int kGroupRows = 64;  // of a block, for each warp group that computes
+constexpr int kGroupRows = 64;  // rows of a warp group that computes
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr float kInf = __builtin_huge_valf();
 
-// Largest |log2(weight)| inside the exponent. Two such weights move the largest logit 60 away from the
-// maximum, which leaves the sum of the unweighted probabilities 66 binary digits above float32's underflow.
+// Largest |log2(weight)| that is added to the exponent. Two weights of opposite sign then move the largest
+// logit by 60, and the sum of the unweighted probabilities stays 66 binary digits above float32's underflow.
 constexpr float kMostFold = 30.f;
 
-// Passed by value: a tensor map has to lie in parameter or global memory.
+// Passed by value, because a tensor map has to be in parameter or global memory.
 struct Parameters {
   TensorMap q;
   TensorMap k[FB_MOST_SEGMENTS], v[FB_MOST_SEGMENTS];
-  FbGpuAttention call;          // its lists of tensors are not the GPU's
-  int32_t count;                // of row blocks of all items and heads
+  FbGpuAttention call;          // k, v: not to be read here, they point to the caller's memory
+  int32_t count;                // blocks of rows of all items and heads
   uint32_t shared_k, shared_v;  // bit n: tensor n has one item
   int32_t shared_q;
 };
 
-// A key segment that the rows see. A tile's exponent is s * scale + add - m, its P then 2^-shift too small
-// for the output and 1 / unfold too large for the sum.
+// A key segment that the rows visit. With P = 2^(s * scale + add - m), the output is the sum of P * 2^shift *
+// v and the sum of probabilities is that of P * unfold.
 struct Visit {
-  int segment, tensor, start, count;
-  int item_k, item_v;
+  int segment, tensor;
+  int start, count;    // keys, in the tensor's tokens
+  int item_k, item_v;  // items of the tensors
   float add, shift, unfold, weight;
 };
 
-struct alignas(16) Plan {
+struct alignas(16) BlockWork {
   int b, h, r, first, rows;       // rows first .. first + rows - 1 of segment r
   float scale;                    // of logits in log2 units
-  int begin[FB_MOST_GROUPS + 1];  // of each group's visits
-  int loud[FB_MOST_GROUPS];     // the first that is not silent: those of weight 0 count in the sum alone, and
-                                // come first
-  int allowed[FB_MOST_GROUPS];  // keys
+  int begin[FB_MOST_GROUPS + 1];  // where the visits of a softmax group begin
+  // Where those begin whose values are read. Visits of weight 0 come first: they add to the sum of
+  // probabilities only.
+  int with_values[FB_MOST_GROUPS];
+  int allowed[FB_MOST_GROUPS];  // keys of a softmax group that are not removed
   Visit visits[FB_MOST_SEGMENTS];
 };
 
@@ -54,25 +56,25 @@ FB_DEVICE const float* row_of(const FbGpuTable& table, int b, int h) {
   return table.data ? table.data + b * table.stride_b + h * table.stride_h : nullptr;
 }
 
-// The item that output item b reads; a tensor that all share may be a broadcast, whose map has one item
-// whatever is asked.
+// The item that output item b reads; 0 in a tensor that has one item for all.
 FB_DEVICE int item_of(const int64_t* source, bool shared, int b) {
   return shared ? 0 : source ? int(source[b]) : b;
 }
 
-// weight = 2^(fold + shift), with shift 0 but for weights outside 2^-30 .. 2^30.
+// weight = 2^(fold + shift). shift is 0 for weights in 2^-30 .. 2^30.
 FB_DEVICE void fold_weight(float weight, float& fold, float& shift) {
   const float power = maximum(log2_fast(weight), -126.f);
   shift = power > kMostFold ? ceilf(power - kMostFold) : power < -kMostFold ? floorf(power + kMostFold) : 0.f;
   fold = power - shift;
 }
 
+// The block of rows that comes index-th, of its item and head.
 FB_DEVICE int block_of(const FbGpuAttention& call, int index) {
   return call.order ? call.order[index % call.row_blocks] : index % call.row_blocks;
 }
 
-// By the 32 lanes of a warp, one key segment each.
-FB_DEVICE void make_plan(const Parameters& p, int index, int block_rows, int lane, Plan* plan) {
+// Run by the 32 lanes of a warp; each lane describes one key segment.
+FB_DEVICE void describe_block(const Parameters& p, int index, int block_rows, int lane, BlockWork* work) {
   const FbGpuAttention& call = p.call;
   const int head = index / call.row_blocks, b = head / call.H, h = head % call.H;
   int block = block_of(call, index);
@@ -116,32 +118,33 @@ FB_DEVICE void make_plan(const Parameters& p, int index, int block_rows, int lan
   }
   int place = 0;
   for (int g = 0; g < call.G; ++g) {
-    const uint32_t silent = votes_of_warp(group == g && visit.weight == 0.f),
-                   loud = votes_of_warp(group == g && visit.weight != 0.f);
+    const uint32_t sum_only = votes_of_warp(group == g && visit.weight == 0.f),
+                   with_values = votes_of_warp(group == g && visit.weight != 0.f);
     const uint32_t before = (1u << lane) - 1u;
     if (group == g)
-      plan->visits[visit.weight == 0.f ? place + count_bits(silent & before)
-                                       : place + count_bits(silent) + count_bits(loud & before)] = visit;
+      work->visits[visit.weight == 0.f ? place + count_bits(sum_only & before)
+                                       : place + count_bits(sum_only) + count_bits(with_values & before)] =
+          visit;
     int allowed = group == g ? visit.count : 0;
     for (int mask = 16; mask > 0; mask >>= 1) allowed += shuffle_xor(allowed, mask);
     if (lane == 0) {
-      plan->begin[g] = place;
-      plan->loud[g] = place + count_bits(silent);
-      plan->allowed[g] = allowed;
+      work->begin[g] = place;
+      work->with_values[g] = place + count_bits(sum_only);
+      work->allowed[g] = allowed;
     }
-    place += count_bits(silent | loud);
+    place += count_bits(sum_only | with_values);
   }
   if (lane == 0) {
-    plan->begin[call.G] = place;
-    // A block beyond the item's last row has no rows, and no segment either.
-    plan->b = b, plan->h = h, plan->r = rows > 0 ? r : 0, plan->first = first, plan->rows = rows;
+    work->begin[call.G] = place;
+    // A block beyond the item's last row has no rows and visits nothing.
+    work->b = b, work->h = h, work->r = rows > 0 ? r : 0, work->first = first, work->rows = rows;
     const float* scale = row_of(call.scales, b, h);
-    plan->scale = (scale ? *scale : call.scale) * kLog2e;
-    if (plan->scale == 0.f) plan->scale = 1.17549435e-38f;  // to which a masked logit of -inf is still -inf
+    work->scale = (scale ? *scale : call.scale) * kLog2e;
+    if (work->scale == 0.f) work->scale = 1.17549435e-38f;  // a masked logit of -inf stays -inf
   }
 }
 
-// Walks the tiles of KEYS keys of some visits; the last tile of a visit may be short.
+// Steps through the tiles of visits begin .. end: KEYS keys each, the last tile of a visit may have fewer.
 template <int KEYS>
 struct Cursor {
   const Visit *visit, *end;

@@ -1,10 +1,9 @@
-// What a Hopper GPU offers beyond CUDA C++, one instruction a function: barriers in shared memory, tile
-// copies by the copy engine, products of a warp group, registers moved between warp groups. Sources: PTX
-// ISA 8.0 and later, chapters mbarrier, cp.async.bulk.tensor, wgmma, setmaxnreg.
+// Hopper's instructions that CUDA C++ has no functions for, one in each function: barriers in shared memory,
+// copies of tiles, products of a warp group, registers moved between warp groups. Source: PTX ISA 8.0 and
+// later, chapters mbarrier, cp.async.bulk.tensor, wgmma, setmaxnreg.
 //
-// Tiles in shared memory are runs of rows of 128 bytes, eight rows of which (1,024 bytes, so aligned) are
-// swizzled: chunk c of 16 bytes of row r lies at c ^ (r % 8). Wider tiles are several such runs, one after
-// another.
+// A tile in shared memory has rows of 128 bytes (64 elements), swizzled in aligned units of eight rows: chunk
+// c of 16 bytes of row r is at c ^ (r % 8). A wider tile is several such tiles, one after another.
 #pragma once
 #include <cuda.h>
 #include <cuda_bf16.h>
@@ -21,8 +20,7 @@ using float16 = __half;
 using TensorMap = CUtensorMap;
 using Barrier = uint64_t;
 
-// -------------------------------------------------------------------------------------------------------------
-// threads
+// Threads.
 
 FB_DEVICE int thread_index() {
   return int(threadIdx.x);
@@ -36,7 +34,7 @@ FB_DEVICE int block_count() {
 FB_DEVICE void sync_block() {
   __syncthreads();
 }
-// Of `threads` threads, a multiple of 32, which all name the same id of 1 to 15.
+// A barrier of `threads` threads, a multiple of 32, which all pass the same id in 1 .. 15.
 FB_DEVICE void sync_some(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
@@ -61,11 +59,11 @@ FB_DEVICE uint32_t votes_of_warp(bool x) {
 FB_DEVICE int count_bits(uint32_t x) {
   return __popc(x);
 }
-// The first lane's value, which the compiler then knows to be the same in all threads of a warp.
+// The value of lane 0. The compiler then knows that it is the same in all lanes.
 FB_DEVICE int uniform(int x) {
   return __shfl_sync(0xffffffffu, x, 0);
 }
-// Registers a thread of the warp group; all of its four warps call it.
+// Sets the registers of each thread of a warp group; all of its four warps call it.
 template <int COUNT>
 FB_DEVICE void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
@@ -75,8 +73,7 @@ FB_DEVICE void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 
-// -------------------------------------------------------------------------------------------------------
-// shared memory
+// Shared memory.
 
 extern __shared__ __align__(1024) char flashbrush_shared[];
 FB_DEVICE char* shared_memory() {
@@ -89,19 +86,20 @@ FB_DEVICE uint32_t shared_address(const void* p) {
 FB_DEVICE void init_barrier(Barrier* b, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(arrivals));
 }
-// Initialised barriers become visible to the copy engine; sync_block() follows.
+// Makes initialised barriers visible to the copy engine. sync_block() must follow.
 FB_DEVICE void publish_barriers() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 FB_DEVICE void arrive(Barrier* b) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(b)) : "memory");
 }
-// Arrives, and keeps the phase open until that many bytes were copied.
+// Arrives, and keeps the phase open until so many bytes were copied.
 FB_DEVICE void arrive_expecting(Barrier* b, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(b)), "r"(bytes)
                : "memory");
 }
-// Until the phase of this parity is complete: 0 is the first of all. A fresh barrier passes a wait for 1.
+// Waits until the phase of this parity is complete. The first phase has parity 0; a new barrier passes a wait
+// for 1.
 FB_DEVICE void wait(Barrier* b, uint32_t parity) {
   asm volatile(
       "{\n"
@@ -119,8 +117,8 @@ FB_DEVICE void wait(Barrier* b, uint32_t parity) {
 FB_DEVICE void prefetch_map(const TensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
-// 64 elements from `column` on, of the map's rows from `row` on, of one head and item -> to, swizzled; zeros
-// beyond the tensor.
+// Starts a copy of 64 elements from `column` on, of the map's number of rows from `row` on, of one head and
+// item, to `to`, swizzled. Elements outside the tensor become zeros.
 FB_DEVICE void copy_tile(void* to, const TensorMap* map, Barrier* b, int column, int row, int head,
                          int item) {
   asm volatile(
@@ -129,14 +127,13 @@ FB_DEVICE void copy_tile(void* to, const TensorMap* map, Barrier* b, int column,
       "l"(map), "r"(shared_address(b)), "r"(column), "r"(row), "r"(head), "r"(item)
       : "memory");
 }
-// Ordinary stores to shared memory become visible to the copy engine and to products; a barrier of the
-// threads follows.
+// Makes ordinary stores to shared memory visible to copies and products. A barrier of the threads must
+// follow.
 FB_DEVICE void publish_stores() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// ------------------------------------------------------------------------------------------------------------
-// numbers
+// Numbers.
 
 FB_DEVICE float exp2_fast(float x) {
   float y;
@@ -163,7 +160,7 @@ FB_DEVICE int float_to_bits(float x) {
   return __float_as_int(x);
 }
 
-// Two numbers, rounded, the first in the low half.
+// Two numbers rounded to 16 bits, `low` in the low half.
 template <typename T>
 FB_DEVICE uint32_t pack(float low, float high);
 template <>
@@ -179,12 +176,12 @@ FB_INLINE uint32_t pack<float16>(float low, float high) {
   return y;
 }
 
-// -----------------------------------------------------------------------------------------------------------
-// products
+// Products.
 
-// Operand in shared memory, swizzled as above. Along the summed dimension contiguous: `stride` is the bytes
-// from eight rows to the next eight, `step` is not used. Across it contiguous: `stride` from eight summed
-// rows to the next eight, `step` from one block of 64 columns to the next.
+// The descriptor of an operand in shared memory, swizzled as above; `stride` and `step` are bytes. If it is
+// contiguous along the summed dimension, `stride` is from eight rows to the next eight and `step` is not
+// used. If across it, `stride` is from eight summed rows to the next eight and `step` from one tile of 64
+// columns to the next.
 FB_DEVICE uint64_t operand(const void* p, int step, int stride) {
   return uint64_t((shared_address(p) & 0x3ffff) >> 4) | uint64_t(step >> 4) << 16 |
          uint64_t(stride >> 4) << 32 | uint64_t(1) << 62;
@@ -194,22 +191,22 @@ FB_DEVICE uint64_t advance(uint64_t operand, int bytes) {
   return operand + uint64_t(bytes >> 4);
 }
 
-// Registers written so far are ready for the products that follow.
+// Orders register writes before the products that follow.
 FB_DEVICE void begin_products() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
-// Closes a group of products.
+// Ends a group of products.
 FB_DEVICE void commit_products() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
-// Until at most PENDING groups are running.
+// Waits until at most PENDING groups of products are running.
 template <int PENDING>
 FB_DEVICE void await_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
-// What makes x, which is >= 0 or NaN, ends before a wait that follows. The assembler moves a wait for
-// products up past all that does not touch their registers, but not past a branch that depends on x; this one
-// always jumps.
+// Keeps the computation of x, which is >= 0 or NaN, before a wait that follows. The assembler moves a wait
+// for products up past code that does not touch their registers, but not past a branch that depends on x.
+// This branch is always taken.
 FB_DEVICE void finish(float x) {
   asm volatile(
       "{\n"
@@ -221,7 +218,7 @@ FB_DEVICE void finish(float x) {
       "}\n" ::"f"(x)
       : "memory");
 }
-// The compiler moves no access to these registers across this place.
+// Keeps the compiler from moving accesses to these registers across this point.
 template <int COUNT>
 FB_DEVICE void pin(float (&x)[COUNT]) {
 #pragma unroll
@@ -233,29 +230,28 @@ FB_DEVICE void pin(uint32_t (&x)[COUNT]) {
   for (int i = 0; i < COUNT; ++i) asm volatile("" : "+r"(x[i])::"memory");
 }
 
-// Register c[4 * j + 2 * i + e] of lane t of warp w is element (16 w + t / 4 + 8 i, 8 j + 2 (t % 4) + e) of
-// 64 x N. A of 64 x 16 in registers: a[2 * j + i] holds elements (16 w + t / 4 + 8 i, 8 j + 2 (t % 4) + {0,
-// 1}).
+// Registers of a product. c, 64 x N: c[4 j + 2 i + e] of lane t of warp w is element (16 w + t / 4 + 8 i,
+// 8 j + 2 (t % 4) + e). a, 64 x 16: a[2 j + i] holds elements (16 w + t / 4 + 8 i, 8 j + 2 (t % 4) + {0, 1}).
+// Lists of N registers for the text of an instruction, and as its operands.
+// clang-format off
 #define FB_TEN(t) "%" #t "0,%" #t "1,%" #t "2,%" #t "3,%" #t "4,%" #t "5,%" #t "6,%" #t "7,%" #t "8,%" #t "9"
 #define FB_FIRST_TEN "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9"
+#define FB_FORTY FB_FIRST_TEN "," FB_TEN(1) "," FB_TEN(2) "," FB_TEN(3)
 #define FB_REGISTERS_32 FB_FIRST_TEN "," FB_TEN(1) "," FB_TEN(2) ",%30,%31"
-#define FB_REGISTERS_40 FB_FIRST_TEN "," FB_TEN(1) "," FB_TEN(2) "," FB_TEN(3)
-#define FB_REGISTERS_64 \
-  FB_FIRST_TEN "," FB_TEN(1) "," FB_TEN(2) "," FB_TEN(3) "," FB_TEN(4) "," FB_TEN(5) ",%60,%61,%62,%63"
-#define FB_REGISTERS_80 \
-  FB_FIRST_TEN          \
-      "," FB_TEN(1) "," FB_TEN(2) "," FB_TEN(3) "," FB_TEN(4) "," FB_TEN(5) "," FB_TEN(6) "," FB_TEN(7)
+#define FB_REGISTERS_40 FB_FORTY
+#define FB_REGISTERS_64 FB_FORTY "," FB_TEN(4) "," FB_TEN(5) ",%60,%61,%62,%63"
+#define FB_REGISTERS_80 FB_FORTY "," FB_TEN(4) "," FB_TEN(5) "," FB_TEN(6) "," FB_TEN(7)
 #define FB_REGISTERS_88 FB_REGISTERS_80 ",%80,%81,%82,%83,%84,%85,%86,%87"
 #define FB_REGISTERS_96 FB_REGISTERS_80 "," FB_TEN(8) ",%90,%91,%92,%93,%94,%95"
-#define FB_EIGHT(c, i)                                                                        \
-  "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), "+f"(c[i + 4]), "+f"(c[i + 5]), \
-      "+f"(c[i + 6]), "+f"(c[i + 7])
+#define FB_FOUR(c, i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
+#define FB_EIGHT(c, i) FB_FOUR(c, i), FB_FOUR(c, i + 4)
 #define FB_OPERANDS_32(c) FB_EIGHT(c, 0), FB_EIGHT(c, 8), FB_EIGHT(c, 16), FB_EIGHT(c, 24)
 #define FB_OPERANDS_40(c) FB_OPERANDS_32(c), FB_EIGHT(c, 32)
 #define FB_OPERANDS_64(c) FB_OPERANDS_40(c), FB_EIGHT(c, 40), FB_EIGHT(c, 48), FB_EIGHT(c, 56)
 #define FB_OPERANDS_80(c) FB_OPERANDS_64(c), FB_EIGHT(c, 64), FB_EIGHT(c, 72)
 #define FB_OPERANDS_88(c) FB_OPERANDS_80(c), FB_EIGHT(c, 80)
 #define FB_OPERANDS_96(c) FB_OPERANDS_88(c), FB_EIGHT(c, 88)
+// clang-format on
 
 // c = a b, or c += a b: a of 64 x 16 and b of 16 x N, both contiguous along the summed dimension.
 template <typename T, int N>
@@ -264,6 +260,8 @@ FB_DEVICE void multiply(float (&c)[N / 2], uint64_t a, uint64_t b, bool add);
 template <typename T, int N>
 FB_DEVICE void multiply(float (&c)[N / 2], const uint32_t (&a)[4], uint64_t b, bool add);
 
+// Both forms for one TYPE and N, whose c has COUNT registers. The others are the numbers of the operands in
+// the text: A, B and P (add or not) of the first form, A0 .. A3, RB and RP of the second.
 #define FB_MULTIPLY(TYPE, NAME, N, COUNT, A, B, P, A0, A1, A2, A3, RB, RP)                                 \
   template <>                                                                                              \
   FB_INLINE void multiply<TYPE, N>(float (&c)[N / 2], uint64_t a, uint64_t b, bool add) {                  \

@@ -1,5 +1,5 @@
-// What the launching side needs of CUDA: tensor maps and launches. The driver's function is found at run
-// time, so that the library loads where there is no driver.
+// What the host needs of CUDA: tensor maps and launches. The driver's function for tensor maps is looked up
+// at run time, so that the library loads on machines without a driver.
 #pragma once
 #include "hopper.cuh"
 
@@ -23,8 +23,9 @@ inline EncodeTiled find_encode() {
   return EncodeTiled(found);
 }
 
-// Of a 16-bit tensor (items, rows, heads, dim) whose dim is contiguous; strides in bytes, multiples of 16. A
-// copy takes 64 elements of box_rows rows of one head and item. Returns false where the driver refuses it.
+// Makes the map of a 16-bit tensor (items, rows, heads, dim) whose dim is contiguous; strides are bytes,
+// multiples of 16. A copy takes 64 elements of box_rows rows of one head and item. Returns false if the
+// driver refuses the layout.
 inline bool make_map(TensorMap* map, bool half, const void* base, int64_t rows, int64_t heads, int64_t items,
                      int64_t dim, int64_t row_stride, int64_t head_stride, int64_t item_stride,
                      int box_rows) {
@@ -39,7 +40,7 @@ inline bool make_map(TensorMap* map, bool half, const void* base, int64_t rows, 
                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
-// kernel(parameters) on `blocks` blocks; 0 or CUDA's error.
+// Launches kernel(parameters) on `blocks` blocks. Returns 0 or a CUDA error.
 template <typename Parameters>
 int launch(void (*kernel)(Parameters), const Parameters& parameters, int blocks, int threads,
            int shared_bytes, Stream stream) {
@@ -50,7 +51,7 @@ int launch(void (*kernel)(Parameters), const Parameters& parameters, int blocks,
     config.dynamicSmemBytes = size_t(shared_bytes), config.stream = stream;
     error = cudaLaunchKernelEx(&config, kernel, parameters);
   }
-  if (error != cudaSuccess) (void)cudaGetLastError();  // else the next call would report it once more
+  if (error != cudaSuccess) (void)cudaGetLastError();  // CUDA would report it again in the next call
   return int(error);
 }
 

@@ -1,65 +1,64 @@
-// The softmax of a warp group's 64 rows, of which a thread holds two (i = 0, 1: eight rows apart) with a
-// quarter of their logits: register 4 j + 2 i + e is key 8 j + 2 (lane % 4) + e of row i.
+// The online softmax of a warp group's 64 rows. A thread holds a quarter of the logits of two rows i = 0, 1,
+// which are 8 rows apart: register 4 j + 2 i + e is key 8 j + 2 (lane % 4) + e of row i.
 #pragma once
-#include "plan.cuh"
+#include "block_work.cuh"
 
 namespace flashbrush {
 
-// The maximum moves only when a logit exceeds it by so many binary digits: probabilities are floating point,
-// so that their scale costs no precision, and a row is rarely rescaled after its first tile.
+// m moves only when a logit, in log2 units, exceeds it by more than this: probabilities are floating point,
+// so their scale costs no precision, and a row is rarely rescaled after its first tile.
 constexpr float kSlack = 8.f;
 
-// A number to subtract from logits: rows without a finite one have maximum -inf.
+// What to subtract from logits: m, or 0 where no logit so far is finite.
 FB_DEVICE float pivot(float m) {
   return m == -kInf ? 0.f : m;
 }
 
-// Summed over the four threads that share a row.
+// The sum over the four threads that share a row.
 FB_DEVICE float over_row(float x) {
   x += shuffle_xor(x, 1);
   return x + shuffle_xor(x, 2);
 }
 
-// 2^x on the units for multiplications: x = n + f with |f| <= 1/2, a polynomial for 2^f (least largest
-// relative error, 7.5e-5: a fiftieth of what bfloat16 rounds away), times 2^n. Below 2^-126 it is 2^-126.
+// 2^x on the multiply units instead of the special function units: x = n + f with |f| <= 1/2, a minimax
+// polynomial for 2^f (relative error 7.5e-5, a fiftieth of bfloat16's rounding) times 2^n. Below 2^-126 the
+// result is 2^-126.
 FB_DEVICE float exp2_multiplied(float x) {
   x = maximum_or_nan(x, -126.f);
-  const float rounder = 12582912.f;  // 1.5 * 2^23: what is added to it is rounded, and lies in its low bits
+  const float rounder = 12582912.f;  // adding 1.5 * 2^23 rounds to an integer, in the low bits
   const float n = x + rounder, f = x - (n - rounder);
   const float y = ((5.517148e-2f * f + 2.4261131e-1f) * f + 6.9326103e-1f) * f + 9.9992806e-1f;
   return y * bits_to_float((float_to_bits(n) << 23) + 0x3f800000);
 }
 
 struct RowSums {
-  float m[2], l[2];  // maximum in log2 units; sum of 2^(s - m) without weights, this thread's share of it
-  float segment[2];  // of the running segment, with its weight
-  float shift;       // the output so far is 2^-shift too small; -inf: there is none
+  float m[2], l[2];  // maximum in log2 units; this thread's share of the sum of 2^(s - m), without weights
+  float segment[2];  // this thread's share of the sum of P of the segment that is being visited
+  float shift;       // the output so far is to be multiplied by 2^shift; -inf: there is none
 
   FB_INLINE void clear() {
 #pragma unroll
     for (int i = 0; i < 2; ++i) m[i] = -kInf, l[i] = segment[i] = 0.f;
     shift = -kInf;
   }
-  // What P of a segment is multiplied by, once it is summed: not 1 where another segment's weight is 2^60
-  // times as large.
-  FB_INLINE float thinning(float shift_of_segment) const { return exp2_fast(shift_of_segment - shift); }
+  // What P of a segment is multiplied by for the output. It is 1 if all weights are in 2^-30 .. 2^30.
+  FB_INLINE float shift_factor(float shift_of_segment) const { return exp2_fast(shift_of_segment - shift); }
 };
 
-// What a tile is to the rows.
-struct Tile {
+// The constants of a tile.
+struct TileTerms {
   int keys;
   float add, shift;
   template <int KEYS>
-  FB_INLINE explicit Tile(const Cursor<KEYS>& at)
+  FB_INLINE explicit TileTerms(const Cursor<KEYS>& at)
       : keys(at.keys()), add(at.visit->add), shift(at.visit->shift) {}
 };
 
-// A tile's logits -> its probabilities in place; the sums gain theirs. Where the output has to be rescaled
-// the result is true, alike in a warp, and decay becomes its factors. Of 16 logits POLYNOMIAL go through
-// exp2_multiplied.
+// A tile's logits s -> its probabilities, in place; adds them to the sums. Returns true, for a whole warp, if
+// the output so far has to be multiplied by decay. POLYNOMIAL of 16 logits go through exp2_multiplied.
 template <int KEYS, int POLYNOMIAL>
 FB_DEVICE bool softmax_tile(float (&s)[KEYS / 2], RowSums& sums, float (&decay)[2], float scale,
-                            const Tile& tile, int lane) {
+                            const TileTerms& tile, int lane) {
   if (scale < 0.f) {
     scale = -scale;
 #pragma unroll
@@ -71,7 +70,8 @@ FB_DEVICE bool softmax_tile(float (&s)[KEYS / 2], RowSums& sums, float (&decay)[
     for (int n = 0; n < KEYS / 2; ++n)
       if (8 * (n / 4) + n % 2 >= last) s[n] = -kInf;
   }
-  // Two chains a row for a maximum and a sum, which one warp alone would wait for link by link.
+  // Two chains of maxima a row, and two of sums below: one chain would wait for the latency of each
+  // operation.
   float top[2] = {-kInf, -kInf}, other[2] = {-kInf, -kInf};
 #pragma unroll
   for (int n = 0; n < KEYS / 2; n += 2) {
@@ -117,12 +117,12 @@ FB_DEVICE bool softmax_tile(float (&s)[KEYS / 2], RowSums& sums, float (&decay)[
   return raised;
 }
 
-// A tile's probabilities as the left operand of its product with V, 16 keys each.
+// The probabilities times shift_factor as the left operand of P V: p[k] holds keys 16 k .. 16 k + 15.
 template <typename T, int KEYS>
-FB_DEVICE void pack_probabilities(float (&s)[KEYS / 2], float thinning, uint32_t (&p)[KEYS / 16][4]) {
-  if (thinning != 1.f) {
+FB_DEVICE void pack_probabilities(float (&s)[KEYS / 2], float shift_factor, uint32_t (&p)[KEYS / 16][4]) {
+  if (shift_factor != 1.f) {
 #pragma unroll
-    for (int n = 0; n < KEYS / 2; ++n) s[n] *= thinning;
+    for (int n = 0; n < KEYS / 2; ++n) s[n] *= shift_factor;
   }
 #pragma unroll
   for (int k = 0; k < KEYS / 16; ++k)
