@@ -1,8 +1,8 @@
-"""Attention written out with its map, in place of diffusers' processors: what the methods' tests compare with.
+"""Attention written out with its map, in place of diffusers' processors: the oracles of the methods' tests.
 
-A core is a function of a site and of q, k, v, each (batch, heads, tokens, dim) and joined as [text ; image], that
-returns the output, of q's shape. `eagerly` puts one into the layers of a UNet, of SD 3 or of FLUX. Nothing here
-comes from flashbrush.
+A core is a function of a site and of q, k, v, each (batch, heads, tokens, dim) and joined as [text ;
+image], that returns the output, of q's shape. `eagerly` puts one into the layers of a UNet, of SD 3 or of
+FLUX. Nothing here comes from flashbrush.
 """
 
 from __future__ import annotations
@@ -306,7 +306,7 @@ def changed(mine: list[Tensor], plain: list[Tensor]) -> list[int]:
 
 
 class LargestTensor(TorchDispatchMode):
-    """The most elements of any tensor that an operator returns within the context; expanded ones do not count."""
+    """Elements of the largest tensor that an operator returns within the context, without expanded ones."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,9 +1,8 @@
-"""python -m integrations.methods.peak_memory FORM...: bytes that one call of a tiny UNet takes, a line for
-each form.
+"""python -m integrations.methods.peak_memory FORM...: peak memory of one call of a tiny UNet, in bytes.
 
-FORM: plain, which is without a method, clipped, unclipped or eager. At 64 x 64 latents with three pairs and
-    one head,
-beyond what is resident before the call. Each form has a process of its own, forked when all is imported.
+Prints a line for each FORM: plain (without a method), clipped, unclipped or eager. The call has 64 x 64
+latents, three pairs and one head; the figure is the peak above what is resident before it. Each form runs
+in a process of its own, forked after all imports.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ def measure(form: str) -> None:
         )
         context = apply(model, None if form == "plain" else method)
     with context:
-        run(model, unet_call(model, batch=9))  # what is loaded and built once
+        run(model, unet_call(model, batch=9))  # loads and builds what stays
         call = unet_call(model, batch=9, side=(64, 64))
         with open("/proc/self/clear_refs", "w") as reset:
             reset.write("5")

@@ -1,8 +1,7 @@
-"""python -m integrations.methods.peak_memory_flux: bytes that one call of a tiny FLUX takes under each
-method, as JSON.
+"""python -m integrations.methods.peak_memory_flux: peak memory of one call of a tiny FLUX under each method.
 
-At 4,096 image tokens and one head, beyond what is resident before the call. "plain" is without a method,
-"eager" with maps.
+Prints {name: bytes} as JSON. The call has 4,096 image tokens and one head; the figure is the peak above
+what is resident before it. "plain" is without a method, "eager" with attention maps.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ ROWS = 4096 // COLUMNS
 def peak(context: AbstractContextManager, model, call: dict[str, Tensor], before: Callable[[], None]) -> int:
     with context:
         before()
-        forward(model, call)  # what is loaded and built once
+        forward(model, call)  # loads and builds what stays
         with open("/proc/self/clear_refs", "w") as reset:
             reset.write("5")
         resident = status("VmRSS")

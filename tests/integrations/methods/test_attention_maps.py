@@ -20,7 +20,7 @@ from ..tiny import COLUMNS, ROWS, TEXT, forward, in_double, relative, tiny_call,
 TOLERANCE = 1e-5
 
 
-def test_words_in_a_unet() -> None:
+def test_word_maps_of_a_unet_match_eager() -> None:
     model = tiny_unet()
     call = unet_call(model)
     maps = AttentionMaps(text={"cat": [1, 2], "dog": [4]}, layers=["cross"])
@@ -60,8 +60,8 @@ def test_words_in_a_unet() -> None:
 
 
 @pytest.mark.parametrize("kind", ["double", "single"])
-def test_words_and_regions_in_flux(kind: str) -> None:
-    """With the whole map from columns for every key, whose rows sum to one."""
+def test_maps_of_all_keys_of_flux_sum_to_one(kind: str) -> None:
+    """Maps of all keys are the whole map, whose rows sum to one."""
     model = tiny_flux()
     call = tiny_call(model, batch=2)
     words = {f"word {n}": [n] for n in range(TEXT)}
@@ -91,11 +91,11 @@ def test_beside_another_method() -> None:
         assert not maps.maps
         assert relative(forward(model, call), brushed) <= TOLERANCE
     assert len(maps.maps) == 4 and {m.step for m in maps.maps} == {1}
-    # Nothing has been changed before the first layer's map.
+    # The first layer's input is the same with and without the brush.
     assert relative(maps.maps[0].values, alone.maps[0].values) <= TOLERANCE
 
 
-def test_names_that_a_layer_does_not_have_are_left_out_of_the_mean() -> None:
+def test_mean_skips_layers_without_the_name() -> None:
     model = tiny_unet()
     maps = AttentionMaps(text={"word": [0]}, image={"corner": [0, 1]})
     with apply(model, maps, layers=[0, 1]), torch.no_grad():
@@ -108,7 +108,7 @@ def test_names_that_a_layer_does_not_have_are_left_out_of_the_mean() -> None:
     assert relative(mean["corner"], first.values[:, :, 1].mean(1).unflatten(-1, first.grid)) <= TOLERANCE
 
 
-def test_sd3() -> None:
+def test_maps_of_all_keys_of_sd3_sum_to_one() -> None:
     model, call = tiny_sd3(), sd3_call()
     maps = AttentionMaps(text={"text": range(5)}, image={"image": range(16)})
     with apply(model, maps), torch.no_grad():
@@ -117,7 +117,7 @@ def test_sd3() -> None:
         torch.testing.assert_close(seen.values.sum(2), torch.ones(2, 4, 16))
 
 
-def test_what_is_wrong_is_named() -> None:
+def test_wrong_knob_or_call_raises() -> None:
     for fields, match in (
         ({"text": {"cat": []}}, r"text\['cat'\]: expected positions"),
         ({"text": {"cat": [1]}, "image": {"cat": [1]}}, "image: expected other names"),

@@ -1,6 +1,4 @@
-"""Cross-image attention against a second, eager implementation of its formula, which materialises the
-attention map.
-"""
+"""Cross-image attention against an eager implementation of its formula."""
 
 from __future__ import annotations
 
@@ -42,7 +40,7 @@ def up(site: Site) -> bool:
     ],
     ids=str,
 )
-def test_equals_the_eager_form(knobs: dict, change: dict) -> None:
+def test_matches_eager(knobs: dict, change: dict) -> None:
     model = tiny_unet()
     call = unet_call(model, batch=3)
     readers = [dataclasses.replace(APPEARANCE, **change)]
@@ -57,7 +55,7 @@ def test_equals_the_eager_form(knobs: dict, change: dict) -> None:
     assert relative(out[readers[0].item], plain[readers[0].item]) > 1e-3
 
 
-def test_several_outputs() -> None:
+def test_two_outputs_in_a_batch() -> None:
     """Each half of a classifier-free guidance has its own three images."""
     model = tiny_unet()
     call = unet_call(model, batch=6)
@@ -69,14 +67,12 @@ def test_several_outputs() -> None:
         assert relative(run(model, call), expected) <= TOLERANCE
 
 
-def test_equals_the_eager_form_over_a_run() -> None:
-    """Windows for each resolution; every other step, early on, the structure is read; the count lags one
-    step.
-    """
+def test_run_matches_eager() -> None:
+    """Windows per resolution; every other early step reads the structure; the count lags one step."""
     model = tiny_unet()
     call = unet_call(model, batch=3)
     method = CrossImageAttention(windows={4: (1, 4), 8: (2, None)}, structure_every=2, structure_until=4)
-    # By step; its count is one less. What block 0 and block 1 read.
+    # For each step, whose count is one less: what blocks 0 and 1 read
     schedule = [
         (None, None),
         (None, None),
@@ -120,8 +116,8 @@ def reads(method: CrossImageAttention, tokens: int, step: int) -> int | None:
     return int(k)
 
 
-def test_the_released_schedule() -> None:
-    """The counter lags a step, so layers of 32^2 and 64^2 tokens change from step 11 on."""
+def test_default_schedule_is_the_released_one() -> None:
+    """The count lags one step, so layers of 32^2 and 64^2 tokens change from step 11 on."""
     method = CrossImageAttention()
     for tokens, end in ((32**2, 71), (64**2, 91)):
         seen = [reads(method, tokens, step) for step in range(100)]
@@ -144,7 +140,7 @@ def test_the_released_schedule() -> None:
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_every_knob_changes_the_output(change: dict) -> None:
+def test_each_knob_changes_the_output(change: dict) -> None:
     model = tiny_unet()
     call = unet_call(model, batch=3)
     method = CrossImageAttention(windows=ALWAYS, lag=0)
@@ -155,7 +151,7 @@ def test_every_knob_changes_the_output(change: dict) -> None:
         assert relative(run(model, call), before) > 1e-4
 
 
-def test_the_neutral_setting_is_plain_attention() -> None:
+def test_neutral_knobs_are_plain_attention() -> None:
     model = tiny_unet()
     call = unet_call(model, batch=3)
     plain = run(model, call)
@@ -186,12 +182,12 @@ def test_the_neutral_setting_is_plain_attention() -> None:
     ],
     ids=str,
 )
-def test_wrong_knobs(knob: dict, match: str) -> None:
+def test_wrong_knob_raises(knob: dict, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         CrossImageAttention(**knob)
 
 
-def test_batches_and_models_that_do_not_fit() -> None:
+def test_call_that_does_not_fit_raises() -> None:
     model, flux = tiny_unet(), tiny_flux()
     with (
         apply(model, CrossImageAttention(windows=ALWAYS, lag=0)),

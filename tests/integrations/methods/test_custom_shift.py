@@ -1,4 +1,4 @@
-"""CustomShift against one joint attention over image, prompt, references and names, with a one-way table."""
+"""CustomShift against one attention over image, prompt, references and names, with a one-way mask."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TOLERANCE = 1e-5  # float32, relative to the largest output
 
 
 class OneWay:
-    """A batch [items of the image ; references] in lock step: for each image one map over all of its tokens."""
+    """A batch [images ; references] run together: for each image one map over all of its tokens."""
 
     def __init__(self, references: int, items: tuple[int, ...]) -> None:
         self.references, self.items = references, items
@@ -69,7 +69,7 @@ def remember(method: CustomShift, model: Any, call: dict, which: slice = slice(N
     )
 
 
-def lock_step(model: Any, mine: dict, theirs: dict, items: tuple[int, ...]) -> Tensor:
+def run_together(model: Any, mine: dict, theirs: dict, items: tuple[int, ...]) -> Tensor:
     both = {n: torch.cat([mine[n], theirs[n]]) for n in mine}
     return run_eagerly(model, both, OneWay(len(theirs["timestep"]), items))[: len(mine["timestep"])]
 
@@ -85,12 +85,12 @@ def lock_step(model: Any, mine: dict, theirs: dict, items: tuple[int, ...]) -> T
     ],
     ids=str,
 )
-def test_equals_one_attention_with_a_one_way_table(
+def test_matches_one_attention_with_a_one_way_mask(
     settings: dict, batch: int, references: int, items
 ) -> None:
     model = tiny_sd3(**settings)
     mine, theirs = calls(batch, references)
-    expected = lock_step(model, mine, theirs, (1, 2) if items is None else items)
+    expected = run_together(model, mine, theirs, (1, 2) if items is None else items)
     method = CustomShift(items)
     with apply(model, method):
         remember(method, model, theirs)
@@ -101,13 +101,14 @@ def test_equals_one_attention_with_a_one_way_table(
     assert relative(out, expected) <= TOLERANCE < 1e-2 < relative(out, run(model, mine))
 
 
-def test_every_layer_equals_the_eager_form_given_the_same_input() -> None:
+def test_every_layer_matches_eager() -> None:
     model = tiny_sd3()
     mine, theirs = calls()
     keys: dict[str, tuple[Tensor, Tensor]] = {}
 
     def keep(site: Site, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        keys[site.name] = tuple(t[:, :, site.text_len :].transpose(0, 1).flatten(1, 2) for t in (k, v))  # type: ignore[assignment]
+        image_k, image_v = (t[:, :, site.text_len :].transpose(0, 1).flatten(1, 2) for t in (k, v))
+        keys[site.name] = image_k, image_v
         return attend(q, k, v)
 
     run_eagerly(model, theirs, keep)
@@ -124,7 +125,7 @@ def test_every_layer_equals_the_eager_form_given_the_same_input() -> None:
         assert worst_layer(model, mine, core) <= TOLERANCE
 
 
-def test_equals_the_lock_step_over_a_run() -> None:
+def test_run_matches_references_run_at_every_step() -> None:
     """The references run once, not in every step."""
     model = tiny_sd3()
     mine, theirs = calls(1)
@@ -137,7 +138,7 @@ def test_equals_the_lock_step_over_a_run() -> None:
             "hidden_states": x.expand(3, -1, -1, -1),
             "timestep": torch.full((3,), 900.0 - 300 * i),
         }
-        out = run(model, call) if form == "mine" else lock_step(model, call, theirs, (1, 2))
+        out = run(model, call) if form == "mine" else run_together(model, call, theirs, (1, 2))
         return guide(*out.split(1), scale_references=0.8, scale_prompt=1.2)
 
     hook = model.register_forward_pre_hook(
@@ -152,7 +153,7 @@ def test_equals_the_lock_step_over_a_run() -> None:
     assert relative(out, descend(lambda x, i: step(x, i, "eager"), mine["hidden_states"][:1])) <= TOLERANCE
 
 
-def test_references_add_up_and_are_forgotten() -> None:
+def test_remember_adds_and_forget_drops() -> None:
     model = tiny_sd3()
     mine, theirs = calls()
     method, without = CustomShift(), run(model, mine)
@@ -167,7 +168,7 @@ def test_references_add_up_and_are_forgotten() -> None:
         remember(method, model, theirs, slice(1, 2))
         assert relative(run(model, mine), at_once) <= TOLERANCE < 1e-3 < relative(one, at_once)
         with pytest.raises(AttributeError):
-            method.remember(model, theirs["hidden_states"], theirs["encoder_hidden_states"], 3)  # type: ignore[arg-type]
+            method.remember(model, theirs["hidden_states"], theirs["encoder_hidden_states"], 3)
         assert relative(run(model, mine), at_once) <= TOLERANCE
         method.items = (0, 1)
         assert relative(run(model, mine), at_once) > 1e-3
@@ -193,8 +194,8 @@ def test_guidance() -> None:
             guide(neither, references, both, **wrong)
 
 
-def test_no_map_is_made() -> None:
-    """4,096 tokens that read as many of a reference."""
+def test_makes_no_attention_map() -> None:
+    """4,096 tokens read as many of a reference."""
     small = tiny_sd3(layers=1)
     sizes = {"pos_embed_max_size": 64, "sample_size": 128, "num_attention_heads": 1, "attention_head_dim": 32}
     model, method = type(small)(**(dict(small.config) | sizes)).eval(), CustomShift((0,))
@@ -206,12 +207,12 @@ def test_no_map_is_made() -> None:
 
 
 @pytest.mark.parametrize("items", [(), (0, 0), (-1,), ("0",)], ids=str)
-def test_wrong_items(items) -> None:
+def test_wrong_items_raise(items) -> None:
     with pytest.raises(ValueError, match=r"^items: "):
         CustomShift(items)
 
 
-def test_what_does_not_fit() -> None:
+def test_call_that_does_not_fit_raises() -> None:
     model = tiny_sd3()
     mine, theirs = calls(2)
     method = CustomShift()

@@ -29,7 +29,7 @@ def masks(side: int = 32) -> Tensor:
     return torch.stack([torch.stack([left, top]), torch.stack([top, left])])
 
 
-class Eager:
+class EagerLocalisation:
     """Plain attention that keeps the maps of cross-attention."""
 
     def __init__(self) -> None:
@@ -72,9 +72,9 @@ def unet() -> tuple[Any, dict]:
         (None, ("down", "mid", "up")),
     ],
 )
-def test_the_loss_equals_the_eager_form(stages, prefixes) -> None:
+def test_loss_matches_eager(stages, prefixes) -> None:
     model, call = unet()
-    core, method = Eager(), FastComposer(TOKENS, masks(), stages=stages)
+    core, method = EagerLocalisation(), FastComposer(TOKENS, masks(), stages=stages)
     with torch.no_grad(), eagerly(model, core):
         expected = model(**call).sample
     with apply(model, method):
@@ -83,10 +83,10 @@ def test_the_loss_equals_the_eager_form(stages, prefixes) -> None:
     assert relative(method.loss(), core.loss(prefixes)) <= TOLERANCE
 
 
-def test_its_gradient_is_that_of_the_eager_form() -> None:
-    """In the keys' projections, through the whole softmax, and in the layers before, where roundings add up."""
+def test_gradient_matches_eager() -> None:
+    """In the keys' projections, and through the whole softmax in earlier layers, where roundings add up."""
     model, call = unet()
-    core, method = Eager(), FastComposer(TOKENS, masks(), weight=1.0, stages=3)
+    core, method = EagerLocalisation(), FastComposer(TOKENS, masks(), weight=1.0, stages=3)
     wanted = [
         model.get_submodule(f"{block}.attentions.0.transformer_blocks.0.attn2").to_k.weight for block in INNER
     ]
@@ -103,8 +103,8 @@ def test_its_gradient_is_that_of_the_eager_form() -> None:
     )
 
 
-def test_training_on_it_moves_words_to_their_subjects() -> None:
-    """A short run of gradient descent on the text's embeddings, step by step as the eager form has it."""
+def test_training_matches_eager_and_lowers_the_loss() -> None:
+    """Four steps of gradient descent on the text's embeddings."""
     model, call = unet()
     model.requires_grad_(False)
     method, losses = FastComposer(TOKENS, masks(), weight=1.0), {}
@@ -112,7 +112,7 @@ def test_training_on_it_moves_words_to_their_subjects() -> None:
         text, losses[form] = call["encoder_hidden_states"].clone(), []
         for _ in range(4):
             text.requires_grad_(True)
-            core = Eager()
+            core = EagerLocalisation()
             with apply(model, method) if form == "mine" else eagerly(model, core):
                 model(**(call | {"encoder_hidden_states": text}))
                 loss = method.loss() if form == "mine" else core.loss(("down", "mid", "up"), weight=1.0)
@@ -123,7 +123,7 @@ def test_training_on_it_moves_words_to_their_subjects() -> None:
     assert relative(mine, theirs) <= TOLERANCE and float(mine[-1]) < float(mine[0])
 
 
-def test_knobs() -> None:
+def test_each_knob_changes_the_loss() -> None:
     model, call = unet()
     method, seen = FastComposer(TOKENS, masks()), []
     with apply(model, method):
@@ -147,7 +147,7 @@ def test_knobs() -> None:
         assert float(method.loss()) == 0
 
 
-def test_no_map_is_made() -> None:
+def test_makes_no_attention_map() -> None:
     model = tiny_unet(attention_head_dim=1)
     call = unet_call(model, batch=1, side=(64, 64), text=1024)
     with apply(model, FastComposer(TOKENS[:1], masks()[:1], stages=None)), LargestTensor() as largest:
@@ -204,12 +204,12 @@ def test_delayed_conditioning() -> None:
         ({"stages": 0}, "^stages: "),
     ],
 )
-def test_wrong_knobs(knob: dict, match: str) -> None:
+def test_wrong_knob_raises(knob: dict, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         FastComposer(**({"tokens": TOKENS, "masks": masks()} | knob))
 
 
-def test_what_does_not_fit() -> None:
+def test_call_that_does_not_fit_raises() -> None:
     model, call = unet()
     with apply(model, FastComposer(TOKENS[:1], masks())), pytest.raises(ValueError, match=r"^tokens: "):
         run(model, call)

@@ -1,4 +1,4 @@
-"""No method on FLUX makes a map: a call under it needs no more memory than a plain one."""
+"""A call of FLUX under a method needs no more memory than a plain call."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ import pytest
 def test_process_needs_no_memory_for_a_map() -> None:
     """At 4,096 image tokens, where the map of one head is 64 MiB.
 
-    Beyond the largest tensors that other tests look at, the process's peak has the buffers inside of the operator.
+    Beyond the largest tensors that other tests look at, the process's peak has the buffers inside of the
+    operator.
     """
     # glibc returns at once what is freed.
     limits = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
@@ -29,7 +30,7 @@ def test_process_needs_no_memory_for_a_map() -> None:
     assert done.returncode == 0, done.stderr
     peaks = json.loads(done.stdout)
     the_map = 4 * 4096 * 4096
-    assert peaks.pop("eager") - peaks["plain"] > the_map  # the measure sees one
+    assert peaks.pop("eager") - peaks["plain"] > the_map  # the measurement would see a map
     plain, pair = peaks.pop("plain"), peaks.pop("plain pair")
     for name, taken in peaks.items():
         assert taken - (pair if name == "personalize" else plain) <= 0.05 * the_map, (name, peaks)

@@ -1,4 +1,4 @@
-"""IC-Custom against a second, eager implementation, column by column and with its registers in the map."""
+"""IC-Custom against an eager implementation, column by column and with its registers in the map."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def parameters(**options) -> ICCustomParameters:
 
 
 class EagerICMA(FluxCore):
-    """`columns`: of each column of the grid, the reference it belongs to, or None for the target."""
+    """`columns`: the reference that each column of the grid belongs to, or None for the target."""
 
     def __init__(self, made: ICCustomParameters, columns: list[int | None], task: int = 0) -> None:
         self.tables = {name: getattr(made, name).weight for name in NAMES}
@@ -71,7 +71,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_equals_the_eager_form_in_every_layer(case: str) -> None:
+def test_every_layer_matches_eager(case: str) -> None:
     knobs, columns, task = CASES[case]
     model, made = tiny_flux(), parameters()
     call = tiny_call(model, batch=2)
@@ -87,8 +87,8 @@ def test_equals_the_eager_form_in_every_layer(case: str) -> None:
 
 
 @pytest.mark.parametrize("progressive", [False, True])
-def test_a_run_equals_the_eager_form(progressive: bool) -> None:
-    """Two references, and a background that is preserved by the velocity."""
+def test_run_matches_eager(progressive: bool) -> None:
+    """Two references; the velocity preserves a background."""
     model, made = tiny_flux(), parameters()
     knobs, columns, task = CASES["two references"]
     call = tiny_call(model)
@@ -118,8 +118,8 @@ def test_a_run_equals_the_eager_form(progressive: bool) -> None:
 
 
 @pytest.mark.parametrize("form", ["plain", "checkpointed"])
-def test_parameters_train(form: str) -> None:
-    """Gradients reach all of them through the attention, those of the eager form."""
+def test_gradients_of_parameters_match_eager(form: str) -> None:
+    """Gradients reach all parameters through the attention."""
     gradients = []
     for install in ("eager", "ours"):
         model, made = tiny_flux(double=1, single=1).requires_grad_(False), parameters()
@@ -144,7 +144,7 @@ def test_parameters_train(form: str) -> None:
     assert not untouched.any() and not gradients[1]["idx_embedding.weight"][2:].any()
 
 
-def test_a_step_of_an_optimiser_shows_in_the_next_call() -> None:
+def test_changed_parameters_show_in_the_next_call() -> None:
     model, made = tiny_flux(), parameters()
     call = tiny_call(model)
     with apply(model, ICCustom(made, grid=GRID)):
@@ -159,7 +159,7 @@ def test_a_step_of_an_optimiser_shows_in_the_next_call() -> None:
     [{"task": "precise"}, {"task": "drawn"}, {"references": 3}, {"widths": (1, 3)}, {"grid": (12, 2)}],
     ids=str,
 )
-def test_every_knob_changes_the_output(knob: dict) -> None:
+def test_each_knob_changes_the_output(knob: dict) -> None:
     model, made = tiny_flux(), parameters()
     call = tiny_call(model)
     with apply(model, ICCustom(made, grid=GRID)) as handle:
@@ -168,8 +168,8 @@ def test_every_knob_changes_the_output(knob: dict) -> None:
         assert relative(forward(model, call), before) > 100 * TOLERANCE
 
 
-def test_untrained_parameters_without_registers_are_the_plain_model() -> None:
-    """Registers of zeros still take their share of the softmax."""
+def test_zero_parameters_without_registers_are_plain_attention() -> None:
+    """Registers of zeros take a share of the softmax."""
     model = tiny_flux()
     call = tiny_call(model)
     plain = forward(model, call)
@@ -179,7 +179,7 @@ def test_untrained_parameters_without_registers_are_the_plain_model() -> None:
         assert relative(forward(model, call), plain) > 100 * TOLERANCE
 
 
-def test_registers_are_read_where_the_parameters_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_registers_are_read_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[Tensor, Tensor]] = []
 
     def spy(q, k, v, control=None, **options):
@@ -196,14 +196,14 @@ def test_registers_are_read_where_the_parameters_are(monkeypatch: pytest.MonkeyP
 
 
 @torch.no_grad()
-def test_layers_of_a_pass_share_one_plan() -> None:
+def test_layers_of_a_call_share_one_plan() -> None:
     method = ICCustom(parameters(), grid=GRID)
     first, second = (method.plan(Layer(i, "double", None, HEADS, DIM, TEXT, 24), Step(0)) for i in range(2))
     assert second is first
     assert method.plan(Layer(0, "double", None, HEADS, DIM, TEXT, 24), Step(1)) is not first
 
 
-# The functions around it
+# Functions beside the method
 
 
 def test_panels() -> None:
@@ -211,7 +211,7 @@ def test_panels() -> None:
     assert panels((1, 6), 1, (4, 2)).tolist() == [0, 0, 0, 0, 1, 1]
 
 
-def test_the_mask_is_the_inverse_of_fill_s() -> None:
+def test_known_mask_is_the_inverse_of_flux_fill() -> None:
     painted = torch.tensor([[0.0, 1.0], [1.0, 1.0]])
     assert known_mask(painted, [1, 2]).tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 0, 0]]
     assert not known_mask(torch.ones(2, 3), [3])[:, 3:].any()
@@ -229,7 +229,7 @@ def test_the_mask_is_the_inverse_of_fill_s() -> None:
         (0, {"until": 0.0}, True),
     ],
 )
-def test_when_a_background_is_preserved(step: int, options: dict, expected: bool) -> None:
+def test_steps_at_which_the_background_is_preserved(step: int, options: dict, expected: bool) -> None:
     velocity, noise, source = torch.randn(3, 1, 5, 2)
     known = torch.tensor([1.0, 0, 0, 1, 0])[None, :, None]
     out = preserve(velocity, noise, source, known, step, 10, **options)
@@ -241,7 +241,7 @@ def test_when_a_background_is_preserved(step: int, options: dict, expected: bool
 # Files
 
 
-def test_saved_and_loaded(tmp_path: Path) -> None:
+def test_save_and_load(tmp_path: Path) -> None:
     made = parameters(references=5, registers=2)
     file = made.save_pretrained(tmp_path / "mine")
     assert set(load_file(file)) == {f"{name}.weight" for name in NAMES}
@@ -250,7 +250,7 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
         assert all(torch.equal(loaded[name], t) for name, t in made.state_dict().items())
 
 
-def test_published_files_are_two_and_have_other_tensors(tmp_path: Path) -> None:
+def test_loads_from_several_files_with_other_tensors(tmp_path: Path) -> None:
     made = parameters().to(torch.bfloat16)
     state = made.state_dict() | {"double_blocks.0.lora.weight": torch.ones(3)}
     for part in ("cond", "double"):
@@ -266,7 +266,7 @@ def test_published_files_are_two_and_have_other_tensors(tmp_path: Path) -> None:
     )
 
 
-def test_files_that_are_refused(tmp_path: Path) -> None:
+def test_wrong_file_raises(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
         ICCustomParameters.from_pretrained(tmp_path / "none")
     state = parameters().state_dict()
@@ -290,7 +290,7 @@ def test_files_that_are_refused(tmp_path: Path) -> None:
         ICCustomParameters.from_pretrained(tmp_path / "d.safetensors")
 
 
-# What it refuses
+# Errors
 
 
 @pytest.mark.parametrize(
@@ -308,7 +308,7 @@ def test_files_that_are_refused(tmp_path: Path) -> None:
         ("grid", (6, 4, 1)),
     ],
 )
-def test_a_wrong_knob_is_named(knob: str, value) -> None:
+def test_wrong_knob_raises(knob: str, value) -> None:
     with pytest.raises(ValueError, match=f"^{knob}: "):
         ICCustom(**{"parameters": ICCustomParameters(8)} | {knob: value})
     method = ICCustom(ICCustomParameters(8))
@@ -329,12 +329,12 @@ def test_a_wrong_knob_is_named(knob: str, value) -> None:
         (128, {"grid": GRID, "references": 11}, "^references: expected at most 10"),
     ],
 )
-def test_calls_that_do_not_fit(hidden: int, knobs: dict, match: str) -> None:
+def test_call_that_does_not_fit_raises(hidden: int, knobs: dict, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         ICCustom(ICCustomParameters(hidden), **knobs).plan(Layer(0, "double", None, 4, 32, TEXT, 24), Step(0))
 
 
 @pytest.mark.parametrize("until", [-0.1, 1.5, float("nan")])
-def test_a_wrong_share_is_named(until: float) -> None:
+def test_wrong_share_raises(until: float) -> None:
     with pytest.raises(ValueError, match=r"^until: "):
         preserve(*torch.zeros(3, 1, 1, 1), torch.ones(1, 1, 1), 0, 1, until=until)

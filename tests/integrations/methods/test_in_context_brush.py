@@ -1,4 +1,4 @@
-"""In-Context Brush against a second, eager implementation of the paper, which materialises the attention map."""
+"""In-Context Brush against an eager implementation of the paper and the released processor."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ TOLERANCE = 1e-5  # float32, relative to the largest output
 class EagerBrush:
     """The released processor's arithmetic: A o W, then V, then the gain.
 
-    `prompt` counts each item's prompt tokens; `subject` is the subject panel's slice of the joint sequence, `target`
-    that of the shifted rows, or for each item their indices.
+    `prompt` counts each item's prompt tokens; `subject` is the subject panel's slice of the joint sequence,
+    `target` that of the shifted rows, or for each item their indices.
     """
 
     prompt: list[int]
@@ -113,7 +113,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_equals_the_eager_form_in_every_block(case: str) -> None:
+def test_every_layer_matches_eager(case: str) -> None:
     knobs, eager = CASES[case]
     model = tiny_flux()
     call = tiny_call(model, batch=2)
@@ -127,7 +127,7 @@ def test_equals_the_eager_form_in_every_block(case: str) -> None:
     assert relative(out, expected) <= TOLERANCE
 
 
-def test_the_eager_form_without_control_is_the_stock_model() -> None:
+def test_neutral_eager_is_the_stock_model() -> None:
     model = tiny_flux()
     call = tiny_call(model, batch=2)
     core = EagerBrush(**HALVES, alpha_prompt=0.0, alpha_subject=0.0, gain_span=0.0)
@@ -135,7 +135,7 @@ def test_the_eager_form_without_control_is_the_stock_model() -> None:
     assert relative(neutral, forward(model, call)) <= TOLERANCE
 
 
-def test_gradients_are_the_eager_form_s_with_a_constant_gain() -> None:
+def test_gradients_match_eager_with_constant_gain() -> None:
     model = tiny_flux(double=1, single=1)
     gradients = []
     for install in ("eager", "ours", "checkpointed"):
@@ -169,7 +169,7 @@ def test_gradients_are_the_eager_form_s_with_a_constant_gain() -> None:
     ],
     ids=str,
 )
-def test_every_knob_changes_the_output(knob: dict) -> None:
+def test_each_knob_changes_the_output(knob: dict) -> None:
     model = tiny_flux()
     call = tiny_call(model)
     with apply(model, InContextBrush()) as handle:
@@ -179,7 +179,7 @@ def test_every_knob_changes_the_output(knob: dict) -> None:
     assert relative(after, before) > 100 * TOLERANCE
 
 
-def test_neutral_knobs_are_the_plain_model() -> None:
+def test_neutral_knobs_are_plain_attention() -> None:
     model = tiny_flux()
     call = tiny_call(model)
     plain = forward(model, call)
@@ -189,7 +189,7 @@ def test_neutral_knobs_are_the_plain_model() -> None:
         assert relative(forward(model, call), plain) > 100 * TOLERANCE
 
 
-def test_a_knob_set_between_steps_counts_from_the_next_call() -> None:
+def test_knob_set_between_steps_applies_to_the_next_call() -> None:
     model = tiny_flux()
     call = tiny_call(model)
     method = InContextBrush()
@@ -238,7 +238,7 @@ def test_equal_knobs_share_one_control() -> None:
         ("hole", torch.ones(24)),
     ],
 )
-def test_a_knob_out_of_range_is_named(knob: str, value) -> None:
+def test_wrong_knob_raises(knob: str, value) -> None:
     with pytest.raises(ValueError, match=knob):
         InContextBrush(**{knob: value})
     method = InContextBrush()
@@ -256,12 +256,12 @@ def test_a_knob_out_of_range_is_named(knob: str, value) -> None:
         ({"count_padding": False, "prompt_tokens": [3, 4]}, r"\[2\] items"),
     ],
 )
-def test_knobs_that_do_not_fit_the_call_are_named(knobs: dict, match: str) -> None:
+def test_call_that_does_not_fit_raises(knobs: dict, match: str) -> None:
     model = tiny_flux(double=1, single=1)
     with apply(model, InContextBrush(**knobs)), pytest.raises(ValueError, match=match):
         forward(model, tiny_call(model))
 
 
-def test_an_odd_image_has_no_halves() -> None:
+def test_odd_image_without_subject_tokens_raises() -> None:
     with pytest.raises(ValueError, match="subject_tokens"):
         InContextBrush().plan(Layer(0, "double", None, 4, 32, 7, 25), Step(0))

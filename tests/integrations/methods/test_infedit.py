@@ -1,6 +1,4 @@
-"""InfEdit's attention control and sampler against a second, eager implementation, which materialises the
-maps.
-"""
+"""InfEdit's attention control and sampler against an eager implementation."""
 
 from __future__ import annotations
 
@@ -70,7 +68,7 @@ def edits_of(roles: tuple[MutualRoles, ...], progress: float) -> dict[int, Edit]
 
 @pytest.mark.parametrize("step", [0, 3, 7, 8])
 @pytest.mark.parametrize("items", [3, 6])
-def test_equals_the_eager_form(items: int, step: int) -> None:
+def test_matches_eager(items: int, step: int) -> None:
     """Of ten steps: self-attention is the source's below 3, cross-attention is refined up to 7."""
     model = tiny_unet()
     call = unet_call(model, batch=items, text=LENGTH)
@@ -89,7 +87,7 @@ def test_equals_the_eager_form(items: int, step: int) -> None:
     assert (relative(out[sources[-1] + 1], plain[sources[-1] + 1]) > 1e-3) is (step < 8)
 
 
-def test_other_places_in_the_batch() -> None:
+def test_other_items_of_the_batch() -> None:
     model = tiny_unet()
     call = unet_call(model, batch=4, text=LENGTH)
     roles = (MutualRoles(3, 0, 2),)
@@ -123,8 +121,8 @@ def levels(steps: int) -> tuple[Tensor, list[float]]:
 
 
 @pytest.mark.parametrize("eta", [1.0, 0.4])
-def test_equals_the_eager_form_over_a_run(eta: float) -> None:
-    """Four steps, blended; the source comes back."""
+def test_run_matches_eager(eta: float) -> None:
+    """Four blended steps, after which the source is as before."""
     model = tiny_unet()
     call = unet_call(model, batch=6, text=LENGTH)
     generator = torch.Generator().manual_seed(5)
@@ -176,7 +174,7 @@ def test_equals_the_eager_form_over_a_run(eta: float) -> None:
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_wrong_steps(change: dict[str, Any], match: str) -> None:
+def test_wrong_sampler_argument_raises(change: dict[str, Any], match: str) -> None:
     one = torch.zeros(1, 4, 8, 8)
     arguments = {
         "latents": one.repeat(3, 1, 1, 1),
@@ -199,7 +197,7 @@ def test_wrong_steps(change: dict[str, Any], match: str) -> None:
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_every_knob_changes_the_output(change: dict) -> None:
+def test_each_knob_changes_the_output(change: dict) -> None:
     model = tiny_unet()
     call = unet_call(model, batch=6, text=LENGTH)
     method = InfEdit(REFINE)
@@ -210,7 +208,7 @@ def test_every_knob_changes_the_output(change: dict) -> None:
         assert relative(run(model, call), before) > 1e-4
 
 
-def test_three_times_the_same_image_is_plain() -> None:
+def test_same_image_three_times_is_plain_attention() -> None:
     model = tiny_unet()
     call = unet_call(model, batch=3, text=LENGTH)
     call |= {
@@ -223,7 +221,7 @@ def test_three_times_the_same_image_is_plain() -> None:
             assert relative(run(model, call), plain) <= TOLERANCE
 
 
-def test_no_map_is_made() -> None:
+def test_makes_no_attention_map() -> None:
     """No tensor is larger than in a plain call; the eager form shows that a map would be."""
     model = tiny_unet()
     call = unet_call(model, batch=6, side=(32, 32))
@@ -235,7 +233,7 @@ def test_no_map_is_made() -> None:
         assert largest_tensor(model, call) <= plain
 
 
-def test_plans_are_kept() -> None:
+def test_equal_knobs_share_one_plan() -> None:
     method = InfEdit(REFINE)
     for kind, text in (("self", 0), ("cross", LENGTH)):
         layer = Layer(3, kind, "up", 4, 8, text, 64, 6, (8, 8))
@@ -254,12 +252,12 @@ def test_plans_are_kept() -> None:
     ],
     ids=str,
 )
-def test_wrong_knobs(knob: dict, match: str) -> None:
+def test_wrong_knob_raises(knob: dict, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         InfEdit(**({"edit": REFINE} | knob))
 
 
-def test_what_does_not_fit() -> None:
+def test_call_that_does_not_fit_raises() -> None:
     model, flux = tiny_unet(), tiny_flux()
     with apply(model, InfEdit(REFINE)), pytest.raises(ValueError, match=r"^items: .*not 4 items"):
         run(model, unet_call(model, batch=4, text=LENGTH))

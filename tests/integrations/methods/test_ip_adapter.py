@@ -31,8 +31,8 @@ TOLERANCE = 1e-5  # float32, relative to the largest output
 EMBED = 6  # channels of the image encoder's output
 
 
-def state_dict(unet: Any, seed: int) -> dict:
-    """As a published adapter of 4 tokens has it: numbered in the order of the layers' names."""
+def adapter_state(unet: Any, seed: int) -> dict:
+    """A published adapter's, with 4 tokens, numbered in the order of the layers' names."""
     generator, weights, number = torch.Generator().manual_seed(seed), {}, 1
     for name in unet.attn_processors:
         if "attn2" in name:
@@ -53,24 +53,24 @@ def state_dict(unet: Any, seed: int) -> dict:
     }
 
 
-def embeds(images: int, batch: int = 2, seed: int = 7) -> Tensor:
+def image_embeds(images: int, batch: int = 2, seed: int = 7) -> Tensor:
     return torch.randn(batch, images, EMBED, generator=torch.Generator().manual_seed(seed + images))
 
 
-def masks(images: int, side: tuple[int, int] = (32, 32)) -> Tensor:
-    """Soft ones, each about one part of the image."""
+def image_masks(images: int, side: tuple[int, int] = (32, 32)) -> Tensor:
+    """Soft masks, each around one part of the image."""
     x = torch.linspace(0, 1, side[1]).expand(images, *side)
     return (3 * (x - torch.arange(images)[:, None, None] / images)).sigmoid()[None]
 
 
-class Case:
-    """A tiny UNet with adapters in both forms."""
+class AdapterCase:
+    """A tiny UNet with the same adapters as diffusers' processors and as ImagePrompts."""
 
     def __init__(self, config: dict, images: tuple[int, ...], side: tuple[int, int] = (8, 8)) -> None:
         self.model, self.twin = tiny_unet(config), tiny_unet(config)
         self.call = unet_call(self.model, batch=2, side=side)
-        states = [state_dict(self.model, seed) for seed in range(len(images))]
-        self.embeds = [embeds(n) for n in images]
+        states = [adapter_state(self.model, seed) for seed in range(len(images))]
+        self.embeds = [image_embeds(n) for n in images]
         self.prompts = [
             ImagePrompt.load(self.model, s).showing(e) for s, e in zip(states, self.embeds, strict=True)
         ]
@@ -117,15 +117,15 @@ CASES = {
     "one": (SD15, (1,), [0.7], None),
     "two": (SD15, (1, 2), [1.0, 0.4], None),
     "SDXL": (SDXL, (2,), [0.8], None),
-    "masks": (SD15, (2,), [1.0], [masks(2)]),
-    "masks of one of two": (SD15, (1, 3), [0.6, 0.9], [None, masks(3)]),
+    "masks": (SD15, (2,), [1.0], [image_masks(2)]),
+    "masks of one of two": (SD15, (1, 3), [0.6, 0.9], [None, image_masks(3)]),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_equals_the_eager_form_and_diffusers(name: str) -> None:
+def test_matches_eager_and_diffusers(name: str) -> None:
     config, images, scale, regions = CASES[name]
-    case = Case(config, images)
+    case = AdapterCase(config, images)
     core = case.eager(scale, regions)
     expected = run_eagerly(case.model, case.call, core)
     with apply(case.model, IPAdapter(case.prompts, scale, regions)):
@@ -135,18 +135,18 @@ def test_equals_the_eager_form_and_diffusers(name: str) -> None:
     assert relative(out, case.diffusers(case.call, scale, regions)) <= TOLERANCE
 
 
-def test_an_image_that_is_not_square() -> None:
-    case = Case(SD15, (2,), side=(4, 12))
-    regions = [masks(2, (16, 48))]
+def test_grid_that_is_not_square() -> None:
+    case = AdapterCase(SD15, (2,), side=(4, 12))
+    regions = [image_masks(2, (16, 48))]
     with apply(case.model, IPAdapter(case.prompts, 0.9, regions)):
         out = run(case.model, case.call)
     assert relative(out, run_eagerly(case.model, case.call, case.eager([0.9], regions))) <= TOLERANCE
     assert relative(out, case.diffusers(case.call, [0.9], regions)) <= TOLERANCE
 
 
-def test_equals_diffusers_over_a_run() -> None:
-    case = Case(SD15, (1, 2))
-    regions = [masks(1), masks(2)]
+def test_run_matches_diffusers() -> None:
+    case = AdapterCase(SD15, (1, 2))
+    regions = [image_masks(1), image_masks(2)]
     with apply(case.model, IPAdapter(case.prompts, [0.7, 0.5], regions)):
         out = descend(lambda x, i: run(case.model, case.call | {"sample": x}), case.call["sample"])
     for step in (
@@ -172,8 +172,8 @@ def test_equals_diffusers_over_a_run() -> None:
     ],
     ids=["a place", "the beginning of a name", "a longer name", "an index"],
 )
-def test_scales_of_layers(scale: dict, of) -> None:
-    case = Case(SD15, (1,))
+def test_scale_for_some_layers(scale: dict, of) -> None:
+    case = AdapterCase(SD15, (1,))
     with apply(case.model, IPAdapter(case.prompts, scale)):
         out = run(case.model, case.call)
         expected = {site.name for site in sites_of(case.model) if "attn2" in site.name and of(site.name)}
@@ -181,8 +181,8 @@ def test_scales_of_layers(scale: dict, of) -> None:
     assert relative(out, case.diffusers(case.call, lambda name: [of(name)])) <= TOLERANCE
 
 
-def test_knobs_may_be_set_and_keys_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = Case(SD15, (2,))
+def test_knobs_set_later_keep_keys_until_prompts_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = AdapterCase(SD15, (2,))
     calls: list[int] = []
 
     def spy(q, k, v, control=None, **options):
@@ -197,11 +197,11 @@ def test_knobs_may_be_set_and_keys_are_kept(monkeypatch: pytest.MonkeyPatch) -> 
         assert calls == [2] * 7  # one launch per cross-attention
         method.scale = 0.5
         outs.append(run(case.model, case.call))
-        method.masks = [masks(2)]
+        method.masks = [image_masks(2)]
         outs.append(run(case.model, case.call))
         assert calls[-1] == 3
         assert all(a is method._kept[key][0] for a, key in zip(kept, sorted(method._kept), strict=True))
-        method.prompts = [case.prompts[0].showing(embeds(2, seed=99))]
+        method.prompts = [case.prompts[0].showing(image_embeds(2, seed=99))]
         assert not method._kept
         outs.append(run(case.model, case.call))
         assert len(kept) == 7 and not any(
@@ -212,9 +212,9 @@ def test_knobs_may_be_set_and_keys_are_kept(monkeypatch: pytest.MonkeyPatch) -> 
     assert all(relative(a, b) > 1e-3 for i, a in enumerate(outs) for b in outs[:i])
 
 
-def test_no_map_is_made() -> None:
+def test_makes_no_attention_map() -> None:
     model = tiny_unet(SD15, attention_head_dim=1)
-    prompt = ImagePrompt.load(model, state_dict(model, 0)).showing(
+    prompt = ImagePrompt.load(model, adapter_state(model, 0)).showing(
         tokens=torch.randn(1, 1, 1024, TEXT_CHANNELS)
     )
     with apply(model, IPAdapter([prompt])), LargestTensor() as largest:
@@ -222,8 +222,8 @@ def test_no_map_is_made() -> None:
     assert largest.elements < 4096 * 1024
 
 
-def test_what_it_refuses() -> None:
-    case = Case(SD15, (2,))
+def test_wrong_input_raises() -> None:
+    case = AdapterCase(SD15, (2,))
     for knobs, match in (
         ({"prompts": ()}, "^prompts: "),
         ({"prompts": [ImagePrompt({})]}, "^prompts: "),
@@ -231,24 +231,24 @@ def test_what_it_refuses() -> None:
         ({"scale": float("nan")}, "^scale: "),
         ({"scale": "strong"}, "^scale: "),
         ({"scale": {"up": None}}, "^scale: "),
-        ({"masks": [masks(3)]}, "^masks: "),
-        ({"masks": [masks(2)[0]]}, "^masks: "),
+        ({"masks": [image_masks(3)]}, "^masks: "),
+        ({"masks": [image_masks(2)[0]]}, "^masks: "),
         ({"masks": []}, "^masks: "),
     ):
         with pytest.raises(ValueError, match=match):
             IPAdapter(**({"prompts": case.prompts} | knobs))  # type: ignore[arg-type]
-    method = IPAdapter(case.prompts, masks=[masks(2)])
+    method = IPAdapter(case.prompts, masks=[image_masks(2)])
     with pytest.raises(ValueError, match=r"^prompts: .*1 adapters"):
         method.prompts = case.prompts * 2
     with pytest.raises(ValueError, match=r"^masks: "):
-        method.prompts = [case.prompts[0].showing(embeds(1))]
+        method.prompts = [case.prompts[0].showing(image_embeds(1))]
     with pytest.raises(ValueError, match="showing: "):
         case.prompts[0].showing(tokens=torch.zeros(2, 4, TEXT_CHANNELS))
-    state = state_dict(case.model, 0)
+    state = adapter_state(case.model, 0)
     del state["ip_adapter"]["3.to_k_ip.weight"]
     with pytest.raises(ValueError, match=r"state: .*3\.to_k_ip\.weight"):
         ImagePrompt.load(case.model, state)
-    lora = state_dict(case.model, 0)
+    lora = adapter_state(case.model, 0)
     lora["ip_adapter"]["0.to_q_lora.down.weight"] = torch.zeros(1)
     with pytest.raises(ValueError, match=r"state: .*to_q_lora"):
         ImagePrompt.load(case.model, lora)
@@ -262,10 +262,10 @@ def test_what_it_refuses() -> None:
         run(case.model, three)
 
 
-def test_loading_leaves_the_model_as_it_is() -> None:
+def test_loading_does_not_change_the_model() -> None:
     model = tiny_unet()
     before = {n: p.clone() for n, p in model.state_dict().items()}, dict(model.config), model.encoder_hid_proj
-    ImagePrompt.load(model, state_dict(model, 0))
+    ImagePrompt.load(model, adapter_state(model, 0))
     assert dict(model.config) == before[1] and model.encoder_hid_proj is before[2]
     assert set(model.state_dict()) == set(before[0])
     assert {type(p).__name__ for p in model.attn_processors.values()} == {"AttnProcessor2_0"}

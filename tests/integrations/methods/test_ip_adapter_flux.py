@@ -20,8 +20,8 @@ TOLERANCE = 1e-5  # float32, relative to the largest output
 EMBED, CHANNELS, INNER = 6, 16, 128
 
 
-def state_dict(seed: int) -> dict[str, dict[str, Tensor]]:
-    """As a published adapter of 4 tokens has it: numbered by double blocks, with biases."""
+def adapter_state(seed: int) -> dict[str, dict[str, Tensor]]:
+    """A published adapter's, with 4 tokens and biases, numbered by double blocks."""
     generator = torch.Generator().manual_seed(seed)
     shapes = {"weight": (INNER, CHANNELS), "bias": (INNER,)}
     adapter = {
@@ -38,13 +38,13 @@ def state_dict(seed: int) -> dict[str, dict[str, Tensor]]:
     }
 
 
-class Case:
-    """A tiny FLUX with adapters in both forms; the batch is 2."""
+class AdapterCase:
+    """A tiny FLUX with the same adapters as diffusers' processors and as ImagePrompts; the batch is 2."""
 
     def __init__(self, images: tuple[int, ...] = (1,), **config: Any) -> None:
         self.model, self.twin = tiny_flux(**config), tiny_flux(**config)
         self.call = tiny_call(self.model, batch=2)
-        self.states = [state_dict(seed) for seed in range(len(images))]
+        self.states = [adapter_state(seed) for seed in range(len(images))]
         self.embeds = [torch.randn(2, n, EMBED, generator=torch.Generator().manual_seed(n)) for n in images]
         self.prompts = [
             ImagePrompt.load(self.model, s).showing(e) for s, e in zip(self.states, self.embeds, strict=True)
@@ -59,8 +59,8 @@ class Case:
 
 
 @pytest.mark.parametrize(("images", "scale"), [((1,), [0.7]), ((1, 2), [1.0, 0.4])])
-def test_equals_diffusers(images: tuple[int, ...], scale: list[float]) -> None:
-    case = Case(images)
+def test_matches_diffusers(images: tuple[int, ...], scale: list[float]) -> None:
+    case = AdapterCase(images)
     plain = forward(case.model, case.call)
     with apply(case.model, IPAdapter(case.prompts, scale)):
         out = forward(case.model, case.call)
@@ -69,16 +69,16 @@ def test_equals_diffusers(images: tuple[int, ...], scale: list[float]) -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in case.model.modules())
 
 
-def test_with_fused_projections() -> None:
-    case = Case()
+def test_projections_fused_before() -> None:
+    case = AdapterCase()
     case.model.fuse_qkv_projections()
     with apply(case.model, IPAdapter(case.prompts)):
         assert relative(forward(case.model, case.call), case.diffusers(lambda _: [1.0])) <= TOLERANCE
 
 
-def test_with_a_lora_that_comes_and_goes() -> None:
+def test_lora_loaded_and_deleted_under_control() -> None:
     peft = pytest.importorskip("peft")
-    case = Case()
+    case = AdapterCase()
     with apply(case.model, IPAdapter(case.prompts)):
         before = forward(case.model, case.call)
         torch.manual_seed(0)
@@ -98,8 +98,8 @@ def test_with_a_lora_that_comes_and_goes() -> None:
     assert relative(after, before) <= TOLERANCE
 
 
-def test_with_projections_fused_under_control() -> None:
-    case = Case()
+def test_projections_fused_under_control() -> None:
+    case = AdapterCase()
     with apply(case.model, IPAdapter(case.prompts)):
         case.model.transformer_blocks[0].attn.fuse_projections()
         assert relative(forward(case.model, case.call), case.diffusers(lambda _: [1.0])) <= TOLERANCE
@@ -107,7 +107,7 @@ def test_with_projections_fused_under_control() -> None:
 
 
 def test_prompts_of_another_dtype() -> None:
-    case = Case()
+    case = AdapterCase()
     expected = case.diffusers(lambda _: [1.0])
     model = case.model.to(torch.bfloat16)
     call = {k: v.to(torch.bfloat16) if k not in ("img_ids", "txt_ids") else v for k, v in case.call.items()}
@@ -115,32 +115,32 @@ def test_prompts_of_another_dtype() -> None:
         assert relative(forward(model, call).float(), expected) <= 0.1
 
 
-def test_weights_of_a_model_that_is_nowhere() -> None:
-    case = Case()
-    nowhere = tiny_flux().to("meta")
-    prompt = ImagePrompt.load(nowhere, case.states[0]).showing(case.embeds[0])
+def test_prompt_loaded_for_a_model_on_meta() -> None:
+    case = AdapterCase()
+    on_meta = tiny_flux().to("meta")
+    prompt = ImagePrompt.load(on_meta, case.states[0]).showing(case.embeds[0])
     with apply(case.model, IPAdapter([prompt])):
         assert relative(forward(case.model, case.call), case.diffusers(lambda _: [1.0])) <= TOLERANCE
 
 
-def test_a_scale_of_no_layer_is_told() -> None:
-    case = Case()
+def test_scale_that_fits_no_layer_raises() -> None:
+    case = AdapterCase()
     with pytest.raises(ValueError, match=r"^scale: .*transformer_block\.1"):
         apply(case.model, IPAdapter(case.prompts, {"transformer_block.1": 1.0}))
     assert Handle.of(case.model) is None
 
 
 @pytest.mark.parametrize("how", ["scale", "layers"])
-def test_of_some_blocks(how: str) -> None:
-    case, names = Case(), ["transformer_blocks.1"]
+def test_some_blocks_only(how: str) -> None:
+    case, names = AdapterCase(), ["transformer_blocks.1"]
     scale, layers = ({names[0]: 0.8}, None) if how == "scale" else (0.8, [1])
     with apply(case.model, IPAdapter(case.prompts, scale), layers=layers):
         out = forward(case.model, case.call)
     assert relative(out, case.diffusers(lambda name: [0.8 * name.startswith(names[0])])) <= TOLERANCE
 
 
-def test_of_some_steps() -> None:
-    case = Case()
+def test_some_steps_only() -> None:
+    case = AdapterCase()
     plain = forward(case.model, case.call)
     with apply(case.model, IPAdapter(case.prompts), steps=1):
         outs = [forward(case.model, case.call) for _ in range(3)]
@@ -148,8 +148,8 @@ def test_of_some_steps() -> None:
     assert relative(outs[1], case.diffusers(lambda _: [1.0])) <= TOLERANCE
 
 
-def test_a_call_that_failed_leaves_nothing() -> None:
-    case = Case()
+def test_failed_call_leaves_nothing_behind() -> None:
+    case = AdapterCase()
     plain = forward(case.model, case.call)
     with apply(case.model, IPAdapter(case.prompts), steps=0):
         broken = case.model.transformer_blocks[0].ff.register_forward_hook(lambda *_: 1 / 0)
@@ -160,9 +160,9 @@ def test_a_call_that_failed_leaves_nothing() -> None:
         assert relative(forward(case.model, case.call), plain) <= TOLERANCE
 
 
-def test_masks_on_the_handles_grid() -> None:
-    case = Case()
-    # Bicubic resizing of what is constant about the edge leaves 0 and 1 away from it.
+def test_masks_use_the_grid_of_the_handle() -> None:
+    case = AdapterCase()
+    # Away from the mask's edge bicubic resizing leaves 0 and 1.
     mask = torch.zeros(1, 1, 64 * ROWS, COLUMNS)
     mask[:, :, 32 * ROWS :] = 1
     whole, none, half = (
@@ -184,7 +184,7 @@ def test_masks_on_the_handles_grid() -> None:
 
 
 def test_beside_another_method() -> None:
-    case = Case()
+    case = AdapterCase()
     brush = InContextBrush(0.5, 0.5, 0.2)
     with apply(case.model, compose(brush, IPAdapter(case.prompts, 0.6))):
         both = forward(case.model, case.call)
@@ -197,8 +197,8 @@ def test_beside_another_method() -> None:
         assert relative(forward(case.model, case.call), outs[0]) <= TOLERANCE
 
 
-def test_a_deep_copy_has_its_own() -> None:
-    case = Case()
+def test_deep_copy_has_its_own_method() -> None:
+    case = AdapterCase()
     with apply(case.model, IPAdapter(case.prompts)):
         out = forward(case.model, case.call)
         twin = copy.deepcopy(case.model)
@@ -209,8 +209,8 @@ def test_a_deep_copy_has_its_own() -> None:
         assert torch.equal(forward(case.model, case.call), out)
 
 
-def test_gradients_with_checkpointing() -> None:
-    case = Case()
+def test_gradients_are_equal_with_checkpointing() -> None:
+    case = AdapterCase()
     grads = []
     for checkpointed in (False, True):
         if checkpointed:
@@ -224,8 +224,8 @@ def test_gradients_with_checkpointing() -> None:
 
 
 @pytest.mark.parametrize("form", ["published", "diffusers"])
-def test_from_a_file(form: str, tmp_path) -> None:
-    case, tensors = Case(), {}
+def test_loads_from_a_file(form: str, tmp_path) -> None:
+    case, tensors = AdapterCase(), {}
     for key, t in case.states[0]["image_proj"].items():
         tensors[f"{'ip_adapter_proj_model' if form == 'published' else 'image_proj'}.{key}"] = t
     for key, t in case.states[0]["ip_adapter"].items():
@@ -240,7 +240,7 @@ def test_from_a_file(form: str, tmp_path) -> None:
         assert relative(forward(case.model, case.call), case.diffusers(lambda _: [1.0])) <= TOLERANCE
 
 
-def test_files_it_refuses(tmp_path) -> None:
+def test_wrong_file_raises(tmp_path) -> None:
     model = tiny_flux()
     (tmp_path / "adapter.bin").write_bytes(b"a pickle")
     with pytest.raises(ValueError, match="is not a safetensors file"):

@@ -1,4 +1,4 @@
-"""KV-Edit against a second, eager implementation that runs with all keys, joined and masked row by row."""
+"""KV-Edit against an eager implementation with all keys, joined and masked row by row."""
 
 from __future__ import annotations
 
@@ -27,9 +27,7 @@ TOKENS = MASK.nonzero()[:, 0]
 
 @dataclasses.dataclass
 class EagerEdit(FluxCore):
-    """An inversion keeps k before RoPE; an edit overwrites the masked tokens in it, rotates all and adds to the
-    background's logits.
-    """
+    """An inversion keeps k before RoPE; an edit overwrites masked tokens, rotates all and adds the bias."""
 
     mask: Tensor
     scale: float = 1.0
@@ -62,7 +60,7 @@ def photo() -> Tensor:
 
 
 def edit_call(call: dict[str, Tensor], tokens: Tensor = TOKENS) -> dict[str, Tensor]:
-    """Another prompt, and the masked tokens alone."""
+    """The call with another prompt and only the masked tokens."""
     text = torch.randn(1, TEXT, 16, generator=torch.Generator().manual_seed(6))
     return call | {
         "encoder_hidden_states": text,
@@ -71,8 +69,8 @@ def edit_call(call: dict[str, Tensor], tokens: Tensor = TOKENS) -> dict[str, Ten
     }
 
 
-def inside() -> Tensor:
-    """Of the latents (image tokens, 8): in each masked token one of the two is kept."""
+def latent_mask() -> Tensor:
+    """A mask of the latents (image tokens, 8), which keeps a quarter of each masked token."""
     return MASK[:, None] & (torch.arange(8) % 4 != 3)
 
 
@@ -86,7 +84,7 @@ def ours(model, method: KVEdit, mask: Tensor = MASK) -> tuple[list[Tensor], list
 
         def before(step: int, latents: Tensor) -> Tensor:
             return kv_edit.reblend(
-                latents, up[len(TIMES) - 1 - step], inside() & mask[:, None], method.tokens
+                latents, up[len(TIMES) - 1 - step], latent_mask() & mask[:, None], method.tokens
             )
 
         start = up[-1][:, method.tokens]
@@ -108,7 +106,7 @@ def theirs(model, core: EagerEdit) -> tuple[list[Tensor], list[Tensor]]:
         def before(step: int, latents: Tensor) -> Tensor:
             core.time = TIMES[step]
             latents, source = latents.clone(), up[::-1][step][:, tokens]
-            kept = ~inside()[tokens]
+            kept = ~latent_mask()[tokens]
             latents[:, kept] = source[:, kept]
             return latents
 
@@ -122,7 +120,7 @@ KNOBS = {"released": {}, "stronger": {"attn_scale": 2.5}, "masked inversion": {"
 
 
 @pytest.mark.parametrize("knobs", KNOBS)
-def test_a_run_equals_the_eager_form(knobs: str) -> None:
+def test_run_matches_eager(knobs: str) -> None:
     model, given = tiny_flux(), KNOBS[knobs]
     core = EagerEdit(MASK, given.get("attn_scale", 1.0), given.get("masked_inversion", False))
     for mine, expected in zip(ours(model, KVEdit(MASK, TIMES, **given)), theirs(model, core), strict=True):
@@ -132,7 +130,7 @@ def test_a_run_equals_the_eager_form(knobs: str) -> None:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_equals_the_eager_form_in_every_layer(masked: bool) -> None:
+def test_every_layer_matches_eager(masked: bool) -> None:
     model = tiny_flux()
     call, core = tiny_call(model), EagerEdit(MASK, 0.7, masked, time=TIMES[-2])
     method = KVEdit(MASK, TIMES, attn_scale=0.7, masked_inversion=masked)
@@ -143,8 +141,8 @@ def test_equals_the_eager_form_in_every_layer(masked: bool) -> None:
         assert worst_layer(model, edit_call(call), core) <= TOLERANCE
 
 
-def test_only_text_and_masked_tokens_have_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An edit's attention costs (text + masked) (text + image); its background is read where it is kept."""
+def test_edit_computes_text_and_masked_rows_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An edit attends with (text + masked) rows to (text + image) keys; kept keys are read in place."""
     seen: list[tuple[Tensor, list[Tensor]]] = []
 
     def spy(q, k, v, control=None, **options):
@@ -168,7 +166,7 @@ def test_only_text_and_masked_tokens_have_rows(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     "knob", [{"attn_scale": 0.5}, {"masked_inversion": True}, {"keep_dtype": torch.bfloat16}], ids=str
 )
-def test_every_knob_changes_the_output(knob: dict) -> None:
+def test_each_knob_changes_the_output(knob: dict) -> None:
     model = tiny_flux()
     before = ours(model, KVEdit(MASK, TIMES))[1][-1]
     after = ours(model, KVEdit(MASK, TIMES, **knob))[1][-1]
@@ -176,7 +174,7 @@ def test_every_knob_changes_the_output(knob: dict) -> None:
     assert torch.equal(after[:, ~MASK], photo()[:, ~MASK])
 
 
-def test_kept_as_it_is_told() -> None:
+def test_keys_are_kept_in_the_given_dtype_and_device() -> None:
     model = tiny_flux()
     method = KVEdit(MASK, TIMES, keep_dtype=torch.bfloat16, keep_device="cpu")
     ours(model, method)
@@ -186,8 +184,8 @@ def test_kept_as_it_is_told() -> None:
     )
 
 
-def test_neutral_is_the_plain_model() -> None:
-    """Without a scale, an edit of the inversion's own tokens at the same time sees what the whole model sees."""
+def test_neutral_knobs_are_plain_attention() -> None:
+    """With attn_scale 0, an edit of the inversion's own tokens at the same time is the plain model."""
     model = tiny_flux()
     call = tiny_call(model)
     plain = forward(model, call)
@@ -202,7 +200,7 @@ def test_neutral_is_the_plain_model() -> None:
         assert relative(forward(model, call | gathered), out) > 100 * TOLERANCE
 
 
-def test_all_tokens_masked() -> None:
+def test_edit_of_all_tokens_is_plain_attention() -> None:
     model = tiny_flux()
     call, method = tiny_call(model), KVEdit(torch.ones_like(MASK), TIMES)
     plain = forward(model, call)
@@ -213,7 +211,7 @@ def test_all_tokens_masked() -> None:
         assert relative(forward(model, call), plain) <= TOLERANCE
 
 
-def test_another_mask_of_one_inversion() -> None:
+def test_new_mask_reuses_the_inversion() -> None:
     model = tiny_flux()
     other = MASK.roll(5)
     expected = ours(model, KVEdit(other, TIMES))[1]
@@ -223,7 +221,9 @@ def test_another_mask_of_one_inversion() -> None:
     call = tiny_call(model)
 
     def before(step: int, latents: Tensor) -> Tensor:
-        return kv_edit.reblend(latents, up[len(TIMES) - 1 - step], inside() & other[:, None], method.tokens)
+        return kv_edit.reblend(
+            latents, up[len(TIMES) - 1 - step], latent_mask() & other[:, None], method.tokens
+        )
 
     with apply(model, method):
         start = up[-1][:, method.tokens]
@@ -233,15 +233,15 @@ def test_another_mask_of_one_inversion() -> None:
             assert torch.equal(mine, theirs)
 
 
-def test_another_method_has_nothing_kept() -> None:
-    """What is kept lies in its own mask's order."""
+def test_replaced_method_keeps_nothing() -> None:
+    """Kept keys are in the order of their mask."""
     model = tiny_flux()
     ours(model, method := KVEdit(MASK, TIMES))
     other = dataclasses.replace(method, mask=MASK.roll(5), phase="edit")
     assert method.kept and not other.kept
 
 
-def test_several_edits_of_one_photo_in_a_batch() -> None:
+def test_batch_of_edits_matches_single_edits() -> None:
     model = tiny_flux()
     call, method = tiny_call(model), KVEdit(MASK, TIMES)
     with apply(model, method) as handle:
@@ -255,15 +255,15 @@ def test_several_edits_of_one_photo_in_a_batch() -> None:
         assert relative(forward(model, joint), alone) <= TOLERANCE
 
 
-# The functions around it
+# Functions beside the method
 
 
-def test_the_time_of_the_cache_is_an_interval_s_upper_one() -> None:
+def test_cache_time_is_the_upper_end_of_the_interval() -> None:
     assert [kv_edit.cache_time(TIMES, i, "edit") for i in range(3)] == [0.8, 0.55, 0.3]
     assert [kv_edit.cache_time(TIMES, i, "invert") for i in range(3)] == [0.3, 0.55, 0.8]
 
 
-# What it refuses
+# Errors
 
 
 @pytest.mark.parametrize(
@@ -280,7 +280,7 @@ def test_the_time_of_the_cache_is_an_interval_s_upper_one() -> None:
         ("attn_scale", "1"),
     ],
 )
-def test_a_wrong_knob_is_named(knob: str, value) -> None:
+def test_wrong_knob_raises(knob: str, value) -> None:
     with pytest.raises(ValueError, match=f"^{knob}: "):
         KVEdit(**{"mask": MASK, "times": TIMES} | {knob: value})
     method = KVEdit(MASK, TIMES)
@@ -298,12 +298,12 @@ def test_a_wrong_knob_is_named(knob: str, value) -> None:
         ("invert", 24, 3, "^times: they are of 3 steps, got step 3"),
     ],
 )
-def test_calls_that_do_not_fit(phase, tokens: int, step: int, match: str) -> None:
+def test_call_that_does_not_fit_raises(phase, tokens: int, step: int, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         KVEdit(MASK, TIMES, phase).plan(Layer(0, "double", None, 4, 32, TEXT, tokens), Step(step))
 
 
-def test_a_mask_that_does_not_fit_what_is_kept() -> None:
+def test_mask_that_does_not_fit_kept_keys_raises() -> None:
     model = tiny_flux(double=1, single=1)
     for knobs, mask, match in (
         ({}, torch.ones(5).bool(), "24 tokens"),

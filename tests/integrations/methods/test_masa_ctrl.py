@@ -1,4 +1,4 @@
-"""MasaCtrl against a second, eager implementation of its formulas, which materialises the attention map."""
+"""MasaCtrl against an eager implementation of its formulas."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ WORDS = {-2: [1, 3], -1: [2]}
 
 
 def resized(mask: Tensor, tokens: int) -> Tensor:
-    """(tokens,) of the square, by the nearest"""
+    """The mask on a square of tokens, (tokens,), by nearest neighbours"""
     side = math.isqrt(tokens)
     index = [torch.arange(side) * n // side for n in mask.shape]
     return mask[index[0]][:, index[1]].flatten()
@@ -106,7 +106,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_equals_the_eager_form(form: str) -> None:
+def test_matches_eager(form: str) -> None:
     knobs, edit = FORMS[form]
     model = tiny_unet()
     call = unet_call(model, batch=4)
@@ -122,7 +122,7 @@ def test_equals_the_eager_form(form: str) -> None:
 
 @pytest.mark.parametrize("threshold", [0.1, 0.4])
 @pytest.mark.parametrize("first", [3, 0], ids=["after the maps", "while they are made"])
-def test_masks_made_of_words(threshold: float, first: int) -> None:
+def test_masks_from_words_match_eager(threshold: float, first: int) -> None:
     """Each layer has the masks of the maps that the same call has made so far."""
     model = tiny_unet()
     call = unet_call(model, batch=4)
@@ -142,8 +142,8 @@ def test_masks_made_of_words(threshold: float, first: int) -> None:
         assert relative(run(model, calls[1]), expected[1]) > 1e-3
 
 
-@pytest.mark.parametrize("words", [False, True], ids=["plain", "masks made of words"])
-def test_equals_the_eager_form_over_a_run(words: bool) -> None:
+@pytest.mark.parametrize("words", [False, True], ids=["plain", "masks from words"])
+def test_run_matches_eager(words: bool) -> None:
     """Four steps of DDIM, of which the method has all but the first."""
     model = tiny_unet()
     call = unet_call(model, batch=4)
@@ -163,7 +163,7 @@ def test_equals_the_eager_form_over_a_run(words: bool) -> None:
     assert relative(sample_ddim(model, call, 4), expected) > 1e-2
 
 
-def test_sdxl_and_several_edits() -> None:
+def test_several_edits_on_sdxl_match_eager() -> None:
     model = tiny_unet(SDXL)
     call = unet_call(model, batch=6)
     edit = partial(mutual, pairs=((0, 1), (0, 2), (3, 4), (3, 5)), masks=some_masks())
@@ -174,7 +174,7 @@ def test_sdxl_and_several_edits() -> None:
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_a_source_mask_that_says_nothing_is_none(full: bool) -> None:
+def test_empty_or_full_source_mask_is_ignored(full: bool) -> None:
     model = tiny_unet()
     call = unet_call(model, batch=4)
     with apply(model, MasaCtrl(**TINY)) as handle:
@@ -194,7 +194,7 @@ def test_a_source_mask_that_says_nothing_is_none(full: bool) -> None:
     ],
     ids=str,
 )
-def test_every_knob_changes_the_output(change: dict) -> None:
+def test_each_knob_changes_the_output(change: dict) -> None:
     model = tiny_unet()
     call = unet_call(model, batch=4)
     method = MasaCtrl(**TINY, masks=WordMaps(WORDS, 4))
@@ -206,7 +206,7 @@ def test_every_knob_changes_the_output(change: dict) -> None:
         assert relative(run(model, call), before) > 1e-4
 
 
-def test_an_edit_of_itself_is_plain() -> None:
+def test_edit_of_itself_is_plain_attention() -> None:
     model = tiny_unet()
     call = unet_call(model, batch=4)
     with apply(model, MasaCtrl(**TINY, items=EditRoles(1, 1))):
@@ -214,7 +214,7 @@ def test_an_edit_of_itself_is_plain() -> None:
     assert relative(out, run(model, call)) <= TOLERANCE
 
 
-def test_the_released_layers_and_steps() -> None:
+def test_default_layers_and_steps_are_the_released_ones() -> None:
     layers = [Layer(2 * block, "self", "up", 8, 40, 0, 64, 4, (8, 8)) for block in range(16)]
     method = MasaCtrl()
     assert [n for n, layer in enumerate(layers) if method.plan(layer, Step(4)) is not None] == list(
@@ -228,7 +228,7 @@ def test_the_released_layers_and_steps() -> None:
     assert method.plan(layers[10], Step(4)) is method.plan(layers[11], Step(5))
 
 
-def test_every_key_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_masked_branches_are_groups_of_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """The two branches are groups of one call, on keys sorted by the mask."""
     calls = []
 
@@ -245,7 +245,7 @@ def test_every_key_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("form", ["plain", "masks", "union"])
-def test_no_map_is_made(form: str) -> None:
+def test_makes_no_attention_map(form: str) -> None:
     """No tensor is larger than in a plain call; the eager form shows that a map would be."""
     model = tiny_unet()
     call = unet_call(model, batch=4, side=(32, 32))
@@ -270,7 +270,7 @@ def test_no_map_is_made(form: str) -> None:
         ({"items": ()}, r"^items: "),
     ],
 )
-def test_wrong_knobs(knob: dict, match: str) -> None:
+def test_wrong_knob_raises(knob: dict, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         MasaCtrl(**knob)
 
@@ -287,12 +287,12 @@ def test_wrong_knobs(knob: dict, match: str) -> None:
     ],
     ids=str,
 )
-def test_wrong_words(arguments: tuple, match: str) -> None:
+def test_wrong_words_raise(arguments: tuple, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         WordMaps(*arguments)
 
 
-def test_what_does_not_fit() -> None:
+def test_call_that_does_not_fit_raises() -> None:
     model, flux = tiny_unet(), tiny_flux()
     call = unet_call(model, batch=4)
     for knobs, match in (

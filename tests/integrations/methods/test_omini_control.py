@@ -1,6 +1,4 @@
-"""OminiControl against a second, eager implementation that writes the bias token by token and materialises
-the map.
-"""
+"""OminiControl against an eager implementation that writes the bias token by token."""
 
 from __future__ import annotations
 
@@ -25,7 +23,7 @@ TIMES = (0.8, 0.55, 0.3, 0.0)
 
 
 class EagerOmini:
-    """The first release's bias, and the second's branches; `cache` keeps each layer's keys and values of a run."""
+    """The first release's bias and the second's branches; `cache` keeps each layer's keys and values."""
 
     def __init__(self, lengths=(12,), strength=1.0, independent=False, cache: dict | None = None) -> None:
         self.lengths, self.strength, self.independent, self.cache = lengths, strength, independent, cache
@@ -68,7 +66,7 @@ def eager(tokens, knobs: dict, cache: dict | None = None) -> EagerOmini:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_equals_the_eager_form_in_every_layer(case: str) -> None:
+def test_every_layer_matches_eager(case: str) -> None:
     tokens, knobs = CASES[case]
     model = tiny_flux()
     call = tiny_call(model, batch=2)
@@ -85,7 +83,7 @@ def without(call: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("case", ["weaker", "two conditions, independent"])
-def test_a_run_equals_the_eager_form(case: str) -> None:
+def test_run_matches_eager(case: str) -> None:
     tokens, knobs = CASES[case]
     model = tiny_flux()
     call = tiny_call(model)
@@ -104,8 +102,8 @@ def test_a_run_equals_the_eager_form(case: str) -> None:
 
 
 @pytest.mark.parametrize(("tokens", "strength"), [(12, 1.0), (CONDITIONS, 1.0), (CONDITIONS, 0.6), (12, 0)])
-def test_a_cached_run_equals_the_eager_form(tokens, strength: float) -> None:
-    """Step 0 brings the conditions, whose keys later steps have."""
+def test_cached_run_matches_eager(tokens, strength: float) -> None:
+    """Step 0 has the conditions; later steps read their kept keys."""
     model = tiny_flux()
     call = tiny_call(model)
 
@@ -126,8 +124,8 @@ def test_a_cached_run_equals_the_eager_form(tokens, strength: float) -> None:
         assert worst_layer(model, without(call), core) <= TOLERANCE
 
 
-def test_a_call_of_the_conditions_alone_keeps_the_same() -> None:
-    """Nothing else decides their stream: so it may have a time and a LoRA of its own."""
+def test_call_of_conditions_alone_keeps_the_same_keys() -> None:
+    """The conditions depend on nothing else, so their call may have another time and a LoRA."""
     model = tiny_flux()
     call = tiny_call(model)
     alone = call | {"hidden_states": call["hidden_states"][:, IMAGE:], "img_ids": call["img_ids"][IMAGE:]}
@@ -174,7 +172,7 @@ def test_kept_keys_are_read_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
     ids=str,
 )
-def test_every_knob_changes_the_output(knob: dict) -> None:
+def test_each_knob_changes_the_output(knob: dict) -> None:
     model = tiny_flux()
     call = tiny_call(model)
     with apply(model, OminiControl(12, 0.9)) as handle:
@@ -184,7 +182,7 @@ def test_every_knob_changes_the_output(knob: dict) -> None:
         assert relative(forward(model, call), before) > 100 * TOLERANCE
 
 
-def test_neutral_is_the_plain_model_and_cut_is_the_model_without_a_condition() -> None:
+def test_neutral_strength_is_plain_and_zero_drops_the_condition() -> None:
     model = tiny_flux()
     call = tiny_call(model)
     with apply(model, OminiControl(12)):
@@ -224,7 +222,7 @@ def test_offset_ids() -> None:
         ("strength", "1"),
     ],
 )
-def test_a_wrong_knob_is_named(knob: str, value) -> None:
+def test_wrong_knob_raises(knob: str, value) -> None:
     with pytest.raises(ValueError, match=f"^{knob}: "):
         OminiControl(**{"condition_tokens": 12} | {knob: value})
     method = OminiControl(12)
@@ -240,6 +238,6 @@ def test_a_wrong_knob_is_named(knob: str, value) -> None:
         (12, 1, "^cached: nothing is kept for layer 0"),
     ],
 )
-def test_calls_that_do_not_fit(tokens: int, step: int, match: str) -> None:
+def test_call_that_does_not_fit_raises(tokens: int, step: int, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         OminiControl(tokens, cached=True).plan(Layer(0, "double", None, 4, 32, TEXT, 24), Step(step))

@@ -1,4 +1,4 @@
-"""Personalize Anything against a second, eager implementation that writes tokens one by one and joins keys."""
+"""Personalize Anything against an eager implementation that writes tokens one by one and joins keys."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ CASES = {
 
 @pytest.mark.parametrize("replace", [True, False], ids=["early", "late"])
 @pytest.mark.parametrize("case", CASES)
-def test_equals_the_eager_form_in_every_layer(case: str, replace: bool) -> None:
+def test_every_layer_matches_eager(case: str, replace: bool) -> None:
     batch, subjects, knobs = CASES[case]
     model, method = tiny_flux(), PersonalizeAnything(subjects, **knobs)
     call = tiny_call(model, batch=batch)
@@ -98,7 +98,7 @@ def test_equals_the_eager_form_in_every_layer(case: str, replace: bool) -> None:
 
 
 @pytest.mark.parametrize("case", ["released", "shuffled", "concatenated", "concatenated at zero"])
-def test_a_run_equals_the_eager_form(case: str) -> None:
+def test_run_matches_eager(case: str) -> None:
     """Two steps with replacement, two without; the reference is noised on a straight line."""
     _, subject, knobs = CASES[case]
     model, method = tiny_flux(), PersonalizeAnything(subject, **knobs)
@@ -148,19 +148,19 @@ def outcome(knobs: dict, step: Step, batch: int = 2) -> Tensor:
     ],
     ids=str,
 )
-def test_every_knob_changes_the_generation_alone(knob: dict, step: Step) -> None:
+def test_each_knob_changes_the_generation_only(knob: dict, step: Step) -> None:
     before, after = outcome({}, step), outcome(knob, step)
     assert relative(after[1], before[1]) > 100 * TOLERANCE
     if knob.get("concatenation") != "target":
         assert relative(after[0], before[0]) <= TOLERANCE
 
 
-def test_seeds_and_steps_draw_anew() -> None:
+def test_seed_and_step_change_the_shuffle() -> None:
     draws = {tuple(ONE.shuffled(3, seed, step, CPU).tolist()) for seed in range(3) for step in range(3)}
     assert len(draws) > 5
 
 
-def test_late_steps_are_the_plain_model() -> None:
+def test_late_steps_are_plain_attention() -> None:
     model = tiny_flux()
     call = tiny_call(model, batch=2)
     plain = forward(model, call)
@@ -170,7 +170,7 @@ def test_late_steps_are_the_plain_model() -> None:
         assert relative(outcome({}, step), plain) > 100 * TOLERANCE
 
 
-def test_the_same_image_twice_is_the_plain_model() -> None:
+def test_same_image_twice_is_plain_attention() -> None:
     model = tiny_flux()
     call = tiny_call(model)
     twice = {name: t.repeat(2, *[1] * (t.dim() - 1)) if "ids" not in name else t for name, t in call.items()}
@@ -180,10 +180,10 @@ def test_the_same_image_twice_is_the_plain_model() -> None:
     assert relative(out[1:], forward(model, call)) <= TOLERANCE
 
 
-# The functions around it
+# Functions beside the method
 
 
-def test_a_shuffle_stays_within_its_windows() -> None:
+def test_shuffle_stays_within_windows() -> None:
     mask = torch.rand(9, 12, generator=torch.Generator().manual_seed(2)) > 0.3
     subject = PersonalSubject(mask)
     tokens = mask.flatten().nonzero()[:, 0]
@@ -200,7 +200,7 @@ def test_noised() -> None:
     torch.testing.assert_close(noised(photo, noise, 0.25), photo + 0.25 * (noise - photo))
 
 
-# What it refuses
+# Errors
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_noised() -> None:
         ("concatenation", "all"),
     ],
 )
-def test_a_wrong_knob_is_named(knob: str, value) -> None:
+def test_wrong_knob_raises(knob: str, value) -> None:
     with pytest.raises(ValueError, match=f"^{knob}: "):
         PersonalizeAnything(**{"subjects": ONE} | {knob: value})
     method = PersonalizeAnything(ONE)
@@ -240,7 +240,7 @@ def test_a_wrong_knob_is_named(knob: str, value) -> None:
         ({"mask": MASK, "item": -1}, "^item: "),
     ],
 )
-def test_a_wrong_subject_is_named(fields: dict, match: str) -> None:
+def test_wrong_subject_raises(fields: dict, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         PersonalSubject(**fields)
 
@@ -253,12 +253,12 @@ def test_a_wrong_subject_is_named(fields: dict, match: str) -> None:
         (2, 24, Step(0), "^tau: neither the step's sigma is known"),
     ],
 )
-def test_calls_that_do_not_fit(batch: int, image: int, step: Step, match: str) -> None:
+def test_call_that_does_not_fit_raises(batch: int, image: int, step: Step, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         PersonalizeAnything(ONE).plan(Layer(0, "double", None, 4, 32, TEXT, image, batch), step)
 
 
-def test_other_models_raise() -> None:
+def test_other_model_raises() -> None:
     model = tiny_sd3()
     with apply(model, PersonalizeAnything(ONE)), pytest.raises(ValueError, match="expected FLUX"):
         model(**sd3_call(batch=2))

@@ -1,4 +1,4 @@
-"""PAG against a second, eager implementation of its formula, and against diffusers' processors."""
+"""PAG against an eager implementation of its formula, and against diffusers' processors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TOLERANCE = 1e-5  # float32, relative to the largest output
 MID = "mid_block.attentions.0.transformer_blocks.0.attn1"
 
 
-class Eager:
+class EagerPAG:
     def __init__(self, names: tuple[str, ...], items: tuple[int, ...]) -> None:
         self.names, self.items = names, list(items)
 
@@ -73,10 +73,10 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_equals_the_eager_form(case: str) -> None:
+def test_matches_eager(case: str) -> None:
     host, knobs, names, items = CASES[case]
     model, call = host()
-    core = Eager(names, items)
+    core = EagerPAG(names, items)
     expected = run_eagerly(model, call, core)
     with apply(model, PerturbedAttention(**knobs)):
         assert worst_layer(model, call, core) <= TOLERANCE
@@ -87,14 +87,14 @@ def test_equals_the_eager_form(case: str) -> None:
     assert relative(expected[others], plain[others]) <= TOLERANCE < 1e-3 < relative(expected, plain)
 
 
-def test_the_second_attention_of_sd_3_5_is_the_identity() -> None:
+def test_second_attention_of_sd_3_5_is_the_identity() -> None:
     model, call = sd3(dual=(0, 1), qk_norm="rms_norm")
-    core = Eager(("transformer_blocks.0.attn2", "transformer_blocks.1.attn2"), (2,))
+    core = EagerPAG(("transformer_blocks.0.attn2", "transformer_blocks.1.attn2"), (2,))
     with apply(model, PerturbedAttention(layers="self")):
         assert worst_layer(model, call, core) <= TOLERANCE
 
 
-def test_equals_diffusers_processors() -> None:
+def test_matches_diffusers_processors() -> None:
     for (model, call), name, guided, twin in (
         (unet(), MID, True, stock.PAGCFGIdentitySelfAttnProcessor2_0()),
         (unet(2), MID, False, stock.PAGIdentitySelfAttnProcessor2_0()),
@@ -108,8 +108,8 @@ def test_equals_diffusers_processors() -> None:
 
 
 @pytest.mark.parametrize("host", [unet, sd3, flux])
-def test_equals_the_eager_form_over_a_run(host) -> None:
-    """Guided, with the scale falling."""
+def test_run_matches_eager(host) -> None:
+    """With classifier-free guidance and a falling scale."""
     model, call = host(1)
     key = "sample" if "sample" in call else "hidden_states"
     batched = {
@@ -129,7 +129,7 @@ def test_equals_the_eager_form_over_a_run(host) -> None:
         return guide(p, c, u, scale=adaptive(3.0, 900 - 100 * i, 0.01), guidance=4.0)
 
     def theirs(x: Tensor, i: int) -> Tensor:
-        noise = run_eagerly(model, batched | {key: x.expand(3, *x.shape[1:])}, Eager(names, (2,)))
+        noise = run_eagerly(model, batched | {key: x.expand(3, *x.shape[1:])}, EagerPAG(names, (2,)))
         scale = (2.0, 1.0, 0.0)[i]
         return noise[[0]] + 4 * (noise[[1]] - noise[[0]]) + scale * (noise[[1]] - noise[[2]])
 
@@ -150,7 +150,7 @@ def test_guidance() -> None:
 @pytest.mark.parametrize(
     "change", [{"layers": "up"}, {"items": (0,)}, {"guided": False}, {"steps": (1, None)}], ids=str
 )
-def test_every_knob_changes_the_output(change: dict) -> None:
+def test_each_knob_changes_the_output(change: dict) -> None:
     model, call = unet(6)
     method = PerturbedAttention()
     with apply(model, method) as handle:
@@ -160,14 +160,14 @@ def test_every_knob_changes_the_output(change: dict) -> None:
         assert relative(run(model, call), before) > 1e-4
 
 
-def test_outside_its_steps_it_is_plain() -> None:
+def test_steps_outside_the_window_are_plain() -> None:
     model, call = unet()
     plain = run(model, call)
     with apply(model, PerturbedAttention(steps=(1, 2))):
         assert [relative(run(model, call), plain) > 1e-3 for _ in range(3)] == [False, True, False]
 
 
-def test_sdxl_s_middle_has_several_layers() -> None:
+def test_all_middle_layers_of_sdxl_are_perturbed() -> None:
     model = tiny_unet(SDXL)
     with apply(model, PerturbedAttention()):
         assert len(changed_layers(model, unet_call(model, batch=3))) == 2
@@ -188,7 +188,7 @@ def test_sdxl_s_middle_has_several_layers() -> None:
     ],
     ids=str,
 )
-def test_wrong_knobs(knob: dict, match: str) -> None:
+def test_wrong_knob_raises(knob: dict, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         PerturbedAttention(**knob)
 
@@ -202,18 +202,18 @@ def test_wrong_knobs(knob: dict, match: str) -> None:
         ({"layers": (5,)}, 3, "layer 5 is 'cross'"),
     ],
 )
-def test_what_does_not_fit(knobs: dict, batch: int, match: str) -> None:
+def test_call_that_does_not_fit_raises(knobs: dict, batch: int, match: str) -> None:
     model, call = unet(batch)
     with apply(model, PerturbedAttention(**knobs)), pytest.raises(ValueError, match=match):
         run(model, call)
 
 
-def test_added_keys_are_refused() -> None:
+def test_layer_with_added_keys_raises() -> None:
     model = tiny_unet(ADDED)
     with apply(model, PerturbedAttention()), pytest.raises(ValueError, match="'added'"):
         run(model, unet_call(model, batch=3))
 
 
-def test_plans_are_kept() -> None:
+def test_equal_knobs_share_one_plan() -> None:
     layer = Layer(4, "self", "mid", 4, 8, 0, 16, 3, (4, 4))
     assert PerturbedAttention().plan(layer, Step(0)) is PerturbedAttention().plan(layer, Step(1))

@@ -1,4 +1,4 @@
-"""Plug-and-Play against a second, eager implementation of its formula, which materialises the attention map."""
+"""Plug-and-Play against an eager implementation of its formula."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def eager(model, call: dict, layers=UP, place=(1, 0), pairs=PAIRS) -> Tensor:
     ],
     ids=str,
 )
-def test_equals_the_eager_form(knobs: dict, expected: dict) -> None:
+def test_matches_eager(knobs: dict, expected: dict) -> None:
     model = tiny_unet()
     call = unet_call(model, batch=4)
     theirs = eager(model, call, **expected)
@@ -89,7 +89,7 @@ def test_equals_the_eager_form(knobs: dict, expected: dict) -> None:
     assert relative(run(model, call), plain) == 0
 
 
-def test_several_edits_and_sdxl() -> None:
+def test_several_edits_on_sdxl_match_eager() -> None:
     model = tiny_unet(SDXL)
     call = unet_call(model, batch=6)
     pairs = ((0, 1), (0, 2), (3, 4), (3, 5))
@@ -99,7 +99,7 @@ def test_several_edits_and_sdxl() -> None:
         assert relative(run(model, call), theirs) <= TOLERANCE
 
 
-def test_equals_the_eager_form_over_a_run() -> None:
+def test_run_matches_eager() -> None:
     """Four steps of DDIM: maps in the first two, features in the first three."""
     model = tiny_unet()
     call = unet_call(model, batch=4)
@@ -132,7 +132,7 @@ def test_equals_the_eager_form_over_a_run() -> None:
     ],
     ids=str,
 )
-def test_every_knob_changes_the_output(change: dict) -> None:
+def test_each_knob_changes_the_output(change: dict) -> None:
     model = tiny_unet()
     call = unet_call(model, batch=4)
     with apply(model, PlugAndPlay(**TINY)) as handle:
@@ -145,7 +145,7 @@ def test_every_knob_changes_the_output(change: dict) -> None:
         assert relative(run(model, call), before) <= TOLERANCE
 
 
-def test_an_edit_of_itself_is_plain() -> None:
+def test_edit_of_itself_is_plain_attention() -> None:
     model = tiny_unet()
     call = unet_call(model, batch=4)
     plain = run(model, call)
@@ -153,8 +153,8 @@ def test_an_edit_of_itself_is_plain() -> None:
         assert relative(run(model, call), plain) <= TOLERANCE
 
 
-def test_features_go_with_the_control() -> None:
-    """With apply's steps, with the handle, and into a copy of the model."""
+def test_features_follow_apply_and_copies() -> None:
+    """Features follow apply's steps and end with the handle; a copy of the model has its own."""
     model = tiny_unet()
     call = unet_call(model, batch=4)
     plain = run(model, call)
@@ -171,7 +171,7 @@ def test_features_go_with_the_control() -> None:
         assert relative(run(copied, call), plain) <= TOLERANCE
 
 
-def test_the_released_layers_and_steps() -> None:
+def test_default_layers_and_steps_are_the_released_ones() -> None:
     """SD 1.5 has 16 transformer blocks; the code's output blocks 4 to 11 are the last eight."""
     method = PlugAndPlay()
     places = ["down"] * 6 + ["mid"] + ["up"] * 9
@@ -184,7 +184,7 @@ def test_the_released_layers_and_steps() -> None:
     assert [step for step in range(50) if planned(8, step)] == list(range(26))
 
 
-def test_no_map_is_made() -> None:
+def test_makes_no_attention_map() -> None:
     """No tensor is larger than in a plain call; the eager form shows that a map would be."""
     model = tiny_unet()
     call = unet_call(model, batch=4, side=(32, 32))
@@ -195,7 +195,7 @@ def test_no_map_is_made() -> None:
         assert largest_tensor(model, call) <= plain
 
 
-def test_plans_are_kept() -> None:
+def test_equal_knobs_share_one_plan() -> None:
     layer = Layer(20, "self", "up", 4, 8, 0, 64, 4, (8, 8))
     assert PlugAndPlay().plan(layer, Step(0)) is PlugAndPlay().plan(layer, Step(1))
 
@@ -208,7 +208,7 @@ def test_plans_are_kept() -> None:
         ("exp", [0.8 * math.exp(-1.5 * i) for i in range(5)]),
     ],
 )
-def test_the_share_of_the_negative_prompt(schedule: Any, expected: list[float]) -> None:
+def test_negative_prompt_share(schedule: Any, expected: list[float]) -> None:
     assert [negative_prompt_share(i, 5, 0.8, schedule) for i in range(5)] == pytest.approx(expected)
 
 
@@ -221,7 +221,7 @@ def test_the_share_of_the_negative_prompt(schedule: Any, expected: list[float]) 
         ((0, 5, 1.0, "cubic"), "^schedule: .*cubic"),
     ],
 )
-def test_wrong_shares(arguments: Any, match: str) -> None:
+def test_wrong_share_raises(arguments: Any, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         negative_prompt_share(*arguments)
 
@@ -239,12 +239,12 @@ def test_wrong_shares(arguments: Any, match: str) -> None:
     ],
     ids=str,
 )
-def test_wrong_knobs(knob: dict, match: str) -> None:
+def test_wrong_knob_raises(knob: dict, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         PlugAndPlay(**knob)
 
 
-def test_what_does_not_fit() -> None:
+def test_call_that_does_not_fit_raises() -> None:
     model, flux = tiny_unet(), tiny_flux()
     with pytest.raises(ValueError, match=r"^feature: .*\(1, 4\)"):
         apply(model, PlugAndPlay(feature=(1, 4)))
@@ -257,7 +257,7 @@ def test_what_does_not_fit() -> None:
             EditRoles.stacked(**{count: 0})
 
 
-def test_steps_do_not_compile_anew() -> None:
+def test_steps_do_not_recompile() -> None:
     unet, compiled, first = tiny_unet(), [], 0
     resnet: Any = unet.get_submodule("up_blocks.0.resnets.0")
 
@@ -271,7 +271,9 @@ def test_steps_do_not_compile_anew() -> None:
         outs = []
         for compiles in (False, True):
             if compiles:
-                resnet.compile(backend=count)  # the block with the features: a whole model takes long
+                resnet.compile(
+                    backend=count
+                )  # the block with the features; a whole model takes long to compile
             with apply(unet, PlugAndPlay((0, None), (0, 6), feature=(0, 0), feature_steps=(0, 8))) as handle:
                 for i in range(10):
                     handle.set_step(i, 10)

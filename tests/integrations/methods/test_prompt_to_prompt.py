@@ -1,6 +1,4 @@
-"""Prompt-to-Prompt against a second, eager implementation of its formulas, which materialises and edits the
-maps.
-"""
+"""Prompt-to-Prompt against an eager implementation, which edits the maps."""
 
 from __future__ import annotations
 
@@ -44,7 +42,7 @@ WEIGHTS, SHARES = {3: 2.5, 5: 0.0}, {1: 0.9, 4: 0.1}
 
 @dataclass
 class EagerEdit:
-    """The maps of one item, from the source's and its own, as published: map by map."""
+    """One item's map, made from the source's and its own as published."""
 
     kind: str = "same"
     weights: dict[int, float] = field(default_factory=dict)
@@ -94,7 +92,7 @@ EDITS = {
 
 @pytest.mark.parametrize("step", [0, 42])
 @pytest.mark.parametrize("edit", EDITS)
-def test_cross_attention_equals_the_eager_form(edit: str, step: int) -> None:
+def test_cross_attention_matches_eager(edit: str, step: int) -> None:
     mine, theirs = EDITS[edit]
     model = tiny_unet()
     call = unet_call(model, batch=4, text=LENGTH)
@@ -111,8 +109,8 @@ def test_cross_attention_equals_the_eager_form(edit: str, step: int) -> None:
     assert (relative(out[3], plain[3]) > 1e-3) is (step < 40 or bool(theirs.shares))
 
 
-def test_several_edits_of_one_source() -> None:
-    """A batch of twice four images; the unconditional half is left alone."""
+def test_several_edits_of_one_source_match_eager() -> None:
+    """A batch of twice four images; the unconditional half stays plain."""
     model = tiny_unet(SDXL)
     call = unet_call(model, batch=8, text=LENGTH)
     chosen = ("replace", "refine", "shares of words")
@@ -129,7 +127,7 @@ def test_several_edits_of_one_source() -> None:
 
 
 @pytest.mark.parametrize(("resolution", "layers"), [(8, SELF_4 + SELF_8), (4, SELF_4), (3, ())])
-def test_self_attention_up_to_a_resolution(resolution: int, layers: tuple[int, ...]) -> None:
+def test_self_attention_up_to_a_resolution_matches_eager(resolution: int, layers: tuple[int, ...]) -> None:
     model = tiny_unet()
     call = unet_call(model, batch=4, text=LENGTH)
     edits = dict.fromkeys(layers, injected([3], 2))
@@ -141,8 +139,8 @@ def test_self_attention_up_to_a_resolution(resolution: int, layers: tuple[int, .
         assert relative(run(model, call), expected) <= TOLERANCE
 
 
-def test_equals_the_eager_form_over_a_run() -> None:
-    """Five steps of DDIM: cross-attention in the first four, self-attention in the first two, a word in all."""
+def test_run_matches_eager() -> None:
+    """Five steps of DDIM: cross-attention in four, self-attention in two, one word in all."""
     model = tiny_unet()
     call = unet_call(model, batch=4, text=LENGTH)
     theirs, switch = EagerEdit("refine", WEIGHTS, {2: 1.0}), ExitStack()
@@ -202,7 +200,7 @@ def guided(model, call: dict, steps: int, blend: Any, start: Any = int) -> Tenso
     return latents
 
 
-def test_local_blend_over_a_run() -> None:
+def test_local_blend_of_a_run_matches_eager() -> None:
     model = tiny_unet()
     call = unet_call(model, batch=4, text=LENGTH)
     eager, switch, masks = EagerBlend(), ExitStack(), []
@@ -230,8 +228,8 @@ def test_local_blend_over_a_run() -> None:
         assert relative(guided(model, call, 4, lambda latents: latents), expected) > 1e-2
 
 
-def test_what_the_blend_keeps() -> None:
-    """Outside of both masks an edit is the source, inside of either it is itself."""
+def test_local_blend_keeps_the_source_outside_the_masks() -> None:
+    """Outside of both masks an edit is the source, inside of either it is the edit."""
     model = tiny_unet()
     blend = LocalBlend(WORDS, 0.8, 8)
     with apply(model, PromptToPrompt(PromptEdit(REFINE), blend=blend)):
@@ -258,7 +256,7 @@ def test_what_the_blend_keeps() -> None:
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_every_knob_changes_the_output(change: dict) -> None:
+def test_each_knob_changes_the_output(change: dict) -> None:
     model = tiny_unet()
     call = unet_call(model, batch=4, text=LENGTH)
     method = PromptToPrompt(PromptEdit(REFINE))
@@ -269,8 +267,8 @@ def test_every_knob_changes_the_output(change: dict) -> None:
         assert relative(run(model, call), before) > 1e-4
 
 
-def test_the_neutral_settings_are_plain() -> None:
-    """No share of the steps; and an edit of nothing, of an item by itself."""
+def test_neutral_knobs_are_plain_attention() -> None:
+    """Shares of 0, and an item that edits itself."""
     model = tiny_unet()
     call = unet_call(model, batch=4, text=LENGTH)
     plain = run(model, call)
@@ -280,7 +278,7 @@ def test_the_neutral_settings_are_plain() -> None:
             assert relative(run(model, call), plain) <= TOLERANCE
 
 
-def test_no_map_is_made() -> None:
+def test_makes_no_attention_map() -> None:
     """No tensor is larger than in a plain call; the eager form shows that a map would be."""
     model = tiny_unet()
     call = unet_call(model, batch=4, side=(32, 32))
@@ -294,8 +292,8 @@ def test_no_map_is_made() -> None:
         assert largest_tensor(model, call) <= plain
 
 
-def test_plans_are_kept() -> None:
-    """As long as the same words count; one call where the source's maps alone do, none where they do not."""
+def test_equal_knobs_share_one_plan() -> None:
+    """A plan is reused while the same words count; it has one part where only the source's maps do."""
     method = PromptToPrompt(PromptEdit(REPLACE))
     layer = Layer(3, "cross", "up", 4, 8, LENGTH, 64, 4, (8, 8))
     plan = method.plan(layer, Step(0))
@@ -320,7 +318,7 @@ def test_plans_are_kept() -> None:
     ],
     ids=str,
 )
-def test_wrong_knobs(knob: dict, match: str) -> None:
+def test_wrong_knob_raises(knob: dict, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         PromptToPrompt(**({"edits": PromptEdit()} | knob))
 
@@ -335,12 +333,12 @@ def test_wrong_knobs(knob: dict, match: str) -> None:
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_wrong_edits(fields: dict, match: str) -> None:
+def test_wrong_edit_raises(fields: dict, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         PromptEdit(**fields)
 
 
-def test_wrong_blends() -> None:
+def test_wrong_blend_raises() -> None:
     for arguments, match in (
         (([1],), "^words: "),
         ((WORDS, 2.0), "^threshold: "),
@@ -354,7 +352,7 @@ def test_wrong_blends() -> None:
         LocalBlend(WORDS)(torch.zeros(3, 4, 8, 8))
 
 
-def test_what_does_not_fit() -> None:
+def test_call_that_does_not_fit_raises() -> None:
     model, flux = tiny_unet(), tiny_flux()
     call = unet_call(model, batch=4, text=LENGTH)
     for method, match in (
@@ -371,7 +369,7 @@ def test_what_does_not_fit() -> None:
         flux_forward(flux, tiny_call(flux, batch=4))
 
 
-def test_an_edit_can_be_copied_and_pickled() -> None:
+def test_copy_and_pickle_of_an_edit() -> None:
     edit = PromptEdit(weights={2: 3.0}, shares={1: 0.5})
     for twin in (
         copy.deepcopy(edit),

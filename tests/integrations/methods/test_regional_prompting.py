@@ -29,11 +29,11 @@ from .eager import (
 )
 
 TOLERANCE = 1e-5  # float32, relative to the largest output
-SPANS = ((3, 5), (1, 2))  # of 5 tokens; 0 and 2 are everybody's
+SPANS = ((3, 5), (1, 2))  # of 5 tokens; 0 and 2 belong to no region
 
 
-def two(side: tuple[int, int] = (16, 16)) -> Tensor:
-    """Two regions that overlap, and places in neither."""
+def two_regions(side: tuple[int, int] = (16, 16)) -> Tensor:
+    """Two regions that overlap; some places are in neither."""
     masks = torch.zeros(2, *side)
     masks[0, :, : side[1] // 2] = 1
     masks[1, side[0] // 2 :, side[1] // 4 :] = 1
@@ -41,12 +41,12 @@ def two(side: tuple[int, int] = (16, 16)) -> Tensor:
     return masks
 
 
-def soft() -> Tensor:
+def soft_regions() -> Tensor:
     x = torch.linspace(-2, 2, 16).expand(16, 16)
     return torch.stack([0.6 * x.sigmoid(), (2 * x.T).sigmoid()])
 
 
-class Eager:
+class EagerRegions:
     def __init__(self, method: RegionalPrompting, grids: dict[int, tuple[int, int]]) -> None:
         self.method, self.grids = method, grids
 
@@ -99,9 +99,9 @@ CASES = {
     "UNet, some items": (unet, {"items": (1,)}),
     "UNet, oblong": (lambda: unet((4, 12)), {}),
     "UNet, groups": (unet, {"form": "groups"}),
-    "UNet, soft groups": (unet, {"form": "groups", "masks": soft(), "shared": 0.3}),
+    "UNet, soft groups": (unet, {"form": "groups", "masks": soft_regions(), "shared": 0.3}),
     "UNet, groups of some items": (unet, {"form": "groups", "items": [0]}),
-    "UNet, one region": (unet, {"masks": two()[:1], "spans": ((0, 2),)}),
+    "UNet, one region": (unet, {"masks": two_regions()[:1], "spans": ((0, 2),)}),
     "SD 3, hard": (sd3, {}),
     "SD 3, closed": (sd3, {"closed": True}),
     "SD 3, soft, closed, some items": (sd3, {"closed": True, "outside": 0.1, "items": (1,)}),
@@ -111,11 +111,11 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_equals_the_eager_form(case: str) -> None:
+def test_matches_eager(case: str) -> None:
     host, knobs = CASES[case]
     model, call, grids = host()
-    method = RegionalPrompting(**({"masks": two(), "spans": SPANS} | knobs))
-    core = Eager(method, grids)
+    method = RegionalPrompting(**({"masks": two_regions(), "spans": SPANS} | knobs))
+    core = EagerRegions(method, grids)
     expected, plain = run_eagerly(model, call, core), run(model, call)
     with apply(model, method) as handle:
         handle.grid = (ROWS, COLUMNS)
@@ -130,12 +130,12 @@ def test_equals_the_eager_form(case: str) -> None:
 @pytest.mark.parametrize(
     ("host", "knobs"), [(unet, {}), (unet, {"form": "groups"}), (sd3, {"closed": True}), (flux, {})]
 )
-def test_equals_the_eager_form_over_a_run(host, knobs: dict) -> None:
-    """The method has the last two of three steps."""
+def test_run_matches_eager(host, knobs: dict) -> None:
+    """The method controls the last two of three steps."""
     model, call, grids = host()
     key = "sample" if "sample" in call else "hidden_states"
-    method = RegionalPrompting(two(), SPANS, steps=(1, None), **knobs)
-    core = Eager(method, grids)
+    method = RegionalPrompting(two_regions(), SPANS, steps=(1, None), **knobs)
+    core = EagerRegions(method, grids)
     with apply(model, method) as handle:
         handle.grid = (ROWS, COLUMNS)
         out = descend(lambda x, i: run(model, call | {key: x}), call[key])
@@ -146,19 +146,19 @@ def test_equals_the_eager_form_over_a_run(host, knobs: dict) -> None:
     assert relative(out, theirs) <= TOLERANCE
 
 
-def test_a_region_s_words_do_not_reach_beyond_it() -> None:
-    """In a layer, what the words of a region are does not matter to image tokens outside."""
+def test_words_do_not_reach_outside_their_region() -> None:
+    """Within a layer, other words of a region do not change image tokens outside of it."""
     model, call, _ = unet()
     name, seen = "down_blocks.0.attentions.0.transformer_blocks.0.attn2", []
     model.get_submodule(name).register_forward_hook(lambda module, args, output: seen.append(output))
     for form in ("bias", "groups"):
         seen.clear()
-        with apply(model, RegionalPrompting(two(), SPANS, form=form)):
+        with apply(model, RegionalPrompting(two_regions(), SPANS, form=form)):
             run(model, call)
             other = call["encoder_hidden_states"].clone()
             other[:, 3:5] += 1
             run(model, call | {"encoder_hidden_states": other})
-        inside = F.adaptive_avg_pool2d(two(), (8, 8))[0].flatten() > 0.5
+        inside = F.adaptive_avg_pool2d(two_regions(), (8, 8))[0].flatten() > 0.5
         assert (
             torch.equal(seen[0][:, ~inside], seen[1][:, ~inside])
             and relative(seen[0][:, inside], seen[1][:, inside]) > 1e-3
@@ -168,7 +168,7 @@ def test_a_region_s_words_do_not_reach_beyond_it() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"masks": two().flip(2)},
+        {"masks": two_regions().flip(2)},
         {"spans": ((0, 2), (2, 3))},
         {"form": "groups"},
         {"outside": 0.5},
@@ -177,9 +177,9 @@ def test_a_region_s_words_do_not_reach_beyond_it() -> None:
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_every_knob_changes_the_output(change: dict) -> None:
+def test_each_knob_changes_the_output(change: dict) -> None:
     model, call, _ = unet()
-    method = RegionalPrompting(two(), SPANS)
+    method = RegionalPrompting(two_regions(), SPANS)
     with apply(model, method) as handle:
         handle.set_step(0)
         before = run(model, call)
@@ -191,7 +191,7 @@ def test_every_knob_changes_the_output(change: dict) -> None:
         assert relative(run(model, call), before) > 1e-4
 
 
-def test_the_knobs_of_one_form() -> None:
+def test_knobs_of_one_form() -> None:
     model, call, _ = unet()
     joint, joint_call, _ = sd3()
     for host, inputs, knobs, change in (
@@ -200,7 +200,7 @@ def test_the_knobs_of_one_form() -> None:
     ):
         outs = []
         for more in ({}, change):
-            with apply(host, RegionalPrompting(two(), SPANS, **knobs, **more)):
+            with apply(host, RegionalPrompting(two_regions(), SPANS, **knobs, **more)):
                 outs.append(run(host, inputs))
         assert relative(*outs) > 1e-4
 
@@ -210,20 +210,20 @@ def test_the_knobs_of_one_form() -> None:
     [{"shared": 0.5}, {"form": "groups", "outside": 0.5}, {"form": "groups", "closed": True}],
     ids=lambda k: [*k][-1],
 )
-def test_a_knob_of_the_other_form_is_refused(knobs: dict) -> None:
+def test_knob_of_the_other_form_raises(knobs: dict) -> None:
     model, call, _ = unet()
     with (
-        apply(model, RegionalPrompting(two(), SPANS, **knobs)),
+        apply(model, RegionalPrompting(two_regions(), SPANS, **knobs)),
         pytest.raises(ValueError, match=f"^{[*knobs][-1]}: it has no"),
     ):
         run(model, call)
 
 
-def test_neutral_settings() -> None:
+def test_neutral_knobs_are_plain_attention() -> None:
     model, call, _ = unet()
     plain = run(model, call)
     for method in (
-        RegionalPrompting(two(), SPANS, outside=1.0),
+        RegionalPrompting(two_regions(), SPANS, outside=1.0),
         RegionalPrompting(torch.ones(2, 4, 4), SPANS),
         RegionalPrompting(torch.ones(1, 4, 4), ((0, 5),), form="groups"),
     ):
@@ -231,7 +231,7 @@ def test_neutral_settings() -> None:
             assert relative(run(model, call), plain) <= TOLERANCE
 
 
-def test_no_map_is_made() -> None:
+def test_makes_no_attention_map() -> None:
     model = tiny_sd3(layers=1)
     model = type(model)(
         **(
@@ -244,7 +244,7 @@ def test_no_map_is_made() -> None:
             }
         )
     ).eval()
-    with apply(model, RegionalPrompting(two(), SPANS)), LargestTensor() as largest:
+    with apply(model, RegionalPrompting(two_regions(), SPANS)), LargestTensor() as largest:
         run(model, sd3_call(batch=1, side=(128, 128)))
     assert largest.elements < 4096**2
 
@@ -269,25 +269,25 @@ def test_no_map_is_made() -> None:
     ],
     ids=lambda knob: next(iter(knob)) if isinstance(knob, dict) else None,
 )
-def test_wrong_knobs(knob: dict, match: str) -> None:
+def test_wrong_knob_raises(knob: dict, match: str) -> None:
     with pytest.raises(ValueError, match=match):
-        RegionalPrompting(**({"masks": two(), "spans": SPANS} | knob))
-    method = RegionalPrompting(two(), SPANS)
+        RegionalPrompting(**({"masks": two_regions(), "spans": SPANS} | knob))
+    method = RegionalPrompting(two_regions(), SPANS)
     with pytest.raises(ValueError, match=r"^masks: .*2 regions"):
-        method.masks = two()[:1]
+        method.masks = two_regions()[:1]
 
 
-def test_what_does_not_fit() -> None:
+def test_call_that_does_not_fit_raises() -> None:
     model, call, _ = unet()
     joint, joint_call, _ = sd3()
     added = tiny_unet(ADDED)
     packed, packed_call, _ = flux()
     for host, inputs, method, match in (
-        (model, call, RegionalPrompting(two(), ((3, 9), (1, 2))), "^spans: .*which has 5"),
-        (model, call, RegionalPrompting(two(), SPANS, items=(2,)), "^items: "),
-        (joint, joint_call, RegionalPrompting(two(), SPANS, form="groups"), "^form: 'groups'"),
-        (added, unet_call(added), RegionalPrompting(two(), SPANS), "^form: 'bias'"),
-        (packed, packed_call, RegionalPrompting(two(), SPANS), r"handle\.grid"),
+        (model, call, RegionalPrompting(two_regions(), ((3, 9), (1, 2))), "^spans: .*which has 5"),
+        (model, call, RegionalPrompting(two_regions(), SPANS, items=(2,)), "^items: "),
+        (joint, joint_call, RegionalPrompting(two_regions(), SPANS, form="groups"), "^form: 'groups'"),
+        (added, unet_call(added), RegionalPrompting(two_regions(), SPANS), "^form: 'bias'"),
+        (packed, packed_call, RegionalPrompting(two_regions(), SPANS), r"handle\.grid"),
     ):
         with apply(host, method), pytest.raises(ValueError, match=match):
             run(host, inputs)

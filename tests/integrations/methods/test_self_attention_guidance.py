@@ -1,4 +1,4 @@
-"""SAG against a second, eager implementation of its formula, and against diffusers' pipeline."""
+"""SAG against an eager implementation of its formula, and against diffusers' pipeline."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TOLERANCE = 1e-5  # float32, relative to the largest output
 MID = "mid_block.attentions.0.transformer_blocks.0.attn1"
 
 
-class Eager:
+class EagerSAG:
     """Plain attention that keeps one layer's map, (batch, heads, tokens, tokens)."""
 
     def __init__(self, name: str = MID) -> None:
@@ -61,9 +61,9 @@ def unet(config: dict | None = None, **call) -> tuple[Any, dict]:
         (None, (8, 8), (8, 8), "down_blocks.0.attentions.0.transformer_blocks.0.attn1", 0),
     ],
 )
-def test_mass_and_mask_equal_the_eager_form(config, side, grid, name: str, layer) -> None:
+def test_mass_and_mask_match_eager(config, side, grid, name: str, layer) -> None:
     model, call = unet(config, side=side)
-    core = Eager(name)
+    core = EagerSAG(name)
     expected = run_eagerly(model, call, core)
     method = SelfAttentionGuidance(layer=layer)
     with apply(model, method):
@@ -76,14 +76,14 @@ def test_mass_and_mask_equal_the_eager_form(config, side, grid, name: str, layer
     assert torch.equal(mask, F.interpolate(chosen.float().reshape(-1, 1, *grid), side))
 
 
-def test_the_mask_and_the_degradation_equal_diffusers() -> None:
+def test_mask_and_degradation_match_diffusers() -> None:
     pytest.importorskip("diffusers.pipelines.deprecated.stable_diffusion_sag")
     from diffusers.pipelines.deprecated.stable_diffusion_sag.pipeline_stable_diffusion_sag import (
         StableDiffusionSAGPipeline,
     )
 
     model, call = unet()
-    core, scheduler, t = Eager(), DDIMScheduler(), torch.tensor(300)
+    core, scheduler, t = EagerSAG(), DDIMScheduler(), torch.tensor(300)
     noise = run_eagerly(model, call, core)
     alpha = scheduler.alphas_cumprod[t]
     clean = (call["sample"] - (1 - alpha).sqrt() * noise) / alpha.sqrt()
@@ -98,11 +98,11 @@ def test_the_mask_and_the_degradation_equal_diffusers() -> None:
 
 
 @pytest.mark.parametrize("free", [False, True], ids=["plain", "classifier-free guidance"])
-def test_equals_the_eager_form_over_a_run(free: bool) -> None:
+def test_run_matches_eager(free: bool) -> None:
     model, call = unet()
     call["encoder_hidden_states"][0] = 0
     first = {**call, "encoder_hidden_states": call["encoder_hidden_states"][:1]}
-    alphas, method, core = (0.3, 0.5, 0.8), SelfAttentionGuidance(), Eager()
+    alphas, method, core = (0.3, 0.5, 0.8), SelfAttentionGuidance(), EagerSAG()
 
     def mine(x: Tensor, i: int) -> Tensor:
         noise = run(model, (call | {"sample": x.expand(2, -1, -1, -1)}) if free else (first | {"sample": x}))
@@ -126,7 +126,7 @@ def test_equals_the_eager_form_over_a_run(free: bool) -> None:
     assert relative(result, descend(theirs, call["sample"][:1])) <= TOLERANCE
 
 
-def test_an_empty_mask_degrades_nothing_and_knobs_change_it() -> None:
+def test_empty_mask_degrades_nothing_and_knobs_matter() -> None:
     model, call = unet()
     method = SelfAttentionGuidance(threshold=1e9)
     with apply(model, method):
@@ -148,7 +148,7 @@ def test_an_empty_mask_degrades_nothing_and_knobs_change_it() -> None:
     assert torch.equal(guide(u, d, scale=0.5), u + 0.5 * (u - d)) and torch.equal(guide(u, u, c), u + (c - u))
 
 
-def test_no_map_is_made() -> None:
+def test_makes_no_attention_map() -> None:
     model, call = unet(batch=1, side=(64, 64))
     with apply(model, SelfAttentionGuidance(layer=0)), LargestTensor() as largest:
         run(model, call)
@@ -166,12 +166,12 @@ def test_no_map_is_made() -> None:
     ],
     ids=str,
 )
-def test_wrong_knobs(knob: dict, match: str) -> None:
+def test_wrong_knob_raises(knob: dict, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         SelfAttentionGuidance(**knob)
 
 
-def test_what_it_cannot_read() -> None:
+def test_layer_that_cannot_be_read_raises() -> None:
     model, call = unet()
     method = SelfAttentionGuidance(layer=1)
     with apply(model, method), pytest.raises(ValueError, match="layer 1 is 'cross'"):

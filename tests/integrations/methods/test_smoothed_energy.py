@@ -1,4 +1,4 @@
-"""SEG against a second, eager implementation of its formula."""
+"""SEG against an eager implementation of its formula."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def blurred(q: Tensor, grid: tuple[int, int], sigma: float) -> Tensor:
     return image.unflatten(0, q.shape[:2]).flatten(3).transpose(2, 3)
 
 
-class Eager:
+class EagerSEG:
     def __init__(
         self, names: tuple[str, ...], items: tuple[int, ...], grid: tuple[int, int], sigma: float
     ) -> None:
@@ -103,10 +103,10 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_equals_the_eager_form(case: str) -> None:
+def test_matches_eager(case: str) -> None:
     host, knobs, names, grid = CASES[case]
     model, call = host()
-    core = Eager(names, (2,), grid, knobs.get("sigma", math.inf))
+    core = EagerSEG(names, (2,), grid, knobs.get("sigma", math.inf))
     expected = run_eagerly(model, call, core)
     with apply(model, SmoothedEnergy(**knobs)) as handle:
         handle.grid = grid
@@ -119,10 +119,10 @@ def test_equals_the_eager_form(case: str) -> None:
 
 @pytest.mark.parametrize("sigma", [0.7, math.inf])
 @pytest.mark.parametrize("host", [unet, sd3])
-def test_equals_the_eager_form_over_a_run(host, sigma: float) -> None:
+def test_run_matches_eager(host, sigma: float) -> None:
     model, call = host()
     key = "sample" if "sample" in call else "hidden_states"
-    core = Eager((MID, *JOINT), (2,), (4, 4), sigma)
+    core = EagerSEG((MID, *JOINT), (2,), (4, 4), sigma)
 
     def mine(x: Tensor, i: int) -> Tensor:
         u, c, p = run(model, call | {key: x.expand(3, -1, -1, -1)}).split(1)
@@ -137,7 +137,7 @@ def test_equals_the_eager_form_over_a_run(host, sigma: float) -> None:
     assert relative(result, descend(theirs, call[key][:1])) <= TOLERANCE
 
 
-def test_an_infinite_blur_attends_with_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_infinite_sigma_computes_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[int] = []
 
     def spy(q, k, v, control=None, **options):
@@ -153,8 +153,8 @@ def test_an_infinite_blur_attends_with_one_row(monkeypatch: pytest.MonkeyPatch) 
             assert rows == counts  # of the one controlled layer: the other items, and the perturbed one
 
 
-def test_no_map_is_made() -> None:
-    """At 4,096 tokens and one head; the eager form shows that the measure sees a map."""
+def test_makes_no_attention_map() -> None:
+    """At 4,096 tokens and one head; the eager form shows that a map would be seen."""
     model = tiny_unet(attention_head_dim=1)
     call = unet_call(model, batch=3, side=(64, 64))
     for sigma in (0.5, math.inf):
@@ -171,7 +171,7 @@ def test_no_map_is_made() -> None:
     [{"sigma": 1.0}, {"layers": "up"}, {"items": (0,)}, {"guided": False}, {"steps": (1, None)}],
     ids=str,
 )
-def test_every_knob_changes_the_output(change: dict) -> None:
+def test_each_knob_changes_the_output(change: dict) -> None:
     model, call = unet(6)
     method = SmoothedEnergy()
     with apply(model, method) as handle:
@@ -181,7 +181,7 @@ def test_every_knob_changes_the_output(change: dict) -> None:
         assert relative(run(model, call), before) > 1e-4
 
 
-def test_without_a_blur_it_is_plain() -> None:
+def test_zero_sigma_is_plain_attention() -> None:
     model, call = unet()
     plain = run(model, call)
     with apply(model, SmoothedEnergy(sigma=0)):
@@ -189,19 +189,19 @@ def test_without_a_blur_it_is_plain() -> None:
 
 
 @pytest.mark.parametrize("sigma", [-1, math.nan, "wide", True], ids=str)
-def test_wrong_knobs(sigma) -> None:
+def test_wrong_knob_raises(sigma) -> None:
     with pytest.raises(ValueError, match=r"^sigma: "):
         SmoothedEnergy(sigma=sigma)
     with pytest.raises(ValueError, match=r"^layers: "):
         SmoothedEnergy(layers=())
 
 
-def test_an_unknown_grid() -> None:
+def test_unknown_grid_raises() -> None:
     model, call = flux()
     with apply(model, SmoothedEnergy()), pytest.raises(ValueError, match=r"handle\.grid"):
         run(model, call)
 
 
-def test_plans_are_kept() -> None:
+def test_equal_knobs_share_one_plan() -> None:
     layer = Layer(4, "self", "mid", 4, 8, 0, 16, 3, (4, 4))
     assert SmoothedEnergy().plan(layer, Step(0)) is SmoothedEnergy().plan(layer, Step(1))

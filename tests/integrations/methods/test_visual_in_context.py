@@ -1,4 +1,4 @@
-"""SD-VICL against a second, eager implementation of its formula, which materialises the attention map."""
+"""SD-VICL against an eager implementation of its formula."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ KNOBS = {
 
 @pytest.mark.parametrize("knobs", KNOBS)
 @pytest.mark.parametrize("roles", [ONE, THREE], ids=["one pair", "three pairs"])
-def test_equals_the_eager_form_in_every_layer(roles: InContextRoles, knobs: str) -> None:
+def test_every_layer_matches_eager(roles: InContextRoles, knobs: str) -> None:
     model = tiny_unet()
     call = unet_call(model, batch=roles.prediction + 1)
     settings = {{"contrast": "beta"}.get(name, name): value for name, value in KNOBS[knobs].items()}
@@ -79,8 +79,8 @@ def test_equals_the_eager_form_in_every_layer(roles: InContextRoles, knobs: str)
 
 @pytest.mark.parametrize("clip", [(0.0, 1.0), None], ids=["clipped", "unclipped"])
 @pytest.mark.parametrize("roles", [ONE, THREE], ids=["one pair", "three pairs"])
-def test_equals_the_eager_form_over_a_run(roles: InContextRoles, clip) -> None:
-    """Six steps of DDIM, of which the method has three."""
+def test_run_matches_eager(roles: InContextRoles, clip) -> None:
+    """Six steps of DDIM, of which the method controls three."""
     model = tiny_unet()
     call = unet_call(model, batch=roles.prediction + 1)
     core, switch = reading(eager(roles, clip=clip)), ExitStack()
@@ -112,7 +112,7 @@ BATCHES = {
 
 
 @pytest.mark.parametrize("batch", BATCHES)
-def test_batches_of_any_layout(batch: str) -> None:
+def test_batch_layouts_match_eager(batch: str) -> None:
     roles, items = BATCHES[batch]
     model = tiny_unet()
     call = unet_call(model, batch=items)
@@ -120,7 +120,7 @@ def test_batches_of_any_layout(batch: str) -> None:
     (exact,), (rounding,) = exact_and_error(lambda: [run_eagerly(*wide, core, up)])
     with apply(model, VisualInContext(items=roles)):
         out = run(model, call)
-    # How far a whole model in float32 strays depends on the batch: "all items" multiplies roundings most.
+    # How far a whole model in float32 strays depends on the batch: "all items" has the largest error.
     assert relative(out.double(), exact) <= 3 * rounding
     plain = run(model, call)
     predictions = [r.prediction for r in roles]
@@ -138,8 +138,8 @@ def test_stacked_batches() -> None:
     )
 
 
-def test_a_prediction_has_no_part_in_its_own_attention() -> None:
-    """In the layers that are changed, what D's own tokens are does not matter."""
+def test_prediction_does_not_read_itself() -> None:
+    """In controlled layers D's output does not depend on D's own tokens."""
     model = tiny_unet(SDXL)
     call = unet_call(model, batch=4)
     with apply(model, VisualInContext()):
@@ -151,7 +151,7 @@ def test_a_prediction_has_no_part_in_its_own_attention() -> None:
     assert all(relative(first[i][:3], second[i][:3]) <= TOLERANCE for i in up_self)
 
 
-def test_sdxl_and_sixteen_bits() -> None:
+def test_sdxl_and_bfloat16_match_eager() -> None:
     model = tiny_unet(SDXL)
     call = unet_call(model, batch=5)
     method = VisualInContext(items=SWAP)
@@ -187,7 +187,7 @@ def test_sdxl_and_sixteen_bits() -> None:
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_every_knob_changes_the_output(change: dict) -> None:
+def test_each_knob_changes_the_output(change: dict) -> None:
     model = tiny_unet()
     call = unet_call(model, batch=4)
     method = VisualInContext()
@@ -201,8 +201,8 @@ def test_every_knob_changes_the_output(change: dict) -> None:
         assert torch.equal(run(model, call), before)
 
 
-def test_the_neutral_setting_is_plain_attention() -> None:
-    """D reads itself, without temperature and contrast."""
+def test_neutral_knobs_are_plain_attention() -> None:
+    """D reads itself, with temperature and contrast 1."""
     model = tiny_unet()
     call = unet_call(model, batch=4)
     plain = run(model, call)
@@ -225,14 +225,14 @@ def test_the_neutral_setting_is_plain_attention() -> None:
     ],
     ids=str,
 )
-def test_only_the_chosen_layers_are_touched(knobs: dict, first: int, never) -> None:
+def test_only_chosen_layers_change(knobs: dict, first: int, never) -> None:
     model = tiny_unet()
     call = unet_call(model, batch=4)
     plain = run_layers(model, call)[1]
     with apply(model, VisualInContext(**knobs), stats=True) as handle:
         layers = run_layers(model, call)[1]
         touched = [record.layer for record in handle.stats]
-    # Later layers hear of it through their input.
+    # A changed layer changes the input of all later ones.
     assert changed(layers, plain)[0] == first and not set(changed(layers, plain)) & set(never)
     side = (knobs.get("resolutions") or [None])[0]
     tokens = {None: UP_16 + UP_64, 8: UP_64, (8, 8): UP_64, 4: UP_16}[side]
@@ -252,24 +252,24 @@ def test_grids_that_are_not_square() -> None:
 @pytest.mark.parametrize(
     ("window", "controlled"), [((0, None), [0, 1, 2, 3]), ((1, 3), [1, 2]), ((2, None), [2, 3])]
 )
-def test_steps(window: tuple, controlled: list[int]) -> None:
+def test_window_of_steps(window: tuple, controlled: list[int]) -> None:
     model = tiny_unet()
     call = unet_call(model, batch=4)
     plain = run(model, call)
     with apply(model, VisualInContext(steps=window)) as handle:
         counted = [i for i in range(4) if relative(run(model, call), plain) > 1e-3]
-        told = []
+        set_by_handle = []
         for i in range(4):
             handle.set_step(i, 4)
-            told += [i] if relative(run(model, call), plain) > 1e-3 else []
-    assert counted == told == controlled
+            set_by_handle += [i] if relative(run(model, call), plain) > 1e-3 else []
+    assert counted == set_by_handle == controlled
 
 
-# What it costs and tells
+# Cost, statistics and gradients
 
 
 def test_keys_are_read_in_place_and_no_map_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    """K and V go to the operator as the projections left them, and the C++ backend takes every call."""
+    """The operator reads K and V in place, as the projections made them; the C++ backend takes every call."""
     calls = []
 
     def spy(q, k, v, control=None, **options):
@@ -307,11 +307,11 @@ def test_keys_are_read_in_place_and_no_map_is_made(monkeypatch: pytest.MonkeyPat
 def test_process_needs_no_memory_for_a_map() -> None:
     """Three pairs at 4,096 tokens, whose map of one head is 192 MiB.
 
-    Slow: test_flux_memory.py measures the same operator in the same way; contrast's two sweeps over joined keys are
-    new here.
+    Slow: test_flux_memory.py measures the same operator in the same way; contrast's two sweeps over joined
+    keys are new here.
     """
     forms = ("plain", "clipped", "unclipped", "eager")
-    # glibc is told to return at once what is freed.
+    # glibc returns at once what is freed.
     limits = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
     # Not from the root, whose `integrations` is the package's.
     path = os.pathsep.join(p for p in sys.path if p and not Path(p, "integrations", "__init__.py").exists())
@@ -327,16 +327,16 @@ def test_process_needs_no_memory_for_a_map() -> None:
     the_map = 4 * 4096 * 3 * 4096
     assert clipped - plain <= 0.02 * the_map
     assert unclipped - plain <= 0.02 * the_map
-    assert eager - plain > the_map  # the measure sees one
+    assert eager - plain > the_map  # the measurement would see a map
 
 
-def test_plans_are_kept() -> None:
+def test_equal_knobs_share_one_plan() -> None:
     layer = Layer(3, "self", "up", 4, 8, 0, 64, 4, (8, 8))
     assert VisualInContext().plan(layer, Step(0)) is VisualInContext().plan(layer, Step(1))
 
 
-def test_statistics() -> None:
-    """The mass of each pair, before the contrast."""
+def test_statistics_have_the_mass_of_each_pair() -> None:
+    """Statistics hold the mass of each pair before the contrast."""
     model = tiny_unet()
     call = unet_call(model, batch=8)
     with apply(model, VisualInContext(), stats=("mass", "lse")) as handle:
@@ -350,7 +350,7 @@ def test_statistics() -> None:
         torch.testing.assert_close(record.stats.mass.sum(3), torch.full((1, 4, 1), float(tokens)))
 
 
-def test_compiled() -> None:
+def test_compiled_model_matches_eager() -> None:
     torch._dynamo.reset()
     model = tiny_unet()
     call = unet_call(model, batch=5)
@@ -362,7 +362,7 @@ def test_compiled() -> None:
     torch._dynamo.reset()
 
 
-def test_a_plan_made_in_inference_mode_serves_a_gradient() -> None:
+def test_plan_made_in_inference_mode_has_gradients() -> None:
     model = tiny_unet().requires_grad_(False)
     call = unet_call(model, batch=4)
     with apply(model, VisualInContext(temperature=0.37), backend="reference"):
@@ -373,7 +373,7 @@ def test_a_plan_made_in_inference_mode_serves_a_gradient() -> None:
     assert all(float(call["sample"].grad[n].abs().max()) > 0 for n in range(4))
 
 
-def test_gradients_pass_on_the_reference_backend() -> None:
+def test_gradients_on_the_reference_backend() -> None:
     model = tiny_unet().requires_grad_(False)
     call = unet_call(model, batch=4)
     roles = ONE
@@ -386,7 +386,7 @@ def test_gradients_pass_on_the_reference_backend() -> None:
         return grad
 
     mine = gradient(apply(model, VisualInContext(), backend="reference"))
-    # The prediction's own latents still reach it through the layers below; the others' through the map alone.
+    # The prediction depends on its own latents in plain layers, on the others' in controlled ones.
     assert all(float(mine[n].abs().max()) > 0 for n in range(4))
     step = torch.zeros_like(mine)
     step[1] = torch.randn(step[1].shape, generator=torch.Generator().manual_seed(4)) * 1e-2
@@ -399,7 +399,7 @@ def test_gradients_pass_on_the_reference_backend() -> None:
         gradient(apply(model, VisualInContext()))
 
 
-# What it refuses
+# Errors
 
 
 @pytest.mark.parametrize(
@@ -429,7 +429,7 @@ def test_gradients_pass_on_the_reference_backend() -> None:
     ],
     ids=str,
 )
-def test_wrong_knobs(knob: dict, match: str) -> None:
+def test_wrong_knob_raises(knob: dict, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         VisualInContext(**knob)
     method = VisualInContext()
@@ -440,13 +440,13 @@ def test_wrong_knobs(knob: dict, match: str) -> None:
 
 
 @pytest.mark.parametrize("prompts", [(), (0, 1), ((0, 1, 2),)], ids=str)
-def test_wrong_pairs(prompts: tuple) -> None:
+def test_wrong_pairs_raise(prompts: tuple) -> None:
     with pytest.raises(ValueError, match=r"^prompts: "):
         InContextRoles(prompts, 2, 3)
 
 
 @pytest.mark.parametrize("count", ["prompts", "repeats"])
-def test_wrong_stacks(count: str) -> None:
+def test_wrong_stack_raises(count: str) -> None:
     with pytest.raises(ValueError, match=f"^{count}: "):
         InContextRoles.stacked(**{count: 0})
 
@@ -461,13 +461,13 @@ def test_wrong_stacks(count: str) -> None:
         ((ONE, ONE), 4, "different batch items"),
     ],
 )
-def test_a_batch_that_does_not_fit(items, batch: int, match: str) -> None:
+def test_batch_that_does_not_fit_raises(items, batch: int, match: str) -> None:
     model = tiny_unet()
     with apply(model, VisualInContext(items=items)), pytest.raises(ValueError, match=match):
         run(model, unet_call(model, batch=batch))
 
 
-def test_models_without_a_unet_s_self_attention_raise() -> None:
+def test_model_without_unet_self_attention_raises() -> None:
     flux = tiny_flux()
     with apply(flux, VisualInContext()), pytest.raises(ValueError, match="'double'"):
         flux_forward(flux, tiny_call(flux, batch=4))

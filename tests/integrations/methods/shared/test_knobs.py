@@ -55,7 +55,8 @@ def test_required_knob_must_be_given() -> None:
 
 
 def test_equal_knobs_are_equal_and_hash_alike() -> None:
-    a, b = Brush(2, steps=[1, None], weights={3: 0.5}), Brush(2, steps=(1, None), weights={3: 0.5})  # type: ignore[arg-type]
+    a = Brush(2, steps=[1, None], weights={3: 0.5})  # type: ignore[arg-type]
+    b = Brush(2, steps=(1, None), weights={3: 0.5})
     assert a == b and hash(a) == hash(b)
     b.alpha = 0.5
     assert a != b and hash(a) != hash(b)

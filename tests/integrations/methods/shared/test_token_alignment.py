@@ -1,4 +1,4 @@
-"""Aligners of text tokens, on tokenizers with and without words that are split and special tokens."""
+"""Aligners of text tokens, on tokenizers with and without split words and special tokens."""
 
 from __future__ import annotations
 
@@ -19,20 +19,21 @@ from ...tiny_sd import tiny_tokenizer
 
 @pytest.fixture(scope="module")
 def letters(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """CLIP's, whose tokens are single letters: start, letters, end."""
+    """CLIP's tokenizer, whose tokens are single letters: start, letters, end."""
     return tiny_tokenizer(tmp_path_factory.mktemp("words") / "letters")
 
 
 @pytest.fixture(scope="module")
 def words() -> Any:
-    """Whole words, and an end as T5 has it."""
+    """A tokenizer of whole words with an end token, as T5's."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     names = ["</s>", "<unk>", "a", "cat", "dog", "on", "the", "red", "mat"]
     tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, "<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
-    tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 0)])  # type: ignore[assignment]
+    template: Any = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 0)])
+    tokenizer.post_processor = template
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
 
 
@@ -50,7 +51,7 @@ def best(source: tuple[int, ...], target: tuple[int, ...]) -> int:
     return max(best(source[:-1], target), best(source, target[:-1]), both)
 
 
-def test_alignments_are_the_best_ones() -> None:
+def test_align_finds_the_best_alignment() -> None:
     rng = random.Random(0)
     for _ in range(200):
         source, target = (tuple(rng.choices(range(4), k=rng.randrange(9))) for _ in range(2))
@@ -59,18 +60,18 @@ def test_alignments_are_the_best_ones() -> None:
         assert all(a < c and b < d for (a, b), (c, d) in pairwise(pairs))
 
 
-def test_of_equally_good_alignments_the_last_target_token_is_the_new_one() -> None:
+def test_align_prefers_the_last_target_token_as_new() -> None:
     assert align([7], [7, 7]) == [(0, 0)]
     assert align([7, 7], [7]) == [(0, 0)]
     assert align([1, 2], [2, 1]) == [(1, 0)]
 
 
-def test_replaced_words(words: Any) -> None:
+def test_replace_maps_words_in_place(words: Any) -> None:
     alignment = TokenAlignment.replace("a cat on the mat", "a dog on the mat", words, 9)
     assert torch.equal(alignment.mapper, torch.eye(9)) and torch.equal(alignment.alphas, torch.ones(9))
 
 
-def test_words_that_are_split_share(letters: Any) -> None:
+def test_replace_splits_a_word_evenly(letters: Any) -> None:
     # start a | b c | d end, and start a | x y z | d end
     more = TokenAlignment.replace("a bc d", "a xyz d", letters, 9).mapper
     third = {2: 1 / 3, 3: 1 / 3}
@@ -82,7 +83,7 @@ def test_words_that_are_split_share(letters: Any) -> None:
     assert torch.equal(several.alphas, torch.ones(7))
 
 
-def test_refined_prompts(words: Any, letters: Any) -> None:
+def test_refine_maps_common_tokens(words: Any, letters: Any) -> None:
     alignment = TokenAlignment.refine("a cat on the mat", "a red cat on the red mat", words, 10)
     assert alignment.alphas.tolist() == [1, 0, 1, 1, 1, 0, 1, 1, 1, 1]
     assert columns(alignment.mapper) == [
@@ -102,14 +103,14 @@ def test_refined_prompts(words: Any, letters: Any) -> None:
     assert columns(gone.mapper) == [{0: 1}, {1: 1}, {3: 1}, {}, {4: 1}, {5: 1}, {6: 1}]
 
 
-def test_the_same_prompt_is_aligned_with_itself(words: Any, letters: Any) -> None:
+def test_same_prompt_is_aligned_with_itself(words: Any, letters: Any) -> None:
     for tokenizer, prompt in ((words, "the red cat"), (letters, "ab c")):
         for alignment in (TokenAlignment.replace, TokenAlignment.refine):
             result = alignment(prompt, prompt, tokenizer, 8)
             assert torch.equal(result.mapper, torch.eye(8)) and torch.equal(result.alphas, torch.ones(8))
 
 
-def test_tokens_of_words(words: Any, letters: Any) -> None:
+def test_word_tokens(words: Any, letters: Any) -> None:
     assert word_tokens("a cat on a mat", "a", words) == [0, 3]
     assert word_tokens("a cat on a mat", ["mat", "cat"], words) == [1, 4]
     assert word_tokens("a bc d bc", "bc", letters) == [2, 3, 5, 6]
@@ -120,14 +121,14 @@ def test_tokens_of_words(words: Any, letters: Any) -> None:
 
 
 class Joining:
-    """A tokenizer that sees no words."""
+    """A tokenizer whose tokens span words."""
 
     def __call__(self, prompt: str, add_special_tokens: bool = True) -> Any:
         ids = [len(prompt)]
         return type("Encoding", (), {"input_ids": ids})
 
 
-def test_what_does_not_fit(words: Any) -> None:
+def test_call_that_does_not_fit_raises(words: Any) -> None:
     with pytest.raises(ValueError, match=r"^target: expected as many words as the source's 2, got 3"):
         TokenAlignment.replace("a cat", "a red cat", words)
     for aligner in (TokenAlignment.replace, TokenAlignment.refine):

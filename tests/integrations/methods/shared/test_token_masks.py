@@ -10,7 +10,7 @@ from flashbrush.integrations.methods.shared.token_masks import dilated, eroded, 
 from ...tiny import COLUMNS, ROWS
 
 
-def test_a_token_is_masked_if_any_of_its_latents_is() -> None:
+def test_token_is_masked_if_any_of_its_latents_is() -> None:
     from diffusers import FluxPipeline
 
     mask = torch.zeros(2 * ROWS, 2 * COLUMNS)
@@ -23,7 +23,7 @@ def test_a_token_is_masked_if_any_of_its_latents_is() -> None:
 
 
 @pytest.mark.parametrize("shape", [(4, 3), (5, 2), (1, 4, 4)])
-def test_latents_that_are_no_tokens_are_refused(shape: tuple[int, ...]) -> None:
+def test_odd_latents_raise(shape: tuple[int, ...]) -> None:
     for function in (token_mask, lambda mask: packed_mask(mask, 2)):
         with pytest.raises(ValueError, match=r"^mask: expected \(rows, columns\)"):
             function(torch.ones(shape))
