@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import ast
-import dataclasses
 import importlib
 import inspect
 import sys
@@ -65,7 +64,7 @@ def show_defaults(module: Any) -> None:
         entry: Any = module.members[name]
         entry = entry.final_target if isinstance(entry, Alias) else entry
         cls: Any = getattr(real, name)
-        if not isinstance(entry, Class) or not dataclasses.is_dataclass(cls):
+        if not isinstance(entry, Class) or "__dataclass_fields__" not in vars(cls):
             continue
         for parameter in inspect.signature(cls).parameters.values():
             field: Any = entry.members.get(parameter.name)
