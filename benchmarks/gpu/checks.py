@@ -123,7 +123,7 @@ def _run(call: FeatureCall, setup: Setup, **more):
 
 
 def _allowed(call: FeatureCall) -> float:
-    """What float32 sums may differ by in their order, beside the eager form's error.
+    """What float32 sums may differ by in their order, on top of the eager form's error.
 
     With few elements or many segments the eager form's error is too small a sample: an ulp of the dtype more.
     """

@@ -32,7 +32,7 @@ class Operator:
         ours: takes the inputs.
         form: the same by torch's operators, in the inputs' dtype or in float64.
         work: what the bytes moved leave out.
-        magnified: allowed beside twice the form's error, in float32 eps of the largest value.
+        magnified: allowed on top of twice the form's error, in float32 eps of the largest value.
     """
 
     name: str

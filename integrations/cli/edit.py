@@ -14,7 +14,7 @@ from .shared.output import check_pictures, write_pictures
 if TYPE_CHECKING:
     from ..pipelines import PromptEditingOutput
 
-# Methods on FLUX, and the options that each uses beside prompts, steps, guidance and size.
+# Methods on FLUX, and the options that each uses in addition to prompts, steps, guidance and size.
 ON_FLUX = {"kv-edit": {"mask"}, "personalize-anything": {"mask", "move"}}
 # Options that a method on Stable Diffusion does not use.
 UNUSED = {"plug-and-play": {"word", "source_word"}, "infedit": {"inversion_iterations"}}

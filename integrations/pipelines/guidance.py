@@ -16,7 +16,7 @@ from ...bindings import adain
 from ..diffusers import Method, apply
 from .inversion.cache import InversionCache, WeightsDigest
 from .inversion.ddpm import DDPMSchedule, Inversion, invert, noise_predictor
-from .shared.arguments import check_number
+from .shared.arguments import check_count, check_number, check_texts
 from .shared.stable_diffusion_parts import StableDiffusionParts
 
 Scale = Callable[[int, int], float]  # (step, steps) -> scale of the swap guidance
@@ -47,12 +47,9 @@ class InversionOptions:
     use_cache: bool = True
 
     def __post_init__(self) -> None:
-        for name, text in (("text", self.text), ("negative_text", self.negative_text)):
-            if not isinstance(text, str):
-                raise TypeError(f"{name}: expected a string, got {type(text).__name__}")
+        check_texts(text=self.text, negative_text=self.negative_text)
         check_number("inversion_guidance", self.guidance)
-        if isinstance(self.batch, bool) or not isinstance(self.batch, int) or self.batch < 1:
-            raise ValueError(f"inversion_batch: expected an integer of at least 1, got {self.batch!r}")
+        check_count("inversion_batch", self.batch)
 
     @property
     def guided(self) -> bool:
@@ -239,7 +236,7 @@ def guidance_scales(
         gamma: a number, or a function (step, total) -> scale.
         default: the function (gamma, step, total) -> scale that turns a number into scales.
         steps: that are run.
-        total: number of steps that gamma's function is told.
+        total: number of steps, passed to gamma's function.
 
     Raises:
         TypeError: gamma is neither.

@@ -18,6 +18,7 @@ from ..methods import AttentionMaps, InContextBrush
 from ..methods.shared.token_alignment import word_tokens
 from . import images as im
 from .images import ImageLike
+from .shared.arguments import check_count, noise_seed
 from .subject import DETECTOR, SEGMENTER, SubjectFinder
 
 
@@ -222,9 +223,8 @@ class InContextBrushPipeline:
             "generator": generator,
         }
         items = _items(given)
-        for name, count in (("steps", steps), ("max_sequence_length", max_sequence_length)):
-            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-                raise ValueError(f"{name}: expected an integer of at least 1, got {count!r}")
+        check_count("steps", steps)
+        check_count("max_sequence_length", max_sequence_length)
         if (
             not isinstance(guidance_scale, (int, float))
             or not math.isfinite(guidance_scale)
@@ -446,11 +446,9 @@ def _items(given: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _seed(seed: Any, offset: int) -> int:
-    if seed is None:  # torch.manual_seed then makes the call reproducible
-        return int(torch.randint(2**63 - 1, ()))
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise ValueError(f"seed: expected an integer from 0 to 2**63 - 1, got {seed!r}")
-    return (seed + offset) % 2**63
+    """The seed of an item, `offset` above the given one; drawn for each item where none is given."""
+    base, _ = noise_seed(seed, None)
+    return base if seed is None else (base + offset) % 2**63
 
 
 class _Steps:

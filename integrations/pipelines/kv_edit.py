@@ -17,7 +17,7 @@ from ..methods.shared.token_masks import packed_mask, token_mask
 from . import images as im
 from .images import ImageLike
 from .inversion.ddpm import steps_left_out
-from .shared.arguments import check_number, check_steps, check_texts
+from .shared.arguments import check_count, check_number, check_texts
 from .shared.flux_parts import FluxParts
 
 
@@ -126,7 +126,7 @@ class KVEditPipeline(FluxParts):
             FloatingPointError: the latents are no longer finite.
         """
         check_texts(prompt=prompt, source_prompt=source_prompt)
-        check_steps(steps)
+        check_count("steps", steps)
         skip = steps_left_out(skip, steps, (4, 28))
         check_number("guidance_scale", guidance_scale)
         check_number("inversion_guidance", inversion_guidance)

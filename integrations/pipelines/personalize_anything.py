@@ -17,7 +17,7 @@ from ..methods.personalize_anything import noised
 from ..methods.shared.token_masks import moved, token_mask
 from . import images as im
 from .images import ImageLike
-from .shared.arguments import check_number, check_steps, check_texts, noise_seed
+from .shared.arguments import check_count, check_number, check_texts, noise_seed
 from .shared.flux_parts import FluxParts
 
 
@@ -106,7 +106,7 @@ class PersonalizeAnythingPipeline(FluxParts):
             FloatingPointError: the latents are no longer finite.
         """
         check_texts(prompt=prompt, subject_prompt=subject_prompt)
-        check_steps(steps)
+        check_count("steps", steps)
         check_number("guidance_scale", guidance_scale)
         if method is not None and not isinstance(method, PersonalizeAnything):
             raise TypeError(f"method: expected a PersonalizeAnything, got {type(method).__name__}")

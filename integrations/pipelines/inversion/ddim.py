@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..shared.arguments import check_count
 from .ddpm import DDPMSchedule, Predict
 
 
@@ -47,8 +48,7 @@ def invert(
     """
     if clean.dim() != 4:
         raise ValueError(f"clean: expected shape (images, channels, height, width), got {tuple(clean.shape)}")
-    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
-        raise ValueError(f"iterations: expected an integer of at least 1, got {iterations!r}")
+    check_count("iterations", iterations)
     latents = [clean.float()]
     for i in reversed(range(schedule.steps)):
         now, then = schedule.alphas[i].item(), schedule.alphas[i + 1].item()

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..shared.arguments import check_count
+
 # (latents (n, channels, height, width) float32, timesteps (n,)) -> the model's outputs
 Predict = Callable[[Tensor, Tensor], Tensor]
 
@@ -232,8 +234,7 @@ def invert(
     if len(generators) != len(clean):
         raise ValueError(f"generators: expected one for each of {len(clean)} images, got {len(generators)}")
     check_skip(skip, schedule.steps)
-    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
-        raise ValueError(f"batch: expected an integer of at least 1, got {batch!r}")
+    check_count("batch", batch)
     deviations = schedule.deviations
     if keep_last and not deviations[-1] > 0:
         raise ValueError("keep_last: the scheduler's last step adds no noise, so no noise map can correct it")

@@ -56,10 +56,10 @@ def check_texts(**texts: Any) -> None:
             raise TypeError(f"{name}: expected a string, got {type(text).__name__}")
 
 
-def check_steps(steps: Any) -> None:
-    """Raise ValueError unless `steps` is an integer of at least 1."""
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps: expected an integer of at least 1, got {steps!r}")
+def check_count(name: str, value: Any) -> None:
+    """Raise ValueError unless an argument is an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")
 
 
 def check_finite(latents: Tensor, dtype: torch.dtype) -> None:

@@ -33,7 +33,7 @@ class StableDiffusionParts:
             betas.
     """
 
-    _options: tuple[str, ...] = ()  # arguments of __init__ beside `backend`
+    _options: tuple[str, ...] = ()  # arguments of __init__ other than pipe and backend
 
     def __init__(self, pipe: Any, *, backend: str = "auto") -> None:
         from diffusers import StableDiffusionPipeline

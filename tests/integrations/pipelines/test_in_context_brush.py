@@ -193,17 +193,17 @@ def test_a_scheduler_of_second_order_is_refused(checkpoint, photos) -> None:
 
 
 def test_the_method_plans_every_step(pipe, photos) -> None:
-    heard = []
+    planned = []
 
-    class Listening(InContextBrush):
+    class Recording(InContextBrush):
         def plan(self, layer, step):
             if layer.index == 0:
-                heard.append((step.index, step.count, step.sigma, layer.grid))
+                planned.append((step.index, step.count, step.sigma, layer.grid))
             return super().plan(layer, step)
 
-    run(pipe, photos, method=Listening())
+    run(pipe, photos, method=Recording())
     sigmas = pipe.pipe.scheduler.sigmas.tolist()
-    assert list(dict.fromkeys(heard)) == [(i, STEPS, sigmas[i], (12, 8)) for i in range(STEPS)]
+    assert list(dict.fromkeys(planned)) == [(i, STEPS, sigmas[i], (12, 8)) for i in range(STEPS)]
 
 
 def test_items_of_a_batch_equal_single_calls(pipe, photos) -> None:

@@ -203,14 +203,14 @@ def test_each_step_is_one_unet_call(pipe) -> None:
 
 
 def test_gamma_as_a_function_of_the_step(pipe) -> None:
-    heard = []
+    asked = []
 
     def gamma(step: int, steps: int) -> float:
-        heard.append((step, steps))
+        asked.append((step, steps))
         return linear_decay(3.5, step, steps)
 
     assert torch.equal(run(pipe, gamma=gamma).latents, run(pipe).latents)
-    assert heard == [(i, STEPS) for i in range(SKIP, STEPS)]
+    assert asked == [(i, STEPS) for i in range(SKIP, STEPS)]
     assert [linear_decay(2.0, i, 4) for i in range(4)] == [2.0, 1.5, 1.0, 0.5]
     batches = calls(pipe)
     some = run(pipe, gamma=lambda step, steps: float(step == 3))
