@@ -101,11 +101,11 @@ class IPAdapter:
         if layer.kind != "double":
             return plan
         branch = self._branches[layer.index]
-        branch.asked = None
+        branch.prompts = None
         if plan is not None and plan.control is not None:
-            pairs = list((plan.extra or {}).values())
+            pairs: list[Any] = list((plan.extra or {}).values())
             device = pairs[0][0].device
-            branch.asked = plan.control.to(device), [k for k, _ in pairs], [v for _, v in pairs]
+            branch.prompts = plan.control.to(device), [k for k, _ in pairs], [v for _, v in pairs]
         return None  # the block's own attention is plain
 
     @torch.inference_mode(False)

@@ -17,40 +17,40 @@ class ImageBranch:
     projection. It acts where apply() selected the block's layer and the step.
 
     Attributes:
-        asked: (control, keys, values) for the coming calls; None: the branch adds nothing.
+        prompts: (control, keys, values) of the image prompts in the coming calls; None: the branch adds nothing.
     """
 
     def __init__(self, block: Any) -> None:
         self.block: Any = block
-        self.asked: tuple[Control, Sequence[Tensor], Sequence[Tensor]] | None = None
+        self.prompts: tuple[Control, Sequence[Tensor], Sequence[Tensor]] | None = None
         self._query: Tensor | None = None
-        self._listened: nn.Module | None = None
-        self._listening: Any = None
+        self._projection: nn.Module | None = None
+        self._query_hook: Any = None
         self._hooks = [block.register_forward_pre_hook(self._begin), block.register_forward_hook(self._add)]
-        self._listen()
+        self._hook_projection()
 
     def remove(self) -> None:
-        for hook in (*self._hooks, self._listening):
+        for hook in (*self._hooks, self._query_hook):
             hook.remove()
-        self.block, self._listened = None, None  # the method may live longer than the model
+        self.block, self._projection = None, None  # the method may live longer than the model
 
-    def _listen(self) -> None:
+    def _hook_projection(self) -> None:
         attn = self.block.attn
-        if self._listening is not None:
-            self._listening.remove()
-        projection = self._listened = attn.to_qkv if attn.fused_projections else attn.to_q
-        self._listening = projection.register_forward_hook(self._project)
+        if self._query_hook is not None:
+            self._query_hook.remove()
+        projection = self._projection = attn.to_qkv if attn.fused_projections else attn.to_q
+        self._query_hook = projection.register_forward_hook(self._project)
 
     def _acts(self) -> bool:
         state = self.block.attn.processor.state
-        return self.asked is not None and state is not None and state.controlled
+        return self.prompts is not None and state is not None and state.controlled
 
     def _begin(self, module: nn.Module, inputs: tuple) -> None:
         self._query = None  # a call that failed may have left it
         attn = self.block.attn
         # A LoRA and fused projections put another module in the place of this one.
-        if self._listened is not (attn.to_qkv if attn.fused_projections else attn.to_q):
-            self._listen()
+        if self._projection is not (attn.to_qkv if attn.fused_projections else attn.to_q):
+            self._hook_projection()
 
     def _project(self, module: nn.Module, inputs: tuple, output: Tensor) -> None:
         if self._acts():
@@ -61,8 +61,8 @@ class ImageBranch:
     ) -> tuple[Tensor, Tensor] | None:
         if not self._acts():
             return None
-        assert self.asked is not None and self._query is not None
-        (control, keys, values), query, attn = self.asked, self._query, self.block.attn
+        assert self.prompts is not None and self._query is not None
+        (control, keys, values), query, attn = self.prompts, self._query, self.block.attn
         self._query = None
         query = attn.norm_q(query[..., : attn.inner_dim].unflatten(-1, (-1, attn.head_dim)))
         text, image = output

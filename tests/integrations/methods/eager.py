@@ -140,7 +140,7 @@ class EagerProcessor:
         self,
         attn,
         hidden_states,
-        encoder_hidden_states=None,
+        encoder_hidden_states: Any = None,
         attention_mask=None,
         temb=None,
         image_rotary_emb=None,
