@@ -1,6 +1,7 @@
 """Import paths of version 0.1 that moved: they work for one more release, with a DeprecationWarning.
 
-A finder at the end of sys.meta_path answers for the old names, so that nothing is imported before it is asked for.
+A finder at the end of sys.meta_path answers for the old names, so that nothing is imported before it is asked
+for.
 """
 
 from __future__ import annotations

@@ -27,24 +27,27 @@ def adain(
 
         (x - mean(x)) / std(x) * std(style) + mean(style)        std = sqrt(unbiased variance + 1e-5)
 
-    over the spatial dimensions of each item and channel. With masks, the statistics are those inside each mask, and x
-    is unchanged outside its own. The formula is Huang and Belongie's (arXiv 1703.06868); cross-image attention (arXiv
-    2311.03335) and SD-VICL (arXiv 2508.09949) use it on latents. Differentiable in x and style.
+    over the spatial dimensions of each item and channel. With masks, the statistics are those inside each
+    mask, and x is unchanged outside its own. The formula is Huang and Belongie's (arXiv 1703.06868);
+    cross-image attention (arXiv 2311.03335) and SD-VICL (arXiv 2508.09949) use it on latents. Differentiable
+    in x and style.
 
     Args:
         x: (batch, channels, ...) with at least one spatial dimension; float32, bfloat16, float16 or float64.
-        style: (batch or 1, channels, ...) of x's dtype and device; its spatial dimensions may differ from x's.
+        style: (batch or 1, channels, ...) of x's dtype and device; its spatial dimensions may differ from
+            x's.
         mask: bool (batch or 1, 1, ...) over x's spatial dimensions. None: everywhere.
         style_mask: the same for style. With only one mask, the other image counts as a whole.
         backend: "auto", or a name of backends(). A named one raises with its reasons rather than fall back.
 
     Returns:
-        A new tensor of x's shape and dtype, computed in float32 at least, the same bitwise from run to run. On a GPU
-        without gradients Triton kernels make it.
+        A new tensor of x's shape and dtype, computed in float32 at least, the same bitwise from run to run.
+        On a GPU without gradients Triton kernels make it.
 
     Raises:
         TypeError: dtypes or devices that differ, a mask that is not bool.
-        ValueError: shapes that do not fit; fewer than two elements for a variance (masks: checked on the CPU).
+        ValueError: shapes that do not fit; fewer than two elements for a variance (masks: checked on the
+            CPU).
 
     Examples:
         >>> import torch, flashbrush as fb

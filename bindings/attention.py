@@ -21,8 +21,8 @@ class Stats(NamedTuple):
 
     Attributes:
         lse: (batch, heads, rows, groups), natural log; -inf where a row has no allowed key.
-        mass: (batch, heads, row segments, key segments): the sum of p over a pair of segments, before weight, gate,
-            contrast and gain.
+        mass: (batch, heads, row segments, key segments): the sum of p over a pair of segments, before weight,
+            gate, contrast and gain.
         gain: (batch, heads, row segments): the gain that was applied, given times derived.
     """
 
@@ -85,13 +85,13 @@ def attention(
     Args:
         q: (batch, rows, heads, dim), float32, bfloat16 or float16, dim up to 256; float64 on the backends
             reference and composed. Under torch.autocast q, k and v are cast to its dtype, float64 excepted.
-        k: (batch, keys, kv_heads, dim), or a list with one such tensor per key segment, read in place. heads is a
-            multiple of kv_heads; a batch of 1 broadcasts; a tensor may appear twice.
+        k: (batch, keys, kv_heads, dim), or a list with one such tensor per key segment, read in place. heads
+            is a multiple of kv_heads; a batch of 1 broadcasts; a tensor may appear twice.
         v: as k.
         control: what to change, as tables over row and key segments. None: nothing.
         scale: logit scale: a number, or a tensor (batch,) or (batch, heads). None: 1/sqrt(dim).
-        source: {"q": index, "k": index, "v": index}, int tensors (out_batch,): output item n reads q[index[n]]
-            and so on. For k and v also one tensor per list entry.
+        source: {"q": index, "k": index, "v": index}, int tensors (out_batch,): output item n reads
+            q[index[n]] and so on. For k and v also one tensor per list entry.
         mask: bool (True: attend) or additive float, broadcastable to (batch, heads, rows, keys). Only on the
             backends composed and reference.
         backend: "auto", or a name of backends(). A named one raises with its reasons rather than fall back.
@@ -100,11 +100,12 @@ def attention(
         return_stats: also return Stats.
 
     Returns:
-        The output (batch, rows, heads, dim) in q's dtype, or (output, Stats). A row without an allowed key in a
-        group gives 0 there, with lse -inf and mass 0.
+        The output (batch, rows, heads, dim) in q's dtype, or (output, Stats). A row without an allowed key in
+        a group gives 0 there, with lse -inf and mass 0.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came. Nothing has been computed.
+        TypeError, ValueError: naming the argument, what was expected and what came. Nothing has been
+            computed.
         NotImplementedError: a forward-mode derivative.
         RuntimeError: a gradient of a gradient, when it is asked for; backend="reference" has one.
 

@@ -22,7 +22,8 @@ class Branch:
         k: as in attention().
         v: as in attention().
         control: as in attention().
-        gate: multiplies the output: a finite number, or a float tensor (batch, rows) that does not require grad.
+        gate: multiplies the output: a finite number, or a float tensor (batch, rows) that does not require
+            grad.
         scale: as in attention().
         source: as in attention().
 
@@ -45,7 +46,8 @@ class Branch:
 def attention_sum(branches: Sequence[Branch], out: Tensor | None = None) -> Tensor:
     """sum_b gate_b * attention(branch b), for branches with their own queries, scales or maps.
 
-    Branches that share q and scale are cheaper as one call with softmax groups: Control(groups=..., gates=...).
+    Branches that share q and scale are cheaper as one call with softmax groups: Control(groups=...,
+    gates=...).
 
     Args:
         branches: at least one; their outputs have one shape (batch, rows, heads, dim) and one dtype.
@@ -78,7 +80,7 @@ def attention_sum(branches: Sequence[Branch], out: Tensor | None = None) -> Tens
         shape, first = shape or mine, q if first is None else first
         if mine != shape or q.dtype != first.dtype or q.device != first.device:
             raise ValueError(
-                f"branches[{i}]: expected an output {first.dtype} {shape} on {first.device} as of branches[0], "
+                f"branches[{i}]: expected an output {first.dtype} {shape} on {first.device} as branches[0], "
                 f"got {q.dtype} {mine} on {q.device}"
             )
         _check_gate(f"branches[{i}].gate", b.gate, shape[:2], q.device)

@@ -26,10 +26,11 @@ def blend_latents(
 
         mask * generated + (1 - mask) * ((1 - sigma) * source + sigma * noise)
 
-    Called after every step with the sigma that the step has just reached, and with the same noise throughout, it keeps
-    the known part on the straight line of flow matching that ends in the source. Where mask is 1 the result equals
-    `generated` bitwise; where mask and sigma are 0 it equals `source` bitwise. This is the token blending of In-Context
-    Brush (arXiv 2505.20271) with the interpolation of rectified flow. Differentiable in everything.
+    Called after every step with the sigma that the step has just reached, and with the same noise throughout,
+    it keeps the known part on the straight line of flow matching that ends in the source. Where mask is 1 the
+    result equals `generated` bitwise; where mask and sigma are 0 it equals `source` bitwise. This is the
+    token blending of In-Context Brush (arXiv 2505.20271) with the interpolation of rectified flow.
+    Differentiable in everything.
 
     Args:
         generated: (batch, ...), spatial or packed; float32, bfloat16, float16 or float64.
@@ -40,12 +41,13 @@ def blend_latents(
         backend: "auto", or a name of backends(). A named one raises with its reasons rather than fall back.
 
     Returns:
-        A new tensor of generated's shape and dtype, computed in float32 at least. On a GPU without gradients one Triton
-        kernel makes it in one pass, without waiting for the device.
+        A new tensor of generated's shape and dtype, computed in float32 at least. On a GPU without gradients
+        one Triton kernel makes it in one pass, without waiting for the device.
 
     Raises:
         TypeError: dtypes or devices that differ, a mask that is neither bool nor floating point.
-        ValueError: shapes that do not fit; a mask or sigma outside [0, 1] (checked for numbers and CPU tensors).
+        ValueError: shapes that do not fit; a mask or sigma outside [0, 1] (checked for numbers and CPU
+            tensors).
 
     Examples:
         >>> import torch, flashbrush as fb
@@ -68,7 +70,7 @@ def blend_latents(
 
 
 def _readable_number(sigma: Tensor, generated: Tensor) -> bool:
-    """One number on the CPU for latents on a device: read, since copying it to the device would wait for it."""
+    """One number on the CPU for latents on a device: it is read, as copying it would wait for the device."""
     elsewhere = sigma.device.type == "cpu" != generated.device.type
     return elsewhere and sigma.numel() == 1 and not torch.compiler.is_compiling()
 

@@ -28,8 +28,8 @@ def column_mass(
 ) -> Tensor:
     """sum_i p_ij for each key j, over the rows i of some row segments: the mass of self-attention guidance.
 
-    p is the probability within the key's softmax group, before weight, gate, contrast and gain, as in Stats.mass; here
-    it is given for each key. The map is recomputed from lse in tiles. Not differentiable.
+    p is the probability within the key's softmax group, before weight, gate, contrast and gain, as in
+    Stats.mass; here it is given for each key. The map is recomputed from lse in tiles. Not differentiable.
 
     Args:
         q: as in attention().
@@ -38,12 +38,13 @@ def column_mass(
         control: as in attention().
         scale: as in attention().
         source: as in attention(), with the keys "q" and "k".
-        rows: the row segments whose rows count: a name of control.rows, or a sequence of names. "*": all rows.
+        rows: the row segments whose rows count: a name of control.rows, or a sequence of names. "*": all
+            rows.
         backend: "auto", or a name of backends(). A named one raises with its reasons rather than fall back.
 
     Returns:
-        (batch, heads, keys) float32 (float64 for float64), keys in the order of k, or of the joined list. A removed key
-        has 0.
+        (batch, heads, keys) float32 (float64 for float64), keys in the order of k, or of the joined list. A
+        removed key has 0.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.

@@ -27,9 +27,10 @@ def key_probabilities(
 ) -> Tensor:
     """p_ij of all rows and a few keys: cross-attention maps of words, and losses on them.
 
-    p is the probability within the key's softmax group, before weight, gate, contrast and gain. The map is recomputed
-    in blocks of rows and never kept. Differentiable in q and k as the whole softmax is: lse counts as a function of q
-    and of all of k, although it comes in as a number, so the gradient also reaches the keys that were not asked for.
+    p is the probability within the key's softmax group, before weight, gate, contrast and gain. The map is
+    recomputed in blocks of rows and never kept. Differentiable in q and k as the whole softmax is: lse counts
+    as a function of q and of all of k, although it comes in as a number, so the gradient also reaches the
+    keys that were not asked for.
 
     Args:
         q: as in attention().

@@ -13,8 +13,8 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
         lse = log sum_p exp(lse_p)        out = sum_p exp(lse_p - lse) out_p
 
-    For rings, for chunked or cached keys, and for a row's own key as a term of its own. Differentiable in every out and
-    lse.
+    For rings, for chunked or cached keys, and for a row's own key as a term of its own. Differentiable in
+    every out and lse.
 
     Args:
         parts: pairs (out, lse): out (batch, rows, heads, dim), all of one dtype; lse (batch, heads, rows), or
@@ -22,8 +22,8 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
             has no key in that row; its out is not read there.
 
     Returns:
-        (out, lse): out in the parts' dtype; lse float32 (float64 if a part's is), in the shape that was given. A row
-            without a key in any part gives 0 and -inf.
+        (out, lse): out in the parts' dtype; lse float32 (float64 if a part's is), in the shape that was
+            given. A row without a key in any part gives 0 and -inf.
 
     Raises:
         TypeError, ValueError: naming the part, what was expected and what came.
@@ -31,7 +31,8 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     Examples:
         >>> import torch, flashbrush as fb
         >>> q, k, v = torch.randn(3, 1, 12, 2, 8)
-        >>> parts = [fb.attention(q, k[:, s], v[:, s], return_stats=True) for s in (slice(0, 5), slice(5, 12))]
+        >>> halves = (slice(0, 5), slice(5, 12))
+        >>> parts = [fb.attention(q, k[:, s], v[:, s], return_stats=True) for s in halves]
         >>> out, lse = fb.merge([(out, stats.lse) for out, stats in parts])
         >>> torch.allclose(out, fb.attention(q, k, v), atol=1e-5)
         True

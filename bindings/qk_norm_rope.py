@@ -33,26 +33,27 @@ def qk_norm_rope(
 
         y = x / sqrt(mean(x^2) + eps) * weight + offset        out = y * cos + rotate(y) * sin
 
-    rotate maps the pair (a, b) to (-b, a). The two of a pair are neighbours for "interleaved" (FLUX), and dim/2
-    apart for "half". Differentiable in x, weight and offset, and through torch's own operators in cos and sin.
+    rotate maps the pair (a, b) to (-b, a). The two of a pair are neighbours for "interleaved" (FLUX), and
+    dim/2 apart for "half". Differentiable in x, weight and offset, and through torch's own operators in cos
+    and sin.
 
     Args:
-        streams: [(x, weight, offset), ...], joined in that order, for example text and image. x: (batch, tokens,
-            heads, dim), all of one dtype. weight: (dim,) of the RMSNorm, or None: no norm. offset: broadcastable to
-            x's shape, added after the norm (IC-Custom, arXiv 2507.01926), or None.
-        cos: (all tokens, dim) float, as diffusers' get_1d_rotary_pos_embed(use_real=True) gives it, in the order of
-            the joined streams. None, with sin: no rotation.
+        streams: [(x, weight, offset), ...], joined in that order, for example text and image. x: (batch,
+            tokens, heads, dim), all of one dtype. weight: (dim,) of the RMSNorm, or None: no norm. offset:
+            broadcastable to x's shape, added after the norm (IC-Custom, arXiv 2507.01926), or None.
+        cos: (all tokens, dim) float, as diffusers' get_1d_rotary_pos_embed(use_real=True) gives it, in the
+            order of the joined streams. None, with sin: no rotation.
         sin: as cos.
         eps: of the RMSNorm, >= 0.
         rope: "interleaved" or "half".
-        permutation: int (all tokens,) or (batch, all tokens), each token once, as Segments.from_labels gives it.
-            Applied last: out[:, i] is the joined token permutation[i].
+        permutation: int (all tokens,) or (batch, all tokens), each token once, as Segments.from_labels gives
+            it. Applied last: out[:, i] is the joined token permutation[i].
         backend: "auto", or a name of backends(). A named one raises with its reasons rather than fall back.
 
     Returns:
-        (batch, all tokens, heads, dim) in x's dtype. The kernels (C++ on the CPU, Triton on GPUs; head dims up to
-        256) compute in float32 and round once; torch's operators, where neither runs, round after the norm too, as
-        the FLUX processor of diffusers does.
+        (batch, all tokens, heads, dim) in x's dtype. The kernels (C++ on the CPU, Triton on GPUs; head dims
+        up to 256) compute in float32 and round once; torch's operators, where neither runs, round after the
+        norm too, as the FLUX processor of diffusers does.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -61,7 +62,8 @@ def qk_norm_rope(
         >>> import torch, flashbrush as fb
         >>> text, image = torch.randn(1, 5, 2, 16), torch.randn(1, 24, 2, 16)
         >>> angle = torch.arange(29)[:, None] * torch.ones(16)
-        >>> fb.qk_norm_rope([(text, None, None), (image, None, None)], angle.cos(), angle.sin(), eps=1e-6).shape
+        >>> streams = [(text, None, None), (image, None, None)]
+        >>> fb.qk_norm_rope(streams, angle.cos(), angle.sin(), eps=1e-6).shape
         torch.Size([1, 29, 2, 16])
     """
     checked = _check_streams(streams)
@@ -140,7 +142,7 @@ def _check_streams(streams: Sequence[Stream]) -> list[Stream]:
         first = x if first is None else first
         if x.shape[0] != first.shape[0] or x.shape[2:] != first.shape[2:]:
             raise ValueError(
-                f"streams[{i}]: expected batch {first.shape[0]} and (heads, dim) {tuple(first.shape[2:])} as in "
+                f"streams[{i}]: expected batch {first.shape[0]}, (heads, dim) {tuple(first.shape[2:])} as in "
                 f"streams[0], got {tuple(x.shape)}"
             )
         if x.dtype != first.dtype:
@@ -158,7 +160,8 @@ def _check_streams(streams: Sequence[Stream]) -> list[Stream]:
             shape = (1,) * (4 - offset.dim()) + tuple(offset.shape)
             if len(shape) != 4 or any(a not in (1, b) for a, b in zip(shape, x.shape, strict=True)):
                 raise ValueError(
-                    f"streams[{i}]: expected an offset broadcastable to {tuple(x.shape)}, got {tuple(offset.shape)}"
+                    f"streams[{i}]: expected an offset broadcastable to {tuple(x.shape)}, "
+                    f"got {tuple(offset.shape)}"
                 )
     return [tuple(t if t is None else with_memory(t) for t in s) for s in streams]  # type: ignore[misc]
 

@@ -1,4 +1,4 @@
-"""query_blur(): a Gaussian blur of the queries over the grid of image tokens, for smoothed energy guidance."""
+"""query_blur(): a Gaussian blur of the queries over the grid of image tokens (smoothed energy guidance)."""
 
 from __future__ import annotations
 
@@ -22,25 +22,30 @@ def query_blur(
     tokens: slice | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Queries blurred over their places in the image: the perturbation of SEG (arXiv 2408.00760, section 4.2).
+    """Queries blurred over their places in the image: the perturbation of SEG (arXiv 2408.00760, section
+    4.2).
 
-    The blur is a normalised Gaussian of n taps along each side of the grid, which is reflected at its borders (the
-    border itself once): n = ceil(6 sigma) + 1 - ceil(6 sigma) % 2, at most the largest odd number that the side
+    The blur is a normalised Gaussian of n taps along each side of the grid, which is reflected at its borders
+    (the
+    border itself once): n = ceil(6 sigma) + 1 - ceil(6 sigma) % 2, at most the largest odd number that the
+        side
     holds (the published code allows one more where the side is even). Differentiable in q.
 
     Args:
         q: (batch, tokens, heads, dim), any strides; float32, bfloat16, float16 or float64.
         grid: (height, width) in tokens, which lie row by row.
         sigma: of the Gaussian, in tokens, >= 0. 0: no blur. inf: every query becomes the mean over the grid.
-        tokens: the slice of the tokens that are the image, height * width of them; the others pass unchanged. None:
-            all tokens.
+        tokens: the slice of the tokens that are the image, height * width of them; the others pass unchanged.
+            None: all tokens.
         backend: "auto", or a name of backends(). A named one raises with its reasons rather than fall back.
 
     Returns:
-        (batch, tokens, heads, dim) in q's dtype, computed in float32 (float64 for float64) and rounded once. For
-        sigma 0: q itself, not a copy. For sigma inf over all tokens: one row, expanded (token stride 0), so that a
-        caller may attend with [:, :1] alone. A NaN or Inf may spread over its whole image, within its head and
-        channel.
+        (batch, tokens, heads, dim) in q's dtype, computed in float32 (float64 for float64) and rounded once.
+        For
+        sigma 0: q itself, not a copy. For sigma inf over all tokens: one row, expanded (token stride 0), so
+            that a
+        caller may attend with [:, :1] alone. A NaN or Inf may spread over its whole image, within its head
+        and channel.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.

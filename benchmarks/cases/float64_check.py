@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ...bindings import Control, Segments, Stats, attention
 from ...bindings.backends import reference
+from ...bindings.core.lowering import lower
 from .eager_forms import min_max_gain
 from .inputs import Case
 from .shapes import Shape
@@ -139,8 +140,7 @@ def eager_output(call: FeatureCall, dtype: torch.dtype) -> Tensor:
 
 def _eager(call: FeatureCall, dtype: torch.dtype) -> Tensor:
     """float32, before the output is rounded."""
-    with reference.rounded_probabilities(dtype):
-        return attention(**call.of(Tensor.float).arguments, backend="reference")
+    return reference.forward(lower(**call.of(Tensor.float).arguments), round_map_to=dtype).out
 
 
 def largest_term_sum(call: FeatureCall) -> float:

@@ -2,7 +2,8 @@
 
     python benchmarks/cpu/checkouts.py OLD NEW [--rounds 41] [--output FILE]
 
-OLD and NEW are folders with a built clone each. One thread, 8 heads of 64, float32, 16 and 256 tokens, plain and with a
+OLD and NEW are folders with a built clone each. One thread, 8 heads of 64, float32, 16 and 256 tokens, plain
+and with a
 control: the launcher and its checks are a large part of the time.
 """
 
@@ -25,7 +26,9 @@ for tokens in (16, 256):
     q, k, v = torch.randn(3, 1, tokens, 8, 64)
     a, b = tokens // 4, 3 * tokens // 8
     control = fb.Control(
-        fb.Segments(prompt=a, subject=b, target=b), weight={("target", "prompt"): 1.3}, head_gain=fb.HeadGain()
+        fb.Segments(prompt=a, subject=b, target=b),
+        weight={("target", "prompt"): 1.3},
+        head_gain=fb.HeadGain(),
     )
     calls[f"{tokens} tokens, plain"] = lambda q=q, k=k, v=v: fb.attention(q, k, v)
     calls[f"{tokens} tokens, controlled"] = lambda q=q, k=k, v=v, c=control: fb.attention(q, k, v, c)

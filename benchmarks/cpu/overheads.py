@@ -2,8 +2,8 @@
 
     python -m flashbrush.benchmarks.cpu.overheads --output benchmarks/results/overheads.json
 
-A shortcut is kept in the library only while its figure is there. One thread, 16 tokens, 8 heads of 64: the kernel
-takes a few microseconds, so the time is Python's.
+A shortcut is kept in the library only while its figure is there. One thread, 16 tokens, 8 heads of 64: the
+kernel takes a few microseconds, so the time is Python's.
 """
 
 from __future__ import annotations
@@ -124,10 +124,11 @@ def main() -> None:
     found = measure(options.rounds)
     for shortcut, rows in found.items():
         for name, row in rows.items():
-            saved = row["microseconds"]["without"]["median"] - row["microseconds"]["with"]["median"]
-            share = row["without / with"]
+            times, share = row["microseconds"], row["without / with"]
+            time = times["with"]["median"]
+            saved = times["without"]["median"] - time
             print(
-                f"{shortcut:26} {name:12} {row['microseconds']['with']['median']:7.1f} us, saves {saved:6.1f} us, "
+                f"{shortcut:26} {name:12} {time:7.1f} us, saves {saved:6.1f} us, "
                 f"ratio {share['median']:.3f} ({share['q1']:.3f} to {share['q3']:.3f})"
             )
     if options.output is not None:

@@ -14,7 +14,9 @@ from torch import Tensor
 
 
 class Operator(NamedTuple):
-    """One operator on one backend. Both functions take the same call; see operators/ for each one's arguments."""
+    """One operator on one backend. Both functions take the same call; see operators/ for each one's
+    arguments.
+    """
 
     run: Callable[..., Any]
     why_not: Callable[..., list[str]]  # the reasons, in words, why this call cannot run; empty: it can

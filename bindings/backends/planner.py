@@ -1,7 +1,7 @@
 """The planner: which backend runs a call of an operator, and in words why another does not.
 
-Every operator goes through resolve(). It reads devices, dtypes, shapes and strides, never a value, so that a changed
-number changes neither the choice nor the compilation.
+Every operator goes through resolve(). It reads devices, dtypes, shapes and strides, never a value, so that a
+changed number changes neither the choice nor the compilation.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ def why_not(operator: str, backend: str, *call: Any) -> list[str]:
 def resolve_backward(backend: str, problem: Problem) -> Callable[..., Any]:
     """The function for the gradient of an attention that ran on `backend`.
 
-    A backend with a backward kernel computes its own. A fused one without it takes the device's, and every other
+    A backend with a backward kernel computes its own. A fused one without it takes the device's, and every
+    other
     call the composed one, which takes them all. No warning: where the forward pass fell back it has warned.
     """
     operator, device = "attention_backward", problem.q.device.type
@@ -129,8 +130,10 @@ def backends() -> Backends:
     """The backends: which operators each has, and which are usable on this machine.
 
     Returns:
-        A dict {backend: reasons why it is not usable here}, where an empty list means that it is. Printed, it is a
-        table of operators and backends: yes, no (not usable here), or - (the backend does not have the operator).
+        A dict {backend: reasons why it is not usable here}, where an empty list means that it is. Printed, it
+        is a
+        table of operators and backends: yes, no (not usable here), or - (the backend does not have the
+            operator).
 
     Examples:
         >>> import flashbrush as fb

@@ -1,15 +1,14 @@
-"""The executable specification: materialises the attention map; float64 in, float64 throughout.
+"""The executable specification of attention. It makes the attention map; float64 inputs stay float64
+throughout.
 
-s_ij = scale * <q_i, k_j> + bias[h, a(i), c(j)]
+s_ij = scale * <q_i, k_j> + bias[h, a(i), c(j)]                      a(i): the row's segment, c(j): the key's
 p_ij = softmax over the keys of group(c(j))
 o_i  = gain[h, a(i)] * sum_g gate_g(i) * sum_{c in g} weight[h, a(i), c] * sum_{j in c} phi(p_ij) v_j
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -19,41 +18,27 @@ from ..core.semantics import expand_pairs, gather, labels, total_gain
 from .interface import Operator, Result, never
 
 name = "reference"
-_rounding: torch.dtype | None = None
-
-
-@contextlib.contextmanager
-def rounded_probabilities(dtype: torch.dtype) -> Iterator[None]:
-    """Within the block, forward() rounds every probability to `dtype`, as eager code in that dtype does.
-
-    For the checks, whose allowance is the error of such code.
-    """
-    global _rounding
-    before, _rounding = _rounding, dtype
-    try:
-        yield
-    finally:
-        _rounding = before
-
-
-def _rounded(prob: Tensor) -> Tensor:
-    return prob if _rounding is None else prob.to(_rounding).to(prob.dtype)
 
 
 def available() -> list[str]:
     return []
 
 
-def forward(problem: Problem) -> Result:
-    """Any device, any dtype, differentiable with respect to q, k and v. Computes in float32, or float64 for
-    float64.
+def forward(problem: Problem, round_map_to: torch.dtype | None = None) -> Result:
+    """Any device, any dtype, differentiable in q, k and v. Computes in float32, or in float64 for float64.
+
+    Args:
+        problem: the call.
+        round_map_to: round the weighted probabilities to this dtype before they multiply the values, as eager
+            code in that dtype does. For the checks, which allow a backend a multiple of eager code's error.
+            None: no rounding.
     """
     p = problem
     B, M, H = p.batch, p.rows, p.heads
     dtype = torch.float64 if p.q.dtype == torch.float64 else torch.float32
     q, k, v = gather(p, dtype)  # (B, H, M, D), (B, H, N, D), (B, H, N, D)
     a, _ = labels(p.row_lengths, p.row_items, B, M, q.device)  # (B, M)
-    c, rank = labels(p.key_lengths, p.key_items, B, p.keys, q.device)  # (B, N), place within the segment
+    c, rank = labels(p.key_lengths, p.key_items, B, p.keys, q.device)  # (B, N), position within the segment
 
     allowed = torch.ones(B, 1, M, p.keys, dtype=torch.bool, device=q.device)
     if p.valid is not None:
@@ -85,15 +70,17 @@ def forward(problem: Problem) -> Result:
         mine = allowed & (group_of_key == g)[:, None, None, :]
         prob, lse[..., g] = masked_softmax(s, mine)
         mass = mass + torch.einsum("bmr,bhmn,bnc->bhrc", rows_of, prob.detach(), keys_of)
-        prob = _rounded(prob)
         contrast = p.contrast[g]
         if contrast is not None:
             count = mine.sum(-1, keepdim=True).clamp(min=1)
             prob = contrast.beta * prob - (contrast.beta - 1) / count
             if contrast.clip is not None:
                 prob = prob.clamp(*contrast.clip)
-            prob = _rounded(torch.where(mine, prob, 0))
-        part = sum_values(prob * weight, mine & (torch.as_tensor(weight) != 0), v)
+            prob = torch.where(mine, prob, 0)
+        factor = prob * weight
+        if round_map_to is not None:
+            factor = factor.to(round_map_to).to(dtype)
+        part = sum_values(factor, mine & (torch.as_tensor(weight) != 0), v)
         out = out + (part if p.gates is None else part * p.gates[:, None, :, g, None].to(dtype))
 
     gain = total_gain(p, mass)
@@ -102,9 +89,7 @@ def forward(problem: Problem) -> Result:
 
 
 def logits(q: Tensor, k: Tensor, allowed: Tensor) -> Tensor:
-    """<q_i, k_j> where a removed pair's key is not read, in the gradient of q either: its NaN or Inf stays
-    out.
-    """
+    """<q_i, k_j>. A removed pair's key is not read, nor in the gradient of q: its NaN or Inf stays out."""
     finite = torch.isfinite(k).all(-1)
     s = torch.einsum("bhmd,bhnd->bhmn", q, torch.where(finite[..., None], k, 0))
     for b, h, n in (~finite).nonzero().tolist():
@@ -113,17 +98,15 @@ def logits(q: Tensor, k: Tensor, allowed: Tensor) -> Tensor:
 
 
 def masked_softmax(s: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
-    """(probabilities, lse) over the allowed keys; a row without one gives 0 and -inf. NaN in an allowed logit
-    spreads.
-    """
+    """(probabilities, lse) over the allowed keys. A row without one gives 0 and -inf; a NaN logit spreads."""
     s = torch.where(allowed, s, -math.inf)
-    # A softmax of its own: exp(s - lse) would lose what a large lse rounds away.
+    # Not exp(s - lse): a large lse has lost the low digits of s.
     prob = torch.softmax(torch.where(allowed.any(-1, keepdim=True), s, 0), -1)
     return torch.where(allowed, prob, 0), torch.logsumexp(s, -1)
 
 
 def sum_values(prob: Tensor, allowed: Tensor, v: Tensor) -> Tensor:
-    """sum_j prob_ij v_j where a removed pair's value is not read, in the gradient of prob either."""
+    """sum_j prob_ij v_j. A removed pair's value is not read, nor in the gradient of prob."""
     finite = torch.isfinite(v)
     out = prob @ torch.where(finite, v, 0)
     for b, h, n in (~finite).any(-1).nonzero().tolist():

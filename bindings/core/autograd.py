@@ -1,4 +1,6 @@
-"""Refusal of derivatives that our operators have no rule for. Unrefused, they would count as constants, silently."""
+"""Refusal of derivatives that our operators have no rule for. Unrefused, they would count as constants,
+silently.
+"""
 
 from __future__ import annotations
 
@@ -23,15 +25,16 @@ def refuse_tangents(*tensors: object) -> None:
     """NotImplementedError where has_tangent()."""
     if has_tangent(*tensors):
         raise NotImplementedError(
-            "flashbrush: no forward-mode derivatives (torch.func.jvp, forward_ad); take reverse mode or finite "
-            "differences"
+            "flashbrush: no forward-mode derivatives (torch.func.jvp, forward_ad); take reverse mode or "
+            "finite differences"
         )
 
 
 def first_order(backward: Callable[..., tuple]) -> Callable[..., tuple]:
     """Decorates the backward of an autograd.Function: differentiating its results raises RuntimeError.
 
-    torch's once_differentiable gives them no edge to the inputs, so that torch.autograd.grad silently drops them.
+    torch's once_differentiable gives them no edge to the inputs, so that torch.autograd.grad silently drops
+    them.
     """
 
     @functools.wraps(backward)

@@ -1,7 +1,7 @@
 """Join neighbouring segments to which the same entries apply, so that kernels see fewer and longer segments.
 
-A text prompt of 77 one-token segments would be 77 tiles of padding. Segments stay apart where a statistic, a gain or a
-group tells them apart.
+A text prompt of 77 one-token segments would be 77 tiles of padding. Segments stay apart where a statistic, a
+gain or a group tells them apart.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _TABLES = tuple((name, d.find("R"), d.find("C")) for name, d in DIMS.items() if 
 
 
 def coalesce(problem: Problem) -> Problem:
-    """The same problem with fewer segments. No table is read, so that values never change what is launched."""
+    """The same problem with fewer segments. No table is read: values never change what is launched."""
     p = problem
     if p.row_items is not None or p.key_items is not None or p.need_stats:
         return p

@@ -29,7 +29,8 @@ EVERY = 2**31 - 1  # an entry of the `valid` table that cuts nothing
 class HeadGain:
     """A gain per head, derived from the attention mass of the block (`rows`, `keys`).
 
-    With m[b, h] the block's mass divided by its number of rows, and min, max, mean and softmax over the heads:
+    With m[b, h] the block's mass divided by its number of rows, and min, max, mean and softmax over the
+    heads:
 
         minmax    floor + span * (m - min) / (max - min + eps)        eps of float32
         mean      floor + span * m / mean
@@ -85,8 +86,8 @@ class GainRule:
 class Contrast:
     """Contrast of the attention map: p becomes clip(beta*p - (beta-1)/Nk, lo, hi) on allowed keys.
 
-    Nk counts the allowed, valid keys of the row's softmax group. SD-VICL (arXiv 2508.09949) and cross-image attention
-    (arXiv 2311.03335) have beta 1.67 and clip (0, 1).
+    Nk counts the allowed, valid keys of the row's softmax group. SD-VICL (arXiv 2508.09949) and cross-image
+    attention (arXiv 2311.03335) have beta 1.67 and clip (0, 1).
 
     Args:
         beta: a finite number; 1 changes nothing but the clip.
@@ -127,22 +128,23 @@ class Control:
     Args:
         rows: Segments of the query rows.
         keys: Segments of the keys. None: the same as rows.
-        bias: {(row segment, key segment): value}, added to the logits before the softmax, natural units. -inf removes
-            the pair: its keys are never read. Other values are within 1e4. A value is a number or a float tensor
-            (heads,) or (batch, heads); "*" matches every segment; later entries overwrite earlier ones.
-        weight: {(row segment, key segment): value}, finite and >= 0: multiplies the probabilities after the softmax,
-            which are not normalised again.
+        bias: {(row segment, key segment): value}, added to the logits before the softmax, natural units. -inf
+            removes the pair: its keys are never read. Other values are within 1e4. A value is a number or a
+            float tensor (heads,) or (batch, heads); "*" matches every segment; later entries overwrite
+            earlier ones.
+        weight: {(row segment, key segment): value}, finite and >= 0: multiplies the probabilities after the
+            softmax, which are not normalised again.
         gain: {row segment: value}: multiplies the output's rows.
         head_gain: a gain derived from the attention mass; it multiplies with `gain`.
-        groups: {group: [key segments]}: softmax groups, each normalised alone. Every key segment is in exactly one. The
-            dict's order is the order of lse's last dimension. None: one group named "all".
-        gates: {group: value}: a number or a float tensor (batch, rows) that multiplies the group's output; 1 where not
-            named.
+        groups: {group: [key segments]}: softmax groups, each normalised alone. Every key segment is in
+            exactly one. The dict's order is the order of lse's last dimension. None: one group named "all".
+        gates: {group: value}: a number or a float tensor (batch, rows) that multiplies the group's output; 1
+            where not named.
         contrast: a Contrast for all groups, or {group: Contrast}.
         valid: {key segment: int tensor (batch,)}: only the segment's first n keys exist for the item.
 
-    Numbers and CPU tensors are checked by value, device tensors by shape and dtype only. The tables are made here,
-    once: torch.compile sees them as tensors, so that a changed number does not recompile.
+    Numbers and CPU tensors are checked by value, device tensors by shape and dtype only. The tables are made
+    here, once. torch.compile sees them as tensors, so that a changed number does not recompile.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -150,7 +152,8 @@ class Control:
     Examples:
         >>> import flashbrush as fb
         >>> segments = fb.Segments(prompt=512, subject=2304, target=2304)
-        >>> fb.Control(segments, weight={("target", "subject"): 1.3}, bias={("subject", "target"): float("-inf")})
+        >>> removed = float("-inf")
+        >>> fb.Control(segments, weight={("target", "subject"): 1.3}, bias={("subject", "target"): removed})
         Control(rows=Segments(prompt=512, subject=2304, target=2304), bias=(1, 1, 3, 3), weight=(1, 1, 3, 3))
     """
 
@@ -293,7 +296,8 @@ class Control:
             _check_tensor(f"gates[{name!r}]", gate)
             if gate.dim() != 2 or gate.shape[1] != self.rows.total:
                 raise ValueError(
-                    f"gates[{name!r}]: expected a number or shape (batch, {self.rows.total} rows), got {tuple(gate.shape)}"
+                    f"gates[{name!r}]: expected a number or shape (batch, {self.rows.total} rows), "
+                    f"got {tuple(gate.shape)}"
                 )
             if _readable(gate) and not bool(torch.isfinite(gate).all()):
                 raise ValueError(f"gates[{name!r}]: expected finite values, got others")
@@ -340,7 +344,7 @@ class Control:
         return table
 
     def to(self, device: torch.device | str) -> Control:
-        """This control with its tables on `device`: itself where they are there already, else a cached copy."""
+        """This control with its tables on `device`: itself if they are there already, else a cached copy."""
         device = torch.device(device)
         if self._devices <= {device}:
             return self
@@ -391,8 +395,8 @@ def fits_float32(x: float) -> bool:
 def _limits(kind: Literal["bias", "weight", "gain"]) -> tuple[float, float]:
     """The least and largest finite entry.
 
-    A bias on all keys of a row takes digits of float32 away from lse, from which gradients and column_mass are
-    recomputed. So it is bounded; -inf removes keys.
+    A bias on all keys of a row takes digits of float32 away from lse, from which gradients and column_mass
+    are recomputed. So it is bounded; -inf removes keys.
     """
     if kind == "bias":
         return -1e4, 1e4

@@ -1,6 +1,7 @@
 """Whether an operator may be called without torch's dispatcher.
 
-Boxing the operators' two dozen arguments takes longer than a short kernel runs (benchmarks/results/overheads.json).
+Boxing the operators' two dozen arguments takes longer than a short kernel runs
+(benchmarks/results/overheads.json).
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def with_memory(t: Tensor) -> Tensor:
     return t.clone() if not torch.compiler.is_compiling() and t._is_zerotensor() else t
 
 
-# Private names of torch, which its own autograd.Function and modes use. Where one is missing every call is dispatched.
+# Private names of torch, which its own autograd.Function and modes use. Where one is missing every call is
+# dispatched.
 try:
     from torch._C import (
         _are_functorch_transforms_active,

@@ -1,7 +1,7 @@
 """lower(): the arguments of an attention call, checked by name and value, as a Problem.
 
-A wrong argument raises before anything is computed. Values are read on the CPU only: reading a device tensor would
-wait for the device.
+A wrong argument raises before anything is computed. Values are read on the CPU only: reading a device tensor
+would wait for the device.
 """
 
 from __future__ import annotations
@@ -307,7 +307,9 @@ def lower_with_lse(
     scale: float | Tensor | None,
     source: Source | None,
 ) -> Problem:
-    """The problem of a call that reads no values; the keys stand in for them. lse: (batch, heads, rows, groups)."""
+    """The problem of a call that reads no values; the keys stand in for them. lse: (batch, heads, rows,
+    groups).
+    """
     if source is not None and isinstance(source, dict) and "v" in source:
         raise ValueError("source: expected the keys q and k, got v")
     both = None if source is None else {**source, "v": source.get("k")}

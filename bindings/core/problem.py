@@ -1,9 +1,9 @@
 """Problem: one attention call, checked and lowered to tensors and static structure. Every backend takes it.
 
-The fields of `Problem` are the only list of the operator's inputs. From their declarations come the schema of the
-registered operators, the order in which a problem is packed for them and unpacked again, the subset that
-decides the attention map (which column_mass takes), and the dimensions by which segments are joined and items are
-taken out. docs/architecture.md shows how a field is added.
+The fields of `Problem` are the only list of the operator's inputs. From their declarations come the schema of
+the registered operators, the order in which a problem is packed for them and unpacked again, the subset that
+decides the attention map (which column_mass takes), and the dimensions by which segments are joined and items
+are taken out. docs/architecture.md shows how a field is added.
 """
 
 from __future__ import annotations
@@ -47,10 +47,11 @@ def _input(
 class Problem:
     """B output items, H heads, M rows in R segments, N keys in C segments and G softmax groups, head dim D.
 
-    Treat as immutable. Not `frozen=True`, which makes a construction slower (benchmarks/results/overheads.json).
+    Treat as immutable. Not `frozen=True`, which makes a construction slower
+    (benchmarks/results/overheads.json).
 
-    A table's entry [b, h] is read at [b or 0, h or 0] where that dimension is 1. Key segment c lies in the only
-    tensor, after the segments before it, or is tensor c of a list.
+    A table's entry [b, h] is read at [b or 0, h or 0] where that dimension is 1. Key segment c lies in the
+    only tensor, after the segments before it, or is tensor c of a list.
     """
 
     q: Tensor = _input("Tensor", in_map=True)  # (batch, M, H, D)
@@ -63,7 +64,8 @@ class Problem:
     # (R * C,) -1: the pair is removed; 0: no entry applies; equal numbers: the same entries apply.
     pair_ids: tuple[int, ...] = _input("int[]", in_map=True)
     contrast: tuple[Contrast | None, ...] = _input("int[]")  # (G,)
-    # (G, 3) float64 on the CPU: beta, lo, hi. They travel as a tensor so that a changed number does not recompile.
+    # (G, 3) float64 on the CPU: beta, lo, hi. They travel as a tensor so that a changed number does not
+    # recompile.
     contrast_values: Tensor | None = _input("Tensor?", default=None)
     scale: float = _input("float", in_map=True)
     scales: Tensor | None = _input(

@@ -1,7 +1,7 @@
 """The attention map recomputed from the LSE, a block of rows at a time, and gradients through its softmax.
 
-The gradient of composed attention, composed column_mass and key_probabilities share it. It never holds more of the
-map than BLOCK_ELEMENTS.
+The gradient of composed attention, composed column_mass and key_probabilities share it. It never holds more
+of the map than BLOCK_ELEMENTS.
 """
 
 from __future__ import annotations

@@ -148,7 +148,8 @@ class Segments:
             raise ValueError(f"names: expected distinct names, got {names}")
         if labels.numel() and (int(labels.min()) < 0 or int(labels.max()) >= len(names)):
             raise ValueError(
-                f"labels: expected values in 0..{len(names) - 1}, got {int(labels.min())}..{int(labels.max())}"
+                f"labels: expected values in 0..{len(names) - 1}, "
+                f"got {int(labels.min())}..{int(labels.max())}"
             )
         permutation = torch.argsort(labels.long(), dim=-1, stable=True)
         inverse = torch.argsort(permutation, dim=-1)

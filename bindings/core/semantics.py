@@ -1,4 +1,4 @@
-"""What a problem means, token by token: labels, gathered tensors, tables at tokens, gains. Backends share it."""
+"""What a problem means token by token: labels, gathered tensors, tables at tokens, gains."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .problem import Problem
 
 
 def gather(p: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """q (B, H, M, D), k and v (B, H, N, D) in `dtype`: sources applied, key lists joined, kv heads repeated."""
+    """q (B, H, M, D), k and v (B, H, N, D): sources applied, key lists joined, kv heads repeated."""
 
     def take(tensors: tuple[Tensor, ...], source: Tensor | None) -> Tensor:
         parts = []
@@ -44,7 +44,7 @@ def expand_pairs(table: Tensor, a: Tensor, c: Tensor, heads: int) -> Tensor:
 
 
 def total_gain(p: Problem, mass: Tensor) -> Tensor:
-    """(B, H, R) float32: the given gain times the one derived from the mass (B, H, R, C), which is detached."""
+    """(B, H, R) float32: the given gain times the one derived from the detached mass (B, H, R, C)."""
     shape = (p.batch, p.heads, len(p.row_lengths))
     given = mass.new_ones(shape) if p.gain is None else p.gain.to(mass.dtype).expand(shape)
     if p.head_gain is None:

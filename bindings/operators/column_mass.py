@@ -1,4 +1,6 @@
-"""The registered column_mass: attention received by each key. Its inputs are those fields of Problem that decide p."""
+"""The registered column_mass: attention received by each key. Its inputs are those fields of Problem that
+decide p.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,8 @@ def _fake(q, k, lse, *_, **__) -> Tensor:
 
 
 column_mass = register(
-    f'column_mass({schema(("q", "k"))}, Tensor lse, {schema(_REST)}, int[] counted, *, str backend="auto") -> Tensor',
+    f'column_mass({schema(("q", "k"))}, Tensor lse, {schema(_REST)}, int[] counted, *, str backend="auto") '
+    "-> Tensor",
     _run,
     _fake,
 )

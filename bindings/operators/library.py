@@ -1,4 +1,6 @@
-"""Registration of torch.ops.flashbrush.*: a schema written by hand, an implementation, and a fake for compilers."""
+"""Registration of torch.ops.flashbrush.*: a schema written by hand, an implementation, and a fake for
+compilers.
+"""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ def taps(side: int, sigma: float) -> int:
 
 
 def blur_matrix(side: int, sigma: float) -> Tensor:
-    """(side, side) float64: row i holds the taps around place i, those beyond a border where they reflect to."""
+    """(side, side) float64: row i holds the taps around place i, reflected at the borders."""
     reach = taps(side, sigma) // 2
     steps = torch.arange(-reach, reach + 1)
     weights = torch.exp(-0.5 * (steps.double() / sigma).square())

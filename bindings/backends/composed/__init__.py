@@ -1,4 +1,5 @@
-"""The composed backend: vendor attention with LSE, one call per key segment, merged; else torch's own operators.
+"""The composed backend: vendor attention with LSE, one call per key segment, merged; else torch's own
+operators.
 
 It runs on every device, and is the bar that a fused kernel has to beat.
 """

@@ -1,10 +1,9 @@
-"""The operator from the vendor's attention with LSE: one call per key segment, merged.
+"""Attention from the vendor's attention with LSE: one call per key segment, merged.
 
     out_g = sum_c weight_c * exp(lse_c + bias_c - lse_g) * out_c        lse_g = log sum_c exp(lse_c + bias_c)
 
-Tables do not enter the calls, so that a key segment takes one call for each run of neighbouring row segments
-that see it. It is correct on every device that has such an attention, and the bar that a fused kernel has to
-beat.
+The vendor's calls know no tables: a key segment takes one call per run of neighbouring row segments that see
+    it.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ def why_not(problem: Problem) -> list[str]:
 
 
 def forward(problem: Problem) -> Result:
-    """The layout differs from item to item on the CPU only: there it takes the items one by one."""
+    """Segment lengths that differ between items take one call per item; only the CPU takes such problems."""
     p = problem
     if p.q.device.type == "cpu" and any(t is not None for t in (p.row_items, p.key_items, p.valid)):
         parts = [_uniform(*item(p, b)) for b in range(p.batch)]
@@ -46,7 +45,7 @@ def forward(problem: Problem) -> Result:
 
 
 def item(p: Problem, b: int) -> tuple[Problem, list[int] | None]:
-    """Item b as a problem of batch 1 with lengths of its own, and how many keys of each segment exist."""
+    """Item b as a problem of batch 1, and the number of keys that exist in each segment (None: all)."""
 
     def pick(table: Tensor | None) -> Tensor | None:
         return None if table is None else table[b : b + 1] if table.shape[0] > 1 else table
@@ -103,7 +102,7 @@ def _uniform(p: Problem, exist: list[int] | None) -> tuple[Tensor, Tensor, Tenso
     gate = None if p.gates is None else p.gates.to(dtype)[:, None]  # (1|B, 1, 1|M, G)
     for g in range(G):
         group_acc, segment_lse = torch.zeros_like(acc), []
-        # Relative to the largest lse so far: beside an lse of 1e9 the logarithm of a sum is lost.
+        # Sums are relative to the largest lse so far: added to an lse of 1e9, their logarithm would be lost.
         top = torch.full((B, H, M), -math.inf, dtype=dtype, device=device)
         total = torch.zeros(B, H, M, dtype=dtype, device=device)
         count = torch.zeros(B, H, M, 1, dtype=dtype, device=device)
@@ -169,8 +168,9 @@ def _uniform(p: Problem, exist: list[int] | None) -> tuple[Tensor, Tensor, Tenso
 
 
 def _mask_shift(p: Problem, g: int, dtype: torch.dtype) -> Tensor | None:
-    """Each row's largest number of an additive mask in a group, (1|B, 1|H, 1|M): rows of -1e9 are then rows
-    of 0.
+    """Each row's largest number of an additive mask in group g, (1|B, 1|H, 1|M), to subtract from the mask.
+
+    A row of -1e9 then keeps the digits of its logits.
     """
     if p.mask is None or p.mask.dtype == torch.bool or g not in p.groups:
         return None
@@ -185,8 +185,8 @@ def _mask_shift(p: Problem, g: int, dtype: torch.dtype) -> Tensor | None:
 
 
 def _segment(p: Problem, c: int, n: int, shift: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """First n keys and values of segment c, (B, Hkv, n, D), and the additive mask of its columns, less the
-    shift.
+    """The first n keys and values of segment c, (B, Hkv, n, D), and its columns of the additive mask, less
+    the shift.
     """
     i, start = p.key_location(c)
 

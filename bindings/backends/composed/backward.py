@@ -1,7 +1,7 @@
 """Gradient of the operator on every device: the map is recomputed from the LSE, a block of rows at a time.
 
-    a_ij = gain * gate_g(i) * weight        dP_ij = a_ij <do_i, v_j>        delta_g(i) = sum_{j in g} p_ij dP_ij
-    dS = p (dP - delta_g)                   dq = scale dS k     dk = scale dS^T q      dv = sum_i a_ij p_ij do_i
+    a_ij = gain * gate_g(i) * weight      dP_ij = a_ij <do_i, v_j>      delta_g(i) = sum_{j in g} p_ij dP_ij
+    dS = p (dP - delta_g)                 dq = scale dS k    dk = scale dS^T q    dv = sum_i a_ij p_ij do_i
 
 delta is taken per group: rowsum(do * o) of the total output is wrong as soon as there are two groups.
 """

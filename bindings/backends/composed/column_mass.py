@@ -11,7 +11,7 @@ from ...core.semantics import gather
 
 
 def column_mass(p: Problem, lse: Tensor, counted: tuple[int, ...]) -> Tensor:
-    """lse (B, H, M, G); counted: the row segments whose rows count -> (B, H, N) float32, float64 for float64."""
+    """lse (B, H, M, G); counted: the row segments that count -> (B, H, N) float32, float64 for float64."""
     dtype, device = compute_dtype(p), p.q.device
     mass = torch.zeros(p.batch, p.heads, p.keys, dtype=dtype, device=device)
     chosen = torch.tensor(counted, dtype=torch.int64, device=device)

@@ -19,10 +19,17 @@ def has_lse(device: torch.device) -> bool:
 def attention_with_lse(
     q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Plain attention of non-empty q (B, H, M, D), k and v (B, Hkv, N, D) -> out (B, H, M, D), lse (B, H, M)
-    natural log.
+    """Plain attention and its LSE.
 
-    mask: additive, q's dtype, broadcastable to (B, H, M, N); a row that it masks whole gives 0 and -inf.
+    Args:
+        q: (B, H, M, D), not empty.
+        k: (B, Hkv, N, D), not empty.
+        v: as k.
+        scale: logit scale.
+        mask: additive, q's dtype, broadcastable to (B, H, M, N). A row that it masks whole gives 0 and -inf.
+
+    Returns:
+        out (B, H, M, D) and lse (B, H, M), natural log.
     """
     if mask is not None:
         mask = mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])

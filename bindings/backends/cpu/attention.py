@@ -23,10 +23,10 @@ def why_not(problem: Problem) -> list[str]:
 
 
 def forward(problem: Problem) -> Result:
-    """Any layout with a contiguous last dimension.
+    """Takes any layout with a contiguous last dimension.
 
-    Extra memory: packed K and V of two heads, with three or four threads of one head a thread, and scratch
-        per thread.
+    Scratch: packed K and V, and some per thread. 1 or 2 threads: two heads in flight. 3 or 4 threads: one
+        head per thread.
     """
     p = problem
     R, C = len(p.row_lengths), len(p.key_lengths)

@@ -1,4 +1,4 @@
-"""column_mass on the CPU, through the shared library built from csrc/cpu: products in packed tiles, no map."""
+"""column_mass on the CPU: products in packed tiles, no map; csrc/cpu/schedule/column_mass.cpp."""
 
 from __future__ import annotations
 

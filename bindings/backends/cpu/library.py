@@ -1,8 +1,8 @@
 """The shared library built from csrc/cpu: loading it, and running one of its functions.
 
 The library knows nothing of torch. It is called through its C interface and runs on torch's own threads.
-FLASHBRUSH_CPU_ISA=amx|avx512bf16|avx512|avx2|portable forces one of the instruction sets that are built in. Without it
-the best of them runs, except AMX, which is verified by emulation only and has not run on hardware.
+FLASHBRUSH_CPU_ISA=amx|avx512bf16|avx512|avx2|portable forces one of the instruction sets that are built in.
+Without it the best of them runs, except AMX, which is verified by emulation only and has not run on hardware.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def available() -> list[str]:
 
 
 def isas() -> list[str]:
-    """The instruction sets that are built in and run on this machine, best first, with those of BY_NAME_ONLY."""
+    """The instruction sets that are built in and run here, best first, with those of BY_NAME_ONLY."""
     library, _ = _load()
     names = []
     while library is not None and (isa := library.flashbrush_isa(len(names))):
@@ -80,10 +80,9 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
 
 @functools.cache
 def _parallel() -> int | None:
-    """The address of GOMP_parallel in the OpenMP runtime that torch uses: its threads, spinning already,
-    serve us too.
+    """The address of GOMP_parallel in torch's OpenMP runtime, whose threads run already and are used again.
 
-    None where torch is built otherwise; the library then starts threads of its own.
+    None if torch is built with another runtime; the library then starts its own threads.
     """
     torch_cpu = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:

@@ -1,4 +1,6 @@
-"""qk_norm_rope and its gradient on the CPU: one read and one write of each element, csrc/cpu/schedule/norm_rope.cpp."""
+"""qk_norm_rope and its gradient on the CPU: one read and one write of each element,
+csrc/cpu/schedule/norm_rope.cpp.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,8 @@ def forward(call: NormRope) -> Tensor:
 def backward(dout: Tensor, call: NormRope, need_dweight: bool) -> tuple[list, list, list]:
     """dout as the output -> dx, dweight and doffset of each stream.
 
-    call.offsets: those whose gradient is wanted. Where there is none, or need_dweight is False, it gives None.
+    call.offsets: those whose gradient is wanted. Where there is none, or need_dweight is False, it gives
+        None.
     """
     dxs, dweights = _gradients(dout, call)
     if not need_dweight:

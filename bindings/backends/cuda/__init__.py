@@ -1,4 +1,6 @@
-"""The cuda backend: the Hopper kernel from csrc/cuda, called through its C interface. Only `backend="cuda"` takes it."""
+"""The cuda backend: the Hopper kernel from csrc/cuda, called through its C interface. Only `backend="cuda"`
+takes it.
+"""
 
 from __future__ import annotations
 

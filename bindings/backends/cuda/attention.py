@@ -1,11 +1,11 @@
 """Fused attention for Hopper GPUs in CUDA C++, through the shared library built from csrc/cuda.
 
-Warp-specialised, with TMA and wgmma. The library knows nothing of torch. The light kernels around the
-attention (mass from its partial sums, derived gain) and the gradient are the Triton backend's.
+Warp-specialised, with TMA and wgmma. The library knows nothing of torch. Triton kernels sum the masses and
+apply a derived gain; the gradient is the triton backend's.
 
-Verified in an emulation of the hardware's instructions and compiled for sm_90a; not yet run on hardware. So
-the planner
-does not choose it: it runs where backend="cuda" names it.
+Verified in an emulation of the hardware's instructions and compiled for sm_90a; not yet run on hardware.
+Therefore the
+planner never chooses it: it runs only where backend="cuda" names it.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def why_not(problem: Problem) -> list[str]:
 
 
 def forward(problem: Problem) -> Result:
-    """Extra memory: a partial mass of each 64 rows where a mass is wanted."""
+    """Extra memory: one partial mass per 64 rows, if the mass is needed."""
     with on_device(problem.q):
         return _forward(problem)
 
@@ -225,7 +225,7 @@ def _open(path: Path) -> tuple[ctypes.CDLL | None, str]:
 
 @contextlib.contextmanager
 def trial(library: Path) -> Iterator[None]:
-    """All calls of this process take another build of the library: for the tuner."""
+    """All calls of this process use another build of the library, for benchmarks/gpu/variants.py."""
     global LIBRARY
     before, LIBRARY = LIBRARY, library
     try:
@@ -267,8 +267,9 @@ def _order(
     block: int,
     device: torch.device,
 ) -> Tensor | None:
-    """The blocks of rows that see the most keys first, so that the last ones to run are short; None: all see
-    as many.
+    """The order of the row blocks: those that see the most keys first, so that the last to run are short.
+
+    None if all see equally many.
     """
     C = len(key_lengths)
     seen = [zip(key_lengths, pair_ids[r * C : (r + 1) * C], strict=True) for r in range(len(row_lengths))]

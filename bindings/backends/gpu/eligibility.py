@@ -1,4 +1,6 @@
-"""Which tensors and problems the Triton kernels take. The cuda backend uses some of them, so its limits are these too."""
+"""Which tensors and problems the Triton kernels take. The cuda backend uses some of them, so its limits are
+these too.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""adain in Triton: one read of x and of the style for the statistics, one read and one write to apply them."""
+"""adain in Triton: one read of x and style for the statistics, one read and one write to apply them."""
 
 from __future__ import annotations
 

@@ -16,7 +16,9 @@ from . import launch
 def backward(
     problem: Problem, dout: Tensor, out: Tensor, lse: Tensor, gain: Tensor
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """dout and out (B, M, H, D), lse (B, H, M, G), gain (B, H, R) -> dq, and dk and dv, one for each of k and v."""
+    """dout and out (B, M, H, D), lse (B, H, M, G), gain (B, H, R) -> dq, and dk and dv, one for each of k and
+    v.
+    """
     with on_device(problem.q):
         return _backward(problem, dout, out, lse, gain)
 
