@@ -1,7 +1,7 @@
-// AMX and AVX512_BF16 in plain C++, for machines with AVX-512 alone: included before all else, it takes the
-// place of the intrinsics that csrc/cpu uses, with what Intel's manual says each instruction does. What the
-// processor answers with an invalid opcode (tiles without a configuration, shapes that do not fit) ends the
-// process.
+// AMX and AVX512_BF16 in plain C++, for machines with AVX-512 only. Included before any other header, it
+// replaces the intrinsics that csrc/cpu uses by functions that do what Intel's manual says of each
+// instruction. Where a processor would raise an invalid opcode (tiles without a configuration, shapes that do
+// not fit) the process aborts.
 #pragma once
 #if defined(__AVX512F__)
 #include <float.h>
@@ -35,7 +35,8 @@ inline State& configured(int n) {
   return state;
 }
 
-// Palette 1: 16 bytes of header, 16 words of bytes a row, 16 bytes of rows; tiles are zeroed.
+// Palette 1: 16 bytes of header, for each tile the bytes of a row (16 words) and its rows (16 bytes). Zeroes
+// the tiles.
 inline void load_config(const void* from) {
   const uint8_t* x = (const uint8_t*)from;
   demand(x[0] == 1 && x[1] == 0);
@@ -71,7 +72,7 @@ inline void store(int n, void* base, int64_t stride) {
     memcpy((char*)base + r * stride, state.tile[n].row[r], state.bytes[n]);
 }
 
-// Denormals are zeros, of inputs and of results.
+// Denormal inputs and results are zeros.
 inline float flush(float x) {
   return fabsf(x) < FLT_MIN ? copysignf(0.f, x) : x;
 }
@@ -82,8 +83,8 @@ inline float widen(uint32_t bits) {
   return flush(x);
 }
 
-// TDPBF16PS: even and odd members of the pairs are summed apart, each product fused; their sum joins C at the
-// end.
+// TDPBF16PS: sums the products of the even members of pairs and those of the odd ones by fused multiply-add,
+// then adds both sums to C.
 inline void multiply(int c, int a, int b) {
   configured(c), configured(a), configured(b);
   demand(c != a && c != b && a != b);
@@ -108,7 +109,7 @@ inline void multiply(int c, int a, int b) {
   }
 }
 
-// VCVTNEPS2BF16: to nearest even, denormals to zero, NaN stays NaN.
+// VCVTNEPS2BF16: rounds to nearest even; denormals become zero, NaN stays NaN.
 inline __m256i round_pairs(__m512 x) {
   alignas(64) uint32_t in[16];
   alignas(32) uint16_t out[16];

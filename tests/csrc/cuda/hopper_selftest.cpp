@@ -1,4 +1,4 @@
-// Small kernels of the emulated primitives alone, and their mistakes.
+// Small kernels that use the emulated functions one by one, and kernels with one mistake each.
 #include "hopper_emulated.h"
 
 using namespace flashbrush;
@@ -15,26 +15,25 @@ FB_DEVICE int column_of(int i) {
   return 8 * (i / 4) + 2 * (thread_index() % 4) + i % 2;
 }
 
-// Step s of 16 of the summed dimension, of a tile of so many rows.
+// Operand of step s, 16 of the summed dimension, of a tile of `rows` rows.
 FB_DEVICE uint64_t step_of(uint64_t tile, int s, int rows) {
   return advance(tile, s / 4 * rows * 128 + s % 4 * 32);
 }
 
-// Two neighbours of a row into a tile of 64 columns or blocks of as many, swizzled.
+// Stores two neighbours of a row in a swizzled tile, or in several tiles of 64 columns.
 template <typename T>
 FB_DEVICE void store_pair(char* tile, int rows, int row, int column, float a, float b) {
   char* block = tile + column / 64 * rows * 128 + row * 128;
   *reinterpret_cast<uint32_t*>(block + ((column % 64 / 8) ^ row % 8) * 16 + column % 8 * 2) = pack<T>(a, b);
 }
 
-// ------------------------------------------------------------------------------------ q k', and back through
-// the tile of q
+// q k^T, and the result stored as an operand in the memory of q.
 
 struct Rows {
   TensorMap q, k;
   int row, head, item;
   float* out;         // (64, N)
-  uint16_t* rounded;  // the same, through shared memory; N = 64 or 128
+  uint16_t* rounded;  // the same after a way through the memory of q; N <= D
 };
 
 template <typename T, int D, int N>
@@ -83,17 +82,16 @@ int run_rows(const Rows& p) {
 
 template <typename T>
 int select_rows(const Rows& p, int dim, int columns) {
-#define FB_CASE(D, N) \
-  if (dim == D && columns == N) return run_rows<T, D, N>(p);
-  FB_CASE(64, 64)
-  FB_CASE(64, 128) FB_CASE(64, 176) FB_CASE(64, 192) FB_CASE(128, 64) FB_CASE(128, 128) FB_CASE(128, 176)
-      FB_CASE(128, 192)
+  // clang-format off
+#define FB_CASE(D, N) if (dim == D && columns == N) return run_rows<T, D, N>(p);
+  FB_CASE(64, 64) FB_CASE(64, 128) FB_CASE(64, 176) FB_CASE(64, 192)
+  FB_CASE(128, 64) FB_CASE(128, 128) FB_CASE(128, 176) FB_CASE(128, 192)
 #undef FB_CASE
-          return -1;
+      // clang-format on
+      return -1;
 }
 
-// -------------------------------------------------------------------------------------------------- a v, a
-// in registers
+// a v, with a in registers.
 
 struct Columns {
   TensorMap v;
@@ -122,7 +120,7 @@ __global__ void multiply_columns(const __grid_constant__ Columns p) {
       const float* from = p.a + row_of(2 * i) * S + 16 * s + column_of(2 * i);
       a[s][i] = pack<T>(from[0], from[1]);
     }
-  // Two groups at once: the first three steps, and those after them.
+  // Two groups of products at once: the first three steps, and the others.
   float c[N / 2], d[N / 2];
   for (float& x : c) x = 1;
   wait(full, 0);
@@ -146,8 +144,7 @@ int run_columns(const Columns& p) {
   return launch(multiply_columns<T, 80, N>, p, 1, 128, kBarriers + 80 * N * 2, nullptr);
 }
 
-// ----------------------------------------------------------- tiles of k through two stages, a producer and
-// two consumers
+// The sum of q k^T over tiles of k that pass through two buffers: one producer, two consumers.
 
 enum Mistake {
   NONE,
@@ -175,7 +172,7 @@ struct Ring {
 };
 
 constexpr int kStages = 2, kTile = 64 * 128, kDim = 64;
-constexpr int kRing = 2 + kStages + 1;  // tiles: of q, of k, and one that only a mistake writes
+constexpr int kRing = 2 + kStages + 1;  // tiles: 2 of q, those of k, and one that only a mistake writes
 
 __global__ void sum_tiles(const __grid_constant__ Ring p) {
   using T = bfloat16;
@@ -237,7 +234,7 @@ __global__ void sum_tiles(const __grid_constant__ Ring p) {
   }
   if (mistake == NO_AWAIT) await_products<0>();
 
-  // The sum becomes an operand: it is multiplied by 1.
+  // The sum is stored as an operand and multiplied by the unit matrix.
   for (int i = 0; i < 32; i += 2) store_pair<T>(mine, 64, row_of(i) % 64, column_of(i), c[i], c[i + 1]);
   publish_stores();
   if (mistake != HALF_A_WARP || thread_index() % 32 < 16)

@@ -1,8 +1,8 @@
 """The CUDA forward kernel against float64 of the reference: on a Hopper GPU, else in an emulation of its
 instructions.
 
-The emulation draws from a seed when copies and products are done and which warp goes on. It says nothing of
-speed.
+In the emulation a seed decides when copies and products are performed and which warp runs next. It shows nothing
+about speed.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module", autouse=True)
 def seed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], None]]:
-    """Sets the order in which things are done; what it does not set on hardware, chance does."""
+    """Seeds the order in which the emulation does things; on hardware it does nothing."""
     if HARDWARE:
         yield lambda _: None
         return
@@ -71,7 +71,7 @@ def tensors(*shapes: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> li
 
 
 def everything(dim: int = 128, dtype: torch.dtype = torch.bfloat16) -> Call:
-    """Several tiles with tails, a removed pair, a weight of 0 and one beside it, groups, a gate, a gain."""
+    """Tiles with tails, a removed pair, weights (one is 0), softmax groups, a gate and a gain."""
     rows, keys = fb.Segments(a=230, b=40), fb.Segments(c=165, d=1, e=129)
     control = fb.Control(
         rows,
@@ -86,19 +86,19 @@ def everything(dim: int = 128, dtype: torch.dtype = torch.bfloat16) -> Call:
 
 
 @pytest.mark.parametrize("longest", (40, 150, 400))
-def test_drawn_calls(seed: Callable[[int], None], longest: int) -> None:
+def test_random_calls(seed: Callable[[int], None], longest: int) -> None:
     @hypothesis.seed(longest)
     @settings(max_examples=examples(40 if not HARDWARE else 400), derandomize=False, database=None)
     @given(
         random_calls(longest=longest, dims=(8, 40, 64, 80, 128), dtypes=DTYPES, clip=False),
         st.integers(0, 2**60),
     )
-    def drawn(call: Call, order: int) -> None:
+    def check(call: Call, order: int) -> None:
         assume(not cuda.why_not(call.on(torch.device(DEVICE)).problem()))
         seed(order)
         run(call)
 
-    drawn()
+    check()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -108,7 +108,7 @@ def test_everything_at_once(dim: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.skipif(HARDWARE, reason="benchmarks/gpu/run.py builds and checks them there")
-def test_the_tuners_other_tiles(tmp_path: Path) -> None:
+def test_other_tile_sizes(tmp_path: Path) -> None:
     numbers = {"GROUPS_128": 3, "KEYS_128": 80, "GROUPS_64": 2, "KEYS_64": 176, "POLYNOMIAL_64": 6}
     flags = [f"-DFLASHBRUSH_{name}={value}" for name, value in numbers.items()]
     with cuda.trial(build(SOURCE, tmp_path / "other.so", *flags)):
@@ -117,7 +117,7 @@ def test_the_tuners_other_tiles(tmp_path: Path) -> None:
             run(Call(*tensors(*[(1, 400, 2, dim)] * 3), None))
 
 
-def test_a_derived_gain() -> None:
+def test_derived_gain() -> None:
     segments = fb.Segments(prompt=33, subject=130, target=140)
     control = fb.Control(
         segments,
@@ -128,7 +128,7 @@ def test_a_derived_gain() -> None:
 
 
 @pytest.mark.parametrize("grouped", (False, True))
-def test_results_are_bitwise_the_same_in_any_order(
+def test_same_bits_in_any_order(
     seed: Callable[[int], None], grouped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     call = (
@@ -145,18 +145,18 @@ def test_results_are_bitwise_the_same_in_any_order(
             assert torch.equal(one, two)
 
 
-def test_many_tiles_and_blocks_go_round_the_rings(seed: Callable[[int], None]) -> None:
+def test_more_tiles_and_blocks_than_buffers(seed: Callable[[int], None]) -> None:
     seed(5)
     run(Call(*tensors((1, 600, 2, 64), (1, 1500, 2, 64), (1, 1500, 2, 64)), None, {"scale": 0.5}))
 
 
-def test_a_broadcast_that_is_read_by_index() -> None:
+def test_broadcast_items_read_by_index() -> None:
     q, k, v = tensors((1, 70, 2, 64), (1, 90, 2, 64), (3, 90, 2, 64))
     source = {"q": torch.tensor([2, 0]), "k": torch.tensor([1, 2]), "v": torch.tensor([2, 1])}
     run(Call(q.expand(3, -1, -1, -1), k.expand(3, -1, -1, -1), v, None, {"source": source}))
 
 
-def test_a_falling_scale_and_a_scale_of_zero() -> None:
+def test_negative_and_zero_scales() -> None:
     q, k, v = tensors(*[(2, 150, 2, 64)] * 3)
     run(Call(q, k, v, None, {"scale": torch.tensor([[0.3, -0.2], [0.0, -0.1]])}))
 
@@ -165,7 +165,7 @@ def test_a_falling_scale_and_a_scale_of_zero() -> None:
     ("a", "b"), [(1e-30, 1.4e-31), (1e-12, 1.0), (1e12, 1e11), (1e30, 1.0), (1e30, 1e-30), (1e-30, 1e30)]
 )
 def test_weights_beyond_the_exponent(a: float, b: float) -> None:
-    """Alone, beside ordinary ones, and opposite to each other, in both orders."""
+    """Weights outside 2^-30 .. 2^30: alone, beside ordinary ones, and both extremes in either order."""
     segments = fb.Segments(a=100, b=150)
     control = fb.Control(segments, weight={("*", "a"): a, ("*", "b"): b})
     call = Call(*tensors(*[(1, 250, 1, 64)] * 3), control)
@@ -222,7 +222,7 @@ def test_logits_of_ten_thousand_and_one_huge_key(dtype: torch.dtype) -> None:
     torch.testing.assert_close(out, v[:, 150:151].expand_as(out), rtol=2 * torch.finfo(dtype).eps, atol=0)
 
 
-def test_a_row_without_keys_is_zero() -> None:
+def test_rows_without_keys_are_zero() -> None:
     segments = fb.Segments(a=30, b=40)
     control = fb.Control(segments, bias={("a", "*"): -math.inf})
     call = Call(*tensors(*[(1, 70, 1, 64)] * 3), control).on(torch.device(DEVICE))
@@ -232,7 +232,7 @@ def test_a_row_without_keys_is_zero() -> None:
 
 
 def test_gradients() -> None:
-    """The Triton backend's; its own tests draw more."""
+    """Computed by the Triton backend, whose own tests draw more calls."""
     rows, keys = fb.Segments(a=30, b=10), fb.Segments(c=20, d=40)
     control = fb.Control(rows, keys, weight={("a", "d"): 1.3}, groups={"x": ["c"], "y": ["d"]})
     call = Call(*tensors((1, 40, 2, 64), (1, 60, 1, 64), (1, 60, 1, 64)), control)
@@ -256,23 +256,23 @@ def test_why_not() -> None:
     assert "16 bytes" in "; ".join(cuda.why_not(Call(q, q, q, None).problem()))
 
 
-def test_it_runs_where_it_is_named_alone() -> None:
-    assert cuda_package is not FUSED["cuda"], "say in README.md on what hardware it was verified"
+def test_is_not_chosen_by_default() -> None:
+    assert cuda_package is not FUSED["cuda"], "name the hardware it was verified on in README.md"
 
 
-def test_a_failure_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_raises_for_another_abi(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "ABI", 0)
     with pytest.raises(RuntimeError, match="another version"):
         Call(*tensors(*[(1, 8, 1, 64)] * 3), None).on(torch.device(DEVICE)).run("cuda")
 
 
-def test_the_compiled_kernels() -> None:
+def test_registers_of_the_compiled_kernels() -> None:
     report = build_report().get("cuda", {})
     if report.get("error") is not None or not report:
         pytest.skip(f"the CUDA library was not built: {report.get('error')}")
-    assert report["warnings"] == []  # such as products that ptxas serialises
+    assert report["warnings"] == []  # for example that ptxas serialises products
     assert len(report["kernels"]) == 8
-    # Three warp groups leave the one that loads 32 registers; a few of a plan's values are spilled there.
+    # With three computing warp groups the loading one has 32 registers a thread, and spills a few values.
     spills = {name: kernel["spills"] for name, kernel in report["kernels"].items()}
     assert max(spills.values()) <= 40, spills
     assert all(
@@ -280,8 +280,8 @@ def test_the_compiled_kernels() -> None:
     ), spills
 
 
-def test_the_exponentials_run_beside_the_products() -> None:
-    """In the machine code: what the assembler moves up to a wait for the product with V no emulation sees."""
+def test_exponentials_overlap_with_products() -> None:
+    """In the machine code, because the emulation does not show how the assembler moves instructions around waits."""
     import triton as package
 
     tool = Path(package.__file__).with_name("backends") / "nvidia" / "bin" / "cuobjdump"
@@ -291,7 +291,7 @@ def test_the_exponentials_run_beside_the_products() -> None:
     kernels = re.split(r"Function : (\w+)", text)[1:]
     for name, code in zip(kernels[::2], kernels[1::2], strict=True):
         keys = int(re.search(r"Li\d+ELi(\d+)E", name)[1])  # type: ignore[index]
-        # One wait leaves the product with V running; the next ends it.
+        # The first wait leaves P V running, the next one completes it.
         (after,) = code.split("WARPGROUP.DEPBAR.LE gsb0, 0x1 ;")[1:]
         during = after.split("WARPGROUP.DEPBAR.LE gsb0, 0x0 ;")[0]
         assert during.count("MUFU.EX2") >= keys // 2, name

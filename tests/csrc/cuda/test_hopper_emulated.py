@@ -1,6 +1,4 @@
-"""The emulated primitives of Hopper by themselves: their layouts and sums, and that mistakes in using them
-show.
-"""
+"""The emulated functions of Hopper alone: layouts, sums, and that each mistake in using them is found."""
 
 from __future__ import annotations
 
@@ -62,9 +60,7 @@ def multiply_rows(
     head: int = 0,
     item: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q (64, dim), k (2 items, rows, 2 heads, dim) -> their product from a row on, as it is and through
-    shared memory
-    """
+    """q (64, dim), k (2 items, rows, 2 heads, dim) -> q k^T (64, columns) for keys from `row` on, and its rounded copy."""
     out, rounded = torch.empty(64, columns), torch.empty(64, columns, dtype=q.dtype)
     error = library.selftest_rows(
         int(q.dtype == torch.float16),
@@ -99,7 +95,7 @@ def test_rows_times_rows(library: ctypes.CDLL, dtype: torch.dtype, dim: int, col
 @pytest.mark.parametrize(
     ("row", "head", "item"), [(150, 0, 0), (-7, 1, 1), (200, 0, 1), (0, 2, 0), (0, -1, 0), (0, 0, 2)]
 )
-def test_outside_of_the_tensor_are_zeros(library: ctypes.CDLL, row: int, head: int, item: int) -> None:
+def test_copies_are_zero_outside_the_tensor(library: ctypes.CDLL, row: int, head: int, item: int) -> None:
     q, k = torch.randn(64, 64).bfloat16(), torch.randn(2, 200, 2, 64).bfloat16()
     inside = torch.zeros(64, 64)
     if 0 <= head < 2 and 0 <= item < 2:
@@ -158,7 +154,7 @@ def test_numbers_are_rounded_as_torch_does(library: ctypes.CDLL, dtype: torch.dt
         (4096, 10, 128, 0, False),
     ],
 )
-def test_maps_are_refused(
+def test_refuses_invalid_maps(
     library: ctypes.CDLL, base: int, rows: int, stride: int, box: int, fine: bool
 ) -> None:
     values = [ctypes.c_int64(value) for value in (base, rows, stride)]
@@ -171,7 +167,7 @@ BLOCKS, TILES = 2, 5
 
 
 def run_ring(library: ctypes.CDLL, mistake: str, seed: int) -> tuple[int, bool]:
-    """(what launch returns, whether the sum of the products is right)"""
+    """Returns the error of launch(), and whether the sum of the products is right."""
     start(library, seed)
     generator = torch.Generator().manual_seed(1)
     q = torch.randn(128 * BLOCKS, 64, generator=generator).bfloat16()
@@ -184,22 +180,21 @@ def run_ring(library: ctypes.CDLL, mistake: str, seed: int) -> tuple[int, bool]:
     return error, torch.allclose(out, right, atol=0.01, rtol=0.01)
 
 
-def test_without_a_mistake_every_order_is_right(library: ctypes.CDLL) -> None:
+def test_right_with_every_seed(library: ctypes.CDLL) -> None:
     assert {run_ring(library, "none", seed) for seed in range(40)} == {(OK, True)}
 
 
 @pytest.mark.parametrize("mistake", ["no_await", "early_release", "no_wait", "early_read", "extra_copy"])
-def test_what_is_not_waited_for_is_missing(library: ctypes.CDLL, mistake: str) -> None:
+def test_missing_waits_are_wrong_or_errors(library: ctypes.CDLL, mistake: str) -> None:
     assert {run_ring(library, mistake, seed) for seed in range(SEEDS)} - {(OK, True)}
 
 
-def test_orders_differ(library: ctypes.CDLL) -> None:
-    """A missing wait is right in some of them, and wrong in others."""
+def test_a_missing_wait_is_wrong_with_some_seeds_only(library: ctypes.CDLL) -> None:
     found = {run_ring(library, "no_wait", seed) for seed in range(40)}
     assert {(OK, True), (OK, False)} <= found
 
 
-def test_a_seed_gives_the_same_again(library: ctypes.CDLL, capfd: pytest.CaptureFixture[str]) -> None:
+def test_same_seed_same_outcome(library: ctypes.CDLL, capfd: pytest.CaptureFixture[str]) -> None:
     def outcome(seed: int) -> tuple[tuple[int, bool], str]:
         return run_ring(library, "early_release", seed), capfd.readouterr().err
 
@@ -221,7 +216,7 @@ def test_a_seed_gives_the_same_again(library: ctypes.CDLL, capfd: pytest.Capture
         ("out_of_bounds", MISUSE, "out of shared memory"),
     ],
 )
-def test_a_mistake_is_told(
+def test_names_mistakes(
     library: ctypes.CDLL, capfd: pytest.CaptureFixture[str], mistake: str, error: int, message: str
 ) -> None:
     for seed in range(3):

@@ -1,21 +1,23 @@
-// Shared memory of the emulated block, its barriers, and the copy engine.
+// Shared memory of the emulated block, its barriers, and copies of tiles.
 #pragma once
 #include "emulated_threads.h"
 
 namespace flashbrush::emulation {
 
-constexpr uint32_t kBase = 1024;  // shared memory's first address: not 0, so that an offset is no address
-constexpr int kRow = 128;         // bytes of a tile's row
-constexpr size_t kMargin = 4096;  // around shared memory, whose change is a store out of bounds
+constexpr uint32_t kBase =
+    1024;                  // first address of shared memory; not 0, so that an offset is not an address
+constexpr int kRow = 128;  // bytes of a tile's row
+constexpr size_t kMargin =
+    4096;  // bytes on both sides of shared memory; a change there is a store out of bounds
 constexpr uint8_t kMarginByte = 0xa7;
 
-// What the hardware makes of an address of a swizzled tile: bits 4-6 ^= bits 7-9, of the address and not of
-// the offset.
+// The address that hardware accesses in a swizzled tile: bits 4-6 ^= bits 7-9, of the address, not of the
+// offset.
 inline uint32_t swizzle(uint32_t address) {
   return address ^ (address >> 7 & 7) << 4;
 }
 
-// As make_map's arguments say; 16-bit elements.
+// The arguments of make_map; elements have 16 bits.
 struct alignas(64) TensorMap {
   const char* base;
   int64_t rows, heads, items, dim, row_stride, head_stride, item_stride;
@@ -54,8 +56,7 @@ struct Memory {
   }
 };
 
-// -------------------------------------------------------------------------------------------------- barriers
-// in memory
+// Barriers in memory.
 
 struct MemoryBarrier {
   int arrivals = 0, pending = 0, initialiser = 0;
@@ -63,8 +64,8 @@ struct MemoryBarrier {
   uint64_t phase = 0;
   bool published = false;
 };
-constexpr uint64_t kBarrierMark =
-    0x6272617272696572u;  // in the barrier's own eight bytes, which nobody may write
+// Written to the 8 bytes of a barrier, which the kernel must not write.
+constexpr uint64_t kBarrierMark = 0x6272617272696572u;
 
 struct Barriers {
   Memory& memory;
@@ -125,8 +126,7 @@ struct Barriers {
   }
 };
 
-// -------------------------------------------------------------------------------------------------- barriers
-// by number
+// Barriers by number.
 
 struct NamedBarriers {
   struct Named {
@@ -135,7 +135,7 @@ struct NamedBarriers {
     uint32_t warps = 0;
   } all[16];
 
-  // 32 threads of a warp; the number of completions that a wait is for.
+  // The 32 threads of a warp arrive. Returns the number of completions that a wait is for.
   uint64_t arrive(int id, int count, int warp, int block) {
     if (id < 0 || id > 15) fail("named barrier %d", id);
     if (count < kWarp || count % kWarp || count > block)
@@ -161,10 +161,10 @@ struct NamedBarriers {
   }
 };
 
-// -------------------------------------------------------------------------------------------------------------
-// copies
+// Copies.
 
-// In no order. What is copied to is made NaN at the issue, and written when the copy is performed.
+// Copies of tiles, performed in any order. The target becomes NaN when a copy is issued and is written when
+// it is performed.
 struct Copies : Engine {
   struct Copy {
     TensorMap map;
@@ -181,13 +181,13 @@ struct Copies : Engine {
   Copies(Memory& memory, Barriers& barriers, Random& random)
       : memory(memory), barriers(barriers), random(random) {}
 
-  // Bytes `offset` of a tile's 16-byte chunks, as they lie in memory.
+  // Where the 16-byte chunk at `offset` of a tile is in memory.
   uint8_t* chunk(const Copy& c, uint32_t offset) {
     return memory.at(swizzle(c.to + offset), 16, "a tile copy");
   }
 
   void issue(const TensorMap& map, uint32_t to, uint32_t barrier, int column, int row, int head, int item) {
-    if (map.valid != kValidMap) fail("a tile copy by a map that was not made");
+    if (map.valid != kValidMap) fail("a tile copy by a map that make_map did not make");
     if (to % kRow) fail("a tile copied to offset %u, no multiple of %d", to - kBase, kRow);
     if (!barriers.find(barrier).published)
       fail("a tile copy on a barrier that was not published, at offset %u", barrier - kBase);

@@ -1,12 +1,11 @@
-// Products of warp groups. One is issued when all 128 threads have come to it, and performed later, in the
-// order of issue: its operands in shared memory are read then. Registers that it holds are watched: its
-// accumulators are a signalling NaN from the issue until the wait that guarantees them, and neither they nor
-// registers of A may change until then.
+// Products of warp groups. A product is issued when all 128 threads have called it, and performed later, in
+// order of issue; only then are its operands in shared memory read. Its registers are checked: accumulators
+// are a signalling NaN from the issue to the wait that completes the product, and neither they nor the
+// registers of a may change until then.
 //
-// Layouts, of 16-bit elements in bytes from the descriptor's start, before the swizzle of the address:
-//   contiguous along the summed dimension: element (row r, summed k) at r / 8 * stride + r % 8 * 128 + 2 k, k
-//   < 16 contiguous across it: element (k, column n) at k / 8 * stride + k % 8 * 128 + n / 64 * step + 2 (n %
-//   64)
+// Where a 16-bit element is, in bytes from the descriptor's start, before the address is swizzled:
+//   contiguous along the summed dimension, row r and summed k < 16:   r / 8 * stride + r % 8 * 128 + 2 k
+//   contiguous across it, summed k and column n:   k / 8 * stride + k % 8 * 128 + n / 64 * step + 2 (n % 64)
 #pragma once
 #include <deque>
 #include <memory>
@@ -16,16 +15,16 @@
 namespace flashbrush::emulation {
 
 constexpr int kRowsOfProduct = 64, kSummed = 16, kMostColumns = 192;
-constexpr uint32_t kPoison = 0x7fa5a5a5;  // arithmetic turns it into a quiet NaN, which is another pattern
+constexpr uint32_t kPoison = 0x7fa5a5a5;  // arithmetic makes a quiet NaN of it, which has other bits
 
-typedef float Lanes __attribute__((vector_size(64)));  // sixteen columns
+typedef float Lanes __attribute__((vector_size(64)));  // 16 columns
 
 struct Accumulator {
   int columns = 0;
   alignas(64) float values[kRowsOfProduct][kMostColumns] = {};
 };
 
-// Element of register i of a thread of the group: see hopper.cuh.
+// Which element a thread of the group holds in register i, see hopper.cuh.
 inline int row_of(int thread, int i) {
   return 16 * (thread / kWarp) + thread % kWarp / 4 + 8 * (i / 2 % 2);
 }
@@ -58,7 +57,7 @@ struct Product {
 };
 
 struct Group : Engine {
-  struct Held {  // an accumulator of a thread
+  struct Held {  // a thread's accumulator of a product that was not awaited
     float* c;
     std::shared_ptr<Accumulator> sum;
     uint64_t group;
@@ -81,7 +80,7 @@ struct Group : Engine {
   int first_thread;
   std::deque<Product> products;
   uint64_t performed = 0;
-  bool unwilling = false;  // drawn for the next product
+  bool unwilling = false;  // whether the next product waits until nothing else can happen
 
   Group(Memory& memory, Pace& pace, Random& random, int first_thread)
       : memory(memory), pace(pace), random(random), first_thread(first_thread) {}
@@ -145,13 +144,13 @@ struct Group : Engine {
     if (++product.issued == kGroup && pace.at_once) perform(0);
   }
 
-  // Products that must be performed for at most that many groups to run.
+  // How many products must be performed so that at most `pending_groups` groups are running.
   uint64_t needed(int t, int pending_groups) const {
     const Member& m = members[t];
     return m.commits > uint64_t(pending_groups) ? m.ends[m.commits - uint64_t(pending_groups) - 1] : 0;
   }
 
-  // After the wait: registers of groups that are done are the thread's again.
+  // After a wait: the registers of completed groups belong to the thread again.
   void retire(int t, int pending_groups) {
     Member& m = members[t];
     const uint64_t running = m.commits > uint64_t(pending_groups) ? m.commits - uint64_t(pending_groups) : 0;
@@ -171,8 +170,7 @@ struct Group : Engine {
         m.held.end());
   }
 
-  // --------------------------------------------------------------------------------------------------------
-  // execution
+  // Execution.
 
   int pending() const override { return !products.empty() && products.front().issued == kGroup; }
   int willing() const override { return pending() && !unwilling; }
@@ -182,7 +180,7 @@ struct Group : Engine {
                                   std::to_string(first_thread);
   }
 
-  // rows x 16, contiguous along the sixteen -> to[k * across + r * along]
+  // An operand of `rows` x 16, contiguous along the 16 -> to[k * across + r * along].
   void load_rows(uint64_t bits, int rows, Decode decode, float* to, int across, int along) {
     const Descriptor d(bits);
     if (d.start % 1024 >= kRow || d.start % kRow + 2 * kSummed > kRow)
@@ -196,7 +194,7 @@ struct Group : Engine {
       }
     }
   }
-  // 16 x columns, contiguous along the columns -> to[k][n]
+  // An operand of 16 x columns, contiguous along the columns -> to[k][n].
   void load_columns(uint64_t bits, int columns, Decode decode, float (*to)[kMostColumns]) {
     const Descriptor d(bits);
     if (d.start % 1024) fail("an operand that starts at offset %u, no multiple of 1024", d.start - kBase);

@@ -1,5 +1,5 @@
-// Threads of one block on the CPU, one fiber each, all on one thread of the machine: nothing happens between
-// two switches. A scheduler draws the warp that goes on next, and what copies and products in flight are
+// The threads of one block on the CPU: a fiber each, all on one thread of the machine, so that nothing
+// happens between two switches. A scheduler draws which warp runs next, and which copies and products are
 // performed meanwhile.
 #pragma once
 #include <stdarg.h>
@@ -24,9 +24,10 @@
 namespace flashbrush::emulation {
 
 constexpr int kWarp = 32, kGroup = 128, kMostThreads = 1024;
-constexpr size_t kStack = 256 << 10, kGuard = 64 << 10;  // of a fiber; a page of any size below it faults
+constexpr size_t kStack = 256 << 10,
+                 kGuard = 64 << 10;  // bytes of a fiber's stack; accesses to the guard below fault
 
-// What launch returns.
+// Errors that launch() returns.
 constexpr int kMisuse = 1, kDeadlock = 2;
 
 struct Failure : std::runtime_error {
@@ -42,7 +43,7 @@ struct Failure : std::runtime_error {
   throw Failure(text);
 }
 
-// splitmix64
+// The generator splitmix64.
 struct Random {
   uint64_t state = 0;
   uint64_t next() {
@@ -55,8 +56,7 @@ struct Random {
   bool chance(double p) { return double(next() >> 11) * 0x1p-53 < p; }
 };
 
-// -------------------------------------------------------------------------------------------------------------
-// fibers
+// Fibers.
 
 #if defined(__x86_64__)
 using Context = void*;
@@ -65,8 +65,8 @@ using Context = void*;
 #else
 #define FB_OPAQUE noipa
 #endif
-// The registers that a called function keeps are pushed, the rest is the caller's business. Opaque: all
-// memory may change.
+// Pushes the registers that a called function must preserve; the caller saves the others. Opaque to the
+// compiler, since all memory may change meanwhile.
 __attribute__((naked, FB_OPAQUE)) inline void switch_context(Context*, Context*) {
   asm volatile(
       "pushq %rbp\n pushq %rbx\n pushq %r12\n pushq %r13\n pushq %r14\n pushq %r15\n"
@@ -74,8 +74,7 @@ __attribute__((naked, FB_OPAQUE)) inline void switch_context(Context*, Context*)
       "popq %r15\n popq %r14\n popq %r13\n popq %r12\n popq %rbx\n popq %rbp\n ret\n");
 }
 inline void make_context(Context* context, char* stack, void (*entry)()) {
-  // At a function's entry the stack pointer is 8 beyond a multiple of 16, where the address to return to
-  // would lie.
+  // At a function's entry the stack pointer is 8 above a multiple of 16, and points to the return address.
   auto* top = reinterpret_cast<void**>(stack + kStack) - 2;
   top[1] = nullptr;
   top[0] = reinterpret_cast<void*>(entry);
@@ -108,18 +107,17 @@ inline char* stack_of(int thread) {
   return all + (kStack + kGuard) * thread + kGuard;
 }
 
-// ------------------------------------------------------------------------------------------------------------
-// threads
+// Threads.
 
 struct Thread {
   int index = 0;
   Context context{};
   bool finished = false, waiting = false;
-  std::function<bool()> ready;  // while it waits
+  std::function<bool()> ready;  // whether a waiting thread can go on
   std::function<std::string()> waiting_for;
 };
 
-// Where the 32 threads of a warp meet. The values of one meeting stay until the next but one, which nobody
+// Where the 32 threads of a warp meet. Values of a meeting stay until the next but one, which no thread
 // reaches before all have read them.
 struct Warp {
   const char* meeting = nullptr;
@@ -132,8 +130,8 @@ struct Warp {
   uint64_t result[2] = {};
 };
 
-// What runs beside the threads: copies, and products of each warp group. Of those that could be performed,
-// the first are willing, and the others wait until nothing else can happen.
+// Operations beside the threads: copies, and the products of a warp group. Of the `pending` ones the first
+// `willing` may be performed at any time; the others only when nothing else can happen.
 struct Engine {
   virtual ~Engine() = default;
   virtual int pending() const = 0;
@@ -142,8 +140,8 @@ struct Engine {
   virtual std::string in_flight() const = 0;
 };
 
-// When an engine performs what it could: at once, not before nobody else can go on, or with a chance at every
-// step.
+// When an engine performs its operations: at once, only when no thread can go on, or with some chance at
+// every step.
 struct Pace {
   bool at_once = false;
   double chance = 0, unwilling = 0;
@@ -160,7 +158,7 @@ struct Scheduler {
   Random random;
   std::vector<Thread> threads;
   std::vector<Warp> warps;
-  std::vector<int> order;  // in which warps are asked; drawn anew at every step where `fair`
+  std::vector<int> order;  // in which warps are tried; drawn anew at every step if `fair`, else rarely
   std::vector<std::pair<Engine*, Pace*>> engines;
   Thread* current = nullptr;
   Context outside{};
@@ -171,7 +169,7 @@ struct Scheduler {
   Warp& warp() { return warps[size_t(current->index / kWarp)]; }
   int lane() const { return current->index % kWarp; }
 
-  // The current thread goes on when `ready` says so.
+  // The current thread waits until ready().
   template <typename Ready, typename Describe>
   void wait_until(Ready ready, Describe describe) {
     if (ready()) return;
@@ -181,13 +179,12 @@ struct Scheduler {
     switch_context(&current->context, &outside);
   }
 
-  // A place where others may go first.
+  // Sometimes lets other threads run first.
   void pause() {
     if (random.below(8) == 0) switch_context(&current->context, &outside);
   }
 
-  // All threads of the warp come here with the same operation. The last one completes it; the others go on
-  // after it.
+  // All threads of a warp call this with the same operation. The last one completes it; then all go on.
   template <typename Complete>
   void meet(const char* operation, uint64_t detail, const Warp::Slot& slot, Complete complete) {
     Warp& w = warp();
@@ -195,7 +192,7 @@ struct Scheduler {
       w.meeting = operation;
       w.detail = detail;
     } else if (strcmp(w.meeting, operation) || w.detail != detail) {
-      fail("%s, but others of the warp: %s, or one of another operand", operation, w.meeting);
+      fail("%s, while others of the warp are at %s, or at another operand", operation, w.meeting);
     }
     const uint64_t meeting = w.meetings;
     w.slots[meeting & 1][lane()] = slot;
@@ -240,7 +237,7 @@ struct Scheduler {
     if (!failure.empty()) throw Failure(failure);
   }
 
-  // One thread after another as far as each gets, and again; false where none could go on.
+  // Runs the threads of a warp, each until it waits, over and over. Returns false if none could run.
   bool run_warp(int w) {
     bool ran = false;
     for (bool again = true; again;) {
@@ -305,11 +302,11 @@ struct Scheduler {
     for (auto& [engine, pace] : engines) pace->draw(random);
   }
 
-  // body() on every thread; 0, or what launch returns, with a message.
+  // Runs each() on every thread. Returns 0, or an error with a message.
   int run(int count, std::function<void()> each, std::string* message) {
     try {
       start(count, std::move(each));
-      // What is in flight when all threads have finished stays so: nobody waited for it.
+      // Operations in flight when all threads have finished stay there: no thread waited for them.
       while (std::any_of(threads.begin(), threads.end(), [](const Thread& t) { return !t.finished; })) {
         for (auto& [engine, pace] : engines)
           if (engine->willing() && random.chance(pace->chance))
@@ -318,7 +315,7 @@ struct Scheduler {
         bool ran = false;
         for (size_t i = 0; i < order.size() && !ran; ++i) ran = run_warp(order[i]);
         if (ran || perform_any()) continue;
-        *message = "nobody can go on" + who_waits();
+        *message = "no thread can go on" + who_waits();
         return kDeadlock;
       }
       return 0;

@@ -1,12 +1,12 @@
-// The functions of csrc/cuda/hopper.cuh and host.cuh on the CPU, for a kernel that is made of them alone: one
-// block after another, its threads as fibers. Asynchrony shows: copies, products and the order of warps are
-// drawn from a seed, so that what a kernel does not wait for is missing with some of them, and what nobody
-// finishes is an error that launch returns.
+// The functions of csrc/cuda/hopper.cuh and host.cuh on the CPU, for kernels that use nothing else of CUDA.
+// Blocks run one after another, the threads of a block as fibers. A seed decides when copies and products are
+// performed and in which order warps run: a kernel that fails to wait is wrong with some seeds, and a kernel
+// that can never end is an error that launch() returns.
 //
-// Stricter than the hardware: arrays of registers of a product (accumulators and A) must live, unchanged,
-// until it was awaited, and begin_products() precedes the first product of every group. Not seen: ordinary
-// stores that are not published, races of ordinary accesses within a pass of a warp, loops that call none of
-// these functions, the time that anything takes.
+// Stricter than hardware: register arrays of a product (accumulators and a) must live and stay unchanged
+// until the product was awaited, and begin_products() must precede the first product of every group. Not
+// detected: stores without publish_stores(), races of ordinary accesses within one turn of a warp, loops that
+// call none of these functions, the time that anything takes.
 #pragma once
 #include <cmath>
 #include <memory>
@@ -36,8 +36,8 @@ struct Block {
   Copies copies{memory, barriers, scheduler.random};
   Pace products_pace;
   std::vector<std::unique_ptr<Group>> groups;
-  std::vector<std::vector<int>> claims;  // of registers, by warps
-  std::vector<int> registers;            // that a thread of the warp has now
+  std::vector<std::vector<int>> claims;  // [warps]: the numbers of registers it asked for
+  std::vector<int> registers;            // [warps]: of each thread now
   int free_registers = 0;
 
   Block(int index, int count, int threads, int shared_bytes, uint64_t seed)
@@ -57,14 +57,16 @@ struct Block {
   int warp() const { return thread() / kWarp; }
   Group& group() {
     if (size_t(thread() / kGroup) >= groups.size())
-      fail("a warp group's operation, of threads that are none");
+      fail("a warp group's operation by threads that are not in one");
     return *groups[size_t(thread() / kGroup)];
   }
 
+  // Waits for the other threads of the warp.
   void meet(const char* operation, uint64_t detail = 0) {
     scheduler.meet(operation, detail, {}, [](Warp&, Warp::Slot*, uint64_t*) {});
   }
 
+  // Arrives at a named barrier; waits there if `stay`.
   void come(int id, int of_threads, bool stay) {
     uint64_t awaited = 0;
     const int parity = int(scheduler.warp().meetings & 1);
@@ -100,7 +102,7 @@ struct Block {
     g.retire(t, pending);
   }
 
-  // Those that are free come of other warps that gave theirs.
+  // give_registers and take_registers. Free registers are those that other warps gave.
   void claim_registers(int now, bool more) {
     meet(more ? "setmaxnreg.inc" : "setmaxnreg.dec", uint64_t(now));
     int& mine = registers[size_t(warp())];
@@ -132,7 +134,7 @@ struct Block {
       if (!engine->in_flight().empty()) fail("the block ends with %s in flight", engine->in_flight().c_str());
     for (size_t w = 0; w < claims.size(); ++w)
       if (claims[w] != claims[w / 4 * 4])
-        fail("warps %zu and %zu, of a warp group, claim other registers", w / 4 * 4, w);
+        fail("warps %zu and %zu, of a warp group, ask for different registers", w / 4 * 4, w);
   }
 };
 
@@ -140,7 +142,7 @@ inline Block*& block() {
   static Block* current = nullptr;
   return current;
 }
-// One launch at a time.
+// Held during a launch: only one at a time.
 inline std::mutex& only() {
   static std::mutex mutex;
   return mutex;
@@ -150,7 +152,7 @@ inline uint64_t& seed() {
   return value;
 }
 
-// To nearest, ties to even.
+// Both round to nearest, ties to even.
 inline uint16_t round_bfloat(float x) {
   uint32_t bits;
   memcpy(&bits, &x, 4);
@@ -184,8 +186,7 @@ using emulation::TensorMap;
 using Barrier = uint64_t;
 using Stream = void*;
 
-// -------------------------------------------------------------------------------------------------------------
-// threads
+// Threads.
 
 FB_DEVICE int thread_index() {
   return emulation::block()->thread();
@@ -200,16 +201,16 @@ FB_DEVICE void sync_block() {
   emulation::block()->come(0, emulation::block()->threads, true);
 }
 FB_DEVICE void sync_some(int id, int threads) {
-  if (id == 0) emulation::fail("named barrier 0 is that of the block");
+  if (id == 0) emulation::fail("named barrier 0 belongs to sync_block");
   emulation::block()->come(id, threads, true);
 }
 FB_DEVICE void arrive_some(int id, int threads) {
-  if (id == 0) emulation::fail("named barrier 0 is that of the block");
+  if (id == 0) emulation::fail("named barrier 0 belongs to sync_block");
   emulation::block()->come(id, threads, false);
 }
 
 namespace emulation {
-// What lane `from` brought to a meeting of the warp.
+// Every lane passes a value; returns that of lane `from`.
 inline uint32_t exchange(const char* operation, uint64_t detail, uint32_t value, int from) {
   Scheduler& s = block()->scheduler;
   const int parity = int(s.warp().meetings & 1);
@@ -266,8 +267,7 @@ FB_DEVICE void take_registers() {
   emulation::block()->claim_registers(COUNT, true);
 }
 
-// -------------------------------------------------------------------------------------------------------
-// shared memory
+// Shared memory.
 
 FB_DEVICE char* shared_memory() {
   return reinterpret_cast<char*>(emulation::block()->memory.bytes);
@@ -295,18 +295,17 @@ FB_DEVICE void wait(Barrier* b, uint32_t parity) {
 }
 
 FB_DEVICE void prefetch_map(const TensorMap* map) {
-  if (map->valid != emulation::kValidMap) emulation::fail("a map that was not made");
+  if (map->valid != emulation::kValidMap) emulation::fail("a map that make_map did not make");
 }
 FB_DEVICE void copy_tile(void* to, const TensorMap* map, Barrier* b, int column, int row, int head,
                          int item) {
-  if (uintptr_t(map) % 64) emulation::fail("a map at no multiple of 64 bytes");
+  if (uintptr_t(map) % 64) emulation::fail("a map not aligned to 64 bytes");
   emulation::block()->copies.issue(*map, shared_address(to), shared_address(b), column, row, head, item);
   emulation::block()->scheduler.pause();
 }
 FB_DEVICE void publish_stores() {}
 
-// ------------------------------------------------------------------------------------------------------------
-// numbers
+// Numbers.
 
 FB_DEVICE float exp2_fast(float x) {
   return std::exp2(x);
@@ -325,8 +324,7 @@ FB_DEVICE uint32_t pack(float low, float high) {
   return uint32_t(T::round(low)) | uint32_t(T::round(high)) << 16;
 }
 
-// -----------------------------------------------------------------------------------------------------------
-// products
+// Products.
 
 FB_DEVICE uint64_t operand(const void* p, int step, int stride) {
   return uint64_t((shared_address(p) & 0x3ffff) >> 4) | uint64_t(step >> 4) << 16 |
@@ -375,8 +373,7 @@ FB_DEVICE void multiply(float (&c)[N / 2], const uint32_t (&a)[4], uint64_t b, b
   emulation::multiply<T, N>(c, a, 0, b, add);
 }
 
-// -------------------------------------------------------------------------------------------------------
-// launching side
+// Host.
 
 inline bool make_map(TensorMap* map, bool, const void* base, int64_t rows, int64_t heads, int64_t items,
                      int64_t dim, int64_t row_stride, int64_t head_stride, int64_t item_stride,
@@ -400,7 +397,7 @@ inline bool make_map(TensorMap* map, bool, const void* base, int64_t rows, int64
   return true;
 }
 
-// 0, or an error that stderr explains.
+// Returns 0, or an error whose reason goes to stderr.
 template <typename Parameters>
 int launch(void (*kernel)(Parameters), const Parameters& parameters, int blocks, int threads,
            int shared_bytes, Stream) {
@@ -437,7 +434,7 @@ int launch(void (*kernel)(Parameters), const Parameters& parameters, int blocks,
 }
 
 inline const char* error_text(int status) {
-  return status > 0 ? "the emulation found an error, which stderr explains" : nullptr;
+  return status > 0 ? "the emulation found an error, see stderr" : nullptr;
 }
 
 }  // namespace flashbrush
