@@ -23,6 +23,7 @@ def test_an_old_path_gives_the_moved_module(old: str) -> None:
     with pytest.warns(DeprecationWarning, match=f"flashbrush.{old} is flashbrush.{new} now"):
         module = importlib.import_module(f"flashbrush.{old}")
     assert module is importlib.import_module(f"flashbrush.{new}")
+    assert module.__spec__ is not None
     assert module.__name__ == module.__spec__.name == f"flashbrush.{new}"
 
 

@@ -182,7 +182,9 @@ def pack(p: Problem, names: Iterable[str] = tuple(_INPUTS)) -> tuple:
 def unpack(inputs: Sequence, names: Iterable[str] = tuple(_INPUTS), **more: Any) -> Problem:
     """The problem that pack() made these inputs of. more: fields that are not among `names`."""
     given = dict(zip(names, inputs, strict=True))
-    values = {name: tuple(x) if isinstance(x, (list, tuple)) else x for name, x in given.items()}
+    values: dict[str, Any] = {
+        name: tuple(x) if isinstance(x, (list, tuple)) else x for name, x in given.items()
+    }
     if "contrast" in values:
         values["contrast"] = _contrasts(values["contrast"], values["contrast_values"])
     if "head_gain" in values:

@@ -137,9 +137,9 @@ def resources(kernel) -> dict:
     if "amdgcn" in kernel.asm:
         assembly = kernel.asm["amdgcn"]
         counts = {
-            name: int(re.search(rf"\.{name}:\s+(\d+)", assembly)[1])
+            name: int(re.search(rf"\.{name}:\s+(\d+)", assembly)[1])  # type: ignore[index]
             for name in ("vgpr_count", "vgpr_spill_count")
-        }  # type: ignore[index]
+        }
         tensor_cores = "v_mfma" if "v_mfma" in assembly else ""
         return {
             **common,

@@ -63,13 +63,15 @@ def mass_and_gain(
     gain = None
     if (rule := p.head_gain) is not None:
         assert p.head_gain_values is not None
+        span, floor = p.head_gain_values
         flags = (*_flags(rule.rows, R), *_flags(rule.apply, R), *_flags(rule.keys, C))
         gain = kernels.head_gain(
             mass,
             constant(flags, torch.int32, device),
             row_starts,
             rule.norm,
-            *p.head_gain_values,
+            span,
+            floor,
             None if p.gain is None else p.gain.contiguous(),
         )
         kernels.scale_rows(

@@ -63,21 +63,23 @@ class FluxControlledAttnProcessor(ControlledProcessor):
         return image_out, attn.to_add_out(text_out.contiguous())
 
 
-def _project(attn: Any, x: Tensor) -> list[Tensor]:
+def _project(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v (batch, tokens, heads, head_dim) of the image, x (batch, tokens, channels)."""
     qkv = (
         attn.to_qkv(x).chunk(3, -1) if attn.fused_projections else (attn.to_q(x), attn.to_k(x), attn.to_v(x))
     )
-    return [t.unflatten(-1, (-1, attn.head_dim)) for t in qkv]
+    q, k, v = (t.unflatten(-1, (-1, attn.head_dim)) for t in qkv)
+    return q, k, v
 
 
-def _project_text(attn: Any, x: Tensor) -> list[Tensor]:
+def _project_text(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v (batch, tokens, heads, head_dim) of the text, x (batch, tokens, channels)."""
     if attn.fused_projections:
         qkv = attn.to_added_qkv(x).chunk(3, -1)
     else:
         qkv = (attn.add_q_proj(x), attn.add_k_proj(x), attn.add_v_proj(x))
-    return [t.unflatten(-1, (-1, attn.head_dim)) for t in qkv]
+    q, k, v = (t.unflatten(-1, (-1, attn.head_dim)) for t in qkv)
+    return q, k, v
 
 
 class FluxHost:

@@ -82,19 +82,21 @@ class SD3ControlledAttnProcessor(ControlledProcessor):
         return image_out, text_out if attn.context_pre_only else attn.to_add_out(text_out.contiguous())
 
 
-def _project(attn: Any, x: Tensor, fused: bool) -> list[Tensor]:
+def _project(attn: Any, x: Tensor, fused: bool) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v (batch, tokens, heads, head_dim) of the image, x (batch, tokens, channels)."""
     qkv = attn.to_qkv(x).chunk(3, -1) if fused else (attn.to_q(x), attn.to_k(x), attn.to_v(x))
-    return [t.unflatten(-1, (-1, attn.inner_dim // attn.heads)) for t in qkv]
+    q, k, v = (t.unflatten(-1, (-1, attn.inner_dim // attn.heads)) for t in qkv)
+    return q, k, v
 
 
-def _project_text(attn: Any, x: Tensor, fused: bool) -> list[Tensor]:
+def _project_text(attn: Any, x: Tensor, fused: bool) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v (batch, tokens, heads, head_dim) of the text, x (batch, tokens, channels)."""
     if fused:
         qkv = attn.to_added_qkv(x).chunk(3, -1)
     else:
         qkv = (attn.add_q_proj(x), attn.add_k_proj(x), attn.add_v_proj(x))
-    return [t.unflatten(-1, (-1, attn.inner_dim // attn.heads)) for t in qkv]
+    q, k, v = (t.unflatten(-1, (-1, attn.inner_dim // attn.heads)) for t in qkv)
+    return q, k, v
 
 
 class SD3Host:

@@ -110,7 +110,8 @@ class UNetControlledAttnProcessor(ControlledProcessor):
             projected = (attn.to_q(x), *attn.to_kv(context).chunk(2, -1))
         else:
             projected = (attn.to_q(x), attn.to_k(context), attn.to_v(context))
-        stream = Stream(*(_heads(attn, t) for t in projected), attn.norm_q, attn.norm_k)
+        q, k, v = (_heads(attn, t) for t in projected)
+        stream = Stream(q, k, v, attn.norm_q, attn.norm_k)
         x = self._attend_and_project(attn, [stream], attention_mask, cross=cross)
         if image is not None:
             x = x.transpose(1, 2).unflatten(2, image)

@@ -285,13 +285,14 @@ def _head_gain(
     if len(with_gain) > 1:
         raise ValueError("both derive a gain of the heads")
     for t, which in with_gain:
-        assert t.control.head_gain is not None
+        rule = t.control.gain_rule
+        assert t.control.head_gain is not None and rule is not None
         new = [
             [name for name, parts in zip(names, of, strict=True) if parts[which] in wanted]
             for names, of, wanted in (
-                (row_names, rows, t.control.gain_rule.rows),
-                (key_names, pairs, t.control.gain_rule.keys),
-                (row_names, rows, t.control.gain_rule.apply),
+                (row_names, rows, rule.rows),
+                (key_names, pairs, rule.keys),
+                (row_names, rows, rule.apply),
             )
         ]
         if not all(new):

@@ -155,7 +155,7 @@ class EagerProcessor:
         single = flux and attn.pre_only
         cross = not flux and getattr(attn, "add_k_proj", None) is None and attn.is_cross_attention
         joint = text is not None and not cross
-        text_len = FLUX_TEXT if single else text.shape[1] if joint else 0
+        text_len = FLUX_TEXT if single else text.shape[1] if joint and text is not None else 0
         site = replace(self.site, text_len=text_len, cross=cross and text is not None)
         if (states := getattr(self.core, "states", None)) is not None:
             ahead = text_len if single else 0

@@ -32,17 +32,20 @@ def host(request: pytest.FixtureRequest) -> Entry:
     return ENTRIES[request.param]
 
 
-@pytest.fixture
-def recompilations() -> Iterator[Callable]:
-    """A torch.compile backend that runs graphs as they are and counts them in its attribute `count`."""
-    torch._dynamo.reset()
+class CountingBackend:
+    """A torch.compile backend that runs graphs as they are and counts them."""
 
-    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable:
-        backend.count += 1
+    count = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable:
+        self.count += 1
         return graph.forward
 
-    backend.count = 0
-    yield backend
+
+@pytest.fixture
+def recompilations() -> Iterator[CountingBackend]:
+    torch._dynamo.reset()
+    yield CountingBackend()
     torch._dynamo.reset()
 
 
@@ -356,7 +359,7 @@ def test_gradient_checkpointing(host: Entry) -> None:
 # torch.compile
 
 
-def test_compiled_blocks_share_compilations(host: Entry, recompilations: Any) -> None:
+def test_compiled_blocks_share_compilations(host: Entry, recompilations: CountingBackend) -> None:
     """Compiled without graph breaks, and not again for other numbers, methods' objects or steps."""
     model = host.model()
     call, expected = host.call(model, 2), []
@@ -375,7 +378,7 @@ def test_compiled_blocks_share_compilations(host: Entry, recompilations: Any) ->
         assert recompilations.count == before and len(handle.stats) == 2 * len(host.kinds)
 
 
-def test_a_whole_model_compiled(host: Entry, recompilations: Any) -> None:
+def test_a_whole_model_compiled(host: Entry, recompilations: CountingBackend) -> None:
     """Its wrapper before apply(), itself before apply(), and its wrapper after, with prepare()."""
     model = host.whole()
     call = host.call(model, 2)
