@@ -2,8 +2,8 @@
 
     python examples/diffusers_drop_in.py [output folder]
 
-It runs the tiny model that comes with flashbrush. For the real one put "black-forest-labs/FLUX.1-Fill-dev" in the
-place of flashbrush.tiny_fill(), and sizes of 768 x 1536.
+It runs the tiny model that comes with flashbrush. For the real one put "black-forest-labs/FLUX.1-Fill-dev" in
+the place of flashbrush.tiny_fill(), and sizes of 768 x 1536.
 """
 
 from __future__ import annotations

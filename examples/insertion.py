@@ -2,8 +2,9 @@
 
     python examples/insertion.py [output folder]
 
-The pictures are drawn, and the model is the tiny one that comes with flashbrush: it knows 64 x 64 pixels around the
-hole. For photos, load "black-forest-labs/FLUX.1-Fill-dev" and leave out the four arguments of the tiny model.
+The pictures are drawn, and the model is the tiny one that comes with flashbrush: it knows 64 x 64 pixels
+around the hole. For photos, load "black-forest-labs/FLUX.1-Fill-dev" and leave out the four arguments of the
+tiny model.
 """
 
 from __future__ import annotations

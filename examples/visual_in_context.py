@@ -2,9 +2,10 @@
 
     python examples/visual_in_context.py [output folder]
 
-No Stable Diffusion of a few megabytes exists, so this one has a UNet with random weights, beside the autoencoder and
-the text encoder of flashbrush's tiny model. All steps of the method run; the prediction itself means nothing. For
-one that does, load "stable-diffusion-v1-5/stable-diffusion-v1-5" with VisualICLPipeline.from_pretrained.
+No Stable Diffusion of a few megabytes exists, so this one has a UNet with random weights, beside the
+autoencoder and the text encoder of flashbrush's tiny model. All steps of the method run; the prediction
+itself means nothing. For one that does, load "stable-diffusion-v1-5/stable-diffusion-v1-5" with
+VisualICLPipeline.from_pretrained.
 """
 
 from __future__ import annotations

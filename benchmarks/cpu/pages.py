@@ -137,8 +137,8 @@ def _conditions(results: dict) -> str:
     isa = [flag for flag in about["isa"] if flag in ISAS]
     return (
         f"{about['cpu']} ({', '.join(isa)}), {conditions['threads']} threads, torch {about['torch']}, commit "
-        f"{about['commit']}, {about['date']}. Medians of {conditions['repeats']} rounds in which all contestants run in "
-        "random order. A ratio is the median of paired ratios, with their range."
+        f"{about['commit']}, {about['date']}. Medians of {conditions['repeats']} rounds in which all "
+        "contestants run in random order. A ratio is the median of paired ratios, with their range."
     )
 
 
@@ -157,15 +157,16 @@ def _others(rows: list[dict]) -> list[str]:
     if row := largest("layer", "controlled/stock"):
         lines += [
             "",
-            "All of a FLUX layer between its q, k, v projections and its output projections (norms, joining, RoPE, "
-            f"attention, gain), controlled, takes {_ranged(row['ratios']['controlled/stock'])} of the time of diffusers' "
-            f"stock processor without control, at {row['shape']['size']} in bfloat16.",
+            "All of a FLUX layer between its q, k, v projections and its output projections (norms, "
+            "joining, RoPE, attention, gain), controlled, takes "
+            f"{_ranged(row['ratios']['controlled/stock'])} of the time of diffusers' stock processor "
+            f"without control, at {row['shape']['size']} in bfloat16.",
         ]
     if row := largest("forward and backward", "sdpa/plain"):
         lines += [
             "",
-            f"Forward and backward, plain: torch SDPA takes {_ranged(row['ratios']['sdpa/plain'])} times as long, at "
-            f"{row['shape']['size']} in bfloat16.",
+            f"Forward and backward, plain: torch SDPA takes {_ranged(row['ratios']['sdpa/plain'])} times "
+            f"as long, at {row['shape']['size']} in bfloat16.",
         ]
     return lines
 

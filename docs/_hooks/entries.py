@@ -2,8 +2,8 @@
 
 * A function lives in a module of its own name, bindings/attention.py, and the package imports it from there.
   Read, `flashbrush.attention` would be that module. Here the imports are followed.
-* The default of a method's knob is written in its descriptor, `alpha: float = Number(0.3, low=-1)`. The entry shows
-  the default, 0.3.
+* The default of a method's knob is written in its descriptor, `alpha: float = Number(0.3, low=-1)`. The entry
+  shows the default, 0.3.
 """
 
 from __future__ import annotations

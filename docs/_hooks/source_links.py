@@ -1,9 +1,9 @@
 """Links from the pages to files of the repository outside of docs/.
 
-A page links to a file as `../kernels/segments.py`, which a repository's host follows too; `#name` after it is a
-function or class of that file, `Class.name` a method. The site gets a page with the source of each file that is
-linked (Markdown is rendered, pictures are copied), and the link leads to it. A file or a name that does not exist
-fails the strict build.
+A page links to a file as `../kernels/segments.py`, which a repository's host follows too; `#name` after it is
+a function or class of that file, `Class.name` a method. The site gets a page with the source of each file
+that is linked (Markdown is rendered, pictures are copied), and the link leads to it. A file or a name that
+does not exist fails the strict build.
 """
 
 from __future__ import annotations
@@ -107,7 +107,8 @@ def definitions(path: str, text: str) -> dict[str, int]:
 def source_page(path: str, text: str) -> str:
     """A page with anchors of the definitions' names; on_page_content() puts the source in their place."""
     anchors = "".join(f'<span id="{html.escape(name)}"></span>' for name in definitions(path, text))
-    return f'---\ntitle: "{path}"\nhide: [navigation, toc]\nsearch:\n  exclude: true\n---\n\n# `{path}`\n\n{anchors}{SOURCE}\n'
+    head = f'---\ntitle: "{path}"\nhide: [navigation, toc]\nsearch:\n  exclude: true\n---\n'
+    return f"{head}\n# `{path}`\n\n{anchors}{SOURCE}\n"
 
 
 def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:

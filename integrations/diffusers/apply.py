@@ -30,8 +30,8 @@ def apply(
     apply() got the model itself, needs handle.prepare()), with offloading, LoRA, fused projections and
     quantised linears. A deep copy of the model carries a copy of the control (``Handle.of(copy)``). A call
     without a plan is plain attention: through flashbrush, or through the backend that
-    ``model.set_attention_backend`` or ``attention_backend`` set, or, with a dense attention_mask, as diffusers
-    computes it.
+    ``model.set_attention_backend`` or ``attention_backend`` set, or, with a dense attention_mask, as
+    diffusers computes it.
 
     One step is one forward call, counted from 0, until ``handle.set_step`` is called: call it from the
     pipeline's callback where a step takes several forward calls, or where the method needs the sigma. Call
@@ -50,8 +50,8 @@ def apply(
             diffusers' own.
         steps: indices of steps to control; None: all. Other steps are plain.
         stats: statistics of controlled calls to keep in ``handle.stats``, without waiting for the GPU. True:
-            mass and gain; a sequence of "lse", "mass", "gain": those. lse is a float32 per head and row: 0.5 MB
-            a layer and step at FLUX's 5120 tokens.
+            mass and gain; a sequence of "lse", "mass", "gain": those. lse is a float32 per head and row: 0.5
+            MB a layer and step at FLUX's 5120 tokens.
         backend: as in attention(), for controlled and plain calls.
 
     Returns:
@@ -61,10 +61,12 @@ def apply(
         TypeError: a model class without a host here; processors that are not diffusers' own (IP-Adapter,
             trained ones); a method without plan().
         ValueError: layers, steps, stats or a backend that do not exist or are not usable here.
-        NotImplementedError: context parallelism; a UNet with blocks or inputs that the processors cannot serve
+        NotImplementedError: context parallelism; a UNet with blocks or inputs that the processors cannot
+        serve
             (GLIGEN, two text encodings, image prompts). A derived head gain across tensor-parallel ranks
             raises when planned.
-        RuntimeError: the model already has a control. When the model is called: the method has an attach() and
+        RuntimeError: the model already has a control. When the model is called: the method has an attach()
+        and
             was applied to another model since.
 
     Examples:
@@ -94,8 +96,9 @@ def apply(
     if method is None and all(name is not None for name in set_backends):
         name = getattr(set_backends[0], "value", set_backends[0])
         warnings.warn(
-            f"flashbrush: the model's attention backend is set to {name!r}, and plain calls use it: apply() without a "
-            "method changes nothing. model.reset_attention_backend() lets flashbrush serve them",
+            f"flashbrush: the model's attention backend is set to {name!r}, and plain calls use it: "
+            "apply() without a method changes nothing. model.reset_attention_backend() lets flashbrush "
+            "serve them",
             stacklevel=2,
         )
     return handle

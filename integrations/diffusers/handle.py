@@ -115,8 +115,8 @@ class Handle:
                 handle.set_step(index + 1, pipe.num_timesteps)
                 return tensors
 
-        The method is asked for its plans at once, for the sizes of the latest call, as a compiled model's hooks
-        may not run; where they run it is asked again.
+        The method is asked for its plans at once, for the sizes of the latest call, as a compiled model's
+        hooks may not run; where they run it is asked again.
 
         Args:
             index: from 0; `count` where the run is over.
@@ -195,9 +195,9 @@ class Handle:
         self._installation.remove()
         if idle:  # last, as warnings may be errors: the model is restored by now
             warnings.warn(
-                f"flashbrush: {type(self._method).__name__} controlled nothing in {steps.passes} forward passes of "
-                f"{type(self._model).__name__}: its knobs, or apply()'s layers and steps, select no layer and step "
-                "of them",
+                f"flashbrush: {type(self._method).__name__} controlled nothing in {steps.passes} forward "
+                f"passes of {type(self._model).__name__}: its knobs, or apply()'s layers and steps, select "
+                "no layer and step of them",
                 stacklevel=3,  # the caller of remove(), or the end of the with
             )
 

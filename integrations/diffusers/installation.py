@@ -14,8 +14,8 @@ if TYPE_CHECKING:  # imports diffusers
     from .hosts.processor import ControlledProcessor
 
 _CONTEXT_PARALLEL = (
-    "flashbrush: context parallelism is configured on the model, but a processor has only its rank's tokens and does not "
-    "know the segments; use tensor parallelism, or none"
+    "flashbrush: context parallelism is configured on the model, but a processor has only its rank's "
+    "tokens and does not know the segments; use tensor parallelism, or none"
 )
 
 
@@ -35,15 +35,15 @@ def check_replaceable(model: nn.Module, sites: list[Site], host: Host) -> None:
         processor = site.attn.processor
         if isinstance(processor, host.processor_class):
             raise RuntimeError(
-                "apply: this model already has a flashbrush control; call handle.remove() first, assign another "
-                "handle.method, or compose() both methods (Handle.of(model) is the handle)"
+                "apply: this model already has a flashbrush control; call handle.remove() first, assign "
+                "another handle.method, or compose() both methods (Handle.of(model) is the handle)"
             )
         # Only the stock classes themselves: a subclass may do anything.
         if type(processor) not in host.stock:
             raise TypeError(
-                f"model: layer {i} ({site.kind}) has a {type(processor).__name__}, which apply() would replace; expected "
-                f"{' or '.join(cls.__name__ for cls in host.stock)} (unload IP-Adapters, and disable attention slicing, "
-                "xFormers and other processors first)"
+                f"model: layer {i} ({site.kind}) has a {type(processor).__name__}, which apply() would "
+                f"replace; expected {' or '.join(cls.__name__ for cls in host.stock)} (unload IP-Adapters, "
+                "and disable attention slicing, xFormers and other processors first)"
             )
         if getattr(processor, "_parallel_config", None) is not None:
             raise NotImplementedError(_CONTEXT_PARALLEL)
@@ -104,8 +104,8 @@ class Installation:
             if site.attn.processor is not mine:
                 raise RuntimeError(
                     "flashbrush: the model's attention processors were replaced after apply() (now "
-                    f"{type(site.attn.processor).__name__}); call handle.remove() before loading an IP-Adapter or "
-                    "setting processors"
+                    f"{type(site.attn.processor).__name__}); call handle.remove() before loading an "
+                    "IP-Adapter or setting processors"
                 )
             if mine._parallel_config is not None:
                 raise NotImplementedError(_CONTEXT_PARALLEL)

@@ -144,8 +144,8 @@ class Steps:
         parallel = getattr(getattr(self._model, "_parallel_config", None), "tensor_parallel_config", None)
         if parallel is not None and any(control.head_gain is not None for control in plan.controls):
             raise NotImplementedError(
-                "flashbrush: a derived head gain compares all heads, but tensor parallelism spreads them over ranks; "
-                "use a method without one"
+                "flashbrush: a derived head gain compares all heads, but tensor parallelism spreads them "
+                "over ranks; use a method without one"
             )
         return plan.to(device)
 
@@ -172,7 +172,7 @@ def _on_cpu() -> contextlib.AbstractContextManager:
 
 
 def _active_backend_is_set() -> bool:
-    """Whether an attention backend is set for all of diffusers (attention_backend(), environment variable)."""
+    """Whether attention_backend() or the environment sets an attention backend for all of diffusers."""
     dispatch = sys.modules["diffusers.models.attention_dispatch"]
     registry = getattr(dispatch, "_AttentionBackendRegistry", None)
     return (

@@ -89,8 +89,8 @@ def test_error_is_at_most_that_of_stock_processors(rope: str, dtype: torch.dtype
     ulp = torch.finfo(dtype).eps * truth.abs().max()
     assert (got - truth).abs().max() <= (stock - truth).abs().max() + ulp / 2
     if dtype == torch.float32:
-        # Squares of the errors: 1.5 of the sum of 32 squares, 2.5 of 1 / sqrt(mean + eps), 2 of the products with x
-        # and the weight, 2 of the rotation, none relative to more than the length of a rotated pair.
+        # Squares of the errors: 1.5 of the sum of 32 squares, 2.5 of 1 / sqrt(mean + eps), 2 of the products
+        # with x and the weight, 2 of the rotation, none relative to more than the length of a rotated pair.
         pairs = truth.unflatten(-1, (-1, 2) if interleaved else (2, -1))
         length = pairs.square().sum(-1 if interleaved else -2).sqrt().mean()
         allowed = (

@@ -1,4 +1,4 @@
-"""What makes the build of the site fail: a public name without an entry, a link to a file that is not there."""
+"""A public name without an entry and a link to a missing file fail the build of the site."""
 
 from __future__ import annotations
 
@@ -90,8 +90,8 @@ def test_entries_of_the_pages_exist() -> None:
 
 
 def test_docstrings_are_read_as_they_are_meant() -> None:
-    """A description that begins with > or - would be a quotation or a list, and the first words of Returns before a
-    colon would be taken for its type.
+    """A description that begins with > or - would be a quotation or a list, and the first words of Returns
+    before a colon would be taken for its type.
     """
     griffe = pytest.importorskip("griffe")
     package = griffe.load(

@@ -1,7 +1,7 @@
-"""Bounds for float32 from a count of its roundings: no library's order of summation on one machine decides them.
+"""Bounds for float32 from a count of its roundings, which no library's order of summation changes.
 
-A float32 result is rounded by at most u = 2^-24 of itself, and by c * u in root mean square, c = 0.42: the error
-is even over half a unit in the last place, and mantissas are even in their logarithm.
+A float32 result is rounded by at most u = 2^-24 of itself, and by c * u in root mean square, c = 0.42: the
+error is even over half a unit in the last place, and mantissas are even in their logarithm.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ ROUNDING = 0.42 * 2.0**-24  # c * u
 def positive_sum(*lengths: int) -> float:
     """Variance of the relative error of a sum of positive terms of one size, in units of ROUNDING^2.
 
-    The k-th partial sum of n is k / n of the result and rounded once; errors of different sums are independent.
+    The k-th partial sum of n is k / n of the result and rounded once; errors of different sums are
+    independent.
 
     Args:
-        lengths: terms added one by one at each level, the innermost first. positive_sum(128, 8) adds 8 sums of 128
-            terms each.
+        lengths: terms added one by one at each level, the innermost first. positive_sum(128, 8) adds 8 sums
+            of 128 terms each.
     """
     variance, sums = 0.0, 1
     for n in reversed(lengths):
@@ -36,8 +37,9 @@ def positive_sum(*lengths: int) -> float:
 def cpu_attention(keys: int) -> float:
     """Variance of the relative error of the C++ backend's output over this many keys with positive values.
 
-    In units of ROUNDING^2. Its sums (csrc/cpu/kernels.h) are over the 128 keys of a tile, over 4 to 8 tiles and over
-    those; a row's sum of probabilities has 4 lanes or more. Then come 1 / sum and the product with it.
+    In units of ROUNDING^2. Its sums (csrc/cpu/kernels.h) are over the 128 keys of a tile, over 4 to 8 tiles
+    and over those; a row's sum of probabilities has 4 lanes or more. Then come 1 / sum and the product with
+    it.
     """
     tiles = math.ceil(keys / 128)
     output = max(positive_sum(128, n, math.ceil(tiles / n)) for n in (4, 8))

@@ -1,1 +1,1 @@
-"""One file per architecture: its processor, and where its attention is. host.py has the recipe for another."""
+"""One file per architecture: its processor, and where its attention is. host.py says how to add one."""

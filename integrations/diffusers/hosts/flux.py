@@ -14,15 +14,16 @@ from .processor import ControlledProcessor, Stream
 class FluxControlledAttnProcessor(ControlledProcessor):
     """Attention of a FLUX block through flashbrush; a drop-in for diffusers' FluxAttnProcessor.
 
-    Token order is [text ; image], as in the model. In a double block text and image have projections and norms
-    of their own; in a single block they come joined. Heads are counted from the projections' outputs, so that
-    a tensor-parallel rank's share works.
+    Token order is [text ; image], as in the model. In a double block text and image have projections and
+    norms of their own; in a single block they come joined. Heads are counted from the projections' outputs,
+    so that a tensor-parallel rank's share works.
 
     Examples:
         >>> from flashbrush.integrations.diffusers import FluxControlledAttnProcessor, apply
         >>> from diffusers import FluxTransformer2DModel
         >>> model = FluxTransformer2DModel(num_layers=1, num_single_layers=1, attention_head_dim=16,
-        ...     num_attention_heads=2, joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(4, 6, 6))
+        ...     num_attention_heads=2, joint_attention_dim=8, pooled_projection_dim=8,
+        ...     axes_dims_rope=(4, 6, 6))
         >>> with apply(model):
         ...     isinstance(model.transformer_blocks[0].attn.processor, FluxControlledAttnProcessor)
         True
@@ -92,8 +93,9 @@ class FluxHost:
 
     @staticmethod
     def sites(model: nn.Module) -> list[Site]:
-        doubles = [Site(block.attn, "double") for block in model.transformer_blocks]  # type: ignore[union-attr]
-        return doubles + [Site(block.attn, "single") for block in model.single_transformer_blocks]  # type: ignore[union-attr]
+        double, single = model.transformer_blocks, model.single_transformer_blocks
+        sites = [Site(block.attn, "double") for block in double]  # type: ignore[union-attr]
+        return sites + [Site(block.attn, "single") for block in single]  # type: ignore[union-attr]
 
     @staticmethod
     def geometry(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Geometry:

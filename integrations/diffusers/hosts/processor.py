@@ -157,14 +157,14 @@ class ControlledProcessor:
             )
         if self.state is None:
             raise RuntimeError(
-                "flashbrush: the method has not been asked for a plan, because the model was compiled together "
-                "with its forward pre-hook; call handle.prepare() with the sizes of the call first, and "
-                "handle.set_step() before each step"
+                "flashbrush: the method has not been asked for a plan, because the model was compiled "
+                "together with its forward pre-hook; call handle.prepare() with the sizes of the call "
+                "first, and handle.set_step() before each step"
             )
         if self.state.batch not in (None, batch):
             raise RuntimeError(
-                f"flashbrush: handle.prepare() planned for a batch of {self.state.batch}, the call has {batch}; "
-                "call it again with this batch"
+                f"flashbrush: handle.prepare() planned for a batch of {self.state.batch}, the call has "
+                f"{batch}; call it again with this batch"
             )
         return self.state
 

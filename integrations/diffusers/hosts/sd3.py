@@ -23,7 +23,8 @@ class SD3ControlledAttnProcessor(ControlledProcessor):
         >>> from flashbrush.integrations.diffusers import SD3ControlledAttnProcessor, apply
         >>> from diffusers import SD3Transformer2DModel
         >>> model = SD3Transformer2DModel(sample_size=8, in_channels=4, num_layers=1, attention_head_dim=8,
-        ...     num_attention_heads=2, joint_attention_dim=8, caption_projection_dim=16, pooled_projection_dim=8)
+        ...     num_attention_heads=2, joint_attention_dim=8, caption_projection_dim=16,
+        ...     pooled_projection_dim=8)
         >>> with apply(model):
         ...     isinstance(model.transformer_blocks[0].attn.processor, SD3ControlledAttnProcessor)
         True

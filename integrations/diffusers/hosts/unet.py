@@ -46,7 +46,8 @@ class UNetControlledAttnProcessor(ControlledProcessor):
         ...     down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), cross_attention_dim=8,
         ...     up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), layers_per_block=1, attention_head_dim=2)
         >>> with apply(model):
-        ...     {type(processor) for processor in model.attn_processors.values()} == {UNetControlledAttnProcessor}
+        ...     types = {type(processor) for processor in model.attn_processors.values()}
+        >>> types == {UNetControlledAttnProcessor}
         True
     """
 
@@ -58,8 +59,8 @@ class UNetControlledAttnProcessor(ControlledProcessor):
         added = attn.added_kv_proj_dim is not None
         if added is not isinstance(original, ADDED):
             raise TypeError(
-                f"model: a layer {'with' if added else 'without'} added keys has a {type(original).__name__}, which is "
-                f"for layers {'without' if added else 'with'} them"
+                f"model: a layer {'with' if added else 'without'} added keys has a "
+                f"{type(original).__name__}, which is for layers {'without' if added else 'with'} them"
             )
         if not attn.scale_qk:
             raise NotImplementedError("model: attention without the scale 1/sqrt(head_dim) (scale_qk=False)")
@@ -187,8 +188,8 @@ class UNetHost:
             raise NotImplementedError(f"model: a UNet with attention_type={config.attention_type!r} (GLIGEN)")
         if config.encoder_hid_dim_type not in (None, "text_proj"):
             raise NotImplementedError(
-                f"model: a UNet with encoder_hid_dim_type={config.encoder_hid_dim_type!r}, whose inputs do not give "
-                "the number of text tokens"
+                f"model: a UNet with encoder_hid_dim_type={config.encoder_hid_dim_type!r}, whose inputs do "
+                "not give the number of text tokens"
             )
         level, sites = 0, []
         for block in model.down_blocks:  # type: ignore[union-attr]

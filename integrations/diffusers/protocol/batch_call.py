@@ -41,13 +41,13 @@ class Part:
         control: rows: the layer's. Keys: those in `extra`, and the layer's once per index of k; a key segment
             lies within one of them. Tables with a batch dimension are for `items`. None: plain attention.
         scale: as in attention(): a number, or a tensor (items,) or (items, heads).
-        extra: as Plan.extra, (1 or items, length, heads, head_dim). A callable gets k and v of the whole batch,
-            before `value`.
+        extra: as Plan.extra, (1 or items, length, heads, head_dim). A callable gets k and v of the whole
+            batch, before `value`.
         key_order: int64 (keys,) or (items, keys): the control's key i is the layer's token key_order[i], as
             Segments.from_labels sorts a mask of the keys. For one index of k.
         query: maps q (items, rows, heads, head_dim) to a tensor of the same shape.
-        value: maps v (items, keys, heads, head_dim), before `key_order`, to a tensor of the same shape. For one
-            index of v.
+        value: maps v (items, keys, heads, head_dim), before `key_order`, to a tensor of the same shape. For
+            one index of v.
         gate: multiplies the output: a number, or a tensor (items, rows).
         attend: computes the output in place of attention(), for a formula that a Control cannot express:
             ``attend(q, k, v, backend=name) -> (items, rows, heads, head_dim)``, with q, k, v (items, tokens,
@@ -55,7 +55,8 @@ class Part:
 
     Raises:
         TypeError: a field of another type.
-        ValueError: no item; an item twice; a `source` with other keys, lengths, or with other numbers of k than
+        ValueError: no item; an item twice; a `source` with other keys, lengths, or with other numbers of k
+        than
             of v; fields that exclude each other.
 
     Examples:
@@ -125,7 +126,8 @@ class Part:
                     )
                 if index.shape != (len(self.items),):
                     raise ValueError(
-                        f"Part.source[{name!r}]: expected shape ({len(self.items)},), got {tuple(index.shape)}"
+                        f"Part.source[{name!r}]: expected shape ({len(self.items)},), got "
+                        f"{tuple(index.shape)}"
                     )
         if len(self.indices("k")) != len(self.indices("v")) or not self.indices("k"):
             raise ValueError(
@@ -162,7 +164,8 @@ class Part:
             )
         if isinstance(self.gate, Tensor) and not broadcasts(self.gate, (n, layer.rows)):
             raise ValueError(
-                f"Part.gate: expected a shape of ({n}, {layer.rows}) for {where}, got {tuple(self.gate.shape)}"
+                f"Part.gate: expected a shape of ({n}, {layer.rows}) for {where}, got "
+                f"{tuple(self.gate.shape)}"
             )
         if self.control is not None:
             self._check_control_fits(self.control, layer, where)

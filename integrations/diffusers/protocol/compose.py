@@ -81,7 +81,8 @@ class Composition:
                 joined = _join(joined, plan)
             except ValueError as error:
                 raise ValueError(
-                    f"compose: {name} and {other} cannot be joined in layer {layer.index} ({layer.kind}): {error}"
+                    f"compose: {name} and {other} cannot be joined in layer {layer.index} ({layer.kind}): "
+                    f"{error}"
                 ) from None
             name = f"{name} with {other}"
         if len(self._kept) >= 512:

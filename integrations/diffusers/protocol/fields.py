@@ -56,7 +56,8 @@ def check_extra(owner: str, extra: Extra | None, control: Control | None) -> Non
     for name, pair in (extra or {}).items():
         if name not in names:
             raise ValueError(
-                f"{owner}.extra: {name!r} is no key segment of the control; it has {', '.join(names) or 'none'}"
+                f"{owner}.extra: {name!r} is no key segment of the control; it has "
+                f"{', '.join(names) or 'none'}"
             )
         is_pair = isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(t, Tensor) for t in pair)
         if not is_pair and not callable(pair):
@@ -81,7 +82,8 @@ def check_extra_shapes(owner: str, extra: Extra | None, control: Control, batch:
             if t.dim() != 4 or tuple(t.shape[1:]) != expected or t.shape[0] not in (1, batch):
                 raise ValueError(
                     f"{owner}.extra[{name!r}]: expected {what} of shape (1 or {batch}, "
-                    f"{', '.join(map(str, expected))}) for layer {layer.index} ({layer.kind}), got {tuple(t.shape)}"
+                    f"{', '.join(map(str, expected))}) for layer {layer.index} ({layer.kind}), got "
+                    f"{tuple(t.shape)}"
                 )
 
 

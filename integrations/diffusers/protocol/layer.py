@@ -9,8 +9,8 @@ from dataclasses import dataclass
 class Layer:
     """One attention layer in one forward call.
 
-    Tokens are in the order [text ; image] whatever the model's own order. Attention is permutation-equivariant,
-    so a processor may join its streams this way.
+    Tokens are in the order [text ; image] whatever the model's own order. Attention is
+    permutation-equivariant, so a processor may join its streams this way.
 
     Rows and keys by kind: "self": image tokens attend to image tokens. "cross": image tokens attend to text.
     "added" (the UNets of DeepFloyd IF and Kandinsky): image tokens attend to [text ; image]. All others:

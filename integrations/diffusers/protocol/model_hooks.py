@@ -14,10 +14,10 @@ _OWNER = "_flashbrush_attachment"
 class Attachment:
     """A method attached to a model, until remove(); nothing where the method has no attach().
 
-    A method with an attach() may keep what it learned of the model, such as the names of its layers, and would
-    take another model's layers for them. So it serves the model that it was attached to last: attaching marks
-    the method, and check() compares the marks. A method made of others returns their Attachments as its hooks
-    and is not marked itself.
+    A method with an attach() may keep what it learned of the model, such as the names of its layers, and
+    would take another model's layers for them. So it serves the model that it was attached to last: attaching
+    marks the method, and check() compares the marks. A method made of others returns their Attachments as its
+    hooks and is not marked itself.
     """
 
     def __init__(self, method: Method | None, model: nn.Module) -> None:
@@ -41,8 +41,8 @@ class Attachment:
         if getattr(self._marked, _OWNER, self._mark) is not self._mark:
             name = type(self._marked).__name__
             raise RuntimeError(
-                f"method: this {name} was applied to another model since and has that model's layers; make one {name} "
-                "per model, or assign handle.method again"
+                f"method: this {name} was applied to another model since and has that model's layers; make "
+                f"one {name} per model, or assign handle.method again"
             )
 
     def remove(self) -> None:

@@ -74,10 +74,10 @@ class Plan:
     Args:
         control: its rows are the layer's rows; its keys are the layer's keys in order, and those in `extra`.
         source: as in attention(): {"q": index, "k": index, "v": index}, int tensors (batch,).
-        extra: {key segment of the control: (k, v)}: keys that are no tokens of the layer, such as registers or
-            cached references, each (1 or batch, length, heads, head_dim). They get neither norm nor RoPE, and
-            are read in place in the layer's dtype, else cast. A callable in place of the pair makes it from
-            the layer's k and v (batch, keys, heads, head_dim), after RoPE and `value`, before `order`.
+        extra: {key segment of the control: (k, v)}: keys that are no tokens of the layer, such as registers
+            or cached references, each (1 or batch, length, heads, head_dim). They get neither norm nor RoPE,
+            and are read in place in the layer's dtype, else cast. A callable in place of the pair makes it
+            from the layer's k and v (batch, keys, heads, head_dim), after RoPE and `value`, before `order`.
         q_offset: added to q between norm and RoPE; broadcasts to (batch, rows, heads, head_dim).
         k_offset: added to k between norm and RoPE; broadcasts to (batch, keys, heads, head_dim).
         query: maps q (batch, rows, heads, head_dim), after RoPE, to a tensor of the same shape.
@@ -85,8 +85,8 @@ class Plan:
         scale: logit scale as in attention(); None: 1/sqrt(head_dim). A temperature tau is
             1 / (tau * sqrt(head_dim)).
         order: int64 (rows,) or (batch, rows): row i of the control is token order[i] of [text ; image], as
-            Segments.from_labels sorts interleaved segments. Key i too, except in "cross". Gates and statistics
-            follow this order; offsets, transforms and the output keep the layer's.
+            Segments.from_labels sorts interleaved segments. Key i too, except in "cross". Gates and
+            statistics follow this order; offsets, transforms and the output keep the layer's.
         parts: batch items with calls of their own. `control`, `source`, `extra` and `scale` are then for the
             remaining items; offsets and transforms for all.
         hidden: maps the hidden states that the image's q, k and v are projected from, (batch, image tokens,
@@ -96,7 +96,8 @@ class Plan:
 
     Raises:
         TypeError: a field of another type.
-        ValueError: `extra` without a control that names its segments; a `source` with other keys than q, k, v;
+        ValueError: `extra` without a control that names its segments; a `source` with other keys than q, k,
+        v;
             an `order` together with parts, or one per item together with a `source`.
 
     Examples:
@@ -164,7 +165,7 @@ class Plan:
         return tuple(n for n in range(batch) if n not in taken)
 
     def check(self, layer: Layer) -> None:
-        """ValueError where the plan does not fit the layer: token counts, batch, heads, shapes of extra keys."""
+        """Raises ValueError if the plan does not fit the layer: token counts, batch, heads, extra keys."""
         where = f"layer {layer.index} ({layer.kind})"
         for part in self.parts:
             part.check(layer)
@@ -184,8 +185,8 @@ class Plan:
             ):
                 if total != expected:
                     raise ValueError(
-                        f"Plan.control.{name}: {total} tokens for {where}, which has {layer.text_len} of text and "
-                        f"{layer.image_len} of image, {expected} as {name}"
+                        f"Plan.control.{name}: {total} tokens for {where}, which has {layer.text_len} of "
+                        f"text and {layer.image_len} of image, {expected} as {name}"
                     )
             check_tables("Plan.control", control, batch, layer)
             check_extra_shapes("Plan", self.extra, control, batch, layer)

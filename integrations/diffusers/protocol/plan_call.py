@@ -25,7 +25,8 @@ class CallState:
 
     Attributes:
         plan: what to do, or a function that returns it when the layer is reached; None: plain attention.
-        controlled: apply() selected the layer and the step. Hooks of a method's attach() act where it is True.
+        controlled: apply() selected the layer and the step. Hooks of a method's attach() act where it is
+            True.
         stock: plain attention goes through diffusers' dispatcher, as in the unchanged model.
         collect: keep the Stats of controlled calls.
         batch: the batch that Handle.prepare() planned for, which the call must have; None: any.

@@ -17,7 +17,8 @@ class ImageBranch:
     projection. It acts where apply() selected the block's layer and the step.
 
     Attributes:
-        prompts: (control, keys, values) of the image prompts in the coming calls; None: the branch adds nothing.
+        prompts: (control, keys, values) of the image prompts in the coming calls; None: the branch adds
+            nothing.
     """
 
     def __init__(self, block: Any) -> None:

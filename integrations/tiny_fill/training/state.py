@@ -108,7 +108,7 @@ class Training:
         return F.conv2d(pictures, self.weight, self.bias, stride=autoencoder.CELL)
 
     def conditions(self, some: Canvases) -> dict[str, Tensor]:
-        """The transformer's inputs other than the noisy latents: masked picture, mask, and embedded prompts."""
+        """The transformer's inputs beside the noisy latents: masked picture, mask, embedded prompts."""
         pixels = (2 * some.pictures - 1) * (1 - some.masks)
         return {
             "known": torch.cat([model.pack(self.encode(pixels)), model.pack_mask(some.masks)], -1),

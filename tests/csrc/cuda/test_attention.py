@@ -1,8 +1,8 @@
 """The CUDA forward kernel against float64 of the reference: on a Hopper GPU, else in an emulation of its
 instructions.
 
-In the emulation a seed decides when copies and products are performed and which warp runs next. It shows nothing
-about speed.
+In the emulation a seed decides when copies and products are performed and which warp runs next. It shows
+nothing about speed.
 """
 
 from __future__ import annotations
@@ -281,7 +281,7 @@ def test_registers_of_the_compiled_kernels() -> None:
 
 
 def test_exponentials_overlap_with_products() -> None:
-    """In the machine code, because the emulation does not show how the assembler moves instructions around waits."""
+    """Read from the machine code: the emulation does not show how instructions move around waits."""
     import triton as package
 
     tool = Path(package.__file__).with_name("backends") / "nvidia" / "bin" / "cuobjdump"

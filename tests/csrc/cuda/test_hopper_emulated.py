@@ -60,7 +60,10 @@ def multiply_rows(
     head: int = 0,
     item: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q (64, dim), k (2 items, rows, 2 heads, dim) -> q k^T (64, columns) for keys from `row` on, and its rounded copy."""
+    """q k^T (64, columns) for the keys from `row` on, and its rounded copy.
+
+    q: (64, dim); k: (2 items, rows, 2 heads, dim).
+    """
     out, rounded = torch.empty(64, columns), torch.empty(64, columns, dtype=q.dtype)
     error = library.selftest_rows(
         int(q.dtype == torch.float16),

@@ -1,4 +1,4 @@
-"""The instruction sets of the C++ backend: a test that takes `isa` runs on each that is built in and runs here."""
+"""A test that takes `isa` runs on each instruction set of the C++ backend that this CPU has."""
 
 from __future__ import annotations
 

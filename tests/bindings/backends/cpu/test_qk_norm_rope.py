@@ -1,4 +1,4 @@
-"""qk_norm_rope() of the C++ backend and its gradient against float64, on every instruction set that runs here."""
+"""qk_norm_rope() of the C++ backend and its gradient against float64, on each instruction set of this CPU."""
 
 from __future__ import annotations
 

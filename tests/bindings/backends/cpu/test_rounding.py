@@ -20,8 +20,8 @@ def test_column_mass_over_many_rows(isa: str) -> None:
     scores = torch.einsum("bmhd,bnhd->bhmn", q.double(), k.double()) / 8
     lse = scores.logsumexp(-1).float()
     truth = (scores - lse.double()[..., None]).exp().sum(2)
-    # Over a tile of 128 rows in 4 lanes or more, over 40 tiles, over lanes. A logit minus lse is rounded at 2 to 8
-    # times the unit of its exponential, in 5,120 terms; its factor scale * log2(e) alike in all.
+    # Over a tile of 128 rows in 4 lanes or more, over 40 tiles, over lanes. A logit minus lse is rounded at 2
+    # to 8 times the unit of its exponential, in 5,120 terms; its factor scale * log2(e) alike in all.
     check(fb.column_mass(q, k, lse[..., None]), truth, positive_sum(32, TOKENS // 128, 4) + 4)
 
 

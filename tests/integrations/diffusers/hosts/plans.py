@@ -1,4 +1,4 @@
-"""Plans of every field for test_contract.py, each beside the same arithmetic on q, k and v with the map in memory.
+"""Plans of every field for test_contract.py, each beside the same arithmetic with the map in memory.
 
 Plans are for a batch of 3 and layers of any kind but "added".
 """
@@ -96,7 +96,7 @@ def eager_registers(site: Site, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def copies(layer: Layer) -> Plan:
-    """Keys made of the layer's own after RoPE and after Plan.value, with the tokens sorted for the control."""
+    """Keys made of the layer's own after RoPE and Plan.value, with the tokens sorted for the control."""
 
     def halved(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         return key[:1, :2], value[:1, :2] / 2
@@ -177,7 +177,7 @@ def hidden(layer: Layer) -> Plan:
 
 
 def everything(layer: Layer) -> Plan:
-    """Weights, a softmax group with a gate, sources, extra keys, offsets, transforms and a scale in one call."""
+    """Weights, a group with a gate, sources, extra keys, offsets, transforms and a scale in one call."""
     pair = draw(7, 1, 3, layer.heads, layer.head_dim), draw(8, 1, 3, layer.heads, layer.head_dim)
     keys = {"c": cut(layer.keys), "d": layer.keys - cut(layer.keys), "r": 3}
     tables = fb.Control(
