@@ -50,8 +50,8 @@ def apply(
             diffusers' own.
         steps: indices of steps to control; None: all. Other steps are plain.
         stats: statistics of controlled calls to keep in ``handle.stats``, without waiting for the GPU. True:
-            mass and gain; a sequence of "lse", "mass", "gain": those. lse is a float32 per head and row: 0.5
-            MB a layer and step at FLUX's 5120 tokens.
+            mass and gain; a sequence of "lse", "mass", "gain": those. lse, one float32 per head and row, takes
+            0.5 MB a layer and step at FLUX's 5120 tokens.
         backend: as in attention(), for controlled and plain calls.
 
     Returns:
@@ -62,12 +62,10 @@ def apply(
             trained ones); a method without plan().
         ValueError: layers, steps, stats or a backend that do not exist or are not usable here.
         NotImplementedError: context parallelism; a UNet with blocks or inputs that the processors cannot
-        serve
-            (GLIGEN, two text encodings, image prompts). A derived head gain across tensor-parallel ranks
-            raises when planned.
+            serve (GLIGEN, two text encodings, image prompts). A derived head gain across tensor-parallel
+            ranks raises when planned.
         RuntimeError: the model already has a control. When the model is called: the method has an attach()
-        and
-            was applied to another model since.
+            and was applied to another model since.
 
     Examples:
         >>> import flashbrush as fb

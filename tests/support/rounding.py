@@ -20,8 +20,7 @@ ROUNDING = 0.42 * 2.0**-24  # c * u
 def positive_sum(*lengths: int) -> float:
     """Variance of the relative error of a sum of positive terms of one size, in units of ROUNDING^2.
 
-    The k-th partial sum of n is k / n of the result and rounded once; errors of different sums are
-    independent.
+    The k-th partial sum of n is k / n of the result and is rounded once; errors are independent.
 
     Args:
         lengths: terms added one by one at each level, the innermost first. positive_sum(128, 8) adds 8 sums

@@ -56,8 +56,7 @@ class Part:
     Raises:
         TypeError: a field of another type.
         ValueError: no item; an item twice; a `source` with other keys, lengths, or with other numbers of k
-        than
-            of v; fields that exclude each other.
+            than of v; fields that exclude each other.
 
     Examples:
         Item 1 attends to the keys and values of item 0:

@@ -96,9 +96,8 @@ class Plan:
 
     Raises:
         TypeError: a field of another type.
-        ValueError: `extra` without a control that names its segments; a `source` with other keys than q, k,
-        v;
-            an `order` together with parts, or one per item together with a `source`.
+        ValueError: `extra` without a control that names its segments; a `source` with other keys than q, k
+            and v; an `order` together with parts, or one per item together with a `source`.
 
     Examples:
         Image tokens give the prompt 1.5 times the weight:
