@@ -150,7 +150,7 @@ FLEX = Contestant("flex", "FlexAttention", False, _flex)
 
 CONTESTANTS: dict[str, Contestant] = {c.name: c for c in (SDPA, EAGER, COMPOSED, PLAIN, CONTROLLED)}
 OPTIONAL: dict[str, Contestant] = {FLEX.name: FLEX}
-# Its name in version 0.1, for files given to `benchmarks/gpu/run.py --peers`; goes with the next release.
+# Its name in version 0.1, for files given to `benchmarks/gpu/run.py --peers`; removed in the next release.
 Peer = Contestant
 
 

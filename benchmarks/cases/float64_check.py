@@ -108,14 +108,14 @@ class FeatureCall:
     source: dict[str, Tensor] = field(default_factory=dict)
 
     def control(self) -> Control | None:
-        """The call's control; None where it says nothing."""
+        """The call's control; None where no option is set."""
         if not self.options and len(self.rows) == len(self.keys) == 1:
             return None
         return Control(Segments(dict(self.rows)), Segments(dict(self.keys)), **self.options)
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Of flashbrush.attention."""
+        """The keyword arguments of flashbrush.attention."""
         more = {"control": self.control(), "scale": self.scale, "source": self.source or None}
         return {"q": self.q, "k": self.k, "v": self.v, **more}
 

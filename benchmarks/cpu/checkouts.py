@@ -3,8 +3,7 @@
     python benchmarks/cpu/checkouts.py OLD NEW [--rounds 41] [--output FILE]
 
 OLD and NEW are folders with a built clone each. One thread, 8 heads of 64, float32, 16 and 256 tokens, plain
-and with a
-control: the launcher and its checks are a large part of the time.
+and with a control, where the launcher and its checks take a large part of the time.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ def measure(tokens: tuple[int, ...], dtype: torch.dtype, settings: Settings) -> 
     """Plain attention of (1, 4, n, 128) for each n of `tokens`.
 
     Ratios: time per (row x key) over that of the first length. At the middle length also: half of the rows do
-    not see half of the keys, which removes a quarter of the work; and a quarter of the rows alone.
+    not attend to half of the keys, which removes a quarter of the work; and a quarter of the rows alone.
 
     Raises:
         WrongResult: a result is wrong.

@@ -49,7 +49,7 @@ def dims_and_dtypes(setup: Setup) -> Row:
 
 @torch.no_grad()
 def repeats(setup: Setup) -> Row:
-    """A thousand calls on the same inputs must agree bit by bit: a read of unwritten memory shows."""
+    """A thousand calls on the same inputs must agree bit by bit, which reveals reads of unwritten memory."""
     dims = (32,) if setup.dry else (64, 128)
     return _row(setup, {f"{setup.backend}, D {dim}, repeated": _repeated(dim) for dim in dims})
 

@@ -102,7 +102,7 @@ def measure(setup: Setup, shape: Shape, entries: Iterable[Entry], graphs: bool =
 
 
 def first_result(prepared: tuple[Callable[[], Tensor], bool], case: Case) -> tuple[Tensor, bool]:
-    """A first result, in memory that held NaN before, so that elements that are not written show."""
+    """A first result, in memory that held NaN before, so that unwritten elements are found."""
     call, heads_first = prepared
     if case.q.device.type == "cuda":
         call()  # compiles, and allocates what it keeps

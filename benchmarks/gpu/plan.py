@@ -100,7 +100,7 @@ def _check(title: str, run: Callable[[Setup], Row], seconds: float, cuda: bool =
 
 
 def _on_cuda(title: str, run: Callable[[Setup], Row]) -> Task:
-    """The check on the cuda backend; what that refuses is missing, all of it where it is not usable."""
+    """The check on the cuda backend; what it refuses is missing, and everything where it is not usable."""
 
     def on_cuda(setup: Setup) -> Row:
         reasons = backends()["cuda"] if setup.cuda else [NO_CUDA]

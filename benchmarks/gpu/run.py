@@ -91,7 +91,10 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--out", type=Path, default=Path("gpu-results"), help="folder for what is written (gpu-results)"
     )
     parser.add_argument(
-        "--minutes", type=float, default=8.0, help="what there is no time for is listed as skipped (8)"
+        "--minutes",
+        type=float,
+        default=8.0,
+        help="time limit; tasks that do not fit are listed as skipped (8)",
     )
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument(
@@ -137,7 +140,7 @@ def _setup(options: argparse.Namespace) -> Setup:
 
     device = torch.device("cpu" if options.dry_run else options.device)
     if options.build and options.worker is None and (failed := _build()):
-        print(f"run.py: {failed}; the rest goes on", file=sys.stderr)
+        print(f"run.py: {failed}; the run continues without it", file=sys.stderr)
     known = backends()
     if not options.dry_run and (device.type != "cuda" or not torch.cuda.is_available()):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Where a GPU run takes place, and what becomes of a contestant that cannot run or is wrong."""
+"""Where a GPU run takes place, and how a contestant that cannot run or is wrong is recorded."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def judged(
     """Record a contestant's error under its label, and go on with the others.
 
     A contestant that cannot run goes to `missing`, one with a wrong result to `failures`. Any other error is
-    a failure of ours, or the reason why another's is missing. An error that leaves the device unusable is
-    raised.
+    a failure of ours; another library's contestant is missing for that reason. An error that leaves the
+    device unusable is raised.
     """
     try:
         yield

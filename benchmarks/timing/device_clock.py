@@ -15,7 +15,7 @@ import torch
 from .rounds import Calls, Samples, run_rounds, spread
 
 ROUNDS = (7, 60)  # fewest and most
-SHORT = 2e-3  # seconds; where calls take less on average, the host's part would show
+SHORT = 2e-3  # seconds; for shorter calls the host's time would be measured too
 SPIN = 1_000_000  # clock cycles, about half a millisecond: longer than the host needs for a call
 
 

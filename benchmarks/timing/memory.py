@@ -4,7 +4,7 @@ Our C++ kernel and oneDNN allocate outside torch, where no hook on torch's alloc
 process draws the inputs, warms up on a small shape, resets the high-water mark (/proc/self/clear_refs), makes
 one call and reads VmHWM. The call is the first at its shape, so a workspace that is kept for later calls
 counts. glibc is set to return freed memory at once; otherwise memory freed after the warm-up could be reused
-without showing.
+without raising the mark.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ def edit(
     }
     used = ON_FLUX.get(method, set(given) - {"mask", "move"} - UNUSED.get(method, set()))
     if wrong := [name for name, value in given.items() if value and name not in used]:
-        raise ValueError(f"{wrong[0]}: {method} has no use for it")
+        raise ValueError(f"{wrong[0]}: {method} does not use it")
     if "mask" in used and mask is None:
         raise ValueError(f"mask: {method} needs one")
     if bool(word) != bool(source_word):

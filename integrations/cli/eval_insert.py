@@ -1,4 +1,4 @@
-"""flashbrush eval insert: measure subject insertion over made items or a folder of photos."""
+"""flashbrush eval insert: measure subject insertion over synthetic items or a folder of photos."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def eval_insert(
     output: Results,
     folder: Folder = None,
     model: Model = None,
-    alpha_prompt: Annotated[float, typer.Option(help="As of insert.")] = 0.0,
-    alpha_subject: Annotated[float, typer.Option(help="As of insert.")] = 0.0,
-    gain_span: Annotated[float, typer.Option(help="As of insert.")] = 0.0,
+    alpha_prompt: Annotated[float, typer.Option(help="As in insert.")] = 0.0,
+    alpha_subject: Annotated[float, typer.Option(help="As in insert.")] = 0.0,
+    gain_span: Annotated[float, typer.Option(help="As in insert.")] = 0.0,
     hole_only: Annotated[bool, typer.Option(help="Only the hole's tokens read more.")] = False,
-    blend: Annotated[bool, typer.Option(help="As of insert.")] = True,
+    blend: Annotated[bool, typer.Option(help="As in insert.")] = True,
     count: Count = 96,
     freedom: Freedom = 0.0,
     repeats: Repeats = 1,
@@ -50,8 +50,8 @@ def eval_insert(
     """How well subjects are inserted: identity, agreement with the prompt, PSNR, FID; as tables, CSV and a
     figure.
 
-    Made items are done with their own subject as the reference, with none, with another one's, and with a
-    prompt that contradicts it.
+    Synthetic items are inserted with their own subject as the reference, with a blank, with another item's
+    subject, and with a prompt that contradicts the reference.
     """
     from ..evaluation.csv_files import write_csv
     from ..evaluation.frechet import LatentStatistics, frechet_distance

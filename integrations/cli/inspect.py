@@ -1,4 +1,4 @@
-"""flashbrush inspect: where the model looks while it inserts a subject."""
+"""flashbrush inspect: attention maps, mass and head gains of an insertion."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def inspect(
     subject_mask: Annotated[
         Path | None, typer.Option(help="White on the subject. Default: its transparency, or all.")
     ] = None,
-    alpha_prompt: Annotated[float, typer.Option(help="As of insert.")] = 0.3,
-    alpha_subject: Annotated[float, typer.Option(help="As of insert.")] = 0.3,
-    gain_span: Annotated[float, typer.Option(help="As of insert.")] = 0.2,
+    alpha_prompt: Annotated[float, typer.Option(help="As in insert.")] = 0.3,
+    alpha_subject: Annotated[float, typer.Option(help="As in insert.")] = 0.3,
+    gain_span: Annotated[float, typer.Option(help="As in insert.")] = 0.2,
     every: Annotated[
         int | None, typer.Option(min=1, help="Look at every so many steps. Default: at 10 steps or fewer.")
     ] = None,
@@ -48,13 +48,13 @@ def inspect(
     seed: Seed = 0,
     width: Annotated[int | None, typer.Option(help="Of a panel, pixels; a multiple of 16.")] = None,
     height: Annotated[int | None, typer.Option(help="Of a panel, pixels; a multiple of 16.")] = None,
-    padding_mask_crop: Annotated[int | None, typer.Option(min=0, help="As of insert.")] = None,
+    padding_mask_crop: Annotated[int | None, typer.Option(min=0, help="As in insert.")] = None,
     dtype: Precision = Dtype.bfloat16,
     device: Device = None,
     offload: Offload = False,
     backend: Backend = "auto",
 ) -> None:
-    """What the picture's places attend to: maps of words and regions, tables of mass, gains of heads.
+    """What the image tokens attend to: maps of words and regions, tables of mass, gains of heads.
 
     Writes maps.png, maps.npz (all arrays) and mass.csv (what each part of the sequence gives to each, by
     layer).

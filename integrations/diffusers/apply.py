@@ -26,20 +26,20 @@ def apply(
 ) -> Handle:
     """Control the attention of a diffusers model with a method; without one, run it through flashbrush.
 
-    Works under torch.compile (a whole model that is compiled after apply(), or whose wrapper is called though
-    apply() got the model itself, needs handle.prepare()), with offloading, LoRA, fused projections and
-    quantised linears. A deep copy of the model carries a copy of the control (``Handle.of(copy)``). A call
+    Works with torch.compile, offloading, LoRA, fused projections and quantised linears. Call handle.prepare()
+    where a whole model is compiled after apply(), or where apply() got the model itself and its torch.compile
+    wrapper is called. A deep copy of the model carries a copy of the control (``Handle.of(copy)``). A call
     without a plan is plain attention: through flashbrush, or through the backend that
     ``model.set_attention_backend`` or ``attention_backend`` set, or, with a dense attention_mask, as
     diffusers computes it.
 
     One step is one forward call, counted from 0, until ``handle.set_step`` is called: call it from the
     pipeline's callback where a step takes several forward calls, or where the method needs the sigma. Call
-    ``handle.reset()`` before a second image, or its steps are counted on.
+    ``handle.reset()`` before a second image, or its steps continue the first image's count.
 
     A backward pass with gradient checkpointing runs layers again with the plans of the latest forward pass:
-    call it before the next forward pass, before a knob changes, and before remove(). One model under control
-    serves one thread.
+    call backward() before the next forward pass, before a knob changes, and before remove(). Call a model
+    under control from one thread only.
 
     Args:
         model: FluxTransformer2DModel (FLUX.1 dev, Fill, Kontext), UNet2DConditionModel (SD 1.5, SD 2, SDXL,
@@ -50,8 +50,8 @@ def apply(
             diffusers' own.
         steps: indices of steps to control; None: all. Other steps are plain.
         stats: statistics of controlled calls to keep in ``handle.stats``, without waiting for the GPU. True:
-            mass and gain; a sequence of "lse", "mass", "gain": those. lse, one float32 per head and row, takes
-            0.5 MB a layer and step at FLUX's 5120 tokens.
+            mass and gain; a sequence of "lse", "mass", "gain": those. lse, one float32 per head and row,
+            takes 0.5 MB a layer and step at FLUX's 5120 tokens.
         backend: as in attention(), for controlled and plain calls.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Handle: what apply() returns. It steers a control and takes it away."""
+"""Handle, which apply() returns: it sets the step and the method, and removes the control."""
 
 from __future__ import annotations
 
@@ -115,8 +115,8 @@ class Handle:
                 handle.set_step(index + 1, pipe.num_timesteps)
                 return tensors
 
-        The method is asked for its plans at once, for the sizes of the latest call, as a compiled model's
-        hooks may not run; where they run it is asked again.
+        The method is asked for its plans at once, for the sizes of the latest call, because a compiled
+        model's hooks may not run. Where they run, the method is asked again.
 
         Args:
             index: from 0; `count` where the run is over.
@@ -190,14 +190,14 @@ class Handle:
         self._collect()
         steps = self._steps
         idle = self._method is not None and steps.passes and not steps.has_planned
-        idle = idle and not self._attachment.has_hooks  # which may be all that the method does
+        idle = idle and not self._attachment.has_hooks  # a method may act through its hooks alone
         self._attachment.remove()
         self._installation.remove()
         if idle:  # last, as warnings may be errors: the model is restored by now
             warnings.warn(
                 f"flashbrush: {type(self._method).__name__} controlled nothing in {steps.passes} forward "
-                f"passes of {type(self._model).__name__}: its knobs, or apply()'s layers and steps, select "
-                "no layer and step of them",
+                f"passes of {type(self._model).__name__}: its knobs and apply()'s layers and steps together "
+                "select none",
                 stacklevel=3,  # the caller of remove(), or the end of the with
             )
 

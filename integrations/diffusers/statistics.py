@@ -44,7 +44,7 @@ class Records:
         self.records: list[Record] = []
 
     def collect(self, processors: Sequence[ControlledProcessor], step: int) -> None:
-        """Take what the processors' calls left, as records of that step."""
+        """Move the statistics of the processors' calls into records of that step."""
         for i, processor in enumerate(processors):
             for items, stats in processor.stats:
                 kept = {name: _kept(t, name in self.fields) for name, t in stats._asdict().items()}

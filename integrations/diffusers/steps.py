@@ -20,7 +20,7 @@ from .protocol.plan_call import CallState
 class Steps:
     """The current step, and planning.
 
-    One step is one forward call until set() is called; then set() alone moves on.
+    One step is one forward call until set() is called; from then on only set() changes the step.
 
     Args:
         model: whose parallel configuration decides whether a derived gain is possible.

@@ -59,7 +59,7 @@ def describe() -> dict[str, object]:
 
 
 def load() -> float | None:
-    """The load average of the last minute; well above the number of threads, other processes were running."""
+    """The last minute's load average; other processes ran if it is well above the number of threads."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 

@@ -1,4 +1,4 @@
-"""Attention maps of a few tokens: where an image looks, without computing a whole map."""
+"""Attention maps of a few tokens, without computing the whole map."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from .shared.layers_and_steps import known_grid, within
 
 
 class AttentionMap(NamedTuple):
-    """What the image tokens of one layer attend to in one call; an entry of AttentionMaps.maps.
+    """How much one layer's image tokens attend to each name's tokens in one call: a record of AttentionMaps.
 
     Attributes:
         step: index of the step.
         layer: Layer.index.
         kind: Layer.kind.
         grid: (rows, columns) of the image tokens.
-        values: (batch, heads or 1, names, image tokens) float32, on the model's device; NaN where the layer
-            has none of a name's keys.
+        values: (batch, heads or 1, names, image tokens) float32, on the model's device; NaN for a name whose
+            tokens are not among the layer's keys.
 
     Examples:
         >>> from diffusers import StableDiffusionPipeline
@@ -54,9 +54,9 @@ class AttentionMap(NamedTuple):
 class AttentionMaps:
     """Record how much of its attention each image token gives to chosen tokens of the text or the image.
 
-    A value is the sum of plain attention's probabilities over a name's tokens. The attention stays as it
-    is; beside another method, ``compose(method, maps)``, values are those before that method's weights and
-    biases.
+    A value is the sum of plain attention's probabilities over a name's tokens. The attention is not changed.
+    Together with another method, ``compose(method, maps)``, the values are from before that method's weights
+    and biases.
 
     Args:
         text: {name: positions among the text tokens}, for layers that attend to text.
@@ -124,7 +124,7 @@ class AttentionMaps:
             name: tuple(layer.text_len + n for n in positions) for name, positions in image.items()
         }
 
-    @torch.compiler.disable()  # a list that grows would be compiled anew in every call
+    @torch.compiler.disable()  # a growing list would cause a recompilation in every call
     @torch.no_grad()
     def _keep(self, layer: Layer, step: Step, wanted: dict[str, tuple[int, ...]], seen: Seen) -> None:
         if seen.again:
@@ -152,7 +152,7 @@ class AttentionMaps:
             RuntimeError: nothing was recorded.
         """
         if not self.maps:
-            raise RuntimeError("maps: nothing was seen: no layer or step of the call was chosen")
+            raise RuntimeError("maps: nothing was recorded: the knobs select no layer or step of the calls")
         grid = max(m.grid for m in self.maps) if grid is None else grid
         maps = []
         for m in self.maps:

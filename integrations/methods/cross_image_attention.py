@@ -22,19 +22,19 @@ class CrossImageAttention:
         P     = softmax(Q_out K_app^T / sqrt(d))
         o_out = clip(mu + contrast (P - mu)) V_app
 
-    At some early steps the output reads the structure's K and V instead. The defaults are the released
-    code's. It also inverts both images by DDPM, starts the output from the structure's noise, matches its
-    latents to the appearance's by AdaIN and guides by the difference to a plain pass:
-    AppearanceTransferPipeline does. A knob may be set at any time.
+    At some early steps the output reads the structure's K and V instead. The defaults are those of the
+    released code, which also inverts both images by DDPM, starts the output from the structure's noise,
+    matches its latents to the appearance's by AdaIN and guides by the difference to a plain pass.
+    AppearanceTransferPipeline does all of this. A knob may be set at any time.
 
     Args:
         contrast: 1.67 in the code; 1: none.
         clip: bounds of the contrasted map, or None.
         windows: {resolution: (first, the one after the last or None)}: the counts at which layers of that
-            resolution are changed, the side of a square of as many tokens or (rows, columns). Other layers
-            never are.
-        structure_every: counts that are multiples of it read the structure; None: none do.
-        structure_until: counts from here on read the appearance only.
+            resolution are changed. A resolution is the side of a square of tokens, or (rows, columns). Layers
+            of other resolutions are not changed.
+        structure_every: at counts that are multiples of this the output reads the structure; None: at none.
+        structure_until: from this count on the output reads the appearance only.
         lag: a step's count is its index less this; the code's counter is one step behind.
         places: of "down", "mid" and "up", one or several.
         items: the roles of a call's items, one TransferRoles for each output.

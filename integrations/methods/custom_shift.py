@@ -31,9 +31,9 @@ class CustomShift:
     The references are clean and read nothing else, so their K and V are the same in every step: `remember`
     keeps them, layer by layer, and generation reads them in place.
 
-    We know summaries of the paper only, and no code is published. That the routing is one softmax over
-    tokens, and that x and p do not read s, are our readings. The paper fine-tunes by LoRA, which is loaded
-    as usual. SD 3.5's second attention, of the image alone, stays plain. A knob may be set at any time.
+    This follows summaries of the paper; no code is published. Two points are our assumptions: the routing is
+    one softmax over tokens, and x and p do not read s. The paper fine-tunes by LoRA, which is loaded as
+    usual. SD 3.5's second attention, of the image alone, stays plain. A knob may be set at any time.
 
     Args:
         items: the batch items that read the references; None: the last two thirds of a batch [neither,
@@ -73,7 +73,8 @@ class CustomShift:
     def remember(self, transformer: nn.Module, latents: Tensor, text: Tensor, pooled: Tensor) -> None:
         """Run the references through the model once and keep their keys and values, beside those kept before.
 
-        It is one forward call, which a counting handle counts as a step: handle.reset() starts over.
+        This is one forward call, and a handle that counts forward calls counts it as a step; handle.reset()
+        restarts the count.
 
         Args:
             transformer: the model under this method's control.

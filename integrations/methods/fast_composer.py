@@ -27,8 +27,8 @@ class FastComposer:
 
         loss = weight * mean over items, subjects, heads, layers of  sum bg A_j / sum bg - sum fg A_j / sum fg
 
-    Read `loss()` after the model's call and before its backward pass. A knob may be set at any time, as the
-    next batch's `tokens` and `masks` are.
+    Read `loss()` after the model's call and before its backward pass. A knob may be set at any time; set
+    `tokens` and `masks` for each batch.
 
     Args:
         tokens: int64 (batch, subjects), the position of each subject's token in its text; -1: there is
@@ -36,8 +36,9 @@ class FastComposer:
         masks: (batch, subjects, rows, columns) within 0 and 1, resized to each layer's grid bilinearly,
             antialiased.
         weight: at least 0; 1e-3 in the paper.
-        stages: how many of the UNet's stages with attention count (down, middle, up), around the middle.
-            The released code's 5 of 7 are all but those of the finest grid. None: all.
+        stages: how many of the UNet's stages with attention (down, middle, up) enter the loss, counted
+            outwards from the middle. The released code takes 5 of 7: all but those of the finest grid. None:
+            all.
 
     Raises:
         ValueError: a wrong knob, by name. When the model is called: another model, a batch that does not
@@ -70,7 +71,7 @@ class FastComposer:
         self._losses: dict[int, Tensor] = {}  # of each layer in its last call
 
     def attach(self, model: nn.Module) -> list:
-        """Finds the model's stages; there is nothing to remove."""
+        """Find the model's stages; no hook is registered."""
         places = find_host(model).sites(model)
         self._cross = {
             i: (place.place, place.level) for i, place in enumerate(places) if place.kind == "cross"

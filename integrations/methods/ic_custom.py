@@ -35,7 +35,7 @@ class ICCustom:
 
     Args:
         parameters: loaded or trained, in the model's dtype.
-        task: "free": no position is given. "precise" or "drawn": it is, by an exact mask or a user's
+        task: how the position is given: "free": not at all, "precise": by an exact mask, "drawn": by a user's
             drawing.
         references: panels beside the target.
         widths: of the panels in tokens, the target's last; None: all are equally wide.

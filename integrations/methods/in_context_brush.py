@@ -43,9 +43,9 @@ class InContextBrush:
         prompt_tokens: a number, or one for each item.
         subject_tokens: of the image tokens, a number or one for each item; None: half.
         subject_first: whether the subject's panel comes first (code), or last as FLUX Kontext's references.
-        hole: the target's painted tokens, bool (image tokens,) or (batch, image tokens): only they are
-            shifted, count for the gain and, with gain_rows="target", have it. None: the whole target (paper
-            and code).
+        hole: the target's painted tokens, bool (image tokens,) or (batch, image tokens): only their rows
+            weigh prompt and subject, add mass to the gain and, with gain_rows="target", are multiplied by it.
+            None: the whole target (paper and code).
 
     Raises:
         ValueError: a wrong knob, by name; when the model is called, token numbers that do not fit.

@@ -27,9 +27,9 @@ class InfEdit:
         o_tgt = A_src V_tgt                     o_mut = A_src V_src
 
     and from then on the target is plain and o_mut = softmax(Q_tgt K_src^T / sqrt(d)) V_src. Up to another
-    share the target's cross-attention is Prompt-to-Prompt's refinement of the source's. Switching is the
-    released code's way; the paper mixes both maps by a factor. ddcm_step() samples around it, in 15 steps
-    with guidance of 1 for the source and 2 for the target. A knob may be set at any time.
+    share the target's cross-attention is Prompt-to-Prompt's refinement of the source's. The released code
+    switches like this; the paper mixes both maps by a factor. Sample with ddcm_step(), in 15 steps with
+    guidance of 1 for the source and 2 for the target. A knob may be set at any time.
 
     Args:
         edit: the target's prompt, aligned by TokenAlignment.refine(). The code also aligns new words with
@@ -37,7 +37,7 @@ class InfEdit:
         self_share: share of the steps before which self-attention is the source's.
         cross_share: share of the steps up to which, itself included, cross-attention is refined.
         count: steps of the run, where the handle does not know them.
-        blend: gathers maps of words, to be called on the latents after each step; None: no blending.
+        blend: collects maps of words; call it on the latents after each step. None: no blending.
         items: the roles of a call's items. None: the batch is [source, target, mutual], once, or twice:
             unconditional and conditional.
 
@@ -78,7 +78,7 @@ class InfEdit:
 
 
 @lru_cache(maxsize=64)
-@torch.inference_mode(False)  # kept: tensors made in inference mode have no gradient
+@torch.inference_mode(False)  # cached: inference tensors cannot be used in a backward pass
 def _self_attention(roles: tuple[MutualRoles, ...], early: bool) -> Plan:
     source, target = (torch.tensor([getattr(item, name) for item in roles]) for name in ("source", "target"))
     mutual = [item.mutual for item in roles]

@@ -26,16 +26,16 @@ class IPAdapter:
         o_i = softmax(q_i K_text^T) V_text + sum_a scale_a mask_a(i) softmax(q_i K_a^T) V_a
 
     in a UNet's cross-attention. In FLUX's double blocks the sum is added to the image after the block, with
-    the queries as they are before RoPE. A mask is resized bicubically to the layer's grid, and may then
-    leave 0 to 1, as in diffusers. Several images of an adapter without masks share a softmax. A knob may be
-    set at any time; keys and values of `prompts` are made once.
+    the queries as they are before RoPE. A mask is resized bicubically to the layer's grid, which may take it
+    outside of 0 to 1, as in diffusers. Several images of an adapter without masks share a softmax. A knob may
+    be set at any time; keys and values of `prompts` are made once.
 
     Args:
         prompts: the adapters with their images.
-        scale: one for all adapters, or one for each. A number, or, to set layers apart as InstantStyle
-            does, {"down", "mid", "up", Layer.index or the beginning of a layer's name in the model:
-            number}, of which the last that fits counts, and 0 where none does. 1 in diffusers. Multiply a
-            mask to scale one image.
+        scale: one for all adapters, or one for each: a number, or {layer: number} to scale layers
+            differently, as InstantStyle does. Such a layer is "down", "mid", "up", a Layer.index or the
+            beginning of a layer's name in the model; the last entry that fits counts, and the scale is 0
+            where none fits. 1 in diffusers. To scale one image, multiply its mask.
         masks: for each adapter None, or (1 or batch, images, rows, columns) as
             IPAdapterMaskProcessor.preprocess makes them. FLUX's grid is Handle.grid.
 
@@ -75,7 +75,7 @@ class IPAdapter:
             self._kept: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def attach(self, model: nn.Module) -> list:
-        """Finds the names of the model's layers; hooks on the double blocks of FLUX.
+        """Find the names of the model's layers, and register hooks on FLUX's double blocks.
 
         Raises:
             ValueError: a scale that fits no layer.

@@ -1,4 +1,4 @@
-"""KV-Edit (arXiv 2502.17363): new content in a region, before a background whose keys and values are kept."""
+"""KV-Edit (arXiv 2502.17363): new content in a region, with the background's keys and values kept."""
 
 from __future__ import annotations
 
@@ -28,29 +28,29 @@ class KVEdit:
 
         o = softmax(Q_[T;M] [K_T; K_M; K_B]^T / sqrt(d) + attn_scale [0; 0; 1]) [V_T; V_M; V_B]
 
-    in all layers of FLUX. The inversion goes up through `times` by Euler, one call a step, with all image
-    tokens. An edit comes down again: set phase="edit", call Handle.reset(), and call the model with the
-    masked tokens only, the `tokens` of the latents and of img_ids. Before each step `reblend` them; after
-    the last `paste` them into the photo's latents. Other edits, and other masks unless `masked_inversion`,
-    need no new inversion. The released code has 28 steps without the 4 noisiest, and guidance of 1.5
-    (inversion) and 5.5 (edit). KVEditPipeline does all this. A knob may be set between calls.
+    in all layers of FLUX. The inversion goes up through `times` in Euler steps, one call a step, with all
+    image tokens. An edit goes down through them: set phase="edit", call Handle.reset(), and call the model
+    with the masked tokens only, the `tokens` of the latents and of img_ids. Before each step `reblend` the
+    latents; after the last `paste` them into the photo's. Other edits, and other masks unless
+    `masked_inversion`, need no new inversion. The released code has 28 steps without the 4 noisiest, and
+    guidance of 1.5 (inversion) and 5.5 (edit). KVEditPipeline does all this. A knob may be set between calls.
 
     Args:
         mask: bool (image tokens,), the tokens that are edited, at least one; token_masks.token_mask() makes
             it from a mask of the latents.
-        times: noise levels of the edit, falling, one more than it has steps, without those that are
+        times: decreasing noise levels of the edit, one more than it has steps, without those that are
             skipped.
         phase: "invert" or "edit".
         attn_scale: added to the background's logits, natural units; 1 in the code, 0: plain attention.
         masked_inversion: in the inversion masked rows read text and masked tokens, background rows text and
             background, text rows all. False in the code.
         keep_device: where keys and values are kept; None: where they are made.
-        keep_dtype: the dtype they are kept in; None: the model's. On its device and in its dtype they are
-            read in place.
+        keep_dtype: the dtype they are kept in; None: the model's. Where device and dtype are the model's,
+            they are read in place.
 
     Raises:
-        ValueError: a wrong knob, by name; a mask that what is kept does not allow. When the model is
-            called: a call of other tokens, an edit of which nothing is kept.
+        ValueError: a wrong knob, by name; a mask that does not fit the kept keys. When the model is called:
+            other tokens, an edit without kept keys.
 
     Examples:
         >>> import torch
@@ -93,7 +93,7 @@ class KVEdit:
 
     @property
     def tokens(self) -> Tensor:
-        """The masked image tokens, of which an edit's call consists; int64 (masked tokens,), rising."""
+        """Indices of the masked image tokens, which an edit's call takes; int64 (masked tokens,), sorted."""
         return self._order[self._background :]
 
     def plan(self, layer: Layer, step: Step) -> Plan:

@@ -1,4 +1,4 @@
-"""MasaCtrl (arXiv 2304.08465): an edit with another layout or pose reads its contents from its source."""
+"""MasaCtrl (arXiv 2304.08465): an edit with another layout or pose takes its contents from its source."""
 
 from __future__ import annotations
 
@@ -40,14 +40,13 @@ class MasaCtrl:
         layers: (first, the one after the last or None) of the transformer blocks, in the order of the
             forward pass; for SDXL the code's first is 44, 54 or 64.
         steps: (first, the one after the last or None).
-        masks: the source's and the edit's, bool (rows, columns) of any size, resized to the nearest. Or
-            WordMaps of two items, the source and the edit, from which masks are made in each forward call:
-            the mean over the layers seen in it so far, min-max normalised, from `threshold` on; before the
-            first of them there is no mask. The paper's and the code's maps have 16 x 16 tokens and are of
-            the conditional half: {-2: [...], -1: [...]}. Where the source's mask has no key, or all, there
-            is no mask either (the code's rows without a key become the mean of all values). Masks from
-            words wait for the device, and need apply() to leave those cross-attention layers to the method.
-            None: no masks.
+        masks: the source's and the edit's, bool (rows, columns) of any size, resized by nearest neighbour. Or
+            WordMaps of two items, the source and the edit: in each forward call the masks are their mean over
+            the layers that ran so far, min-max normalised, where it reaches `threshold`; before the first
+            such layer there are no masks. The paper's and the code's maps have 16 x 16 tokens and are of the
+            conditional half: {-2: [...], -1: [...]}. A source's mask that is empty or full also means no
+            masks (in the code a row without a key becomes the mean of all values). Masks from words wait for
+            the device, and apply() must select those cross-attention layers. None: no masks.
         threshold: 0 to 1, of the normalised maps.
         union: one softmax over [K_src; K_tgt] instead, without masks; the code's variant of that name.
         items: the roles of a call's items. None: the batch is [source, edit_1, ..., edit_n] twice.
@@ -97,7 +96,7 @@ class MasaCtrl:
 
 
 @lru_cache(maxsize=16)
-@torch.inference_mode(False)  # here and below: kept, and tensors made in inference mode have no gradient
+@torch.inference_mode(False)  # cached: inference tensors cannot be used in a backward pass
 def _by_words(roles: tuple[EditRoles, ...], maps: Tensor, threshold: float, grid: tuple[int, int]) -> Plan:
     """maps: (2, rows, columns)"""
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)

@@ -22,18 +22,18 @@ class OminiControl:
 
         o = softmax(Q K^T / sqrt(d) + B) V,    B = log(gamma) on (conditions, others), (others, conditions)
 
-    in all layers of FLUX. The conditions are the last image tokens. Text and image see all; a condition
-    sees itself, text and image, and no other condition. The first release has one condition and gamma. The
-    second has several conditions, no gamma, and optionally keeps their keys and values (`cached`): at step
-    0 a condition then sees itself only, and later calls are without the conditions' tokens. As the
-    conditions depend on nothing else, step 0 may be a call of [text ; conditions] alone, as released with
-    the conditions' LoRA and at time 0, and the sampling's steps count from 1. LoRA, time and ids
-    (`offset_ids`) are the caller's. A knob may be set at any time.
+    in all layers of FLUX. The conditions are the last image tokens. Text and image attend to all tokens; a
+    condition attends to itself, text and image, and to no other condition. The first release has one
+    condition and gamma. The second has several conditions, no gamma, and optionally keeps their keys and
+    values (`cached`): at step 0 a condition then attends to itself only, and later calls are without the
+    conditions' tokens. As the conditions depend on nothing else, step 0 may be a call of [text ; conditions]
+    alone (in the released code with the conditions' LoRA and at time 0); the sampling's steps then count from
+    1. The caller sets LoRA, time and ids (`offset_ids`). A knob may be set at any time.
 
     Args:
         condition_tokens: the number of tokens, > 0, or one for each condition.
         strength: gamma, >= 0; 1: neutral, 0: the conditions are cut off.
-        independent_condition: whether the conditions do not see text and image.
+        independent_condition: whether the conditions attend to no text and image.
         cached: keep the conditions' keys and values at step 0, and read them in place at later steps.
 
     Raises:
@@ -70,7 +70,8 @@ class OminiControl:
         if self.cached and step.index:
             if layer.index not in self.kept:
                 raise ValueError(
-                    f"cached: nothing is kept for layer {layer.index}; step 0 brings the conditions"
+                    f"cached: nothing is kept for layer {layer.index}; call step 0, with the conditions' "
+                    "tokens, first"
                 )
             control = _control(layer.text_len + layer.image_len, lengths, self.strength, False, True)
             return Plan(control, extra={"conditions": self.kept[layer.index]})
@@ -95,7 +96,7 @@ class OminiControl:
 def _control(
     others: int, lengths: tuple[int, ...], strength: float, independent: bool, extra: bool
 ) -> Control:
-    """Of the rows [others ; conditions]; with `extra`, of the others, with the conditions as extra keys."""
+    """The control of rows [others ; conditions]; with `extra`, of rows others, conditions as extra keys."""
     gamma = -math.inf if strength == 0 else math.log(strength)
     if extra:
         keys = Segments(others=others, conditions=sum(lengths))

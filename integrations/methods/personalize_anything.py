@@ -1,4 +1,4 @@
-"""Personalize Anything (arXiv 2503.12590): a subject's tokens replace others while the image takes shape."""
+"""Personalize Anything (arXiv 2503.12590): a subject's tokens replace the generation's in early steps."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class PersonalizeAnything:
         tau: noise level, 0 to 1: 0.5 in the released demo, 0.45 to 0.7 in its notebooks.
         share: of the steps, 0 to 1, in place of tau where Handle.set_step() gives a count and no sigma. The
             paper has 0.8, and 0.1 for editing.
-        shuffle: side of the windows within which the reference's tokens change places, anew at each step;
-            1: none (released code), 3: the paper, which does not say how often.
+        shuffle: side of the windows within which the reference's tokens are shuffled, anew at each step; 1:
+            none (released code), 3: the paper, which does not say how often.
         seed: of the shuffle, >= 0.
         concatenation: the reference's tokens as additional keys. "none": released default. "target": at the
             target's positions, at all steps and in all items (released option). "zero": at position 0, in
@@ -78,7 +78,7 @@ class PersonalizeAnything:
             raise ValueError("subjects: expected masks of one shape")
 
     def attach(self, model: nn.Module) -> list:
-        """Finds the model's RoPE; there is nothing to remove."""
+        """Find the model's RoPE; no hook is registered."""
         self._pos_embed = getattr(model, "pos_embed", None)
         return []
 
@@ -136,7 +136,7 @@ def _control(tokens: int, references: int) -> Control:
 
 
 @lru_cache(maxsize=64)
-@torch.inference_mode(False)  # kept: tensors made in inference mode have no gradient
+@torch.inference_mode(False)  # cached: inference tensors cannot be used in a backward pass
 def _turn(
     pos_embed: nn.Module, subjects: tuple[PersonalSubject, ...], target: bool, device: torch.device
 ) -> Pair:

@@ -69,7 +69,7 @@ class PlugAndPlay:
         return inject_maps(edit_roles(self.items, layer.batch))
 
     def attach(self, model: nn.Module) -> list[Any]:
-        """Hooks on the residual blocks on the way up.
+        """Register hooks on the residual blocks of the up blocks.
 
         Raises:
             ValueError: the model has no block `feature`.
@@ -92,7 +92,7 @@ class _Features:
     model: nn.Module
     place: tuple[int, int]
 
-    @torch.compiler.disable()  # what it reads differs from step to step, and would be compiled anew for each
+    @torch.compiler.disable()  # its answer changes with the step, which would cause recompilations
     def _wanted(self) -> bool:
         handle = Handle.of(self.model)
         if handle is None or not handle.controls_step or self.method.feature != self.place:

@@ -1,4 +1,4 @@
-"""Prompt-to-Prompt (arXiv 2208.01626): a changed prompt changes an image, which keeps its layout."""
+"""Prompt-to-Prompt (arXiv 2208.01626): a changed prompt edits an image and keeps its layout."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class PromptToPrompt:
         o_tgt = (A g + A_tgt (1 - g)) V_tgt
               = A_src (M a c g V_tgt) + A_tgt ((1 - g + (1 - a) c g) V_tgt)
 
-    so that M meets the values, not a map; nothing is renormalised, as in the released code. In small
-    self-attention layers o_tgt = A_src V_tgt. Both only in the conditional half of classifier-free
-    guidance. All images start from one noise; the released notebooks have 50 steps and guidance of 7.5. A
-    knob may be set at any time.
+    so that M multiplies the values and no map is made; nothing is renormalised, as in the released code. In
+    small self-attention layers o_tgt = A_src V_tgt. Both only in the conditional half of classifier-free
+    guidance. All images start from the same noise; the released notebooks have 50 steps and guidance of 7.5.
+    A knob may be set at any time.
 
     Args:
         edits: a PromptEdit for each of the edited items.
@@ -38,7 +38,7 @@ class PromptToPrompt:
         self_resolution: side of the largest square of tokens whose self-attention is the source's; 16 in
             the early release, 32 in later notebooks.
         count: steps of the run, where the handle does not know them.
-        blend: gathers maps of words, to be called on the latents after each step; None: no blending.
+        blend: collects maps of words; call it on the latents after each step. None: no blending.
         items: the roles of a call's items. None: the batch is [source, edit_1, ..., edit_n] twice, and the
             second, conditional half is edited.
 

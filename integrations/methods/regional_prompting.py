@@ -86,9 +86,7 @@ class RegionalPrompting:
         bias = self.form == "bias"
         idle = {"shared": self.shared} if bias else {"outside": self.outside, "closed": self.closed}
         if unused := [name for name, value in idle.items() if value]:
-            raise ValueError(
-                f"{unused[0]}: it has no part in the form {self.form!r}, got {idle[unused[0]]!r}"
-            )
+            raise ValueError(f"{unused[0]}: the form {self.form!r} does not use it, got {idle[unused[0]]!r}")
         if not within(self.steps, step.index) or layer.kind == "self":
             return None
         if layer.kind == "added" or not (bias or layer.kind == "cross"):
@@ -100,7 +98,7 @@ class RegionalPrompting:
             )
         key = (layer.kind == "cross", layer.batch, layer.text_len, known_grid(layer))
         if key not in self._plans:
-            with torch.inference_mode(False):  # kept: tensors made in inference mode have no gradient
+            with torch.inference_mode(False):  # cached: inference tensors cannot be used in a backward pass
                 masks = on_grid(self.masks, known_grid(layer))
                 self._plans[key] = self._biases(layer, masks) if bias else self._groups(layer, masks)
         return self._plans[key]

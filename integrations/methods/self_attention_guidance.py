@@ -1,4 +1,4 @@
-"""SAG (arXiv 2210.00939): guidance away from the image blurred where its own self-attention looks."""
+"""SAG (arXiv 2210.00939): guidance away from the image blurred where its own self-attention is high."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class SelfAttentionGuidance:
 
     in the middle block's first self-attention.
 
-    A step calls the model twice: with the latents, after which `mask` is read, and with what `degrade`
-    returns, whose prediction `guide` leads away from. The paper blurs the latents; the released code, and
-    `degrade`, blur the estimate of the clean latents and add the predicted noise again. With
-    classifier-free guidance the unconditional items' mask counts: `mask(...)[:n]`. A knob may be set at any
-    time.
+    A step calls the model twice: with the latents, after which `mask` is read, and with the latents that
+    `degrade` returns. `guide` leads away from the prediction for these. The paper blurs the latents; the
+    released code, and `degrade`, blur the estimate of the clean latents and add the predicted noise again.
+    With classifier-free guidance the unconditional items' mask counts: `mask(...)[:n]`. A knob may be set at
+    any time.
 
     Args:
         threshold: of c_j, whose mean is 1; >= 0. The released code has 1.
@@ -60,7 +60,7 @@ class SelfAttentionGuidance:
         self._middle, self._grid = -1, (0, 0)
 
     def attach(self, model: nn.Module) -> list:
-        """Finds the model's middle block; there is nothing to remove."""
+        """Find the model's middle block; no hook is registered."""
         places = find_host(model).sites(model)
         self._middle = next(
             (i for i, place in enumerate(places) if (place.kind, place.place) == ("self", "mid")), -1
@@ -81,7 +81,8 @@ class SelfAttentionGuidance:
         self.mass = seen.column_mass().mean(1)
 
     def mask(self, height: int, width: int) -> Tensor:
-        """1 where the image of the last call looked; (batch, 1, height, width) float32, resized to nearest.
+        """1 where c_j of the last call exceeds the threshold; (batch, 1, height, width) float32, resized to
+        nearest.
 
         Args:
             height: rows of the latents.
@@ -105,7 +106,7 @@ def degrade(
     """The latents with their estimate of the clean ones blurred where the mask is 1, and the same noise.
 
     Args:
-        latents: x_t, (batch, channels, rows, columns); rows and columns over taps // 2.
+        latents: x_t, (batch, channels, rows, columns); rows and columns more than taps // 2.
         noise: the predicted epsilon, the same shape; another parametrisation's prediction must be
             converted.
         mask: (batch or 1, 1, rows, columns).

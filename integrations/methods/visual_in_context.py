@@ -16,7 +16,7 @@ from .shared.roles import InContextRoles, in_context_roles
 
 @dataclass
 class VisualInContext:
-    """The prediction D reads B where the query C finds A, in a UNet's self-attention on the way up.
+    """In a UNet's self-attention the prediction D reads B's values by the attention of the query C to A.
 
     With n pairs (A_k, B_k), N tokens an image, the head dim d and mu = 1/(n N), the mean of alpha's rows:
 
@@ -25,8 +25,8 @@ class VisualInContext:
 
     Several pairs are the paper's implicitly weighted prompt ensemble. All other items are plain. The paper
     also inverts A, B and C by DDPM, starts D from C's noise, matches D's latents to B's by AdaIN and guides
-    by the difference to a plain pass: VisualICLPipeline does. A knob may be set at any time, between steps
-    too.
+    by the difference to a plain pass. VisualICLPipeline does all of this. A knob may be set at any time,
+    between steps too.
 
     Args:
         temperature: above 0; 0.4 in the paper.

@@ -142,8 +142,8 @@ class SwapGuidancePipeline(StableDiffusionParts):
         ):
             for photo in photos:
                 pixels = hashlib.sha256(f"{photo.size}".encode() + photo.tobytes()).hexdigest()
-                # The pixels are part of the seed: with the same noise, images would attend to each other by
-                # place.
+                # The pixels are part of the seed: with the same noise, images would attend to each other at
+                # equal positions.
                 seed = int.from_bytes(hashlib.sha256(f"{options.seed}:{pixels}".encode()).digest()[:7], "big")
                 key = settings | {"pixels": pixels, "seed": seed}
                 entry = self.cache.get(key) if options.use_cache else None

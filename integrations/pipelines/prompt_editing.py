@@ -192,7 +192,7 @@ class PromptEditingPipeline(StableDiffusionParts):
         pairs = ((source, source_words), (prompt, words))
         tokens = [word_tokens(text, chosen, tokenizer, length) for text, chosen in pairs]
         if kind == "plug-and-play" and words:
-            raise ValueError("words: Plug-and-Play has no use for them")
+            raise ValueError("words: Plug-and-Play does not use them")
         # Prompts of the same length differ by replaced words, others by added words.
         same = kind == "prompt-to-prompt" and len(source.split()) == len(prompt.split())
         align = TokenAlignment.replace if same else TokenAlignment.refine

@@ -22,9 +22,9 @@ def tiny_flux(
     joint: int = 16,
     pooled: int = 16,
 ) -> FluxTransformer2DModel:
-    """Two blocks of each kind, 4 heads of 32; every parameter is random, and attention weighs in the output.
+    """Two blocks of each kind, 4 heads of 32; every parameter is random, and attention matters to the output.
 
-    Fresh diffusers models have unit norms and small weights, under which a control hardly shows.
+    Fresh diffusers models have unit norms and small weights, under which a control has little effect.
     """
     generator = torch.Generator().manual_seed(0)
     model = FluxTransformer2DModel(

@@ -23,7 +23,7 @@ BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_line
 
 def tiny_unet(**changes: Any) -> UNet2DConditionModel:
     """Two resolutions and the middle, attention in each, 2 heads of 8; random weights under which attention
-    weighs.
+    matters.
     """
     generator = torch.Generator().manual_seed(0)
     config: dict[str, Any] = {

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from ...evaluation.insertion.items import Item
 
 Folder = Annotated[
-    Path | None, typer.Argument(help="With items.csv. Default: made items that the tiny model never saw.")
+    Path | None,
+    typer.Argument(help="With items.csv. Default: synthetic items that the tiny model was not trained on."),
 ]
 Results = Annotated[
     Path, typer.Option("--output", "-o", help="Folder for tables and figure; made where it is not there.")
@@ -29,9 +30,9 @@ Results = Annotated[
 Model = Annotated[
     str | None, typer.Option(help="FLUX.1-Fill: a Hugging Face name or a folder. Default: the tiny one.")
 ]
-Count = Annotated[int, typer.Option(min=2, help="Made items of each sort.")]
+Count = Annotated[int, typer.Option(min=2, help="Synthetic items of each sort.")]
 Freedom = Annotated[
-    float, typer.Option(min=0, max=1, help="Made items: how far the pose is off that of the subject.")
+    float, typer.Option(min=0, max=1, help="Synthetic items: how much the pose differs from the subject's.")
 ]
 Repeats = Annotated[int, typer.Option(min=1, help="Seeds of an item.")]
 Batch = Annotated[int, typer.Option(min=1, help="Items of one call.")]
@@ -50,7 +51,7 @@ def load_pipeline(
 
     Args:
         model: as given; None: the tiny model.
-        made: whether the items are made ones, whose photos are panels of the tiny model's size.
+        made: whether the items are synthetic, with photos that are panels of the tiny model's size.
         steps: as given; None: the model's default.
         dtype: as in loading.load.
         device: as in loading.load.

@@ -56,7 +56,7 @@ class Host(Protocol):
     """One architecture.
 
     Attributes:
-        model_class: of diffusers.
+        model_class: the model's class in diffusers.
         processor_class: a ControlledProcessor.
         stock: diffusers' processors that ours can replace.
         takes_tokens: the model's image input is a sequence of tokens whose grid is not among its inputs.

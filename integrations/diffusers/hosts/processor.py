@@ -40,11 +40,11 @@ class Stream(NamedTuple):
 class ControlledProcessor:
     """A diffusers attention processor whose attention follows a plan. It has no weights and no state_dict.
 
-    A compiled block reads from it tensors and static structure only. What differs between layers of a kind,
+    A compiled block reads only tensors and static structure from it. What differs between layers of a kind,
     such as index and name, is kept elsewhere, so that they share one compilation.
 
     Args:
-        plan: what to do in each call, until the handle decides otherwise; None: plain attention.
+        plan: what to do in each call, until the handle sets another; None: plain attention.
         backend: as in attention().
         collect: keep the Stats of controlled calls in `stats`.
 
@@ -52,8 +52,8 @@ class ControlledProcessor:
         state: what the next call does; None: a method is in charge and has not been asked for a plan.
         stats: (batch items or None for all, Stats) of each controlled call since the handle last took them.
         original: once the control is removed, the stock processor that this one replaced.
-        dispatches: whether the stock processor calls diffusers' dispatcher. One that does not takes a mask
-            whatever attention backend is set.
+        dispatches: whether the stock processor calls diffusers' dispatcher. Where it does not, a call with a
+            mask ignores the attention backend that is set.
     """
 
     # diffusers configures a processor through these two.
@@ -125,7 +125,7 @@ class ControlledProcessor:
             ValueError: a transform changed a shape.
         """
         state = self._checked_state(streams[0].value.shape[0])
-        plan: Any = state.plan  # hidden() has called a late one
+        plan: Any = state.plan  # hidden() has replaced a function by the Plan that it returns
         q_offset, k_offset = (None, None) if plan is None else (plan.q_offset, plan.k_offset)
         query = join([(s.query, s.norm_q) for s in streams if s.query is not None], q_offset, rope)
         key = join([(s.key, s.norm_k) for s in streams], k_offset, rope)

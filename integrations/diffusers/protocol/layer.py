@@ -57,7 +57,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Step:
-    """One denoising step, as far as the host program knows it: nothing is read from the GPU.
+    """One denoising step, as far as it is known without reading from the GPU.
 
     Attributes:
         index: 0 for the first step.

@@ -14,10 +14,10 @@ _OWNER = "_flashbrush_attachment"
 class Attachment:
     """A method attached to a model, until remove(); nothing where the method has no attach().
 
-    A method with an attach() may keep what it learned of the model, such as the names of its layers, and
-    would take another model's layers for them. So it serves the model that it was attached to last: attaching
-    marks the method, and check() compares the marks. A method made of others returns their Attachments as its
-    hooks and is not marked itself.
+    A method with an attach() may keep facts about its model, such as the names of its layers, which are wrong
+    for another model. So it controls only the model that it was attached to last: attaching marks the method,
+    and check() compares the marks. A Composition returns its methods' Attachments as its hooks and has no
+    mark of its own.
     """
 
     def __init__(self, method: Method | None, model: nn.Module) -> None:

@@ -85,8 +85,8 @@ class Plan:
         scale: logit scale as in attention(); None: 1/sqrt(head_dim). A temperature tau is
             1 / (tau * sqrt(head_dim)).
         order: int64 (rows,) or (batch, rows): row i of the control is token order[i] of [text ; image], as
-            Segments.from_labels sorts interleaved segments. Key i too, except in "cross". Gates and
-            statistics follow this order; offsets, transforms and the output keep the layer's.
+            Segments.from_labels sorts interleaved segments. The keys are sorted alike, except in "cross".
+            Gates and statistics follow this order; offsets, transforms and the output keep the layer's.
         parts: batch items with calls of their own. `control`, `source`, `extra` and `scale` are then for the
             remaining items; offsets and transforms for all.
         hidden: maps the hidden states that the image's q, k and v are projected from, (batch, image tokens,

@@ -201,7 +201,7 @@ class PlanCall:
         if plan.control is None and plan.source is None and plan.scale is None:
             where = _index(items, query.device) if run is None else run
             if self.plain is not None:
-                # It cannot read by index: scattered items are copied.
+                # `plain` cannot read by index: scattered items are copied.
                 return self.plain(query[where], key[where], value[where])
             if run is not None:
                 return attention(query[run], key[run], value[run], backend=self.backend, out=target)

@@ -1,4 +1,4 @@
-"""Items of subject insertion: photos in a folder with a list, or made items whose truth is known."""
+"""Items of subject insertion: photos in a folder with a list, or synthetic items whose truth is known."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def held_out(
     freedom: float = 1.0,
     seed: int = 1_000_000,
 ) -> list[Item]:
-    """Made items that the tiny model was not trained on: new subjects, in photos that were held out.
+    """Synthetic items that the tiny model was not trained on: new subjects in held-out photos.
 
     Args:
         count: number of items.

@@ -52,7 +52,7 @@ def estimate(outcomes: Iterable[Outcome], measure: str, base: Sequence[Outcome] 
 def best(outcomes: Sequence[Outcome], settings: Sequence[Setting], measure: str) -> list[Outcome]:
     """For each item and seed, the outcome with the highest measure of all settings; the first of equal ones.
 
-    With a measure that needs no truth, this is a rule that chooses a setting for every image.
+    With a measure that needs no truth, this chooses a setting for each image.
     """
     found: dict[tuple[str, int], Outcome] = {}
     for setting in settings:

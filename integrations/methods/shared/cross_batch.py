@@ -42,7 +42,8 @@ def read(
     return _read(layer.image_len, layer.head_dim, tuple(readers), temperature, beta, clip)
 
 
-# inference_mode(False), here and below: a plan is kept, and tensors made in inference mode have no gradient.
+# inference_mode(False), here and below: plans are cached, and inference tensors cannot be used in a backward
+# pass.
 @lru_cache(maxsize=256)
 @torch.inference_mode(False)
 def _read(

@@ -1,4 +1,4 @@
-"""The weights of an IP-Adapter, and the images that it shows to a model."""
+"""The weights of an IP-Adapter, and its images."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ class ImagePrompt:
 
         Raises:
             TypeError: another model; SD 3's adapters have another form.
-            ValueError: no safetensors file; weights for other layers, or others than keys and values, as
-                the LoRA of FaceID.
+            ValueError: no safetensors file; weights for other layers, or other weights than of keys and
+                values, such as FaceID's LoRA.
         """
         if not isinstance(state, Mapping):
             state = _read(Path(state))

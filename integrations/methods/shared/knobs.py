@@ -8,10 +8,10 @@
 
 A knob is a descriptor with a default; without one the field is required. Its value is stored in the object,
 so that a dataclass compares, hashes, copies and pickles as without knobs. A wrong value raises a ValueError
-that names the knob, what was expected and what came, and leaves the old value in place.
+that names the knob, what was expected and what was given, and leaves the old value in place.
 
-Where knobs must agree with each other, or something kept depends on one, the class defines
-`_knob_changes(name, value)`. It is called before a knob takes a value that is right by itself, and raises
+Where knobs must agree with each other, or cached state depends on one, the class defines
+`_knob_changes(name, value)`. It is called before a knob takes a value that is valid by itself, and raises
 ValueError to refuse it.
 """
 
@@ -56,7 +56,7 @@ class Knob:
         raise NotImplementedError
 
     def check(self, value: Any) -> Any:
-        """The value as it is stored; ValueError that names the knob, what was expected and what came."""
+        """The value as it is stored; ValueError that names the knob, what was expected and what was given."""
         if value is None and self.optional:
             return None
         try:

@@ -1,4 +1,4 @@
-"""Local blending: an edit changes the latents only where its words are looked at."""
+"""Local blending: an edit changes the latents only where the image attends to its words."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .word_maps import WordMaps
 
 
 class LocalBlend:
-    """Prompt-to-Prompt's blending (arXiv 2208.01626): beside its words an edit keeps the source's latents.
+    """Prompt-to-Prompt's blending (arXiv 2208.01626): outside of the words' masks edits keep the source.
 
         x_i  <- x_0 + m (x_i - x_0),    m = mask_0 or mask_i
         mask_i = pooled(map_i) > threshold max(pooled(map_i))
@@ -101,9 +101,10 @@ class LocalBlend:
 class MutualBlend(LocalBlend):
     """InfEdit's blending (arXiv 2312.04965) of the latents of [source, target, mutual].
 
-    Each pixel of the target stays the target's where the target's words are looked at, else becomes the
-    mutual's where the mutual's words are, else the source's. Maps are pooled and resized as LocalBlend's.
-    Which of the two masks comes first, and whose attention counts, is our reading of the method.
+    Where the mask of the target's words is True the target keeps its own latents; elsewhere it takes the
+    mutual's where the mask of the mutual's words is True, else the source's. Maps are pooled and resized as
+    in LocalBlend. Which of the two masks comes first, and whose attention counts, is our reading of the
+    method.
 
     Give it to InfEdit, whose plans feed it, and call it on the latents after each step.
 

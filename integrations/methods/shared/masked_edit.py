@@ -1,4 +1,4 @@
-"""Around KV-Edit's masked tokens: where their keys are kept, and how they join the photo again."""
+"""For KV-Edit: the time under which keys are kept, and how masked tokens are put back into the photo."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def cache_time(times: Sequence[float], step: int, phase: str) -> float:
     The inversion enters an interval at its lower end, the edit at its upper; both take the upper one.
 
     Args:
-        times: noise levels, falling.
+        times: decreasing noise levels.
         step: index of the step, from 0; the inversion's first is the lowest interval, the edit's the
             highest.
         phase: "invert" or "edit".
@@ -28,7 +28,7 @@ def cache_time(times: Sequence[float], step: int, phase: str) -> float:
 
 
 def reblend(latents: Tensor, source: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:
-    """source (1 - mask) + latents mask: latents of masked tokens that are not masked become the inversion's.
+    """source (1 - mask) + latents mask: within masked tokens, unmasked latents become the inversion's.
 
     Args:
         latents: (batch, masked tokens, channels), at some time.

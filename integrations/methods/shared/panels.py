@@ -33,12 +33,12 @@ def panels(grid: tuple[int, int], references: int = 1, widths: tuple[int, ...] |
         raise ValueError(
             f"widths: expected those of {references + 1} panels, {columns} tokens together, got {widths}"
         )
-    with torch.inference_mode(False):  # kept beyond a call in inference mode
+    with torch.inference_mode(False):  # cached: inference tensors cannot be used in a backward pass
         return torch.arange(references + 1).repeat_interleave(torch.tensor(widths)).repeat(rows)
 
 
 def known_mask(painted: Tensor, references: Sequence[int]) -> Tensor:
-    """The model's mask of all panels, (..., height, widths): 1 known, 0 generated; FLUX Fill's inverse.
+    """The model's mask of all panels, (..., height, widths): 1 known, 0 generated; FLUX Fill's has 1 - mask.
 
     Args:
         painted: (..., height, width) of the target, 1 where it is generated; all ones for the task "free".

@@ -70,7 +70,7 @@ class PersonalSubject:
 def replace_tokens(
     subjects: Sequence[PersonalSubject], draw: tuple[int, int, int], start: int, x: Tensor
 ) -> Tensor:
-    """The states of a batch whose last item has the subjects' tokens of the others; a new tensor.
+    """A new tensor of x, with the subjects' tokens copied from the other items into the last.
 
     Args:
         subjects: which tokens go where.
@@ -87,7 +87,7 @@ def replace_tokens(
 
 
 @lru_cache(maxsize=64)
-@torch.inference_mode(False)  # kept: tensors made in inference mode have no gradient
+@torch.inference_mode(False)  # cached: inference tensors cannot be used in a backward pass
 def _tokens(subject: PersonalSubject, target: bool, device: torch.device) -> Tensor:
     row, column = subject.positions(target).unbind(1)
     return (row * subject.mask.shape[1] + column).to(device)

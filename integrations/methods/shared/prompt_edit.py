@@ -49,13 +49,13 @@ class PromptEdit:
 
 
 @lru_cache(maxsize=64)
-@torch.inference_mode(False)  # kept: tensors made in inference mode have no gradient
+@torch.inference_mode(False)  # cached: inference tensors cannot be used in a backward pass
 def cross_plan(
     edits: tuple[PromptEdit, ...], roles: tuple[EditRoles, ...], gates: Gates, length: int
 ) -> Plan | None:
     """The plan of cross-attention to `length` text tokens, or None where it is plain.
 
-    An edit whose source's map and own map both count is in two parts, which are added.
+    An edit that uses both the source's map and its own is in two parts, whose outputs are added.
     """
     factors = [value_factors(edit, *gate, length) for edit, gate in zip(edits, gates, strict=True)]
     changed = [i for i, (first, second) in enumerate(factors) if first.any() or (second != 1).any()]

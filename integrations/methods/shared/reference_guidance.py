@@ -29,9 +29,9 @@ def guide(
         both: the velocity with references and prompt, the same shape.
         scale_references: 7 in the paper.
         scale_prompt: 7 in the paper.
-        norm: n(g). "unit": g / ||g||, as the paper writes it. "least": g m / ||g||, m the smaller of the
-            two norms, which is SynCD's, whose data the paper builds on: with unit norms a scale of 7 would
-            hardly show. "none": g.
+        norm: n(g). "unit": g / ||g||, as the paper writes it. "least": g m / ||g||, m the smaller of the two
+            norms, which is SynCD's, whose data the paper builds on: with unit norms a scale of 7 would have
+            little effect. "none": g.
         base: "neither" (CustomShift) or "references" (SynCD).
 
     Raises:

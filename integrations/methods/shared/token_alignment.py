@@ -1,4 +1,4 @@
-"""Which text tokens of an edited prompt are which of the source's: the aligners of Prompt-to-Prompt."""
+"""The aligners of Prompt-to-Prompt: which text tokens of an edited prompt stand for which of the source's."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GAP, MATCH, MISMATCH = 0, 1, -1
 
 @dataclass(frozen=True, eq=False)
 class TokenAlignment:
-    """Which of the source's text tokens each of the edit's takes its attention from (arXiv 2208.01626).
+    """For each text token of an edit, the source's tokens whose attention it takes (arXiv 2208.01626).
 
     Args:
         mapper: (tokens, tokens) float32; column j holds the share of each source token in the edit's token
@@ -147,8 +147,7 @@ def word_tokens(prompt: str, words: str | Sequence[str], tokenizer: Any, length:
 def align(source: Sequence[int], target: Sequence[int]) -> list[tuple[int, int]]:
     """Pairs of positions with equal tokens in the best global alignment (Needleman-Wunsch), in order.
 
-    Of equally good alignments the one that, read from the end, first takes a target token as new, then a
-    source token as removed.
+    Ties are broken from the end: a new target token before a removed source token before a pair.
 
     Args:
         source: tokens.

@@ -16,7 +16,7 @@ from .layers_and_steps import has_resolution
 
 
 class WordMaps:
-    """Where the words of some items are looked at: their cross-attention maps, of which MasaCtrl makes masks.
+    """The cross-attention maps of some items' words, of which MasaCtrl makes masks.
 
     A map is one layer's mean over heads, summed over an item's words: each item's own attention, whatever a
     method changes. Only the words' columns of the map are computed.
@@ -63,7 +63,7 @@ class WordMaps:
         self.seen = 0
 
     def begins(self, layer: Layer) -> bool:
-        """Whether the layer is the first planned of a forward call; to be asked once for every layer."""
+        """Whether the layer is the first planned of a forward call; call it once for every layer."""
         first, self._last = layer.index <= self._last, layer.index
         return first
 
@@ -104,7 +104,7 @@ class WordMaps:
     def mean(self) -> Tensor:
         """The mean map of each item, (items, rows, columns) float32, in the order of `words`.
 
-        It is the same tensor until more is seen.
+        It is the same tensor until another map is added.
 
         Raises:
             ValueError: no map was seen yet.

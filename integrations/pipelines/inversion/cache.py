@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .ddpm import Inversion
 
-VERSION = 1  # raised when the file or the inversion's result changes
+VERSION = 1  # increased when the file's format or the inversion's result changes
 # Attributes through which adapters and FreeU change a module's output at the same weights.
 BEHAVIOUR = ("active_adapters", "disable_adapters", "merged_adapters", "scaling", "s1", "s2", "b1", "b2")
 
@@ -25,9 +25,9 @@ BEHAVIOUR = ("active_adapters", "disable_adapters", "merged_adapters", "scaling"
 class InversionCache:
     """A folder of inversions, one safetensors file each; later runs read them instead of inverting again.
 
-    Files are written beside their place and renamed into it, so that several processes never see a part of
-    one. On reading, settings and digest are compared with those in the file; if they differ, the file is
-    ignored with a warning.
+    A file is written under another name and renamed when complete, so that no process reads a part of one. On
+    reading, settings and digest are compared with those in the file; if they differ, the file is ignored with
+    a warning.
 
     Args:
         folder: created when the first file is written; None: default_folder().
@@ -156,7 +156,7 @@ class WeightsDigest:
             [(t.data_ptr(), t._version, t.dtype, tuple(t.shape)) for t in tensors],
             [_behaviour(module) for module in modules],
         )
-        # The same objects too: another model may lie where a freed one lay.
+        # Objects are compared too: a new model may have the address of a freed one.
         same = len(tensors) == len(self._tensors) and all(
             ref() is t for ref, t in zip(self._tensors, tensors)
         )
@@ -180,4 +180,4 @@ def _text(settings: Mapping[str, Any]) -> str:
 
 
 def _damaged(path: Path, reason: str) -> None:
-    warnings.warn(f"flashbrush: the cached inversion {path} is made again: {reason}", stacklevel=4)
+    warnings.warn(f"flashbrush: the cached inversion {path} is computed again: {reason}", stacklevel=4)

@@ -122,7 +122,7 @@ class StableDiffusionParts:
         if (count := len(tokenizer(text).input_ids)) > tokenizer.model_max_length:
             seen = tokenizer.model_max_length
             warnings.warn(
-                f"flashbrush: of {count} tokens the text encoder sees {seen}: {text[:60]!r}", stacklevel=3
+                f"flashbrush: the text encoder reads {seen} of {count} tokens: {text[:60]!r}", stacklevel=3
             )
         return self.pipe.encode_prompt(text, self.pipe._execution_device, 1, False)[0]
 

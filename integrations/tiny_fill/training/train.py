@@ -36,10 +36,12 @@ def main(
     ] = Recipe.aligned,
     seed: int = Recipe.seed,
     device: str = "cuda" if torch.cuda.is_available() else "cpu",
-    minutes: Annotated[float, typer.Option(help="Stop after so long; the same command goes on.")] = math.inf,
+    minutes: Annotated[
+        float, typer.Option(help="Stop after so many minutes; the same command continues.")
+    ] = math.inf,
     every: Annotated[int, typer.Option(help="Steps between two saved states.")] = 500,
 ) -> None:
-    """Train, or go on training."""
+    """Train, or continue a run."""
     folder.mkdir(parents=True, exist_ok=True)
     recipe = Recipe(
         seed=seed,

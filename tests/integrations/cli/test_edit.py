@@ -72,7 +72,7 @@ def test_prompt_to_prompt(
             kind if a == "prompt-to-prompt" else "none" if a == sd_checkpoint else a for a in call
         ]  # no model is loaded
         code, _, err = flashbrush(capsys, *mine, *given, "-o", tmp_path / "none.png")
-        assert code == 2 and f"{given[0][2:].replace('-', '_')}: {kind} has no use for it" in err, err
+        assert code == 2 and f"{given[0][2:].replace('-', '_')}: {kind} does not use it" in err, err
 
 
 def test_warns_in_one_line_when_the_prompt_is_cut(
@@ -97,10 +97,13 @@ def test_warns_in_one_line_when_the_prompt_is_cut(
         "-o",
         tmp_path / "out.png",
     )
-    told = [line for line in err.splitlines() if "the text encoder sees" in line]
-    assert code == 0 and len(told) == 1 and told[0].startswith("flashbrush: of 1") and ".py" not in told[0], (
-        err
-    )
+    told = [line for line in err.splitlines() if "the text encoder reads" in line]
+    assert (
+        code == 0
+        and len(told) == 1
+        and told[0].startswith("flashbrush: the text encoder reads 8 of 1")
+        and ".py" not in told[0]
+    ), err
 
 
 def test_kv_edit(
@@ -138,7 +141,7 @@ def test_kv_edit(
     assert code == 2 and "mask: kv-edit needs one" in err and not (tmp_path / "none.png").exists()
     more = ["--mask", tmp_path / "mask.png", "--negative-prompt", "blue", "-o", tmp_path / "none.png"]
     code, _, err = flashbrush(capsys, *call, *more)
-    assert code == 2 and "negative_prompt: kv-edit has no use for it" in err
+    assert code == 2 and "negative_prompt: kv-edit does not use it" in err
 
 
 def test_personalize_anything(
@@ -178,7 +181,7 @@ def test_personalize_anything(
         pictures.append(Image.open(tmp_path / name).tobytes())
     assert pictures[0] != pictures[1]
     for wrong, said in (
-        (["--word", "moon"], "word: personalize-anything has no use for it"),
+        (["--word", "moon"], "word: personalize-anything does not use it"),
         (["--move", 8, 16], r"move: .* multiples of 16, got \(8, 16\)"),
         (["--height", 40], "height: expected a positive multiple of 16 pixels, got 40"),
     ):

@@ -11,7 +11,7 @@ SD15 = {
     "block_out_channels": (32, 64),
     "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-    "attention_head_dim": 4,  # heads: diffusers' name is a mistake of old
+    "attention_head_dim": 4,  # the number of heads, despite diffusers' name
 }
 SD2 = SD15 | {"attention_head_dim": (2, 4), "use_linear_projection": True, "upcast_attention": True}
 SDXL = {

@@ -75,7 +75,7 @@ def rotate(x: Tensor, rope: Rope | None) -> Tensor:
 
 
 class FluxCore:
-    """A core that also changes what comes before the attention; plain as it is."""
+    """A core that also changes what comes before the attention; the base class is plain."""
 
     def states(self, site: Site, image: Tensor) -> Tensor:
         """The image's hidden states that q, k and v are projected from, (batch, image tokens, channels)."""
@@ -117,7 +117,7 @@ class Reader:
 
 
 def reading(*readers: Reader) -> Core:
-    """The readers read as they do, all other items are plain; one map is held at a time."""
+    """The readers' items read others, all other items are plain; one map is held at a time."""
 
     def core(site: Site, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = torch.stack([attend(*one) for one in zip(q, k, v, strict=True)])
@@ -254,7 +254,7 @@ def run_layers(model: nn.Module, call: dict) -> tuple[Tensor, list[Tensor]]:
 def layer_errors(
     model: nn.Module, call: dict, core: Core, where: Where = everywhere
 ) -> list[tuple[str, float]]:
-    """How far each layer of the model as it is strays from the core that is given the same input.
+    """The error of each layer of the model, with its present processors, against the core on the same input.
 
     Returns:
         (name, max abs error / max abs value), for image and text apart.
@@ -292,7 +292,7 @@ def worst_edit(model: nn.Module, call: dict, edits: Mapping[int, Edit]) -> float
 
 
 def changed_layers(model: nn.Module, call: dict) -> list[str]:
-    """The layers of the model as it is whose output is not that of plain attention on the same input."""
+    """The layers of the model, with its present processors, whose output is not plain attention's."""
     return [name for name, error in layer_errors(model, call, plain) if error > 1e-4]
 
 

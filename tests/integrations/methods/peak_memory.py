@@ -47,7 +47,7 @@ def measure(form: str) -> None:
         )
         context = apply(model, None if form == "plain" else method)
     with context:
-        run(model, unet_call(model, batch=9))  # loads and builds what stays
+        run(model, unet_call(model, batch=9))  # loads libraries and fills caches that remain
         call = unet_call(model, batch=9, side=(64, 64))
         with open("/proc/self/clear_refs", "w") as reset:
             reset.write("5")

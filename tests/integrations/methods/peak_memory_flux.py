@@ -33,7 +33,7 @@ ROWS = 4096 // COLUMNS
 def peak(context: AbstractContextManager, model, call: dict[str, Tensor], before: Callable[[], None]) -> int:
     with context:
         before()
-        forward(model, call)  # loads and builds what stays
+        forward(model, call)  # loads libraries and fills caches that remain
         with open("/proc/self/clear_refs", "w") as reset:
             reset.write("5")
         resident = status("VmRSS")

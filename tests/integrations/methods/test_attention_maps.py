@@ -76,7 +76,7 @@ def test_maps_of_all_keys_of_flux_sum_to_one(kind: str) -> None:
         assert float(seen.values.std(2).mean()) > 0.01
 
 
-def test_beside_another_method() -> None:
+def test_composed_with_another_method() -> None:
     model = tiny_flux()
     call = tiny_call(model)
     maps, alone = AttentionMaps(text={"word": [2]}, steps=(1, None)), AttentionMaps(text={"word": [2]})
@@ -132,5 +132,5 @@ def test_wrong_knob_or_call_raises() -> None:
             forward(model, tiny_call(model))
     with apply(model, AttentionMaps(text={"cat": [0]})), pytest.raises(ValueError, match=r"set handle\.grid"):
         forward(model, tiny_call(model))
-    with pytest.raises(RuntimeError, match="nothing was seen"):
+    with pytest.raises(RuntimeError, match="nothing was recorded"):
         AttentionMaps(text={"cat": [0]}).mean()

@@ -183,7 +183,7 @@ def test_masks_use_the_grid_of_the_handle() -> None:
     assert relative(out[:, 4:], on[:, 4:]) <= TOLERANCE and relative(out[:, :2], off[:, :2]) <= TOLERANCE
 
 
-def test_beside_another_method() -> None:
+def test_composed_with_another_method() -> None:
     case = AdapterCase()
     brush = InContextBrush(0.5, 0.5, 0.2)
     with apply(case.model, compose(brush, IPAdapter(case.prompts, 0.6))):

@@ -191,7 +191,7 @@ def test_each_knob_changes_the_output(change: dict) -> None:
         assert relative(run(model, call), before) > 1e-4
 
 
-def test_knobs_of_one_form() -> None:
+def test_knob_of_each_form_changes_the_output() -> None:
     model, call, _ = unet()
     joint, joint_call, _ = sd3()
     for host, inputs, knobs, change in (
@@ -214,7 +214,7 @@ def test_knob_of_the_other_form_raises(knobs: dict) -> None:
     model, call, _ = unet()
     with (
         apply(model, RegionalPrompting(two_regions(), SPANS, **knobs)),
-        pytest.raises(ValueError, match=f"^{[*knobs][-1]}: it has no"),
+        pytest.raises(ValueError, match=f"^{[*knobs][-1]}: the form"),
     ):
         run(model, call)
 

@@ -126,7 +126,7 @@ def test_run_matches_eager(free: bool) -> None:
     assert relative(result, descend(theirs, call["sample"][:1])) <= TOLERANCE
 
 
-def test_empty_mask_degrades_nothing_and_knobs_matter() -> None:
+def test_empty_mask_degrades_nothing_and_each_knob_has_an_effect() -> None:
     model, call = unet()
     method = SelfAttentionGuidance(threshold=1e9)
     with apply(model, method):

@@ -147,7 +147,7 @@ def marked(rows: int) -> Tensor:
 
 
 def order(layer: Layer) -> Plan:
-    """Interleaved segments, others in each item; in "cross" the rows alone are sorted."""
+    """Interleaved segments, different in each item; in "cross" the rows alone are sorted."""
     rows, tokens, _ = fb.Segments.from_labels(marked(layer.rows).int(), ["rest", "marked"])
     if layer.kind == "cross":
         tables = fb.Control(rows, fb.Segments(text=layer.keys), weight={("marked", "*"): 1.7})

@@ -119,8 +119,8 @@ def test_plain_equals_the_stock_model_and_removal_restores_it(name: str, variant
 
 
 @pytest.mark.parametrize(("name", "variant"), VARIANTS, ids=[", ".join(case) for case in VARIANTS])
-def test_every_kind_of_layer_shows_in_the_output(name: str, variant: str) -> None:
-    """Otherwise the comparisons of outputs would prove little."""
+def test_every_kind_of_layer_affects_the_output(name: str, variant: str) -> None:
+    """Otherwise equal outputs would not show that the layers are equal."""
     model = build(name, variant)
     call = ENTRIES[name].call(model, 2)
     stock = run(model, call)
@@ -268,7 +268,7 @@ def test_an_empty_plan_is_plain_attention(host: Entry) -> None:
         assert worst_layer(model, host.call(model, 2), plain) <= TOLERANCE
 
 
-def test_layers_and_steps_are_described_as_they_are(host: Entry) -> None:
+def test_method_receives_the_layers_and_steps_of_the_model(host: Entry) -> None:
     model, method = host.model(), Weighted()
     with apply(model, method) as handle:
         run(model, host.call(model, 2))

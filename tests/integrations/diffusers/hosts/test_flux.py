@@ -43,7 +43,7 @@ def test_unknown_joint_attention_kwargs_warn_as_stock() -> None:
     logger = logging.getLogger("diffusers.models.transformers.transformer_flux")
     logger.addHandler(handler)
     level = logger.level
-    logger.setLevel(logging.WARNING)  # an earlier test may have quietened all of diffusers
+    logger.setLevel(logging.WARNING)  # an earlier test may have silenced diffusers' logger
     try:
         stock = forward(model, call, joint_attention_kwargs={"strength": 1.0})
         assert len(messages) == 2

@@ -206,7 +206,7 @@ class Recorder:
 
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("side", [(8, 8), (8, 12), (7, 10)], ids=str)
-def test_layers_are_described_as_they_run(config: str, side: tuple[int, int]) -> None:
+def test_layers_match_the_attention_calls_of_a_forward_pass(config: str, side: tuple[int, int]) -> None:
     if "added" in config and side[0] % 2:
         pytest.skip("those blocks take even sizes only")
     model, method = tiny_unet(CONFIGS[config]), Recorder()

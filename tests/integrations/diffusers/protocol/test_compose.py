@@ -147,7 +147,7 @@ def test_registers_join_the_softmax_of_the_layer_s_keys() -> None:
     assert relative(joined(b, a), expected) <= TOLERANCE
 
 
-def test_an_order_takes_the_other_s_gates_along() -> None:
+def test_gates_are_sorted_by_the_other_method_s_order() -> None:
     labels = torch.arange(TOKENS) % 2
     segments, order, _ = fb.Segments.from_labels(labels, ["even", "odd"])
     gate = torch.rand(1, TOKENS)
@@ -180,7 +180,7 @@ def test_parts_of_one_and_tables_of_the_other() -> None:
     assert torch.equal(out[1], v[1])
 
 
-def test_transforms_offsets_and_what_is_seen() -> None:
+def test_transforms_offsets_and_every_see() -> None:
     q, k, v = inputs()
     seen: list[str] = []
     a = Plan(query=lambda x: 2 * x, q_offset=torch.ones(1), see=lambda _: seen.append("a"))
@@ -198,13 +198,13 @@ def test_transforms_offsets_and_what_is_seen() -> None:
     assert relative(out, expected) <= TOLERANCE and seen == ["a", "b"]
 
 
-def test_a_method_that_says_nothing() -> None:
+def test_a_method_without_a_plan_leaves_the_other_s() -> None:
     plan = Plan(scale=0.3)
     assert compose(Fixed(None), Other(plan)).plan(LAYER, Step(0)) is plan
     assert compose(Fixed(None), Other(None)).plan(LAYER, Step(0)) is None
 
 
-def test_a_plan_that_is_made_late_is_joined_late() -> None:
+def test_a_late_plan_is_joined_when_its_layer_is_reached() -> None:
     asked: list[str] = []
 
     def late() -> Plan:
@@ -219,7 +219,7 @@ def test_a_plan_that_is_made_late_is_joined_late() -> None:
     assert callable(none) and none() is None
 
 
-def test_equal_plans_come_back_as_the_same_object() -> None:
+def test_the_same_plans_give_the_same_joined_plan() -> None:
     """So that its tables stay on the device."""
     a, b = (
         Plan(scale=0.3),
@@ -270,7 +270,7 @@ GAIN = fb.Control(fb.Segments(text=TEXT, image=IMAGE), head_gain=fb.HeadGain("im
     ],
     ids=lambda value: value[:24] if isinstance(value, str) else None,
 )
-def test_what_does_not_go_together_says_why(a: Plan, b: Plan, reason: str) -> None:
+def test_conflicting_plans_raise_with_the_reason(a: Plan, b: Plan, reason: str) -> None:
     with pytest.raises(ValueError, match=f"Fixed and Other cannot be joined in layer 3 .joint.: .*{reason}"):
         compose(Fixed(a), Other(b)).plan(LAYER, Step(0))
 

@@ -47,7 +47,7 @@ def eager(q: Tensor, k: Tensor, v: Tensor, add: Tensor | float = 0.0) -> Tensor:
 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "by item"])
 @pytest.mark.parametrize("position", [0, 1, 2])
-def test_extra_keys_stand_anywhere_among_the_layers(position: int, shared: bool) -> None:
+def test_extra_keys_before_between_and_after_the_layer_s_keys(position: int, shared: bool) -> None:
     q, k, v = inputs()
     more = torch.randn(2, 1 if shared else BATCH, 3, HEADS, DIM).unbind(0)
     names = ["a", "b"]

@@ -1,4 +1,4 @@
-"""Items of subject insertion: what a made item hides, and folders that are written, read or refused."""
+"""Items of subject insertion: what a synthetic item hides, and folders that are written, read or refused."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def items():
     return held_out(12)
 
 
-def test_made_items_hide_the_truth_and_differ_only_as_asked(items) -> None:
+def test_synthetic_items_hide_the_truth_and_differ_only_as_asked(items) -> None:
     again, blank, stranger, silent = (
         held_out(12, **more)
         for more in ({}, {"reference": "blank"}, {"reference": "stranger"}, {"prompts": False})

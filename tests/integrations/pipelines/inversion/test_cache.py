@@ -92,7 +92,7 @@ def test_a_damaged_file_is_ignored_with_a_warning(tmp_path: Path, damage: str) -
     cache = InversionCache(tmp_path)
     path = cache.put(SETTINGS, inversion())
     path.write_bytes(damaged_files(path, cache)[damage])
-    with pytest.warns(UserWarning, match=f"{path.name} is made again"):
+    with pytest.warns(UserWarning, match=f"{path.name} is computed again"):
         assert same(cache.get_or_make(SETTINGS, lambda: inversion(2)), inversion(2))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
