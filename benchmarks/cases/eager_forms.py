@@ -48,6 +48,17 @@ def in_context_brush(
 
     The target's rows gain alpha times what they read of the prompt and the subject; then every row of a head
     is multiplied by the head's gain.
+
+    Args:
+        q: (batch, heads, tokens, dim).
+        k: the same.
+        v: the same.
+        prompt: tokens of the prompt.
+        subject: tokens of the subject's panel.
+        target: tokens of the target's panel.
+        alpha_prompt: 0.3 in the released code.
+        alpha_subject: 0.3 in the released code.
+        span: as in min_max_gain.
     """
     attention = attention_map(q, k)
     out = attention @ v

@@ -72,16 +72,19 @@ class Worker:
             raise SystemExit(f"{library}: cannot be loaded")
 
     def answer(self) -> str:
+        """The next line that the process prints."""
         assert self.process.stdout is not None
         return self.process.stdout.readline().strip()
 
     def time(self, name: str) -> float:
+        """Seconds per call of the call of this name."""
         assert self.process.stdin is not None
         self.process.stdin.write(f"{name}\n")
         self.process.stdin.flush()
         return float(self.answer())
 
     def stop(self) -> None:
+        """End the process."""
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait()

@@ -62,11 +62,13 @@ class Results:
         self.start = time.time()
 
     def set_machine(self, machine: Row) -> None:
+        """Keep and print the description of the machine; later ones are ignored."""
         if not self.machine:
             self.machine = machine
             print(title(machine), flush=True)
 
     def add(self, index: int, row: Row) -> None:
+        """Add the row of the task of this index, print it, and write the files."""
         task = self.plan[index]
         self.rows[index] = {**row, "section": task.section, "name": task.title}
         print(f"\n[{time.time() - self.start:.0f} s] {task.section}: {task.title}", flush=True)
@@ -82,6 +84,7 @@ class Results:
 
     @property
     def ordered(self) -> list[Row]:
+        """The rows so far, in the order of the plan."""
         return [self.rows[i] for i in sorted(self.rows)]
 
     def collect(self, field: str) -> dict[str, str]:
@@ -94,14 +97,17 @@ class Results:
 
     @property
     def skipped(self) -> dict[str, str]:
+        """The reason of each row that was skipped, by "section, name"."""
         return {f"{r['section']}, {r['name']}": str(r["skipped"]) for r in self.ordered if "skipped" in r}
 
     @property
     def paths(self) -> dict[str, Path]:
+        """The files, by "json" and "csv"; their name has the GPU's."""
         name = f"gpu-{'dry-run' if self.conditions['dry_run'] else slug(str(self.machine.get('gpu')))}"
         return {"json": self.folder / f"{name}.json", "csv": self.folder / f"{name}.csv"}
 
     def write(self) -> None:
+        """Write both files; each replaces the one before when it is complete."""
         self.folder.mkdir(parents=True, exist_ok=True)
         results = {
             "schema": SCHEMA,

@@ -189,6 +189,7 @@ class Worker:
             self.process.wait(DYING)
 
     def close(self) -> None:
+        """Kill the process if it still runs, and close its file."""
         if self.process.poll() is None:
             self._kill()
         self.read.close()
@@ -232,4 +233,5 @@ def supervise(
 
 
 def python_command(script: Path, arguments: Sequence[str], deadline: float) -> list[str]:
+    """The command that runs a script with these arguments and this deadline."""
     return [sys.executable, str(script), *arguments, "--deadline", repr(deadline)]

@@ -132,8 +132,19 @@ def condition(step: Step, text: Tensor, augmented: Tensor, alpha: float = 0.7) -
         augmented: embeddings with the subjects.
         alpha: share of the steps with subjects, 0 to 1; 0.6 to 0.8 in the paper.
 
+    Returns:
+        `text` or `augmented`.
+
     Raises:
         ValueError: a step without a count; a wrong alpha.
+
+    Examples:
+        >>> import torch
+        >>> from flashbrush.integrations.diffusers import Step
+        >>> from flashbrush.integrations.methods.fast_composer import condition
+        >>> text, augmented = torch.zeros(1, 5, 8), torch.ones(1, 5, 8)
+        >>> [condition(Step(i, 10), text, augmented) is augmented for i in (3, 4)]
+        [False, True]
     """
     if step.count is None or not 0 <= alpha <= 1:
         raise ValueError(

@@ -126,8 +126,19 @@ def preserve(
         until: share of the steps, 0 to 1: 0.8 in the released code, 0.5 in its app.
         progressive: on even steps only.
 
+    Returns:
+        The velocity for the scheduler's step, (batch, tokens, channels).
+
     Raises:
         ValueError: a wrong `until`.
+
+    Examples:
+        >>> import torch
+        >>> from flashbrush.integrations.methods.ic_custom import preserve
+        >>> velocity, noise, source = torch.zeros(1, 2, 1), torch.ones(1, 2, 1), torch.zeros(1, 2, 1)
+        >>> known = torch.tensor([[[1.0], [0.0]]])
+        >>> preserve(velocity, noise, source, known, step=0, steps=10).flatten()
+        tensor([1., 0.])
     """
     checked("until", Share(), until)
     if step > until * steps or (progressive and step % 2):

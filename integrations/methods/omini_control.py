@@ -121,5 +121,14 @@ def offset_ids(ids: Tensor, rows: float = 0, columns: float = 0) -> Tensor:
         ids: of the condition, (..., 3).
         rows: tokens below the image.
         columns: tokens to the right of the image.
+
+    Returns:
+        The moved ids, of the same shape.
+
+    Examples:
+        >>> import torch
+        >>> from flashbrush.integrations.methods.omini_control import offset_ids
+        >>> offset_ids(torch.tensor([[0.0, 1.0, 2.0]]), columns=32)
+        tensor([[ 0.,  1., 34.]])
     """
     return ids + torch.tensor([0, rows, columns], dtype=ids.dtype, device=ids.device)

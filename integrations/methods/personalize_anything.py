@@ -152,5 +152,11 @@ def noised(source: Tensor, noise: Tensor, sigma: float) -> Tensor:
         source: the photo's latents.
         noise: the same shape.
         sigma: 0 to 1.
+
+    Examples:
+        >>> import torch
+        >>> from flashbrush.integrations.methods.personalize_anything import noised
+        >>> noised(torch.zeros(2), torch.ones(2), sigma=0.25)
+        tensor([0.2500, 0.2500])
     """
     return (1 - sigma) * source + sigma * noise

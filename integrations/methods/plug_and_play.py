@@ -122,8 +122,16 @@ def negative_prompt_share(
         start: alpha of the first step, 0 to 1; 1 with "constant" leaves the negative prompt out.
         schedule: "linear", "constant" or "exp".
 
+    Returns:
+        alpha, from 0 to `start`.
+
     Raises:
         ValueError: a wrong argument, by name.
+
+    Examples:
+        >>> from flashbrush.integrations.methods.plug_and_play import negative_prompt_share
+        >>> [negative_prompt_share(step, 3) for step in range(3)]
+        [1.0, 0.5, 0.0]
     """
     if not is_count(step) or not is_count(count) or step >= count:
         raise ValueError(f"step: expected one of 0 to count - 1, got {step!r} of {count!r}")

@@ -113,6 +113,17 @@ def degrade(
         alpha_bar: the scheduler's cumulative alpha at t.
         taps: of the Gaussian, whose borders are reflected; the released code's 9.
         sigma: of the Gaussian, in latents; the released code's 1.
+
+    Returns:
+        The degraded latents, of the latents' shape.
+
+    Examples:
+        >>> import torch
+        >>> from flashbrush.integrations.methods.self_attention_guidance import degrade
+        >>> latents, noise = torch.randn(1, 4, 16, 16), torch.randn(1, 4, 16, 16)
+        >>> same = degrade(latents, noise, torch.zeros(1, 1, 16, 16), alpha_bar=0.5)  # an empty mask
+        >>> torch.allclose(same, latents, atol=1e-5)
+        True
     """
     alpha = torch.as_tensor(alpha_bar, dtype=torch.float32, device=latents.device).to(latents.dtype)
     clean = (latents - (1 - alpha).sqrt() * noise) / alpha.sqrt()
@@ -139,6 +150,15 @@ def guide(
         conditional: c, or None.
         scale: of the degradation; 0.75 in the paper.
         guidance: the scale of classifier-free guidance.
+
+    Returns:
+        The guided prediction, of the same shape.
+
+    Examples:
+        >>> import torch
+        >>> from flashbrush.integrations.methods.self_attention_guidance import guide
+        >>> guide(torch.tensor(2.0), torch.tensor(1.0))
+        tensor(2.7500)
     """
     base = noise if conditional is None else noise + guidance * (conditional - noise)
     return base + scale * (noise - degraded)

@@ -43,3 +43,12 @@ def links(page: str) -> list[str]:
     """The relative targets of links and pictures, without those in code."""
     text = FENCE.sub("", (ROOT / page).read_text())
     return re.findall(r"\]\((?!\w+:|#)([^)\s]+)\)", re.sub(r"`[^`\n]*`", "", text))
+
+
+def entries_of_the_pages() -> set[str]:
+    """The names whose docstrings the pages render."""
+    return {
+        name
+        for page in (ROOT / "docs").rglob("*.md")
+        for name in re.findall(r"^#+ ::: (\S+)$", page.read_text(), re.M)
+    }

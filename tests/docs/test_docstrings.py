@@ -1,9 +1,10 @@
-"""The examples in the docstrings of public names run and print what they say."""
+"""The examples in the docstrings of public names and of the pages' entries run and print what they say."""
 
 from __future__ import annotations
 
 import doctest
 import inspect
+import pkgutil
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ import flashbrush
 import flashbrush.integrations
 import flashbrush.integrations.diffusers
 import flashbrush.integrations.pipelines
+
+from .markdown import entries_of_the_pages
 
 PACKAGES = (
     flashbrush,
@@ -24,6 +27,10 @@ PUBLIC = {
     for package in PACKAGES
     for name in package.__all__
     if name != "__version__"
+}
+PUBLIC |= {
+    name: pkgutil.resolve_name(":".join(name.rsplit(".", 1)))
+    for name in sorted(entries_of_the_pages() - set(PUBLIC))
 }
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 

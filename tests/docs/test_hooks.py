@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import runpy
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +13,7 @@ import flashbrush.integrations
 import flashbrush.integrations.diffusers
 import flashbrush.integrations.pipelines
 
-from .markdown import ROOT
+from .markdown import ROOT, entries_of_the_pages
 
 pytest.importorskip("mkdocstrings")
 
@@ -62,15 +61,6 @@ def test_definitions_are_anchors() -> None:
         assert '<span id="A.f">' in page and '<span id="g">' in page
     assert source.highlighted("a.py", text).count("\n") == text.count("\n")
     assert "<code><span>text of" in source.highlighted("LICENSE", "text of no known language")
-
-
-def entries_of_the_pages() -> set[str]:
-    """What the pages have rendered from docstrings."""
-    return {
-        name
-        for page in (ROOT / "docs").rglob("*.md")
-        for name in re.findall(r"^#+ ::: (\S+)$", page.read_text(), re.M)
-    }
 
 
 def test_entries_of_the_pages_exist() -> None:

@@ -41,6 +41,15 @@ def ddcm_step(
 
     Raises:
         ValueError: a wrong argument, by name.
+
+    Examples:
+        >>> import torch
+        >>> from flashbrush.integrations.methods.shared.ddcm import ddcm_step
+        >>> clean, fresh = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8)
+        >>> latents = 0.5**0.5 * (clean + fresh).expand(2, -1, -1, -1)  # source and target, at alpha 0.5
+        >>> latents, x0 = ddcm_step(latents, torch.randn(2, 4, 8, 8), clean, 0.5, 0.8, fresh)
+        >>> torch.equal(x0[:1], clean)
+        True
     """
     if not 0 < alpha < 1:
         raise ValueError(f"alpha: expected a number between 0 and 1, got {alpha!r}")

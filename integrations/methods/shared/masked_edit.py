@@ -18,8 +18,17 @@ def cache_time(times: Sequence[float], step: int, phase: str) -> float:
             highest.
         phase: "invert" or "edit".
 
+    Returns:
+        One of `times`.
+
     Raises:
         ValueError: `times` has fewer steps.
+
+    Examples:
+        >>> from flashbrush.integrations.methods.shared.masked_edit import cache_time
+        >>> times = (0.9, 0.5, 0.0)
+        >>> cache_time(times, 0, "invert"), cache_time(times, 1, "edit")  # both cross the interval 0 to 0.5
+        (0.5, 0.5)
     """
     steps = len(times) - 1
     if step >= steps:
@@ -35,6 +44,16 @@ def reblend(latents: Tensor, source: Tensor, mask: Tensor, tokens: Tensor) -> Te
         source: (batch, image tokens, channels), of the inversion at the same time.
         mask: of the packed latents, (image tokens, channels).
         tokens: KVEdit.tokens.
+
+    Returns:
+        (batch, masked tokens, channels).
+
+    Examples:
+        >>> import torch
+        >>> from flashbrush.integrations.methods.shared.masked_edit import reblend
+        >>> mask = torch.tensor([[0.0, 0.0], [1.0, 0.0]])  # one latent of token 1
+        >>> reblend(torch.ones(1, 1, 2), torch.zeros(1, 2, 2), mask, torch.tensor([1]))
+        tensor([[[1., 0.]]])
     """
     m = mask[tokens].to(latents)
     return source[:, tokens] * (1 - m) + latents * m
@@ -47,5 +66,11 @@ def paste(source: Tensor, latents: Tensor, tokens: Tensor) -> Tensor:
         source: (batch, image tokens, channels).
         latents: (batch, masked tokens, channels).
         tokens: KVEdit.tokens.
+
+    Examples:
+        >>> import torch
+        >>> from flashbrush.integrations.methods.shared.masked_edit import paste
+        >>> paste(torch.zeros(1, 3, 1), torch.ones(1, 2, 1), torch.tensor([1, 2])).flatten()
+        tensor([0., 1., 1.])
     """
     return source.index_copy(1, tokens, latents.to(source))

@@ -21,6 +21,11 @@ def panels(grid: tuple[int, int], references: int = 1, widths: tuple[int, ...] |
     Raises:
         ValueError: other than references + 1 widths, or another sum of them than the columns; without
             widths, columns that have no references + 1 equal parts.
+
+    Examples:
+        >>> from flashbrush.integrations.methods.shared.panels import panels
+        >>> panels((2, 4))
+        tensor([0, 0, 1, 1, 0, 0, 1, 1])
     """
     rows, columns = grid
     if widths is None:
@@ -43,6 +48,12 @@ def known_mask(painted: Tensor, references: Sequence[int]) -> Tensor:
     Args:
         painted: (..., height, width) of the target, 1 where it is generated; all ones for the task "free".
         references: widths of the references' panels, all of which is known.
+
+    Examples:
+        >>> import torch
+        >>> from flashbrush.integrations.methods.shared.panels import known_mask
+        >>> known_mask(torch.tensor([[1.0, 0.0]]), [2])  # a reference of width 2
+        tensor([[1., 1., 0., 1.]])
     """
     known = painted.new_ones(*painted.shape[:-1], sum(references))
     return torch.cat([known, 1 - painted], -1)

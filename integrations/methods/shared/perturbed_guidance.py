@@ -68,6 +68,15 @@ def guide(
         unconditional: u, the same shape, or None.
         scale: of the perturbation; 3 in both papers' pipelines. See `adaptive`.
         guidance: the scale of classifier-free guidance.
+
+    Returns:
+        The guided prediction, of the same shape.
+
+    Examples:
+        >>> import torch
+        >>> from flashbrush.integrations.methods.shared.perturbed_guidance import guide
+        >>> guide(torch.tensor(1.0), torch.tensor(2.0), scale=3.0)
+        tensor(5.)
     """
     base = conditional if unconditional is None else unconditional + guidance * (conditional - unconditional)
     return base + scale * (conditional - perturbed)
@@ -81,5 +90,13 @@ def adaptive(scale: float, timestep: float, decay: float, timesteps: int = 1000)
         timestep: 0 to `timesteps`.
         decay: loss of the scale per timestep; 0 keeps it.
         timesteps: of the training schedule.
+
+    Returns:
+        The scale at `timestep`.
+
+    Examples:
+        >>> from flashbrush.integrations.methods.shared.perturbed_guidance import adaptive
+        >>> adaptive(3.0, timestep=500, decay=0.004)
+        1.0
     """
     return max(0.0, scale - decay * (timesteps - timestep))

@@ -34,8 +34,17 @@ def guide(
             little effect. "none": g.
         base: "neither" (CustomShift) or "references" (SynCD).
 
+    Returns:
+        The guided velocity, of the same shape.
+
     Raises:
         ValueError: another norm or base.
+
+    Examples:
+        >>> import torch
+        >>> from flashbrush.integrations.methods.shared.reference_guidance import guide
+        >>> guide(torch.zeros(1, 4), torch.ones(1, 4), 3 * torch.ones(1, 4))
+        tensor([[14., 14., 14., 14.]])
     """
     checked("guide: norm", Choice("least", "unit", "none"), norm)
     checked("guide: base", Choice("neither", "references"), base)

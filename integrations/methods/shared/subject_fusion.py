@@ -14,6 +14,13 @@ class Fusion(nn.Module):
 
     Args:
         dim: channels of the text's embeddings and of the image's.
+
+    Examples:
+        >>> import torch
+        >>> from flashbrush.integrations.methods.shared.subject_fusion import Fusion
+        >>> fused = Fusion(8)(torch.randn(1, 5, 8), torch.randn(1, 1, 8), torch.tensor([[2]]))  # into token 2
+        >>> fused.shape
+        torch.Size([1, 5, 8])
     """
 
     def __init__(self, dim: int) -> None:

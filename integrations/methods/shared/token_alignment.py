@@ -113,11 +113,19 @@ def word_tokens(prompt: str, words: str | Sequence[str], tokenizer: Any, length:
         length: number of tokens that the model reads.
 
     Returns:
-        The positions in the padded sequence, rising.
+        The positions in the padded sequence, increasing.
 
     Raises:
         ValueError: the prompt has no such word, or only beyond `length`; a tokenizer whose tokens span
             words.
+
+    Examples:
+        >>> import flashbrush as fb
+        >>> from diffusers import FluxFillPipeline
+        >>> from flashbrush.integrations.methods.shared.token_alignment import word_tokens
+        >>> pipe = FluxFillPipeline.from_pretrained(fb.tiny_fill())
+        >>> word_tokens("a red star", ["red", "star"], pipe.tokenizer_2, length=16)
+        [2, 3]
     """
     found: set[int] = set()
     tokens = _bare(prompt, tokenizer)

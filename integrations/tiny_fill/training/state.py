@@ -101,6 +101,7 @@ class Training:
 
     @property
     def parts(self) -> dict[str, torch.nn.Module]:
+        """The trained models, by "transformer" and "decoder"."""
         return {"transformer": self.transformer, "decoder": self.decoder}
 
     def encode(self, pictures: Tensor) -> Tensor:
@@ -118,6 +119,14 @@ class Training:
     def velocity(
         self, noisy: Tensor, level: Tensor, conditions: dict[str, Tensor], guidance: Tensor
     ) -> Tensor:
+        """The transformer's prediction, (n, tokens, channels).
+
+        Args:
+            noisy: packed latents, (n, tokens, channels).
+            level: noise levels, (n,) in [0, 1].
+            conditions: as from conditions().
+            guidance: scales of the embedded guidance, (n,).
+        """
         return self.transformer(
             hidden_states=torch.cat([noisy, conditions["known"]], -1),
             encoder_hidden_states=conditions["encoder_hidden_states"],
@@ -203,6 +212,7 @@ class Training:
         os.replace(fresh, path)
 
     def load(self, path: Path) -> None:
+        """Continue from a state that save() wrote."""
         state = torch.load(path, map_location=self.device, weights_only=True)
         self.done, self.averages = state["done"], state["averages"]
         for name, part in self.parts.items():
@@ -219,4 +229,5 @@ class Training:
 
 
 def copies(part: torch.nn.Module) -> dict[str, Tensor]:
+    """Detached copies of the parameters and buffers, by name."""
     return {name: tensor.detach().clone() for name, tensor in part.state_dict().items()}
