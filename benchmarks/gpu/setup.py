@@ -43,7 +43,7 @@ class Setup:
 def judged(
     label: str, missing: dict[str, str], failures: dict[str, str], device: torch.device, ours: bool = True
 ) -> Iterator[None]:
-    """Record a contestant's error under its label, and go on with the others.
+    """Record a contestant's error under its label, and continue with the others.
 
     A contestant that cannot run goes to `missing`, one with a wrong result to `failures`. Any other error is
     a failure of ours; another library's contestant is missing for that reason. An error that leaves the

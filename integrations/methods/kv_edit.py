@@ -131,8 +131,8 @@ class KVEdit:
         """Sort what is kept by a new mask, so that its background is a view."""
         order, kept = torch.argsort(mask.to(torch.uint8), stable=True), getattr(self, "kept", {})
         if kept and (self.masked_inversion or len(mask) != len(self.mask)):
-            why = "inverted with another mask" if self.masked_inversion else f"of {len(self.mask)} tokens"
-            raise ValueError(f"mask: what is kept was {why}; kept.clear() and invert anew")
+            why = "of another mask" if self.masked_inversion else f"of {len(self.mask)} tokens"
+            raise ValueError(f"mask: the kept keys are {why}; call kept.clear() and invert again")
         for key, (k, v, dtype) in kept.items():
             moved = self._order.argsort()[order.to(self._order.device)].to(k.device)
             self.kept[key] = k.index_select(1, moved), v.index_select(1, moved), dtype

@@ -23,8 +23,8 @@ class SmoothedEnergy(Perturbed):
 
     G is a Gaussian over the grid of image tokens; query_blur() defines its taps. With an infinite sigma it is
     the mean: all rows are equal, and one is computed. In joint attention the text's queries stay as they are;
-    diffusers' guider blurs them, and has its two branches the wrong way round. Guide with
-    `perturbed_guidance.guide`, with a scale of 3 in the paper. A knob may be set at any time.
+    diffusers' guider blurs them, and has its two branches swapped. Guide with `perturbed_guidance.guide`,
+    with a scale of 3 in the paper. A knob may be set at any time.
 
     Args:
         layers: places or kinds of Layer, or its indices; of a UNet, self-attention only. None: "mid" in a

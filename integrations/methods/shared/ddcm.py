@@ -16,7 +16,7 @@ def ddcm_step(
     fresh: Tensor,
     eta: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """One step of the denoising diffusion consistent model, a virtual inversion; the source stays as it is.
+    """One step of the denoising diffusion consistent model, a virtual inversion; the source does not change.
 
     With x_s, e_s the source's latents and predicted noise, x, e those of an item, ab = alpha, ab' =
     next_alpha:

@@ -46,7 +46,7 @@ class ImagePrompt:
     def load(
         model: nn.Module, state: Mapping[str, Mapping[str, Tensor]] | str | os.PathLike[str]
     ) -> ImagePrompt:
-        """Read a published adapter; the model is left as it is.
+        """Read a published adapter; the model is not changed.
 
         Args:
             model: a UNet with cross-attention, or FLUX's transformer.

@@ -32,7 +32,9 @@ def cache_time(times: Sequence[float], step: int, phase: str) -> float:
     """
     steps = len(times) - 1
     if step >= steps:
-        raise ValueError(f"times: they are of {steps} steps, got step {step}; Handle.reset() counts anew")
+        raise ValueError(
+            f"times: they have {steps} steps, got step {step}; Handle.reset() restarts the count"
+        )
     return times[steps - 1 - step] if phase == "invert" else times[step]
 
 

@@ -295,7 +295,7 @@ def test_wrong_knob_raises(knob: str, value) -> None:
         ("invert", 23, 0, "^mask: 24 image tokens .* has 23"),
         ("edit", 24, 0, f"^mask: {len(TOKENS)} image tokens .* has 24"),
         ("edit", len(TOKENS), 1, "^phase: nothing is kept for time 0.55 and layer 0"),
-        ("invert", 24, 3, "^times: they are of 3 steps, got step 3"),
+        ("invert", 24, 3, "^times: they have 3 steps, got step 3"),
     ],
 )
 def test_call_that_does_not_fit_raises(phase, tokens: int, step: int, match: str) -> None:
