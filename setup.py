@@ -1,11 +1,9 @@
 """Builds flashbrush: the packages, whose root is this folder, and the libraries from csrc/cpu and csrc/cuda.
 
-The libraries are plain C++ and CUDA C++ behind a C interface: no Python, no torch. Their parts are the files
-that are
-there: `csrc/cpu/isa/*.cpp` is compiled once per instruction set, with -DFLASHBRUSH_ISA=<name>;
-    `csrc/cpu/schedule/*.cpp`
-once, for any machine. Together they become bindings/backends/libflashbrush_cpu.so. `csrc/cuda/*.cu`
-becomes libflashbrush_cuda.so beside it, for Hopper GPUs, where nvcc is present.
+The libraries are plain C++ and CUDA C++ behind a C interface: no Python, no torch. Every file of a folder is
+compiled: those of `csrc/cpu/isa/` once per instruction set, with -DFLASHBRUSH_ISA=<name>, those of
+`csrc/cpu/schedule/` once, for any machine. Together they become bindings/backends/libflashbrush_cpu.so.
+`csrc/cuda/*.cu` becomes libflashbrush_cuda.so beside it, for Hopper GPUs, where nvcc is present.
 
 An instruction set that the compiler cannot do is left out. Without a compiler, or where something else fails,
 the package installs without that library. bindings/backends/build_report.json says what was built, how, and

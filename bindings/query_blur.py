@@ -26,10 +26,9 @@ def query_blur(
     4.2).
 
     The blur is a normalised Gaussian of n taps along each side of the grid, which is reflected at its borders
-    (the
-    border itself once): n = ceil(6 sigma) + 1 - ceil(6 sigma) % 2, at most the largest odd number that the
-        side
-    holds (the published code allows one more where the side is even). Differentiable in q.
+    without repeating the border itself. n = ceil(6 sigma) + 1 - ceil(6 sigma) % 2, at most the largest odd
+    number that the side holds (the published code allows one more where the side is even). Differentiable in
+    q.
 
     Args:
         q: (batch, tokens, heads, dim), any strides; float32, bfloat16, float16 or float64.
@@ -41,11 +40,9 @@ def query_blur(
 
     Returns:
         (batch, tokens, heads, dim) in q's dtype, computed in float32 (float64 for float64) and rounded once.
-        For
-        sigma 0: q itself, not a copy. For sigma inf over all tokens: one row, expanded (token stride 0), so
-            that a
-        caller may attend with [:, :1] alone. A NaN or Inf may spread over its whole image, within its head
-        and channel.
+        For sigma 0: q itself, not a copy. For sigma inf over all tokens: one row, expanded (token stride 0),
+        so that a caller may attend with [:, :1] alone. A NaN or Inf may spread over its whole image, within
+        its head and channel.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.

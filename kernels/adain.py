@@ -198,9 +198,8 @@ def walk_space(x: Tensor, *others: Tensor | None) -> Walk:
 def adain_statistics(x: Tensor, mask: Tensor | None) -> Tensor:
     """x (batch, channels, ...), mask uint8 (1|batch, 1, ...) -> (batch, channels, 4, chunks) float32.
 
-    Of each chunk: how many elements count, a value near them, their mean less that value, the sum of their
-        squared
-    differences from the mean (Chan, Golub, LeVeque 1979, updating by blocks).
+    Of each chunk: how many elements count, a value near them, their mean less that value, and the sum of
+    their squared differences from the mean (Chan, Golub, LeVeque 1979, updating by blocks).
     """
     batch, channels = x.shape[:2]
     walk = walk_space(x, mask)

@@ -3,11 +3,9 @@
     y = x / sqrt(mean(x^2) + eps) * weight + offset        out = y * cos + rotate(y) * sin
 
 A program takes a few output tokens with their heads, so that cos and sin of a token are read once for BLOCK_H
-heads.
-A token's stream decides its address, not its load: rows of all streams, strides and items come in one masked
-    read, and
-the permutation costs an index. A row lives as the two numbers of its pairs, (tokens, heads, pairs) each, in
-float32 from the read to the one rounding at the write.
+heads. One masked read loads rows of all streams, strides and items, because a token's stream changes only
+its address; the permutation costs one index. Rows are held as two tiles, the first and second numbers of the
+pairs, (tokens, heads, pairs) each, in float32 from the read to the one rounding at the write.
 
 Backward, with g = rotate^T(dout) * weight and r = 1 / sqrt(mean(x^2) + eps):
 
@@ -60,10 +58,9 @@ class Blocks(NamedTuple):
 def norm_rope_blocks(heads: int, dim: int) -> Blocks:
     """4096 numbers a program: with four warps each thread has 32, four or eight 16-byte reads in flight.
 
-    Heads come before tokens: all heads share a token's cos and sin, which are twice a float32 row of their
-        own. Four
-    warps cover 8 rows of D 128 at a time, so that the unused part of 32 heads is skipped where a model has
-    24.
+    A block takes as many heads as fit before it takes more tokens: all heads share a token's cos and sin,
+    which are as large as two float32 rows. Four warps cover 8 rows of D 128 at a time, so that the unused
+    part of 32 heads is skipped where a model has 24.
     """
     pairs = triton.next_power_of_2(max(1, (dim + 1) // 2))
     block_h = min(triton.next_power_of_2(heads), max(1, 2048 // pairs))
@@ -114,8 +111,9 @@ def stream_rows(p_xs, strides, b, b_stream, b_token, o_h, T: tl.constexpr):
 
 @triton.jit
 def load_pairs(p_rows, stride, m_rows, T: tl.constexpr):
-    """Both numbers of each pair of rows (.., .., 1), as two float32 tiles (.., .., PAIRS); stride: of the
-    columns
+    """Both numbers of each pair of rows (.., .., 1), as two float32 tiles (.., .., PAIRS).
+
+    stride: between columns.
     """
     if T.INTERLEAVED:
         o_d = tl.arange(0, 2 * T.PAIRS)[None, None, :]
@@ -159,8 +157,9 @@ def load_tables(p_cos, p_sin, stride_tables, b_joined, m_t, T: tl.constexpr):
 
 @triton.jit
 def norm_factors(b_a, b_b, p_weights, stride_weights, b_stream, eps, T: tl.constexpr):
-    """(1 / rms (BLOCK_T, BLOCK_H, 1), weight (BLOCK_T, 1, PAIRS) twice, whether normalised (BLOCK_T, 1, 1));
-    else ones
+    """(1 / rms (BLOCK_T, BLOCK_H, 1), weight (BLOCK_T, 1, PAIRS) twice, whether normalised (BLOCK_T, 1, 1)).
+
+    1 / rms and the weights are ones where a stream has none.
     """
     STREAMS: tl.constexpr = T.STREAMS
     m_all = tl.full([1, 1, 1], True, tl.int1)
@@ -366,11 +365,10 @@ def qk_norm_rope(
 ) -> None:
     """Launch the kernel; it writes out.
 
-    xs: (B, tokens, H, D) of one dtype with contiguous columns. weights: (D,); offsets: (B, tokens, H, D), in
-        any float
-    dtype and strides. cos, sin: (all tokens, D) float. permutation: (B, all tokens) int. out: (B, all tokens,
-        H, D)
-    contiguous, of at least one element.
+    xs: (B, tokens, H, D) of one dtype with contiguous columns.
+    weights: (D,); offsets: (B, tokens, H, D); both of any float dtype and strides.
+    cos, sin: (all tokens, D) float. permutation: (B, all tokens) int.
+    out: (B, all tokens, H, D) contiguous, of at least one element.
     """
     batch, total, heads, _ = out.shape
     traits, warps = _traits(xs, weights, offsets, cos is not None and not half, emulate)
@@ -416,10 +414,10 @@ def qk_norm_rope_backward(
 ) -> None:
     """Launch the kernels; they write dxs, and dweights and doffsets where they are given.
 
-    dout: as out, with contiguous columns. dxs: as xs, contiguous. dweights: (D,) contiguous, all that have a
-        weight or
-    none. doffsets: (B, tokens, H, D) contiguous, the gradient of an offset of x's shape. The rest as in
-        qk_norm_rope.
+    dout: as out, with contiguous columns. dxs: as xs, contiguous.
+    dweights: (D,) contiguous, for all streams that have a weight or for none.
+    doffsets: (B, tokens, H, D) contiguous, the gradient of an offset of x's shape.
+    The rest as in qk_norm_rope.
     """
     batch, total, heads, dim = dout.shape
     traits, warps = _traits([dout, *xs, *dxs], weights, doffsets, cos is not None and not half, emulate)

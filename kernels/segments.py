@@ -8,12 +8,10 @@ import triton.language as tl
 
 @triton.jit
 def find_rows(block, p_starts, n_segments, n_rows, BLOCK_M: tl.constexpr):
-    """(segment, first row, end of the segment) of a row block; blocks restart at each segment, so none
-    straddles two.
+    """(segment, first row, end of the segment) of a row block; no block lies in two segments.
 
     p_starts: (R + 1,) int32 starts of one item's segments, or None for one segment of n_rows rows. A block
-        beyond the
-    item's last one gets first == end.
+    beyond the item's last one gets first == end.
     """
     segment = 0
     first = block * BLOCK_M
@@ -53,8 +51,9 @@ def load_tile(
     ALIGN: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """(ROWS, WIDTH) from column FIRST of rows of D numbers; columns from D on, and rows outside m_n if
-    MASKED, are 0
+    """(ROWS, WIDTH) from column FIRST of rows of D numbers.
+
+    Columns from D on, and rows outside m_n if MASKED, are 0.
     """
     o_d = FIRST + tl.arange(0, WIDTH)
     p_tile = p + tl.multiple_of(tl.arange(0, ROWS) * stride, ALIGN)[:, None] + o_d[None, :]
@@ -90,8 +89,9 @@ def store_tile(
 
 @triton.jit
 def rounded(b_x, DTYPE: tl.constexpr, EMULATE: tl.constexpr):
-    """float32 to DTYPE. EMULATE: Triton's interpreter truncates to bfloat16, so round to nearest even
-    beforehand
+    """float32 to DTYPE.
+
+    EMULATE: round to nearest even first, because Triton's interpreter truncates to bfloat16.
     """
     if EMULATE:
         bits = b_x.to(tl.int32, bitcast=True)
@@ -102,8 +102,9 @@ def rounded(b_x, DTYPE: tl.constexpr, EMULATE: tl.constexpr):
 
 @triton.jit
 def dot(b_x, b_y, b_acc, PRECISION: tl.constexpr, EMULATE: tl.constexpr):
-    """b_x @ b_y + b_acc in float32. EMULATE: the interpreter computes bfloat16 on its bits, so convert
-    beforehand
+    """b_x @ b_y + b_acc in float32.
+
+    EMULATE: convert to float32 first, because the interpreter computes bfloat16 on its bits.
     """
     if EMULATE:
         return tl.dot(b_x.to(tl.float32), b_y.to(tl.float32), b_acc, input_precision="ieee")

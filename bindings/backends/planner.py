@@ -81,9 +81,9 @@ def why_not(operator: str, backend: str, *call: Any) -> list[str]:
 def resolve_backward(backend: str, problem: Problem) -> Callable[..., Any]:
     """The function for the gradient of an attention that ran on `backend`.
 
-    A backend with a backward kernel computes its own. A fused one without it takes the device's, and every
-    other
-    call the composed one, which takes them all. No warning: where the forward pass fell back it has warned.
+    A backend with a backward kernel uses it. A fused backend without one uses the device's; every other call
+    uses the composed backward, which takes all calls. No warning here: a forward pass that fell back has
+    warned already.
     """
     operator, device = "attention_backward", problem.q.device.type
     fused = FUSED.get(device)
@@ -130,10 +130,8 @@ def backends() -> Backends:
     """The backends: which operators each has, and which are usable on this machine.
 
     Returns:
-        A dict {backend: reasons why it is not usable here}, where an empty list means that it is. Printed, it
-        is a
-        table of operators and backends: yes, no (not usable here), or - (the backend does not have the
-            operator).
+        A dict {backend: reasons why it is not usable here}; an empty list means usable. Printed, it is a
+        table of operators and backends: yes, no (not usable here), or - (the backend lacks the operator).
 
     Examples:
         >>> import flashbrush as fb

@@ -110,9 +110,7 @@ def softmax_backward(p: Problem, b: Block, dprob: Tensor) -> Tensor:
 
 
 def _largest(seen: Tensor, group: Tensor, values: Tensor, n_groups: int) -> Tensor:
-    """(B, H, rows, N) -> the largest seen value of each group (B, H, rows, groups), 0 where that is not
-    finite
-    """
+    """(B, H, rows, N) -> the largest seen value of each group (B, H, rows, groups), 0 if not finite"""
     empty = torch.full_like(values[..., :1], -math.inf).expand(-1, -1, -1, n_groups)
     top = empty.scatter_reduce(3, group, torch.where(seen, values, -math.inf), "amax")
     return torch.where(top.isfinite(), top, 0)
