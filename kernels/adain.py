@@ -29,7 +29,7 @@ class Tile(NamedTuple):
 
 
 def tile_of(walk: Walk, channels: int, channel_stride: int) -> Tile:
-    """Along whichever of space and channels the memory runs; chunks enough to fill a GPU with few channels."""
+    """A tile along the contiguous one of space and channels, and enough chunks to fill a GPU."""
     space = math.prod(walk.sizes)
     across = channel_stride == 1 and walk.strides[0][-1] != 1
     block_c, block_s = (min(32, triton.next_power_of_2(channels)), 64) if across else (1, 1024)

@@ -9,7 +9,9 @@ pairs, (tokens, heads, pairs) each, in float32 from the read to the one rounding
 
 Backward, with g = rotate^T(dout) * weight and r = 1 / sqrt(mean(x^2) + eps):
 
-    dx = r * (g - x * r^2 * mean(g * x))        dweight = sum rotate^T(dout) * x * r        doffset = rotate^T(dout)
+    dx = r * (g - x * r^2 * mean(g * x))
+    dweight = sum rotate^T(dout) * x * r
+    doffset = rotate^T(dout)
 
 Verified in Triton's interpreter and compiled for sm_80 and sm_90; not yet run on hardware.
 """

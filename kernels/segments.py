@@ -1,4 +1,4 @@
-"""What every kernel over segments shares: the rows of a block, tiles of memory, rounding to the stored dtype."""
+"""Shared by the kernels over segments: the rows of a block, tiles of memory, rounding to the stored dtype."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def find_rows(block, p_starts, n_segments, n_rows, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def pick(values, i, N: tl.constexpr):
-    """values[i] of a tuple of N kernel arguments: selects, so that what is known of their alignment survives"""
+    """values[i] of a tuple of N kernel arguments, by selects, which keep what Triton knows of alignment."""
     value = values[0]
     for j in tl.static_range(1, N):
         value = tl.where(i == j, values[j], value)

@@ -117,7 +117,7 @@ def test_bits_pass_and_nothing_leaks(dtype: torch.dtype, tensor: bool, through_t
 
 
 def test_layouts(through_triton: None) -> None:
-    """The result has the layout of `generated`; strides that do not fold go to torch, and nothing else does."""
+    """The result has the layout of `generated`; only strides that do not fold go to torch."""
     image = torch.randn(2, 4, 6, 8, device=DEVICE).to(memory_format=torch.channels_last)
     mask = torch.rand(1, 1, 6, 8, device=DEVICE)
     launched = []

@@ -52,8 +52,8 @@ class Case:
         def show(tensors):
             return [None if t is None else (tuple(t.shape), t.stride(), t.dtype) for t in tensors]
 
-        tables = show([self.cos, self.permutation])
-        return f"Case({show(self.xs)}, {show(self.weights)}, {show(self.offsets)}, {tables}, {self.half}, {self.parts})"
+        tensors = map(show, (self.xs, self.weights, self.offsets, [self.cos, self.permutation]))
+        return f"Case({', '.join(map(str, tensors))}, {self.half}, {self.parts})"
 
 
 @st.composite
