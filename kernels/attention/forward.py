@@ -1,78 +1,85 @@
 """Segment-controlled attention, forward.
 
-    s_ij = scale * <q_i, k_j> + bias[a(i), c(j)]
+    s_ij = scale * <q_i, k_j> + bias[a(i), c(j)]              a(i): the row's segment, c(j): the key's segment
     p_ij = softmax over the keys of group(c(j))
     o_i  = gain[a(i)] * sum_g gate_g(i) * sum_{c in g} weight[a(i), c] * sum_{j in c} phi(p_ij) v_j
 
-A program owns one block of rows inside one row segment and walks the key segments: bias, weight and gain are
-scalars of a (row block, key segment) pair, only a segment's last tile is masked, and a removed pair has no
-tiles. Logits are in log2 units. A tile's exponent is s + log2(weight) and the running max is taken over that
-sum, so that P's largest entry is 1; a segment's own row sum, divided by its weight, joins the normaliser when
-the segment ends, which is why lse and mass cost nothing in the loop and do not see the weight.
+A program owns one block of rows inside one row segment and walks the key ranges with an online softmax. Bias,
+weight and gain are scalars of a (row block, key segment) pair; only the last tile of a range is masked; a
+removed pair has no tiles. Logits are in log2 units: p = 2**(s * log2(e) - max).
 
-Verified in Triton's interpreter and compiled for sm_80 and sm_90; not yet run on hardware.
+Where the control enters, in the order of the code:
+
+* bias: range_keys() reads it, softmax_tile() adds it to the logits.
+* weight: split_log2() turns it into an exponent that softmax_tile() adds to the logits before the running max
+  is taken, so that P's largest entry is 1. The row sum of the segment, divided by the weight again, joins the
+  normaliser: the weight acts on P V alone. A mixed range holds keys of several weights: mixed_sweep()
+  multiplies P. A weight of 0 skips P V.
+* contrast: LINEAR (without clip) after the sweep of a group, from the sums of the segments' values; CLIPPED
+  in a second sweep with the final normaliser.
+* gates: at the end of each group. gain: before the store.
+* mass: b_segment_norm sums P by key segment; each program writes the sum over its rows to partial_mass.
+
+Verified in Triton's interpreter and compiled for sm_80, sm_90 and sm_120; not yet run on hardware.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ..segments import find_rows
+from .arguments import Counts, Inputs, MatrixDescriptor, Outputs
 from .blocks import (
     LOG2E,
-    Descriptor,
-    Traits,
-    accumulate,
+    MixedTables,
+    TokenMatrix,
+    add_product,
     added,
-    flipped,
-    item_strides,
-    list_strides,
-    load_level,
+    item_starts,
+    load_gain,
+    load_keys,
+    load_mixed,
     load_rows,
+    load_scale,
+    load_value_sum,
     load_weight,
-    open_lanes,
-    open_pair,
-    open_tensor,
-    products,
+    open_keys_values,
+    pair_offset,
+    query_item,
+    range_keys,
+    range_segment,
+    row_products,
     scaled,
-    segment_of,
     store_rows,
     token_at,
-    token_strides,
+    with_sign_of,
     zeros,
 )
+from .tiles import TileConfig
+from .traits import AttentionTraits
 
 LN2 = tl.constexpr(0.6931471805599453)
 # Largest |log2(weight)| inside the exponent. Two such weights move the largest logit 60 away from the running
 # max, which leaves the sum of the unweighted probabilities 66 binary digits above float32's underflow.
-MAX_FOLD = tl.constexpr(30.0)
-UNCLIPPED, CLIPPED = tl.constexpr(1), tl.constexpr(2)  # kinds of contrast; 0 is none
+MAX_EXPONENT = tl.constexpr(30.0)
+LINEAR, CLIPPED = tl.constexpr(1), tl.constexpr(2)  # kinds of contrast; 0: none
 
-# Sizes whose every new value would otherwise compile again.
-UNSPECIALIZED = [
-    "steps_k",
-    "steps_v",
-    "stride_tables",
-    "stride_starts",
-    "n_items",
-    "n_heads",
-    "n_rows",
-    "n_keys",
-    "n_row_blocks",
-    "n_row_segments",
-    "n_key_segments",
-    "n_pieces",
-    "n_groups",
-]
+
+class Clip(NamedTuple):
+    """phi(p) = clip(beta * p - shift, low, high)"""
+
+    beta: float
+    shift: float  # (beta - 1) / Nk, Nk keys in the group
+    low: float
+    high: float
 
 
 @triton.jit
-def pivot(b_max):
-    """A finite number to subtract: rows without a logit so far have max -inf"""
+def finite_max(b_max):
+    """The running max as a number to subtract: 0 for rows without a logit so far, whose max is -inf."""
     return tl.where(b_max == float("-inf"), 0.0, b_max)
 
 
@@ -82,633 +89,318 @@ def softmax_tile(
     b_max,
     b_sum,
     b_acc,
-    keys,
-    values,
+    kv,
     j,
     end,
     scale,
-    offset,
-    VALUES: tl.constexpr,
+    bias,
+    WITH_PV: tl.constexpr,
     MASKED: tl.constexpr,
     T: tl.constexpr,
 ):
-    """One tile of the online softmax; exponents are products * scale + offset"""
-    m_n = j + tl.arange(0, T.BLOCK_N) < end
-    b_s = products(b_q, keys, j, m_n, MASKED, T)
+    """Online softmax over keys j .. j + BLOCK_N; logits are <q, k> * scale + bias.
+
+    b_max: (BLOCK_M,) running max; b_sum: (BLOCK_M,) row sum of this range so far; b_acc: (BLOCK_M, D) sum of
+    P V.
+    """
+    m_n = j + tl.arange(0, T.BLOCK_N) < end  # (BLOCK_N,)
+    b_s = row_products(b_q, load_keys(kv.k, j, m_n, MASKED, T), T)  # (BLOCK_M, BLOCK_N)
     if MASKED:
         b_s = tl.where(m_n[None, :], b_s, float("-inf"))
-    b_top = tl.maximum(b_max, tl.max(b_s, 1) * scale + offset)
-    b_p = tl.exp2(b_s * scale + (offset - pivot(b_top))[:, None])
+    b_new_max = tl.maximum(b_max, tl.max(b_s, 1) * scale + bias)
+    b_p = tl.exp2(b_s * scale + (bias - finite_max(b_new_max))[:, None])
     if MASKED:
         b_p = tl.where(m_n[None, :], b_p, 0.0)  # -inf * scale is NaN for a scale of 0
-    b_decay = tl.exp2(b_max - pivot(b_top))
-    b_acc = scaled(b_acc, b_decay[:, None], T)
-    if VALUES:
-        b_acc = accumulate(b_acc, b_p, values, j, m_n, MASKED, T)
-    return b_top, b_sum * b_decay + tl.sum(b_p, 1), b_acc
+    b_rescale = tl.exp2(b_max - finite_max(b_new_max))  # (BLOCK_M,)
+    b_acc = scaled(b_acc, b_rescale[:, None], T)
+    if WITH_PV:
+        b_acc = add_product(b_acc, b_p, load_keys(kv.v, j, m_n, MASKED, T), T)
+    return b_new_max, b_sum * b_rescale + tl.sum(b_p, 1), b_acc
 
 
 @triton.jit
-def softmax_sweep(
-    b_q, b_max, b_sum, b_acc, keys, values, n, scale, offset, VALUES: tl.constexpr, T: tl.constexpr
-):
-    """The first n keys of a segment: full tiles, then the tail"""
-    full = n // T.BLOCK_N * T.BLOCK_N
-    for j in tl.range(0, full, T.BLOCK_N, warp_specialize=T.SPECIALIZED):
-        b_max, b_sum, b_acc = softmax_tile(
-            b_q, b_max, b_sum, b_acc, keys, values, j, n, scale, offset, VALUES, False, T
-        )
-    if full < n:
-        b_max, b_sum, b_acc = softmax_tile(
-            b_q, b_max, b_sum, b_acc, keys, values, full, n, scale, offset, VALUES, True, T
-        )
-    return b_max, b_sum, b_acc
-
-
-@triton.jit
-def lanes_sweep(
-    b_q, b_max, b_sum, b_acc, keys, values, start, n, scale, p_labels, p_bias, p_weight, T: tl.constexpr
-):
-    """The n keys of several short segments from key `start` on. Their weights differ, so that they act on P."""
-    for j in tl.range(0, n, T.BLOCK_N):
-        o_n = j + tl.arange(0, T.BLOCK_N)
-        m_k, m_v, b_bias, b_weight = open_lanes(p_labels, p_bias, p_weight, start + o_n, o_n < n)
-        b_s = products(b_q, keys, j, m_k, True, T) * scale + b_bias[None, :]
-        b_s = tl.where(m_k[None, :], b_s, float("-inf"))
-        b_top = tl.maximum(b_max, tl.max(b_s, 1))
-        b_p = tl.where(m_k[None, :], tl.exp2(b_s - pivot(b_top)[:, None]), 0.0)
-        b_decay = tl.exp2(b_max - pivot(b_top))
-        b_acc = accumulate(
-            scaled(b_acc, b_decay[:, None], T), b_p * b_weight[None, :], values, j, m_v, True, T
-        )
-        b_sum = b_sum * b_decay + tl.sum(b_p, 1)
-        b_max = b_top
-    return b_max, b_sum, b_acc
-
-
-@triton.jit
-def contrast_tile(
-    b_q,
-    b_lse,
-    b_acc,
-    keys,
-    values,
-    j,
-    end,
-    scale,
-    offset,
-    weight,
-    shift,
-    beta,
-    low,
-    high,
-    MASKED: tl.constexpr,
-    T: tl.constexpr,
-):
-    """One tile of the second sweep: clip(beta * p - shift, low, high) with the final normaliser"""
-    m_n = j + tl.arange(0, T.BLOCK_N) < end
-    b_s = products(b_q, keys, j, m_n, MASKED, T)
-    b_p = tl.exp2(b_s * scale + (offset - pivot(b_lse))[:, None]) * beta - shift
-    b_p = tl.maximum(b_p, low, propagate_nan=tl.PropagateNan.ALL)
-    b_p = tl.minimum(b_p, high, propagate_nan=tl.PropagateNan.ALL) * weight
-    if MASKED:
-        b_p = tl.where(m_n[None, :], b_p, 0.0)
-    return accumulate(b_acc, b_p, values, j, m_n, MASKED, T)
-
-
-@triton.jit
-def contrast_sweep(
-    b_q, b_lse, b_acc, keys, values, n, scale, offset, weight, shift, beta, low, high, T: tl.constexpr
-):
+def softmax_sweep(b_q, b_max, b_sum, b_acc, kv, n, scale, bias, WITH_PV: tl.constexpr, T: tl.constexpr):
+    """softmax_tile over the first n keys of a range: full tiles, then the masked tail."""
     full = n // T.BLOCK_N * T.BLOCK_N
     for j in tl.range(0, full, T.BLOCK_N):
-        b_acc = contrast_tile(
-            b_q, b_lse, b_acc, keys, values, j, n, scale, offset, weight, shift, beta, low, high, False, T
-        )
+        b_max, b_sum, b_acc = softmax_tile(b_q, b_max, b_sum, b_acc, kv, j, n, scale, bias, WITH_PV, False, T)
     if full < n:
-        b_acc = contrast_tile(
-            b_q, b_lse, b_acc, keys, values, full, n, scale, offset, weight, shift, beta, low, high, True, T
+        b_max, b_sum, b_acc = softmax_tile(
+            b_q, b_max, b_sum, b_acc, kv, full, n, scale, bias, WITH_PV, True, T
         )
+    return b_max, b_sum, b_acc
+
+
+@triton.jit
+def mixed_sweep(b_q, b_max, b_sum, b_acc, kv, start, n, scale, tables, T: tl.constexpr):
+    """Online softmax over the n keys of a mixed range from key `start` on; their weights multiply P."""
+    for j in tl.range(0, n, T.BLOCK_N):
+        o_n = j + tl.arange(0, T.BLOCK_N)
+        m_k, m_v, b_bias, b_weight = load_mixed(tables, start + o_n, o_n < n)
+        b_k = load_keys(kv.k, j, m_k, True, T)  # (BLOCK_N, D)
+        b_s = row_products(b_q, b_k, T) * scale + b_bias[None, :]  # (BLOCK_M, BLOCK_N)
+        b_s = tl.where(m_k[None, :], b_s, float("-inf"))
+        b_new_max = tl.maximum(b_max, tl.max(b_s, 1))
+        b_p = tl.where(m_k[None, :], tl.exp2(b_s - finite_max(b_new_max)[:, None]), 0.0)
+        b_rescale = tl.exp2(b_max - finite_max(b_new_max))
+        b_acc = scaled(b_acc, b_rescale[:, None], T)
+        b_acc = add_product(b_acc, b_p * b_weight[None, :], load_keys(kv.v, j, m_v, True, T), T)
+        b_sum = b_sum * b_rescale + tl.sum(b_p, 1)
+        b_max = b_new_max
+    return b_max, b_sum, b_acc
+
+
+@triton.jit
+def clipped_tile(
+    b_q, b_lse, b_acc, kv, j, end, scale, bias, weight, clip, MASKED: tl.constexpr, T: tl.constexpr
+):
+    """b_acc + weight * phi(P) V over keys j .. j + BLOCK_N; b_lse: (BLOCK_M,) of the group in log2 units."""
+    m_n = j + tl.arange(0, T.BLOCK_N) < end
+    b_s = row_products(b_q, load_keys(kv.k, j, m_n, MASKED, T), T)  # (BLOCK_M, BLOCK_N)
+    b_p = tl.exp2(b_s * scale + (bias - finite_max(b_lse))[:, None]) * clip.beta - clip.shift
+    b_p = tl.maximum(b_p, clip.low, propagate_nan=tl.PropagateNan.ALL)
+    b_p = tl.minimum(b_p, clip.high, propagate_nan=tl.PropagateNan.ALL) * weight
+    if MASKED:
+        b_p = tl.where(m_n[None, :], b_p, 0.0)
+    return add_product(b_acc, b_p, load_keys(kv.v, j, m_n, MASKED, T), T)
+
+
+@triton.jit
+def clipped_sweep(b_q, b_lse, b_acc, kv, n, scale, bias, weight, clip, T: tl.constexpr):
+    """clipped_tile over the first n keys of a range."""
+    full = n // T.BLOCK_N * T.BLOCK_N
+    for j in tl.range(0, full, T.BLOCK_N):
+        b_acc = clipped_tile(b_q, b_lse, b_acc, kv, j, n, scale, bias, weight, clip, False, T)
+    if full < n:
+        b_acc = clipped_tile(b_q, b_lse, b_acc, kv, full, n, scale, bias, weight, clip, True, T)
     return b_acc
 
 
 @triton.jit
-def fold_weight(weight):
-    """(fold, shift) with weight = 2**(fold + shift): fold enters the exponent, the accumulator carries the
-    rest.
+def split_log2(weight):
+    """(exponent, excess) with weight = 2**(exponent + excess).
 
-    shift is 0 but for weights outside 2**-30 .. 2**30. A weight of 0 folds nothing: its values are not read.
+    The exponent joins the logits; the excess, 0 for weights in 2**-30 .. 2**30, scales the accumulator. A
+    weight of 0 gives (0, 0): its values are not read.
     """
     power = tl.maximum(tl.log2(tl.where(weight > 0, weight, 1.0)), -126.0)
-    shift = tl.where(power > MAX_FOLD, tl.ceil(power - MAX_FOLD), 0.0)
-    shift = tl.where(power < -MAX_FOLD, tl.floor(power + MAX_FOLD), shift)
-    return power - shift, shift
+    excess = tl.where(power > MAX_EXPONENT, tl.ceil(power - MAX_EXPONENT), 0.0)
+    excess = tl.where(power < -MAX_EXPONENT, tl.floor(power + MAX_EXPONENT), excess)
+    return power - excess, excess
 
 
-@triton.jit
-def attend(
-    index,
-    p_q,
-    p_ks,
-    p_vs,
-    d_k,
-    d_v,
-    p_out,
-    p_lse,
-    p_partial,
-    p_row_starts,
-    p_key_starts,
-    p_order,
-    p_segments,
-    p_labels,
-    p_valid,
-    p_source_q,
-    p_source_k,
-    p_source_v,
-    p_scales,
-    p_bias,
-    p_weight,
-    p_gain,
-    p_gates,
-    p_contrast,
-    p_value_sums,
-    stride_q,
-    stride_out,
-    stride_kb,
-    stride_kn,
-    stride_kh,
-    stride_vb,
-    stride_vn,
-    stride_vh,
-    steps_k,
-    steps_v,
-    stride_tables,
-    stride_starts,
-    scale,
+@triton.jit(do_not_specialize=Counts._fields)
+def attention_forward_kernel(
+    inputs,  # Inputs
+    outputs,  # Outputs
+    k_descriptor,  # tensor descriptors of the only key and value tensor with T.DESCRIPTORS, else None
+    v_descriptor,
+    descriptor_steps,  # of k and of v: MatrixDescriptor.steps
     n_items,
     n_heads,
     n_rows,
     n_keys,
-    n_row_blocks,
+    n_blocks,
     n_row_segments,
     n_key_segments,
-    n_pieces,
+    n_ranges,
     n_groups,
     T: tl.constexpr,
 ):
-    """What one program owns: row block `index` of all items and heads. The arguments are those of the kernel."""
-    block = index % n_row_blocks
-    b = index // n_row_blocks // n_heads
-    h = index // n_row_blocks % n_heads
+    """One program per item, head and row block."""
+    counts = Counts(
+        n_items, n_heads, n_rows, n_keys, n_blocks, n_row_segments, n_key_segments, n_ranges, n_groups
+    )
+    q, tables, layout = inputs.q, inputs.tables, inputs.layout
+    k_matrix = TokenMatrix(k_descriptor, descriptor_steps[0])
+    v_matrix = TokenMatrix(v_descriptor, descriptor_steps[1])
+
+    # This program's rows: first .. end of row segment r.
+    block = tl.program_id(0) % n_blocks
+    b = tl.program_id(0) // n_blocks // n_heads
+    h = tl.program_id(0) // n_blocks % n_heads
     h_kv = h // T.HEADS_PER_KV
-    if p_row_starts is not None:
-        p_row_starts += b * stride_starts[0]
-    if p_key_starts is not None:
-        p_key_starts += b * stride_starts[1]
+    p_row_starts = item_starts(layout.row_starts, b)
+    p_key_starts = item_starts(layout.key_starts, b)
     r, first, end = find_rows(block, p_row_starts, n_row_segments, n_rows, T.BLOCK_M)
-    m_m = first + tl.arange(0, T.BLOCK_M) < end
+    m_m = first + tl.arange(0, T.BLOCK_M) < end  # (BLOCK_M,)
 
-    q_item = tl.cast(b, tl.int64)
-    if p_source_q is not None:
-        q_item = tl.load(p_source_q + b)
-    b_q = load_rows(token_at(p_q, stride_q, q_item, first, h, T), stride_q[1], m_m, T.BLOCK_M, True, T)
-    scale = scale * LOG2E
-    if p_scales is not None:
-        scale = tl.load(p_scales + b * stride_tables[0] + h * stride_tables[1]) * LOG2E
-    if T.SIGNED:
-        b_q = flipped(b_q, scale, T)
+    p_q = token_at(q.p, q.stride, query_item(q, b), first, h, T)
+    b_q = load_rows(p_q, q.stride[1], m_m, T.BLOCK_M, True, T)  # (BLOCK_M, D)
+    scale = inputs.scale * LOG2E
+    if tables.scales is not None:
+        scale = load_scale(tables.scales, b, h) * LOG2E
+    if T.NEGATIVE_SCALE:
+        b_q = with_sign_of(b_q, scale, T)
         scale = tl.abs(scale)
-    if p_bias is not None:
-        p_bias += b * stride_tables[2] + h * stride_tables[3] + r * n_key_segments
-    if p_weight is not None:
-        p_weight += b * stride_tables[4] + h * stride_tables[5] + r * n_key_segments
-    if p_value_sums is not None:
-        p_value_sums += tl.cast(b * (n_heads // T.HEADS_PER_KV) + h_kv, tl.int64) * n_key_segments * T.D
+    p_bias = None  # (C,) of row segment r; also p_weight
+    if tables.bias is not None:
+        p_bias = tables.bias.p + pair_offset(tables.bias, b, h, r, counts)
+    p_weight = None
+    if tables.weight is not None:
+        p_weight = tables.weight.p + pair_offset(tables.weight, b, h, r, counts)
+    if T.LINEAR_CONTRAST:
+        o_head = tl.cast(b * (n_heads // T.HEADS_PER_KV) + h_kv, tl.int64)
+        p_value_sums = inputs.contrast.value_sums + o_head * n_key_segments * T.D  # (C, D)
 
-    b_out = zeros(T.BLOCK_M, T)
-    if T.MASS > 0:
-        o_c = tl.arange(0, T.MASS)
-        b_mass = tl.zeros([T.MASS], tl.float32)
+    b_out = zeros(T.BLOCK_M, T)  # (BLOCK_M, D)
+    if T.MASS_WIDTH > 0:
+        o_c = tl.arange(0, T.MASS_WIDTH)
+        b_mass = tl.zeros([T.MASS_WIDTH], tl.float32)
     for g in range(0, n_groups if T.GROUPED else 1):
-        place = 0
-        last = n_pieces
+        # The group's key ranges: first_range .. end_range of layout.order.
+        first_range = 0
+        end_range = n_ranges
         if T.GROUPED:
-            place = tl.load(p_order + n_pieces + g)
-            last = tl.load(p_order + n_pieces + g + 1)
+            first_range = tl.load(layout.order + n_ranges + g)
+            end_range = tl.load(layout.order + n_ranges + g + 1)
         if T.RAGGED:
-            last = tl.where(first < end, last, place)
+            end_range = tl.where(first < end, end_range, first_range)
         clipped = False
-        if T.CLIPPED:
-            clipped = tl.load(p_contrast + 4 * g) == CLIPPED
+        if T.CLIPPED_CONTRAST:
+            clipped = tl.load(inputs.contrast.rules + 4 * g) == CLIPPED
 
-        b_max = tl.full([T.BLOCK_M], float("-inf"), tl.float32)
-        b_norm = tl.zeros([T.BLOCK_M], tl.float32)  # sum of 2**(s - b_max), without weights
-        b_acc = zeros(T.BLOCK_M, T)
-        n_allowed = 0
-        if T.MASS > 0:
-            b_parts = tl.zeros([T.BLOCK_M, T.MASS], tl.float32)  # b_norm by segment
-        if T.UNCLIPPED:
-            b_level = zeros(1, T)  # sum over segments of weight times the sum of values
-        for place_i in range(place, last):
-            i = place_i
+        b_max = tl.full([T.BLOCK_M], float("-inf"), tl.float32)  # running max of the exponents
+        b_norm = tl.zeros([T.BLOCK_M], tl.float32)  # running sum of 2**(s - b_max), without weights
+        b_acc = zeros(T.BLOCK_M, T)  # running sum of weight * P V, (BLOCK_M, D)
+        n_allowed = 0  # keys of the group that the rows see
+        if T.MASS_WIDTH > 0:
+            b_segment_norm = tl.zeros([T.BLOCK_M, T.MASS_WIDTH], tl.float32)  # b_norm by key segment
+        if T.LINEAR_CONTRAST:
+            b_value_sum = zeros(1, T)  # sum of weight * v over the group's keys, (1, D)
+        for position in range(first_range, end_range):
+            i = position
             if T.GROUPED:
-                i = tl.load(p_order + place_i)
-            c = segment_of(i, p_segments)
-            start, n, offset = open_pair(i, c, b, p_key_starts, n_keys, n_key_segments, p_valid, p_bias, T)
-            keys = open_tensor(
-                p_ks, stride_kb, stride_kn, stride_kh, p_source_k, d_k, steps_k, b, h_kv, c, start, n_items, T
-            )
-            values = open_tensor(
-                p_vs, stride_vb, stride_vn, stride_vh, p_source_v, d_v, steps_v, b, h_kv, c, start, n_items, T
-            )
+                i = tl.load(layout.order + position)
+            c = range_segment(i, layout)
+            start, n, bias = range_keys(i, c, b, p_key_starts, p_bias, layout, counts, T)
+            kv = open_keys_values(inputs, k_matrix, v_matrix, b, h_kv, c, start, counts, T)
             n_allowed += n
             n_mixed = 0
-            if T.LANES:
+            if T.MIXED:
                 n_mixed = tl.where(c < 0, n, 0)
                 n -= n_mixed
-            fold = 0.0
-            b_before = b_max
+            exponent = 0.0  # log2(weight) inside the logits
+            b_old_max = b_max
             b_sum = tl.zeros([T.BLOCK_M], tl.float32)
-            if T.SILENT:
-                silent = clipped
+            if T.SKIP_PV:
+                skip_pv = clipped
                 if p_weight is not None:
                     weight = load_weight(p_weight, c, T)
-                    silent = silent | (weight == 0)
-                    fold, shift = fold_weight(weight)
-                    b_acc = scaled(b_acc, tl.exp2(-shift), T)
-                n_read = tl.where(silent, 0, n)
+                    skip_pv = skip_pv | (weight == 0)
+                    exponent, excess = split_log2(weight)
+                    b_acc = scaled(b_acc, tl.exp2(-excess), T)
+                n_read = tl.where(skip_pv, 0, n)
                 b_max, b_sum, b_acc = softmax_sweep(
-                    b_q, b_max, b_sum, b_acc, keys, values, n_read, scale, offset + fold, True, T
+                    b_q, b_max, b_sum, b_acc, kv, n_read, scale, bias + exponent, True, T
                 )
                 b_max, b_sum, b_acc = softmax_sweep(
-                    b_q, b_max, b_sum, b_acc, keys, values, n - n_read, scale, offset + fold, False, T
+                    b_q, b_max, b_sum, b_acc, kv, n - n_read, scale, bias + exponent, False, T
                 )
                 if p_weight is not None:
-                    b_acc = scaled(b_acc, tl.exp2(shift), T)
+                    b_acc = scaled(b_acc, tl.exp2(excess), T)
             else:
-                b_max, b_sum, b_acc = softmax_sweep(
-                    b_q, b_max, b_sum, b_acc, keys, values, n, scale, offset, True, T
+                b_max, b_sum, b_acc = softmax_sweep(b_q, b_max, b_sum, b_acc, kv, n, scale, bias, True, T)
+            if T.MIXED:
+                mixed_tables = MixedTables(layout.labels, p_bias, p_weight)
+                b_max, b_sum, b_acc = mixed_sweep(
+                    b_q, b_max, b_sum, b_acc, kv, start, n_mixed, scale, mixed_tables, T
                 )
-            if T.LANES:
-                b_max, b_sum, b_acc = lanes_sweep(
-                    b_q,
-                    b_max,
-                    b_sum,
-                    b_acc,
-                    keys,
-                    values,
-                    start,
-                    n_mixed,
-                    scale,
-                    p_labels,
-                    p_bias,
-                    p_weight,
-                    T,
-                )
-            b_decay = tl.exp2(b_before - pivot(b_max))
-            b_sum *= tl.exp2(-fold)
-            b_norm = b_norm * b_decay + b_sum
-            if T.MASS > 0:
-                b_parts = b_parts * b_decay[:, None] + tl.where(o_c[None, :] == c, b_sum[:, None], 0.0)
-            if T.UNCLIPPED:
-                level_weight = tl.where(n > 0, 1.0, 0.0)
+            b_rescale = tl.exp2(b_old_max - finite_max(b_max))
+            b_sum *= tl.exp2(-exponent)  # row sum without the weight
+            b_norm = b_norm * b_rescale + b_sum
+            if T.MASS_WIDTH > 0:
+                b_segment_norm = b_segment_norm * b_rescale[:, None] + tl.where(
+                    o_c[None, :] == c, b_sum[:, None], 0.0
+                )  # (BLOCK_M, MASS_WIDTH)
+            if T.LINEAR_CONTRAST:
+                factor = tl.where(n > 0, 1.0, 0.0)
                 if p_weight is not None:
-                    level_weight *= weight
-                b_level = added(b_level, load_level(p_value_sums + c * T.D, level_weight, T), T)
+                    factor *= weight
+                b_value_sum = added(b_value_sum, load_value_sum(p_value_sums + c * T.D, factor, T), T)
 
-        b_share = tl.where(b_norm == 0, 0.0, 1.0 / b_norm)
-        b_lse = b_max + tl.log2(b_norm)
-        if T.MASS > 0:
-            b_mass += tl.sum(b_parts * tl.where(m_m, b_share, 0.0)[:, None], 0)
-        if p_lse is not None:
-            rows = tl.cast(b * n_heads + h, tl.int64) * n_rows + first
-            o_lse = (rows + tl.arange(0, T.BLOCK_M)) * n_groups + g
-            tl.store(p_lse + o_lse, b_lse * LN2, mask=m_m)
+        b_inverse_norm = tl.where(b_norm == 0, 0.0, 1.0 / b_norm)
+        b_lse = b_max + tl.log2(b_norm)  # log2 units
+        if T.MASS_WIDTH > 0:
+            b_mass += tl.sum(b_segment_norm * tl.where(m_m, b_inverse_norm, 0.0)[:, None], 0)
+        if outputs.lse is not None:
+            o_row = tl.cast(b * n_heads + h, tl.int64) * n_rows + first
+            o_lse = (o_row + tl.arange(0, T.BLOCK_M)) * n_groups + g
+            tl.store(outputs.lse + o_lse, b_lse * LN2, mask=m_m)
 
-        if T.CLIPPED:
+        if T.CLIPPED_CONTRAST:
+            # phi(p) = clip(beta * p - (beta - 1) / Nk, low, high): a second sweep, with the final lse.
             if clipped:
-                beta = tl.load(p_contrast + 4 * g + 1)
-                low = tl.load(p_contrast + 4 * g + 2)
-                high = tl.load(p_contrast + 4 * g + 3)
-                mean = (beta - 1.0) / tl.maximum(n_allowed, 1).to(tl.float32)
-                for place_i in range(place, last):
-                    i = place_i
+                p_rule = inputs.contrast.rules + 4 * g
+                beta = tl.load(p_rule + 1)
+                low = tl.load(p_rule + 2)
+                high = tl.load(p_rule + 3)
+                clip = Clip(beta, (beta - 1.0) / tl.maximum(n_allowed, 1).to(tl.float32), low, high)
+                for position in range(first_range, end_range):
+                    i = position
                     if T.GROUPED:
-                        i = tl.load(p_order + place_i)
-                    c = segment_of(i, p_segments)
-                    start, n, offset = open_pair(
-                        i, c, b, p_key_starts, n_keys, n_key_segments, p_valid, p_bias, T
-                    )
-                    keys = open_tensor(
-                        p_ks,
-                        stride_kb,
-                        stride_kn,
-                        stride_kh,
-                        p_source_k,
-                        d_k,
-                        steps_k,
-                        b,
-                        h_kv,
-                        c,
-                        start,
-                        n_items,
-                        T,
-                    )
-                    values = open_tensor(
-                        p_vs,
-                        stride_vb,
-                        stride_vn,
-                        stride_vh,
-                        p_source_v,
-                        d_v,
-                        steps_v,
-                        b,
-                        h_kv,
-                        c,
-                        start,
-                        n_items,
-                        T,
-                    )
+                        i = tl.load(layout.order + position)
+                    c = range_segment(i, layout)
+                    start, n, bias = range_keys(i, c, b, p_key_starts, p_bias, layout, counts, T)
+                    kv = open_keys_values(inputs, k_matrix, v_matrix, b, h_kv, c, start, counts, T)
                     weight = 1.0
                     if p_weight is not None:
                         weight = tl.load(p_weight + c)
                         n = tl.where(weight == 0, 0, n)
-                    b_acc = contrast_sweep(
-                        b_q, b_lse, b_acc, keys, values, n, scale, offset, weight, mean, beta, low, high, T
-                    )
-                b_share = tl.full([T.BLOCK_M], 1.0, tl.float32)
-        b_acc = scaled(b_acc, b_share[:, None], T)
-        if T.UNCLIPPED:
-            if tl.load(p_contrast + 4 * g) == UNCLIPPED:
-                beta = tl.load(p_contrast + 4 * g + 1)
+                    b_acc = clipped_sweep(b_q, b_lse, b_acc, kv, n, scale, bias, weight, clip, T)
+                b_inverse_norm = tl.full([T.BLOCK_M], 1.0, tl.float32)
+        b_acc = scaled(b_acc, b_inverse_norm[:, None], T)
+        if T.LINEAR_CONTRAST:
+            # phi(p) = beta * p + (1 - beta) / Nk
+            p_rule = inputs.contrast.rules + 4 * g
+            if tl.load(p_rule) == LINEAR:
+                beta = tl.load(p_rule + 1)
                 mean = (1.0 - beta) / tl.maximum(n_allowed, 1).to(tl.float32)
-                b_acc = added(scaled(b_acc, beta, T), scaled(b_level, mean, T), T)
-        if p_gates is not None:
-            o_gate = (first + tl.arange(0, T.BLOCK_M)) * stride_tables[9] + g
-            b_gate = tl.load(p_gates + b * stride_tables[8] + o_gate, mask=m_m, other=0.0)
+                b_acc = added(scaled(b_acc, beta, T), scaled(b_value_sum, mean, T), T)
+        if tables.gates is not None:
+            o_gate = (first + tl.arange(0, T.BLOCK_M)) * tables.gates.stride[1] + g
+            b_gate = tl.load(tables.gates.p + b * tables.gates.stride[0] + o_gate, mask=m_m, other=0.0)
             b_acc = scaled(b_acc, b_gate[:, None], T)
         b_out = added(b_out, b_acc, T)
 
-    if p_gain is not None:
-        b_out = scaled(b_out, tl.load(p_gain + b * stride_tables[6] + h * stride_tables[7] + r), T)
-    store_rows(token_at(p_out, stride_out, b, first, h, T), stride_out[1], b_out, m_m, T.BLOCK_M, T)
-    if T.MASS > 0:
-        p_partial += tl.cast(index, tl.int64) * n_key_segments
-        tl.store(p_partial + o_c, b_mass, mask=o_c < n_key_segments)
-
-
-@triton.jit(do_not_specialize=UNSPECIALIZED)
-def attention_forward_kernel(
-    p_q,  # (batch, M, H, D)
-    p_ks,  # tuple of T.TENSORS: (batch, N, Hkv, D), or (batch, keys of segment c, Hkv, D)
-    p_vs,
-    d_k,  # descriptor of the only tensor as a matrix of tokens, or None
-    d_v,
-    p_out,  # (B, M, H, D)
-    p_lse,  # (B, H, M, G) float32, or None
-    p_partial,  # (B, H, row blocks, C) float32: mass of each row block
-    p_row_starts,  # (1|B, R + 1) int32, or None: one segment
-    # (1|B, P + 1) int32 starts of the key pieces, or None: one. A piece is a segment but for T.LANES
-    p_key_starts,
-    # (P + G + 1,) int32: the pieces sorted by group, then each group's first place; or None: one group
-    p_order,
-    # (P,) int32 segment of each piece, -1: several short ones; or None: the pieces are the segments
-    p_segments,
-    p_labels,  # (N,) int32 segment of each key, where p_segments holds a -1
-    p_valid,  # (B, C) int32, or None
-    p_source_q,  # (B,) int64, or None
-    p_source_k,  # (T.TENSORS, B) int64, or None
-    p_source_v,
-    p_scales,  # (1|B, 1|H) float32, or None
-    p_bias,  # (1|B, 1|H, R, C) float32, or None; also p_weight
-    p_weight,
-    p_gain,  # (1|B, 1|H, R) float32, or None
-    p_gates,  # (1|B, 1|M, G) float32, or None
-    p_contrast,  # (G, 4) float32: kind, beta, low, high; or None
-    p_value_sums,  # (B, Hkv, C, D) float32: sum of a segment's valid values; or None
-    stride_q,  # (item, row, head)
-    stride_out,
-    stride_kb,  # one per tensor; 0 where a batch of 1 broadcasts
-    stride_kn,
-    stride_kh,
-    stride_vb,
-    stride_vn,
-    stride_vh,
-    steps_k,  # (rows an item, rows a head, columns a head) of d_k
-    steps_v,
-    stride_tables,  # (item, head) of scales, bias, weight and gain, then (item, row) of gates; 0 broadcasts
-    stride_starts,  # of an item in p_row_starts and p_key_starts
-    scale,
-    n_items,
-    n_heads,
-    n_rows,
-    n_keys,
-    n_row_blocks,
-    n_row_segments,
-    n_key_segments,
-    n_pieces,
-    n_groups,
-    T: tl.constexpr,
-):
-    if T.PERSISTENT:
-        for index in tl.range(tl.program_id(0), n_items * n_heads * n_row_blocks, tl.num_programs(0)):
-            attend(
-                index,
-                p_q,
-                p_ks,
-                p_vs,
-                d_k,
-                d_v,
-                p_out,
-                p_lse,
-                p_partial,
-                p_row_starts,
-                p_key_starts,
-                p_order,
-                p_segments,
-                p_labels,
-                p_valid,
-                p_source_q,
-                p_source_k,
-                p_source_v,
-                p_scales,
-                p_bias,
-                p_weight,
-                p_gain,
-                p_gates,
-                p_contrast,
-                p_value_sums,
-                stride_q,
-                stride_out,
-                stride_kb,
-                stride_kn,
-                stride_kh,
-                stride_vb,
-                stride_vn,
-                stride_vh,
-                steps_k,
-                steps_v,
-                stride_tables,
-                stride_starts,
-                scale,
-                n_items,
-                n_heads,
-                n_rows,
-                n_keys,
-                n_row_blocks,
-                n_row_segments,
-                n_key_segments,
-                n_pieces,
-                n_groups,
-                T,
-            )
-    else:
-        attend(
-            tl.program_id(0),
-            p_q,
-            p_ks,
-            p_vs,
-            d_k,
-            d_v,
-            p_out,
-            p_lse,
-            p_partial,
-            p_row_starts,
-            p_key_starts,
-            p_order,
-            p_segments,
-            p_labels,
-            p_valid,
-            p_source_q,
-            p_source_k,
-            p_source_v,
-            p_scales,
-            p_bias,
-            p_weight,
-            p_gain,
-            p_gates,
-            p_contrast,
-            p_value_sums,
-            stride_q,
-            stride_out,
-            stride_kb,
-            stride_kn,
-            stride_kh,
-            stride_vb,
-            stride_vn,
-            stride_vh,
-            steps_k,
-            steps_v,
-            stride_tables,
-            stride_starts,
-            scale,
-            n_items,
-            n_heads,
-            n_rows,
-            n_keys,
-            n_row_blocks,
-            n_row_segments,
-            n_key_segments,
-            n_pieces,
-            n_groups,
-            T,
-        )
+    if tables.gain is not None:
+        b_out = scaled(b_out, load_gain(tables.gain, b, h, r), T)
+    out = outputs.out
+    store_rows(token_at(out.p, out.stride, b, first, h, T), out.stride[1], b_out, m_m, T.BLOCK_M, T)
+    if T.MASS_WIDTH > 0:
+        p_mass = outputs.partial_mass + tl.cast(tl.program_id(0), tl.int64) * n_key_segments
+        tl.store(p_mass + o_c, b_mass, mask=o_c < n_key_segments)
 
 
 def attention_forward(
-    q: Tensor,
-    ks: Sequence[Tensor],
-    vs: Sequence[Tensor],
-    out: Tensor,
-    traits: Traits,
-    *,
-    warps: int,
-    stages: int,
-    programs: int | None,
-    row_blocks: int,
-    row_segments: int = 1,
-    key_segments: int = 1,
-    pieces: int = 1,
-    groups: int = 1,
-    scale: float = 1.0,
-    scales: Tensor | None = None,
-    bias: Tensor | None = None,
-    weight: Tensor | None = None,
-    gain: Tensor | None = None,
-    gates: Tensor | None = None,
-    row_starts: Tensor | None = None,
-    key_starts: Tensor | None = None,
-    order: Tensor | None = None,
-    segments: Tensor | None = None,
-    labels: Tensor | None = None,
-    valid: Tensor | None = None,
-    source_q: Tensor | None = None,
-    source_k: Tensor | None = None,
-    source_v: Tensor | None = None,
-    contrast: Tensor | None = None,
-    value_sums: Tensor | None = None,
-    descriptors: tuple[Descriptor, Descriptor] | None = None,
-    lse: Tensor | None = None,
-    partial: Tensor | None = None,
+    inputs: Inputs,
+    outputs: Outputs,
+    counts: Counts,
+    traits: AttentionTraits,
+    tile: TileConfig,
+    descriptors: tuple[MatrixDescriptor, MatrixDescriptor] | None = None,
 ) -> None:
-    """Launch the kernel; it writes out, and lse and partial where they are given.
+    """Launch the kernel; it writes the outputs.
 
-    Shapes and dtypes are those beside the kernel's pointers. Tables, starts, sources, lse and partial are
-    contiguous; q, k, v and out have a contiguous last dimension, and k and v a batch of B, of 1, or what
-    their source indexes.
-    row_blocks: of an item and head, at least the sum over row segments of ceil(length / BLOCK_M). programs:
-        as many walk
-    all row blocks, with T.PERSISTENT; None: one for each.
+    Args:
+        inputs: q, k, v and the control; k and v have a batch of B, of 1, or what their source indexes.
+        outputs: where the results go.
+        counts: sizes; n_blocks are blocks of BLOCK_M rows.
+        traits: compile-time constants.
+        tile: launch options.
+        descriptors: matrices of the only key and value tensor, with traits.DESCRIPTORS.
     """
-    batch, rows, heads, _ = out.shape
-    d_k, d_v = (None, None) if descriptors is None else (d.make(traits) for d in descriptors)
-    steps_k, steps_v = ((0, 0, 0),) * 2 if descriptors is None else (d.steps for d in descriptors)
-    total = row_blocks * batch * heads
-    attention_forward_kernel[(min(programs or total, total),)](
-        q,
-        tuple(ks),
-        tuple(vs),
-        d_k,
-        d_v,
-        out,
-        lse,
-        partial,
-        row_starts,
-        key_starts,
-        order,
-        segments,
-        labels,
-        valid,
-        source_q,
-        source_k,
-        source_v,
-        scales,
-        bias,
-        weight,
-        gain,
-        gates,
-        contrast,
-        value_sums,
-        stride_q=token_strides(q),
-        stride_out=token_strides(out),
-        **list_strides("k", ks, source_k),
-        **list_strides("v", vs, source_v),
-        steps_k=steps_k,
-        steps_v=steps_v,
-        stride_tables=tuple(s for t in (scales, bias, weight, gain, gates) for s in item_strides(t)),
-        stride_starts=(item_strides(row_starts)[0], item_strides(key_starts)[0]),
-        scale=scale,
-        n_items=batch,
-        n_heads=heads,
-        n_rows=rows,
-        n_keys=ks[0].shape[1],
-        n_row_blocks=row_blocks,
-        n_row_segments=row_segments,
-        n_key_segments=key_segments,
-        n_pieces=pieces,
-        n_groups=groups,
+    k_descriptor, v_descriptor = (
+        (None, None) if descriptors is None else (d.make(traits) for d in descriptors)
+    )
+    steps = ((0, 0, 0),) * 2 if descriptors is None else tuple(d.steps for d in descriptors)
+    attention_forward_kernel[(counts.n_blocks * counts.n_items * counts.n_heads,)](
+        inputs,
+        outputs,
+        k_descriptor,
+        v_descriptor,
+        steps,
+        *counts,
         T=traits.constants(),
-        num_warps=warps,
-        num_stages=stages,
-        enable_fp_fusion=True,
+        **tile.options(),
     )

@@ -24,18 +24,10 @@ def value_sums(p: Problem, block_n: int, key_starts: Tensor | None) -> Tensor:
         (B, Hkv, C, D) float32.
     """
     from ....kernels.attention import statistics as kernels
-    from ....kernels.attention.blocks import alignment
+    from ....kernels.attention.arguments import key_tensors
 
-    return kernels.value_sums(
-        p.v,
-        p.batch,
-        len(p.key_lengths),
-        block_n=block_n,
-        align=alignment(p.v),
-        key_starts=key_starts,
-        valid=p.valid,
-        source_v=p.source_v,
-    )
+    values = key_tensors(p.v, p.source_v)
+    return kernels.value_sums(values, p.batch, len(p.key_lengths), block_n, key_starts, p.valid)
 
 
 def mass_and_gain(
@@ -56,7 +48,6 @@ def mass_and_gain(
         returned to the caller.
     """
     from ....kernels.attention import statistics as kernels
-    from ....kernels.attention.blocks import alignment
 
     device, R, C = p.q.device, len(p.row_lengths), len(p.key_lengths)
     mass = kernels.sum_mass(partial, row_starts, R, block_m, parts)
@@ -80,8 +71,7 @@ def mass_and_gain(
             row_starts,
             GAIN_BLOCK_M,
             blocks(p.row_lengths, p.row_items, GAIN_BLOCK_M),
-            align=alignment([out]),
-            emulate=interpreted() and out.dtype == torch.bfloat16,
+            emulate_bf16=interpreted() and out.dtype == torch.bfloat16,
         )
     elif p.need_stats:
         gain = torch.ones(p.batch, p.heads, R, dtype=torch.float32, device=device)

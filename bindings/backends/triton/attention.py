@@ -1,7 +1,6 @@
-"""Fused attention in Triton: one kernel over segments, light ones for the derived head gain, and their
-gradient.
+"""Fused attention in Triton: one kernel, and three small ones after it for the mass and the head gain.
 
-Verified in Triton's interpreter and compiled for GPUs that are not there; not yet run on hardware.
+Verified in Triton's interpreter and compiled for sm_80, sm_90 and sm_120; not yet run on hardware.
 """
 
 from __future__ import annotations
@@ -9,84 +8,72 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from ...core.problem import Problem
 from ..gpu import statistics
 from ..gpu.constants import blocks, constant, starts
-from ..gpu.device import arch, multiprocessors, on_device
+from ..gpu.device import arch, on_device
 from ..interface import Result
-from . import launch
 
 if TYPE_CHECKING:
-    from ....kernels.attention.tiles import Tile
+    from ....kernels.attention.arguments import Contrast, MatrixDescriptor
 
 
 def forward(problem: Problem) -> Result:
+    """The attention of a problem; deterministic.
+
+    Extra memory: with a mass, (B, H, row blocks, C) float32; with a contrast without clip, (B, Hkv, C, D)
+    float32.
+    """
     with on_device(problem.q):
         return _forward(problem)
 
 
 def _forward(p: Problem) -> Result:
+    from ....kernels.attention import tiles
+    from ....kernels.attention.arguments import Outputs, row_tensor
     from ....kernels.attention.forward import attention_forward
+    from . import launch
 
     device, B, H, G = p.q.device, p.batch, p.heads, p.n_groups
     R, C = len(p.row_lengths), len(p.key_lengths)
-    out = torch.empty(B, p.rows, H, p.dim, dtype=p.q.dtype, device=device) if p.out is None else p.out
-    kinds = [0 if c is None else 1 + (c.clip is not None) for c in p.contrast]
-    pieces = launch.Pieces.of(p, per_segment=p.need_mass or any(kinds))
-    tile = _tile(p, pieces)
+    linear = any(c is not None and c.clip is None for c in p.contrast)
+    clipped = any(c is not None and c.clip is not None for c in p.contrast)
+    ranges = launch.KeyRanges.of(p, per_segment=p.need_mass or linear or clipped)
+    mass_width = launch.power_of_two(C) if p.need_mass else 0
+    tile = tiles.forward_tile(
+        arch(device), p.dim, p.q.element_size(), G > 1, mass_width, mixed=bool(ranges.labels)
+    )
     row_blocks = blocks(p.row_lengths, p.row_items, tile.block_m)
     row_starts = starts(p.row_lengths, p.row_items, device) if R > 1 or p.need_mass else None
-    described = _describe(p, tile)
+    layout = launch.pack_layout(p, ranges, row_starts, "rows")
+
+    out = torch.empty(B, p.rows, H, p.dim, dtype=p.q.dtype, device=device) if p.out is None else p.out
+    lse = torch.empty(B, H, p.rows, G, dtype=torch.float32, device=device) if p.need_stats else None
+    partial = torch.empty(B, H, row_blocks, C, dtype=torch.float32, device=device) if p.need_mass else None
+    descriptors = _descriptors(p) if tile.descriptors else None
     traits = launch.make_traits(
         p,
         tile,
-        pieces,
+        ranges,
         [p.q, *p.k, *p.v, out],
-        DESCRIBED=described is not None,
-        SILENT=p.weight is not None or 2 in kinds,
-        UNCLIPPED=1 in kinds,
-        CLIPPED=2 in kinds,
-        SIGNED=p.scales is not None or p.scale < 0,
-        MASS=launch.power_of_two(C) if p.need_mass else 0,
-        PERSISTENT=tile.persistent,
-        SPECIALIZED=tile.specialized,
+        DESCRIPTORS=descriptors is not None,
+        SKIP_PV=p.weight is not None or clipped,
+        LINEAR_CONTRAST=linear,
+        CLIPPED_CONTRAST=clipped,
+        NEGATIVE_SCALE=p.scales is not None or p.scale < 0,
+        MASS_WIDTH=mass_width,
     )
-    lse = torch.empty(B, H, p.rows, G, dtype=torch.float32, device=device) if p.need_stats else None
-    partial = torch.empty(B, H, row_blocks, C, dtype=torch.float32, device=device) if p.need_mass else None
-    keys = launch.piece_arguments(p, pieces)
-    sums = statistics.value_sums(p, tile.block_n, keys["key_starts"]) if 1 in kinds else None
+    contrast = _contrast(p, tile.block_n, linear) if linear or clipped else None
+    # A derived gain needs the mass of all rows first: mass_and_gain applies it, and the given one with it.
+    gain = None if p.head_gain is not None else p.gain
     attention_forward(
-        p.q,
-        p.k,
-        p.v,
-        out,
+        launch.pack_inputs(p, layout, gain, contrast),
+        Outputs(row_tensor(out), lse, partial),
+        launch.count(p, ranges, row_blocks),
         traits,
-        warps=tile.warps,
-        stages=tile.stages,
-        row_blocks=row_blocks,
-        row_segments=R,
-        key_segments=C,
-        programs=multiprocessors(device) if tile.persistent else None,
-        scale=p.scale,
-        scales=launch.table(p.scales),
-        bias=launch.table(p.bias),
-        weight=launch.table(p.weight),
-        gain=None if p.head_gain is not None else launch.table(p.gain),
-        gates=launch.table(p.gates),
-        row_starts=row_starts,
-        valid=p.valid,
-        source_q=p.source_q,
-        source_k=p.source_k,
-        source_v=p.source_v,
-        contrast=_contrast(p, kinds, device) if any(kinds) else None,
-        value_sums=sums,
-        order=launch.piece_order(p, pieces),
-        descriptors=described,
-        lse=lse,
-        partial=partial,
-        **keys,
+        tile,
+        descriptors,
     )
     mass = gain = None
     if partial is not None:
@@ -95,29 +82,33 @@ def _forward(p: Problem) -> Result:
     return Result(out, lse, mass, gain)
 
 
-def _tile(p: Problem, pieces: launch.Pieces) -> Tile:
-    from ....kernels.attention import tiles
-
-    mass = launch.power_of_two(len(p.key_lengths)) if p.need_mass else 0
-    return tiles.forward_tile(
-        arch(p.q.device), p.dim, p.q.element_size(), p.n_groups > 1, mass, bool(pieces.labels)
-    )
-
-
-def _describe(p: Problem, tile: Tile):
-    """Descriptors of the keys and the values, where the tile asks for them and the layout allows them."""
-    from ....kernels.attention.blocks import describe
+def _descriptors(p: Problem) -> tuple[MatrixDescriptor, MatrixDescriptor] | None:
+    """The keys and the values as matrices for tensor descriptors, if their layout allows it."""
+    from ....kernels.attention.arguments import describe_matrix
 
     key, value = p.k[0], p.v[0]
-    if not tile.descriptors or len(p.k) > 1 or p.dim & (p.dim - 1) or p.dim < 16:
+    if len(p.k) > 1 or p.dim & (p.dim - 1) or p.dim < 16:
         return None
-    k = describe(key, p.source_k is None and key.shape[0] == 1)
-    v = describe(value, p.source_v is None and value.shape[0] == 1)
+    k = describe_matrix(key, p.source_k is None and key.shape[0] == 1)
+    v = describe_matrix(value, p.source_v is None and value.shape[0] == 1)
     return None if k is None or v is None else (k, v)
 
 
-def _contrast(p: Problem, kinds: list[int], device: torch.device) -> Tensor:
-    flat: list[float] = []
-    for c, kind in zip(p.contrast, kinds, strict=True):
-        flat += [float(kind), *((1.0, 0.0, 0.0) if c is None else (c.beta, *(c.clip or (0.0, 0.0))))]
-    return constant(tuple(flat), torch.float32, device)
+def _contrast(p: Problem, block_n: int, linear: bool) -> Contrast:
+    """The rules of each group, and the sums of values that a contrast without clip adds."""
+    from ....kernels.attention.arguments import Contrast
+    from ....kernels.attention.forward import CLIPPED, LINEAR
+
+    rules: list[float] = []
+    for c in p.contrast:
+        if c is None:
+            rules += (0.0, 1.0, 0.0, 0.0)
+        elif c.clip is None:
+            rules += (float(LINEAR.value), c.beta, 0.0, 0.0)
+        else:
+            rules += (float(CLIPPED.value), c.beta, *c.clip)
+    key_starts = starts(p.key_lengths, p.key_items, p.q.device) if len(p.key_lengths) > 1 else None
+    return Contrast(
+        constant(tuple(rules), torch.float32, p.q.device),
+        statistics.value_sums(p, block_n, key_starts) if linear else None,
+    )

@@ -8,12 +8,18 @@ from torch import Tensor
 from ...core.problem import Problem
 from ..gpu.constants import blocks, constant, starts
 from ..gpu.device import arch, on_device
-from . import launch
 
 
 def column_mass(problem: Problem, lse: Tensor, counted: tuple[int, ...]) -> Tensor:
-    """lse (B, H, M, G), counted: indices of the row segments -> (B, H, N) float32; deterministic, no map in
-    memory.
+    """Column mass of the attention map; deterministic, without the map in memory.
+
+    Args:
+        problem: q, k and the control.
+        lse: (B, H, M, G).
+        counted: indices of the row segments whose rows are summed.
+
+    Returns:
+        (B, H, N) float32.
     """
     with on_device(problem.q):
         return _column_mass(problem, lse, counted)
@@ -22,32 +28,23 @@ def column_mass(problem: Problem, lse: Tensor, counted: tuple[int, ...]) -> Tens
 def _column_mass(p: Problem, lse: Tensor, counted: tuple[int, ...]) -> Tensor:
     from ....kernels.attention.column_mass import column_mass
     from ....kernels.attention.tiles import column_tile
+    from . import launch
 
     device = p.q.device
-    pieces = launch.Pieces.of(p, per_segment=False)
+    ranges = launch.KeyRanges.of(p, per_segment=False)
     tile = column_tile(arch(device), p.dim, p.q.element_size())
-    traits = launch.make_traits(p, tile, pieces, [p.q, *p.k], RAGGED=p.key_items is not None)
+    traits = launch.make_traits(p, tile, ranges, [p.q, *p.k], RAGGED=p.key_items is not None)
+    row_starts = starts(p.row_lengths, p.row_items, device)
+    layout = launch.pack_layout(p, ranges, row_starts, "keys")
     mass = torch.empty(p.batch, p.heads, p.keys, dtype=torch.float32, device=device)
     flags = tuple(int(r in counted) for r in range(len(p.row_lengths)))
     column_mass(
-        p.q,
-        p.k,
-        lse.to(torch.float32).contiguous(),
+        launch.pack_inputs(p, layout, None, values=False),
         mass,
+        lse.to(torch.float32).contiguous(),
         constant(flags, torch.int32, device),
+        launch.count(p, ranges, blocks(ranges.lengths, p.key_items, tile.block_n)),
         traits,
-        warps=tile.warps,
-        stages=tile.stages,
-        key_blocks=blocks(pieces.lengths, p.key_items, tile.block_n),
-        row_starts=starts(p.row_lengths, p.row_items, device),
-        key_segments=len(p.key_lengths),
-        scale=p.scale,
-        scales=launch.table(p.scales),
-        bias=launch.table(p.bias),
-        valid=p.valid,
-        source_q=p.source_q,
-        source_k=p.source_k,
-        piece_groups=launch.piece_groups(p, pieces),
-        **launch.piece_arguments(p, pieces),
+        tile,
     )
     return mass

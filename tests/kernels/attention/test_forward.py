@@ -1,4 +1,4 @@
-"""The Triton forward kernel against float64 of the reference: in Triton's interpreter where there is no GPU."""
+"""The Triton forward kernel against the reference in float64; in Triton's interpreter where no GPU is."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from hypothesis import given, settings
 
 import flashbrush as fb
 from flashbrush.bindings.backends import triton as triton_package
-from flashbrush.bindings.backends.triton import launch as triton_launch
-from flashbrush.kernels.attention import blocks as attention_blocks, tiles as attention_tiles
+from flashbrush.kernels.attention import tiles as attention_tiles
+from flashbrush.kernels.attention.arguments import MatrixDescriptor
 from support.calls import Call, examples, random_calls
 from support.error_bars import check_result
 
@@ -65,10 +65,8 @@ def test_tensor_descriptors(dim: int, layout: str, monkeypatch: pytest.MonkeyPat
         attention_tiles, "forward_tile", lambda *args, **more: plain(*args, **more)._replace(descriptors=True)
     )
     made = []
-    make = attention_blocks.Descriptor.make
-    monkeypatch.setattr(
-        attention_blocks.Descriptor, "make", lambda *args: (made.append(args), make(*args))[1]
-    )
+    make = MatrixDescriptor.make
+    monkeypatch.setattr(MatrixDescriptor, "make", lambda *args: (made.append(args), make(*args))[1])
     segments = fb.Segments(a=70, b=3, c=60)
     control = fb.Control(segments, weight={("a", "b"): 1.3}, valid={"c": torch.tensor([60, 7])})
     tensors = [torch.randn(2, 133, heads, dim, dtype=torch.float16) for heads in (4, 2, 2)]
@@ -76,26 +74,3 @@ def test_tensor_descriptors(dim: int, layout: str, monkeypatch: pytest.MonkeyPat
         tensors = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in tensors]
     run(Call(*tensors, control, {}))
     assert len(made) == 4  # k and v of two calls
-
-
-@pytest.mark.parametrize("items", ("alike", "different"))
-def test_persistent_and_specialized(items: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = attention_tiles.forward_tile
-    monkeypatch.setattr(
-        attention_tiles,
-        "forward_tile",
-        lambda *args, **more: plain(*args, **more)._replace(persistent=True, specialized=True, warps=4),
-    )
-    seen = []
-    make = triton_launch.make_traits
-    monkeypatch.setattr(
-        triton_launch, "make_traits", lambda *args, **more: (seen.append(make(*args, **more)), seen[-1])[1]
-    )
-    lengths = {"a": 70, "b": 3, "c": 60}
-    if items == "different":
-        lengths |= {"a": torch.tensor([70, 1]), "c": torch.tensor([60, 129])}
-    segments = fb.Segments(lengths)
-    control = fb.Control(segments, weight={("a", "b"): 1.3}, head_gain=fb.HeadGain(rows="a", keys="c"))
-    q, k, v = (torch.randn(2, 133, heads, 32, dtype=torch.float16) for heads in (4, 2, 2))
-    run(Call(q, k, v, control, {}))
-    assert all(traits.PERSISTENT and traits.SPECIALIZED for traits in seen)
