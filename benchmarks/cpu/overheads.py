@@ -3,7 +3,8 @@
     python -m flashbrush.benchmarks.cpu.overheads --output benchmarks/results/overheads.json
 
 A shortcut stays in the library only while this shows that it saves time. One thread, 16 tokens, 8 heads of
-64: the kernel takes a few microseconds, so the time is Python's.
+64: the kernel takes a few microseconds, so the time is Python's. For the caches of Triton's launches, the time
+ends where Triton gets the arguments; no GPU is needed.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
+import importlib.util
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +25,9 @@ import torch
 from ... import bindings
 from ...bindings import Control, HeadGain, Segments
 from ...bindings.backends.cpu import attention as cpu_attention, structures
+from ...bindings.backends.gpu import constants, statistics
 from ...bindings.core import coalesce
+from ...bindings.core.lowering import lower
 from ...bindings.core.problem import Problem
 from ...integrations.evaluation import machine
 from ..timing.host_clock import time_on_host
@@ -45,8 +50,35 @@ def calls() -> dict[str, Callable[[], object]]:
     }
 
 
+def triton_calls() -> dict[str, Callable[[], object]]:
+    """As calls(), from the problem to the launch; also with 77 keys of a segment each, which share tiles."""
+    from ...bindings.backends.triton import attention
+
+    q, k, v = torch.randn(3, 1, 16, 8, 64)
+    segments = Segments(prompt=4, subject=6, target=6)
+    weight = {("target", "prompt"): 1.3, ("target", "subject"): 1.3}
+    words = Segments({f"w{i}": 1 for i in range(77)})
+    long_k, long_v = torch.randn(2, 1, 77, 8, 64)
+    problems = {
+        "plain": lower(q, k, v, None),
+        "controlled": lower(q, k, v, Control(segments, weight=weight)),
+        "brush": lower(q, k, v, Control(segments, weight=weight, head_gain=HeadGain())),
+        "words": lower(q, long_k, long_v, Control(segments, words, weight={("target", "w3"): 1.3})),
+    }
+    return {name: functools.partial(attention.forward, problem) for name, problem in problems.items()}
+
+
 def _replaced(target: object, name: str, value: object) -> contextlib.AbstractContextManager:
     return mock.patch.object(target, name, value)
+
+
+@contextlib.contextmanager
+def _uncached(name: str, *modules: object) -> Iterator[None]:
+    """A cached function of some modules without its cache."""
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(mock.patch.object(module, name, getattr(module, name).__wrapped__))
+        yield
 
 
 @contextlib.contextmanager
@@ -70,12 +102,41 @@ SHORTCUTS: dict[str, Callable[[], contextlib.AbstractContextManager]] = {
 }
 
 
+def triton_shortcuts() -> dict[str, Callable[[], contextlib.AbstractContextManager]]:
+    """SHORTCUTS of the Triton launches. Without a GPU a constant is made but not copied to a device."""
+    from ...bindings.backends.triton import attention, launch
+    from ...kernels.attention import traits
+
+    users = (constants, statistics, attention, launch)
+    return {
+        "Triton: cached constant tensors": lambda: _uncached("constant", *users),
+        "Triton: cached segment starts": lambda: _uncached("_starts", constants),
+        "Triton: cached joined ranges": lambda: _uncached("joined_ranges", launch),
+        "Triton: cached traits": lambda: _uncached("_constants", traits),
+    }
+
+
 def measure(rounds: int = ROUNDS) -> dict[str, dict[str, dict]]:
     """{shortcut: {call: microseconds with it and without it, and their ratio}}"""
+    found = _compare(SHORTCUTS, calls(), rounds)
+    if importlib.util.find_spec("triton") is not None:
+        from triton.runtime.jit import JITFunction
+
+        with mock.patch.object(JITFunction, "run", lambda *args, **options: None):
+            found |= _compare(triton_shortcuts(), triton_calls(), rounds)
+    found["Problem, not frozen"] = {"construction": _construction(rounds)}
+    return found
+
+
+def _compare(
+    shortcuts: dict[str, Callable[[], contextlib.AbstractContextManager]],
+    contestants: dict[str, Callable[[], object]],
+    rounds: int,
+) -> dict[str, dict[str, dict]]:
     found: dict[str, dict[str, dict]] = {}
-    for shortcut, without in SHORTCUTS.items():
+    for shortcut, without in shortcuts.items():
         found[shortcut] = {}
-        for name, call in calls().items():
+        for name, call in contestants.items():
 
             def slower(call: Callable[[], object] = call, without=without) -> None:
                 with without():
@@ -93,7 +154,6 @@ def measure(rounds: int = ROUNDS) -> dict[str, dict[str, dict]]:
                 },
                 "without / with": ratio(samples, "without", "with").as_dict(),
             }
-    found["Problem, not frozen"] = {"construction": _construction(rounds)}
     return found
 
 
@@ -128,7 +188,7 @@ def main() -> None:
             time = times["with"]["median"]
             saved = times["without"]["median"] - time
             print(
-                f"{shortcut:26} {name:12} {time:7.1f} us, saves {saved:6.1f} us, "
+                f"{shortcut:36} {name:12} {time:7.1f} us, saves {saved:6.1f} us, "
                 f"ratio {share['median']:.3f} ({share['q1']:.3f} to {share['q3']:.3f})"
             )
     if options.output is not None:
