@@ -3,8 +3,8 @@
     python -m flashbrush.benchmarks.cpu.overheads --output benchmarks/results/overheads.json
 
 A shortcut stays in the library only while this shows that it saves time. One thread, 16 tokens, 8 heads of
-64: the kernel takes a few microseconds, so the time is Python's. For the caches of Triton's launches, the time
-ends where Triton gets the arguments; no GPU is needed.
+64: the kernel takes a few microseconds, so the time is Python's. For the caches of Triton's launches, the
+time ends where Triton gets the arguments; no GPU is needed.
 """
 
 from __future__ import annotations

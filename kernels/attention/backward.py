@@ -380,8 +380,8 @@ def key_gradient_kernel(
         if tables.scales is not None:
             scale = load_scale(tables.scales, b, h)
         for r in range(0, n_row_segments):
-            m = tl.load(p_row_starts + r)
-            stop = tl.load(p_row_starts + r + 1)
+            m = tl.load(p_row_starts + r)  # type: ignore[operator]  # never None in this kernel
+            stop = tl.load(p_row_starts + r + 1)  # type: ignore[operator]
             gain = load_gain(tables.gain, b, h, r)
             b_bias, m_seen, any_seen = load_block_bias(tables.bias, b, h, r, b_label, m_label, counts)
             stop = tl.where(any_seen != 0, stop, m)

@@ -107,8 +107,8 @@ def column_mass_kernel(
 
     b_mass = tl.zeros([T.BLOCK_N], tl.float32)
     for r in range(0, n_row_segments):
-        m = tl.load(p_row_starts + r)
-        stop = tl.load(p_row_starts + r + 1)
+        m = tl.load(p_row_starts + r)  # type: ignore[operator]  # never None in this kernel
+        stop = tl.load(p_row_starts + r + 1)  # type: ignore[operator]
         b_bias, m_seen, any_seen = load_block_bias(tables.bias, b, h, r, b_label, m_label, counts)
         stop = tl.where((any_seen != 0) & (tl.load(p_counted + r) != 0), stop, m)
         full = m + (stop - m) // T.BLOCK_M * T.BLOCK_M
