@@ -46,8 +46,8 @@ def in_context_brush(
 ) -> Tensor:
     """In-Context Brush (arXiv 2505.20271), Eqs. 5 to 8, in one joint softmax over prompt, subject and target.
 
-    The target's rows gain alpha times what they read of the prompt and the subject; then every row of a head
-    is multiplied by the head's gain.
+    To the target's rows alpha times what they read of the prompt and the subject is added; then every row of
+    a head is multiplied by the head's gain.
 
     Args:
         q: (batch, heads, tokens, dim).

@@ -253,8 +253,8 @@ class ExpectedGradients:
         Args:
             name: of the contestant.
             grads: dq, dk and dv, (batch, tokens, heads, dim).
-            bars: by "q", "k", "v": another contestant's error as a share of the largest gradient, of which
-                twice, plus 4 ulp, is allowed; None: 5 %.
+            bars: by "q", "k", "v": another contestant's error as a share of the largest gradient. Allowed is
+                twice that share plus 4 ulp; None: 5 %.
 
         Raises:
             WrongResult: a gradient is not finite, or off by more.
@@ -305,7 +305,7 @@ def _head_call(
 
 
 def _call(shape: Shape, tensors: Tensors, lengths: Lengths, controlled: bool) -> FeatureCall:
-    """The shape's control, but for its head gain, on q of other row segments."""
+    """The shape's control without its head gain, for q with the row segments `lengths`."""
     if not controlled:
         return FeatureCall(*tensors, {"all": tensors[0].shape[1]}, {"all": shape.n_keys})
     options: dict[str, Any] = {

@@ -9,8 +9,8 @@ from ...bindings import Contrast, Control, HeadGain, Segments
 
 Pair = tuple[str, str]
 
-# In-Context Brush as released (arXiv 2505.20271): the target's rows weight prompt and subject by 1.3, and
-# heads gain up to 0.2 in every row, by how much of the target's attention goes to the prompt.
+# In-Context Brush as released (arXiv 2505.20271): the target's rows weight prompt and subject by 1.3. Every
+# row of a head is multiplied by 1 to 1.2, the more of the target's attention in it goes to the prompt.
 BRUSH: Mapping[Pair, float] = {("target", "prompt"): 1.3, ("target", "subject"): 1.3}
 BRUSH_GAIN = HeadGain(rows="target", keys="prompt", span=0.2, floor=1.0, norm="minmax", apply_to="*")
 
@@ -26,7 +26,7 @@ class Shape:
         dim: of a head.
         rows: tokens of each row segment.
         keys: tokens of each key segment.
-        weight: as in flashbrush.Control, and the others as well.
+        weight: as in flashbrush.Control, as are the following.
         head_gain: derived gain.
         groups: softmax groups.
         gates: of the groups.

@@ -156,7 +156,7 @@ def _backward(feature: str, dtype: torch.dtype, dim: int) -> Check:
         grad = torch.randn(shape, generator=generator, device=setup.device).to(dtype)
 
         def gradients_of(wide: torch.dtype, forward: Callable[[FeatureCall], Tensor]) -> list[Tensor]:
-            # Each form gets leaves in its own dtype, so that it rounds its gradients as it does.
+            # Each form gets leaves in its own dtype, so that its gradients are rounded to that dtype.
             leaves = [
                 [t.detach().to(wide).requires_grad_() for t in _listed(ts)] for ts in (call.q, call.k, call.v)
             ]

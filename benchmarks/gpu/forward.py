@@ -153,7 +153,7 @@ def _plain(name: str) -> str:
 
 
 def _counterparts(label: str) -> list[str]:
-    """Our calls with the control of a composed or an eager form; where its name has none, that is brush."""
+    """Our calls under the same control as a composed or an eager form: brush if its name has none."""
     kind, _, rest = label.partition("_")
     if kind not in ("composed", "eager"):
         return []

@@ -31,7 +31,7 @@ class Operator:
         draw: makes its inputs.
         ours: takes the inputs.
         form: the same by torch's operators, in the inputs' dtype or in float64.
-        work: what the bytes moved leave out.
+        work: what a rate in bytes of inputs and output does not count.
         magnified: allowed on top of twice the form's error, in float32 eps of the largest value.
     """
 

@@ -34,7 +34,7 @@ class Task:
         section: of the row.
         title: of the row.
         run: makes the row.
-        seconds: about what it takes on a GPU; it is not started with less time left.
+        seconds: its estimated duration on a GPU; it is not started with less time left.
         apart: it times nothing, so that others may run beside it.
         cuda: the cuda backend takes part beside other contestants.
     """

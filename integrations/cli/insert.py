@@ -42,7 +42,7 @@ def insert(
     alpha_subject: Annotated[
         float, typer.Option(help="How much more the target reads of the subject.")
     ] = 0.3,
-    gain_span: Annotated[float, typer.Option(help="Heads gain from 1 to 1 + this.")] = 0.2,
+    gain_span: Annotated[float, typer.Option(help="Range of the head gains: from 1 to 1 + this.")] = 0.2,
     gain_norm: Annotated[
         Norm, typer.Option(help="How a head's attention to the prompt is compared.")
     ] = Norm.minmax,
@@ -52,7 +52,7 @@ def insert(
     width: Annotated[int | None, typer.Option(help="Of a panel, pixels; a multiple of 16.")] = None,
     height: Annotated[int | None, typer.Option(help="Of a panel, pixels; a multiple of 16.")] = None,
     padding_mask_crop: Annotated[
-        int | None, typer.Option(min=0, help="Show the model the hole and so many pixels more.")
+        int | None, typer.Option(min=0, help="Show the model the hole and this many pixels around it.")
     ] = None,
     subject_fill: Annotated[
         float | None, typer.Option(help="Share of its panel that the subject takes. Default: 0.9.")

@@ -40,7 +40,8 @@ def inspect(
     alpha_subject: Annotated[float, typer.Option(help="As in insert.")] = 0.3,
     gain_span: Annotated[float, typer.Option(help="As in insert.")] = 0.2,
     every: Annotated[
-        int | None, typer.Option(min=1, help="Look at every so many steps. Default: at 10 steps or fewer.")
+        int | None,
+        typer.Option(min=1, help="Record every N-th step. Default: N such that 10 steps or fewer are kept."),
     ] = None,
     heads: Annotated[bool, typer.Option(help="Keep each head's maps, not only their mean.")] = False,
     steps: Steps = None,

@@ -73,7 +73,7 @@ class Handle:
     def method(self) -> Method | None:
         """The method that is asked for plans. Assign another, or set its knobs, at any time.
 
-        An assignment that raises leaves the method before it in charge.
+        If an assignment raises, the previous method stays.
         """
         return self._method
 

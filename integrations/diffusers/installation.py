@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # imports diffusers
 
 _CONTEXT_PARALLEL = (
     "flashbrush: context parallelism is configured on the model, but a processor has only its rank's "
-    "tokens and does not know the segments; use tensor parallelism, or none"
+    "tokens, and segments are over all tokens; use tensor parallelism, or none"
 )
 
 
@@ -71,15 +71,18 @@ class Installation:
         for site, original, mine in zip(self.sites, self._originals, self.processors, strict=True):
             mine.replace(site.attn, original)
         self._hooks: list[Any] = []
-        self._calls: tuple[Any, Any] | None = None  # (ours around model.compile()'s, model.compile()'s)
+        self._calls: tuple[Any, Any] | None = None  # (our wrapper, the compiled call in it)
 
     @property
     def installed(self) -> bool:
         return bool(self._hooks)
 
     def install(self, before: Callable[..., None], after: Callable[..., None]) -> None:
-        """Put the processors in, and call before(module, args, kwargs) and after(module, args, output) around
-        each forward pass.
+        """Put the processors in, and register hooks around each forward pass.
+
+        Args:
+            before: called as before(module, args, kwargs) ahead of the forward pass.
+            after: called as after(module, args, output) behind it.
         """
         for site, mine in zip(self.sites, self.processors, strict=True):
             site.attn.set_processor(mine)

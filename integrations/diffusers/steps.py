@@ -75,7 +75,7 @@ class Steps:
         self.current, self._counting = Step(0), True
 
     def end_pass(self, controlled: bool) -> None:
-        """A forward call is over. controlled: whether a method was in charge."""
+        """A forward call is over. controlled: whether it ran under a method."""
         self.passes += controlled
         if self._counting:
             self.current = Step(self.current.index + 1)

@@ -118,7 +118,8 @@ class FastComposer:
         losses = [self._losses[i] for i in self._counted() if i in self._losses]
         if not losses:
             raise RuntimeError(
-                "FastComposer: no layer was read; is the method applied, and has the UNet cross-attention?"
+                "FastComposer: no layer was read; is the method applied, and does the UNet have "
+                "cross-attention?"
             )
         return self.weight * torch.stack(losses).mean()
 

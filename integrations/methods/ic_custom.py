@@ -1,4 +1,4 @@
-"""IC-Custom (arXiv 2507.01926): references beside the target in one image, told apart in the attention."""
+"""IC-Custom (arXiv 2507.01926): references beside the target in one image, marked by embeddings."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class ICCustom:
     def plan(self, layer: Layer, step: Step) -> Plan:
         parameters = self.parameters
         if torch.is_grad_enabled() and any(p.requires_grad for p in parameters.parameters()):
-            # One plan a layer: checkpointed layers go backward one by one, each through a graph of its own.
+            # One plan for each layer: with gradient checkpointing each layer has a backward graph of its own.
             return self._make(layer)
         if self._pass is None or layer.index <= self._pass[0]:
             self._pass = layer.index, self._make(layer)

@@ -19,7 +19,7 @@ from .shared.knobs import Choice, Counts, Flag, Mask, Number
 
 @dataclass(unsafe_hash=True)
 class InContextBrush:
-    """Weigh prompt and subject more in the target's rows, and gain the heads that attend to the prompt.
+    """Weigh prompt and subject more in the target's rows, and amplify heads that attend to the prompt.
 
     With the prompt p, the subject's panel c, the target's panel s and A the softmax over all keys, in each
     head:

@@ -38,8 +38,8 @@ class KVEdit:
     Args:
         mask: bool (image tokens,), the tokens that are edited, at least one; token_masks.token_mask() makes
             it from a mask of the latents.
-        times: decreasing noise levels of the edit, one more than it has steps, without those that are
-            skipped.
+        times: decreasing noise levels of the edit, one more than it has steps; levels of skipped steps are
+            left out.
         phase: "invert" or "edit".
         attn_scale: added to the background's logits, natural units; 1 in the code, 0: plain attention.
         masked_inversion: in the inversion masked rows read text and masked tokens, background rows text and

@@ -38,7 +38,7 @@ class OminiControl:
 
     Raises:
         ValueError: a wrong knob, by name. When the model is called: fewer image tokens than condition
-            tokens; a later step of which nothing is kept.
+            tokens; with `cached`, a later step without kept keys.
 
     Examples:
         >>> import torch

@@ -140,7 +140,7 @@ def _control(tokens: int, references: int) -> Control:
 def _turn(
     pos_embed: nn.Module, subjects: tuple[PersonalSubject, ...], target: bool, device: torch.device
 ) -> Pair:
-    """cos and sin (tokens, head_dim) of the step from the reference's positions to the target's, or to 0."""
+    """cos and sin (tokens, head_dim) that rotate k from the reference's positions to the target's or 0."""
     way = torch.cat([(s.positions(True) if target else 0) - s.positions(False) for s in subjects])
     return pos_embed(nn.functional.pad(way, (1, 0)).to(device))
 

@@ -92,7 +92,7 @@ class _Features:
     model: nn.Module
     place: tuple[int, int]
 
-    @torch.compiler.disable()  # its answer changes with the step, which would cause recompilations
+    @torch.compiler.disable()  # its result changes with the step, which would cause recompilations
     def _wanted(self) -> bool:
         handle = Handle.of(self.model)
         if handle is None or not handle.controls_step or self.method.feature != self.place:

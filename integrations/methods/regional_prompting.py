@@ -1,4 +1,4 @@
-"""Regional prompting, or localised attention: only a part of the image attends to some words."""
+"""Regional prompting, or localised attention: some words act only on a part of the image."""
 
 from __future__ import annotations
 

@@ -81,20 +81,22 @@ class SelfAttentionGuidance:
         self.mass = seen.column_mass().mean(1)
 
     def mask(self, height: int, width: int) -> Tensor:
-        """1 where c_j of the last call exceeds the threshold; (batch, 1, height, width) float32, resized to
-        nearest.
+        """The mask of the last call, resized to the latents by nearest neighbour.
 
         Args:
             height: rows of the latents.
             width: columns of the latents.
+
+        Returns:
+            (batch, 1, height, width) float32, 1 where c_j exceeds the threshold and 0 elsewhere.
 
         Raises:
             RuntimeError: no layer was read, as where the model has no self-attention in a middle block.
         """
         if self.mass is None:
             raise RuntimeError(
-                "SelfAttentionGuidance: no layer was read; is the method applied, and has a UNet's middle "
-                "block self-attention? layer= chooses another"
+                "SelfAttentionGuidance: no layer was read; is the method applied, and does the UNet's "
+                "middle block have self-attention? layer= chooses another"
             )
         chosen = (self.mass > self.threshold).float().unflatten(1, (1, *self._grid))
         return F.interpolate(chosen, (height, width))

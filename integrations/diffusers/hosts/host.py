@@ -1,4 +1,4 @@
-"""What apply() needs to know of an architecture. To add one:
+"""Host: what apply() needs from an architecture. To add one:
 
 1. Copy flux.py. In its processor, `__call__` has the stock processor's signature (diffusers filters
    joint_attention_kwargs by it). Project each stream, hand the streams to `attend` in the order [text ;

@@ -49,7 +49,7 @@ class ControlledProcessor:
         collect: keep the Stats of controlled calls in `stats`.
 
     Attributes:
-        state: what the next call does; None: a method is in charge and has not been asked for a plan.
+        state: what the next call does; None: the model has a method, which was not asked for a plan yet.
         stats: (batch items or None for all, Stats) of each controlled call since the handle last took them.
         original: once the control is removed, the stock processor that this one replaced.
         dispatches: whether the stock processor calls diffusers' dispatcher. Where it does not, a call with a
@@ -211,8 +211,10 @@ def join(streams: list[tuple[Tensor, nn.Module | None]], offset: Tensor | None, 
 
 
 def _is_plain(norm: nn.Module, x: Tensor) -> bool:
-    """Whether the norm is an RMSNorm that qk_norm_rope can compute: no hooks (offloading), no replaced
-    forward, no bias, weight and x of one dtype and device.
+    """Whether qk_norm_rope can compute the norm.
+
+    It must be an RMSNorm without hooks (offloading adds some), without a replaced forward and without a bias,
+    and its weight must have x's dtype and device.
     """
     if type(norm) not in (nn.RMSNorm, RMSNorm) or norm._forward_hooks or norm._forward_pre_hooks:
         return False

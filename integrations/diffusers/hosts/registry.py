@@ -28,6 +28,6 @@ def find_host(model: nn.Module) -> Host:
             host = getattr(import_module(module, __package__), name)()
             if isinstance(model, host.model_class):
                 return host
-    # A pipeline in place of its model.
+    # Given a pipeline, the message names the part of it to pass.
     hint = next((f"; pass its {name}" for name in ("transformer", "unet") if hasattr(model, name)), "")
     raise TypeError(f"model: expected one of {', '.join(HOSTS)}, got {type(model).__name__}{hint}")

@@ -34,10 +34,10 @@ UP = ("UpBlock2D", "AttnUpBlock2D", "CrossAttnUpBlock2D", "ResnetUpsampleBlock2D
 
 
 class UNetControlledAttnProcessor(ControlledProcessor):
-    """Attention of a UNet through flashbrush; a drop-in for diffusers' AttnProcessor2_0 and
-    AttnAddedKVProcessor2_0.
+    """Attention of a UNet through flashbrush.
 
-    Logits and sums are always float32, so `upcast_attention` changes nothing.
+    A drop-in for diffusers' AttnProcessor2_0 and AttnAddedKVProcessor2_0. Logits and sums are always float32,
+    so `upcast_attention` changes nothing.
 
     Examples:
         >>> from flashbrush.integrations.diffusers import UNetControlledAttnProcessor, apply

@@ -38,8 +38,9 @@ class Part:
         source: {"q": index, "k": index, "v": index}, int tensors (items,): the batch item from which each of
             `items` reads; itself where not given. For k and v also a sequence of such tensors: the keys of
             several items, joined in one softmax.
-        control: rows: the layer's. Keys: those in `extra`, and the layer's once per index of k; a key segment
-            lies within one of them. Tables with a batch dimension are for `items`. None: plain attention.
+        control: its rows are the layer's; its keys are those in `extra` and, per index of k, the layer's.
+            A key segment may not span the keys of two indices. Tables with a batch dimension are for `items`.
+            None: plain attention.
         scale: as in attention(): a number, or a tensor (items,) or (items, heads).
         extra: as Plan.extra, (1 or items, length, heads, head_dim). A callable gets k and v of the whole
             batch, before `value`.
@@ -51,12 +52,13 @@ class Part:
         gate: multiplies the output: a number, or a tensor (items, rows).
         attend: computes the output in place of attention(), for a formula that a Control cannot express:
             ``attend(q, k, v, backend=name) -> (items, rows, heads, head_dim)``, with q, k, v (items, tokens,
-            heads, head_dim) after `source`, `query` and `value`. Beside these and `gate`, no other field.
+            heads, head_dim) after `source`, `query` and `value`. Only these and `gate` may be given with it.
 
     Raises:
         TypeError: a field of another type.
-        ValueError: no item; an item twice; a `source` with other keys, lengths, or with other numbers of k
-            than of v; fields that exclude each other.
+        ValueError: no item; an item twice; a `source` with keys other than q, k and v, with an index of
+            another length than `items`, or with different numbers of indices for k and v; fields that exclude
+            each other.
 
     Examples:
         Item 1 attends to the keys and values of item 0:

@@ -23,11 +23,11 @@ def compose(*methods: Method) -> Composition:
 
     In each layer and step the plans are joined from left to right:
 
-    * tables over the same tokens: on the segments that both distinguish, biases add up; weights, gains and
-      gates multiply. Softmax groups that one method makes of the layer's keys are kept. Extra keys join the
-      softmax group that they share with the layer's keys, or are a group of their own;
-    * parts: an item that one method puts into a part is that method's; the other methods act on the remaining
-      items;
+    * tables: the tokens are cut where a segment of either method ends. On each piece biases add up; weights,
+      gains and gates multiply. Softmax groups that one method makes of the layer's keys are kept. Extra keys
+      join the softmax group that they share with the layer's keys, or are a group of their own;
+    * parts: if one method puts an item into a part, only that method acts on it; the other methods act on the
+      remaining items;
     * offsets add up; `query`, `value` and `hidden` are applied one after the other; every `see` is called.
 
     Args:
@@ -313,7 +313,7 @@ def _groups(
     for (c, d, _), key in zip(pairs, names, strict=True):
         g = None if c is None else a.control.groups[c]
         h = None if d is None else b.control.groups[d]
-        # Extra keys that share the softmax of the layer's keys need that softmax whole in the other control.
+        # Extra keys can join the softmax of the layer's keys only if the other control does not split it.
         for shared, mine, other in ((g, a, b), (h, b, a)):
             if (c is None or d is None) and shared in mine.own_groups and len(other.own_groups) > 1:
                 raise ValueError("one adds keys to the softmax that the other splits into groups")

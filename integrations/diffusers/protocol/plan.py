@@ -69,7 +69,7 @@ class Plan:
 
     Order of a call: `hidden`; projections; norms of q and k; streams joined as [text ; image]; `q_offset` and
     `k_offset`; RoPE; `query` and `value`; flashbrush.attention with the other fields; `see`. plan_call.py
-    executes it. A region compiled with fullgraph=True may not be able to take a callable.
+    executes it. torch.compile with fullgraph=True may refuse a callable.
 
     Args:
         control: its rows are the layer's rows; its keys are the layer's keys in order, and those in `extra`.
@@ -85,8 +85,9 @@ class Plan:
         scale: logit scale as in attention(); None: 1/sqrt(head_dim). A temperature tau is
             1 / (tau * sqrt(head_dim)).
         order: int64 (rows,) or (batch, rows): row i of the control is token order[i] of [text ; image], as
-            Segments.from_labels sorts interleaved segments. The keys are sorted alike, except in "cross".
-            Gates and statistics follow this order; offsets, transforms and the output keep the layer's.
+            Segments.from_labels sorts interleaved segments. The keys are sorted the same way, except in
+            "cross". Gates and statistics follow this order; offsets, transforms and the output keep the
+            layer's.
         parts: batch items with calls of their own. `control`, `source`, `extra` and `scale` are then for the
             remaining items; offsets and transforms for all.
         hidden: maps the hidden states that the image's q, k and v are projected from, (batch, image tokens,

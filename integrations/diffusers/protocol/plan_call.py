@@ -1,4 +1,4 @@
-"""What a plan does to q, k and v: the calls of flashbrush.attention that it stands for."""
+"""PlanCall: computes one layer's attention from its plan, by calls of flashbrush.attention."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ class PlanCall:
         }
         added = [not several.isdisjoint(part.items) for part in plan.parts]
         learns = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
-        # Autograd forbids writing into the output; without it each call writes where its output belongs.
+        # Autograd forbids writing in place; without it each call writes into its rows of the output.
         out = (
             torch.zeros_like(query)
             if learns
@@ -299,7 +299,7 @@ def same_shape(name: str, result: Tensor, given: Tensor) -> Tensor:
 def _made_extra(extra: Extra | None, key: Tensor, value: Tensor) -> Mapping[str, Pair]:
     """The extra keys as tensors of the layer's dtype; callables are called with its k and v."""
     pairs = {n: pair(key, value) if callable(pair) else pair for n, pair in (extra or {}).items()}
-    # A method may keep keys in another dtype than autocast, or a model that was cast since, computes in.
+    # Kept keys can have another dtype than the layer: under autocast, or after the model was cast.
     return {n: (k.to(key.dtype), v.to(value.dtype)) for n, (k, v) in pairs.items()}
 
 

@@ -20,7 +20,7 @@ from ..frechet import frechet_distance
 MEASURES = {
     "miou": "intersection over union: mean over predictions; semantic: over classes, from the pixels of "
     "all predictions",
-    "mse": "mean squared error, of levels in [0, 1]; keypoints: of places, the longer side being 1",
+    "mse": "mean squared error, of levels in [0, 1]; keypoints: of positions, the longer side being 1",
     "pck": "share of keypoints that are at most `reach` of the longer side away",
     "lpips": "LPIPS: a network's distance between prediction and truth",
     "fid": "FID: Fréchet distance of Inception's features between all predictions and all truths",

@@ -68,8 +68,8 @@ class ICCustomParameters(nn.Module):
         """Read published parameters, or those of save_pretrained().
 
         Args:
-            path: a safetensors file, or a folder whose safetensors files hold them together. Other tensors
-                in them are not read.
+            path: a safetensors file, or a folder whose safetensors files together hold all parameters. Other
+                tensors in them are not read.
 
         Raises:
             FileNotFoundError: no such file or folder.

@@ -87,10 +87,10 @@ def check_layers(scales: Sequence[Scale], sites: Sequence[Site], names: Sequence
     Args:
         scales: stored by LayerScales.
         sites: the model's attention layers.
-        names: theirs, in the model.
+        names: the layers' names in the model.
 
     Raises:
-        ValueError: one is not.
+        ValueError: a key that fits no layer.
     """
     for key in (key for scale in scales if isinstance(scale, Mapping) for key in scale):
         if not any(_fits(key, i, site.place, names[i]) for i, site in enumerate(sites)):

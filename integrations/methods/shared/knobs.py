@@ -73,7 +73,7 @@ class Knob:
 
     def __get__(self, owner: Any, cls: type | None = None) -> Any:
         found = self.default if owner is None else owner.__dict__.get(self.name, _REQUIRED)
-        if found is _REQUIRED:  # dataclasses take a class without the attribute for one without a default
+        if found is _REQUIRED:  # tells dataclass() that the field has no default
             raise AttributeError(self.name)
         return found
 

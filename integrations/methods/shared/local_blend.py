@@ -25,7 +25,7 @@ class LocalBlend:
     are the released code's. Each item's own attention counts, as in the paper; the released code takes the
     maps that the method has edited.
 
-    Give it to the method, whose plans feed it, and call it on the latents after each step.
+    Pass it to the method, whose plans collect the maps, and call it on the latents after each step.
 
     Args:
         words: positions of each image's words among its text tokens, first the source's, then each edit's;
@@ -106,7 +106,7 @@ class MutualBlend(LocalBlend):
     in LocalBlend. Which of the two masks comes first, and whose attention counts, is our reading of the
     method.
 
-    Give it to InfEdit, whose plans feed it, and call it on the latents after each step.
+    Pass it to InfEdit, whose plans collect the maps, and call it on the latents after each step.
 
     Args:
         target: positions of words among the target's text tokens.

@@ -219,7 +219,7 @@ def _outlines(shape: Tensor, amount: Tensor, phase: Tensor) -> Tensor:
     part = math.pi / 5  # from a star's point to the next notch
     past = part - ((t - up) % (2 * part) - part).abs()
     circle = torch.ones_like(t)
-    bite = 0.6**2 - (0.75 * y).square()  # of a circle of radius 0.6 at (0.75, 0), whose near side a ray meets
+    bite = 0.6**2 - (0.75 * y).square()  # half the ray's chord of a circle, squared: r 0.6 at (0.75, 0)
     tables = {
         "circle": circle,
         "square": polygon(4, math.pi / 4),

@@ -21,7 +21,7 @@ LEVELS = (0.2, 1.1)  # mean and standard deviation of the noise level's logit
 
 @dataclass
 class Recipe:
-    """The settings of a run. A saved state continues with the recipe that is given then.
+    """The settings of a run. A resumed run uses the recipe that it is given, not the saved run's.
 
     Attributes:
         seed: of weights and data.
@@ -34,7 +34,7 @@ class Recipe:
         warmup: steps in which the rate rises from 0.
         decay: share of the steps, at the end, in which the rate falls to 0.
         widen: share of the steps, from the start, in which the freedom of the poses rises from 0 to 1.
-        aligned: share of the diptychs whose pose is never free.
+        aligned: share of the diptychs with the same pose in both panels throughout.
         average: decay of the moving average of the weights.
         outside: weight of the loss outside of the hole, where inside is 1.
     """

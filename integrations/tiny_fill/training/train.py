@@ -32,12 +32,12 @@ def main(
     widen: float = Recipe.widen,
     decay: float = Recipe.decay,
     aligned: Annotated[
-        float, typer.Option(help="Share of the diptychs whose pose never is free.")
+        float, typer.Option(help="Share of the diptychs with the same pose in both panels.")
     ] = Recipe.aligned,
     seed: int = Recipe.seed,
     device: str = "cuda" if torch.cuda.is_available() else "cpu",
     minutes: Annotated[
-        float, typer.Option(help="Stop after so many minutes; the same command continues.")
+        float, typer.Option(help="Stop after this many minutes; run the command again to continue.")
     ] = math.inf,
     every: Annotated[int, typer.Option(help="Steps between two saved states.")] = 500,
 ) -> None:
