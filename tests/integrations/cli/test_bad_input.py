@@ -194,7 +194,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_insert(case: str, capsys, photos, checkpoint, tmp_path, monkeypatch) -> None:
+def test_insert_refuses_bad_input(case: str, capsys, photos, checkpoint, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     change, match = BAD[case]
     folder = tmp_path / "work"
@@ -222,12 +222,12 @@ def test_insert(case: str, capsys, photos, checkpoint, tmp_path, monkeypatch) ->
         (["bench", "--shapes", "round"], "--shapes: unknown round"),
     ],
 )
-def test_other_commands(arguments: list[str], match: str, capsys, tmp_path) -> None:
+def test_other_commands_refuse_bad_input(arguments: list[str], match: str, capsys, tmp_path) -> None:
     (tmp_path / "file").write_text("mine")
     refused(capsys, tmp_path, [a.format(folder=tmp_path) for a in arguments], match)
 
 
-def test_exit_code_and_message_of_the_process(photos, tmp_path) -> None:
+def test_process_exits_with_code_2_and_one_line(photos, tmp_path) -> None:
     command = [
         sys.executable,
         "-m",
@@ -246,7 +246,7 @@ def test_exit_code_and_message_of_the_process(photos, tmp_path) -> None:
     assert done.stderr == f"flashbrush: image: no such file: {tmp_path / 'none.png'}\n"
 
 
-def test_out_of_memory_has_advice(capsys, photos, checkpoint, tmp_path, monkeypatch) -> None:
+def test_out_of_memory_error_names_options_to_try(capsys, photos, checkpoint, tmp_path, monkeypatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 

@@ -12,7 +12,7 @@ from flashbrush.integrations.evaluation.insertion.items import read_items
 from ..command import STEPS, flashbrush
 
 
-def test_pictures_and_report(capsys, tmp_path) -> None:
+def test_demo_writes_pictures_and_report(capsys, tmp_path) -> None:
     pytest.importorskip("skimage")
     code, out, err = flashbrush(capsys, "demo", "-o", tmp_path / "demo", *STEPS)
     assert code == 0, err

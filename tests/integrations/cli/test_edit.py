@@ -13,7 +13,7 @@ from skimage import data
 
 from ..command import flashbrush
 
-SOURCE, EDIT = "a b c", "a d c"  # the tiny tokenizer knows letters
+SOURCE, EDIT = "a b c", "a d c"  # the tiny tokenizer's words are letters
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def cup() -> Image.Image:
     return Image.fromarray(data.coffee()).resize((64, 48))
 
 
-def test_prompt_to_prompt(
+def test_prompt_to_prompt_edits_and_refuses_unused_options(
     sd_checkpoint: Path, photo: Image.Image, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     photo.save(tmp_path / "cat.png")
@@ -106,7 +106,7 @@ def test_warns_in_one_line_when_the_prompt_is_cut(
     ), err
 
 
-def test_kv_edit(
+def test_kv_edit_edits_and_refuses_unused_options(
     flux_checkpoint: Path,
     cup: Image.Image,
     mask: Image.Image,
@@ -144,7 +144,7 @@ def test_kv_edit(
     assert code == 2 and "negative_prompt: kv-edit does not use it" in err
 
 
-def test_personalize_anything(
+def test_personalize_anything_moves_the_subject_and_refuses_unused_options(
     flux_checkpoint: Path,
     small_cat: Image.Image,
     mask: Image.Image,

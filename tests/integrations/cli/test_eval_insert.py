@@ -12,7 +12,7 @@ from flashbrush.integrations.evaluation.insertion.items import held_out, write_i
 from ..command import STEPS, conditions, flashbrush
 
 
-def test_eval_insert(capsys, tmp_path) -> None:
+def test_eval_insert_writes_tables_pictures_and_conditions(capsys, tmp_path) -> None:
     pytest.importorskip("torchmetrics")
     code, out, err = flashbrush(capsys, "eval", "insert", "-o", tmp_path / "made", "--count", "2", *STEPS)
     assert code == 0, err

@@ -69,7 +69,9 @@ def test_measures_equal_those_of_the_written_pictures(capsys, folder, sd_checkpo
 @pytest.mark.parametrize(
     ("task", "measures"), [("colourisation", ["fid_latents"]), ("keypoints", ["mse", "pck"])]
 )
-def test_other_tasks(task: str, measures: list[str], capsys, folder, sd_checkpoint, tmp_path) -> None:
+def test_each_task_writes_its_measures(
+    task: str, measures: list[str], capsys, folder, sd_checkpoint, tmp_path
+) -> None:
     code, _, err = flashbrush(capsys, *arguments_of(folder, sd_checkpoint, tmp_path, task=task))
     assert code == 0, err
     rows = list(csv.DictReader((tmp_path / "results.csv").open()))
@@ -117,7 +119,7 @@ def other_size(folder: Path) -> Path:
         (lambda f, m, w: ["eval"], "Missing command"),
     ],
 )
-def test_wrong_input(arguments, match: str, capsys, folder, sd_checkpoint, tmp_path) -> None:
+def test_wrong_input_is_refused(arguments, match: str, capsys, folder, sd_checkpoint, tmp_path) -> None:
     (tmp_path / "work").mkdir()
     given = arguments(folder, sd_checkpoint, tmp_path / "work")
     refused(capsys, tmp_path, given, match)

@@ -32,7 +32,7 @@ def inspect(photos: dict[str, Path], folder: Path, *more: object) -> list[object
     ]
 
 
-def test_maps_of_words_and_regions_mass_and_gains(
+def test_inspect_writes_maps_mass_and_gains(
     photos: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "seen"
@@ -78,7 +78,7 @@ def test_recording_maps_does_not_change_the_result(pipe, photos: dict[str, Path]
     assert hole.segments[-1] == "hole" and hole.mass.shape[-2:] == (4, 4)
 
 
-def test_segments_equal_the_control_s() -> None:
+def test_segments_are_the_names_of_the_control_s_rows() -> None:
     from flashbrush.integrations.diffusers import Layer, Step
 
     hole = torch.zeros(8, dtype=torch.bool)
@@ -93,7 +93,7 @@ def test_segments_equal_the_control_s() -> None:
         assert control is not None and control.rows.names == method.segments
 
 
-def test_tokens_of_a_region(pipe, tmp_path: Path) -> None:
+def test_region_tokens_are_those_that_show_any_part_of_it(pipe, tmp_path: Path) -> None:
     """Panels of 64 pixels have 8 x 8 tokens; the photo's panel is the second."""
     size = (64, 64)
     picture, mask, region = Image.new("RGB", size), Image.new("L", size, 0), Image.new("L", size, 0)
@@ -122,7 +122,7 @@ def test_tokens_of_a_region(pipe, tmp_path: Path) -> None:
     ],
     ids=["a word", "a region", "a name of ours", "a file", "names"],
 )
-def test_wrong_input(
+def test_wrong_input_is_refused(
     more: list[str], said: str, photos: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     more = [one.format(**photos) for one in more]

@@ -8,7 +8,7 @@ import sys
 from ..command import flashbrush
 
 
-def test_bench(capsys) -> None:
+def test_bench_prints_a_table_and_refuses_unknown_shapes(capsys) -> None:
     arguments = [
         "--quick",
         "--shapes",

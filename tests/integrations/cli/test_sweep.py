@@ -9,7 +9,7 @@ from PIL import Image
 from ..command import STEPS, conditions, flashbrush
 
 
-def test_table_plot_and_conditions(capsys, tmp_path) -> None:
+def test_sweep_writes_table_plot_and_conditions(capsys, tmp_path) -> None:
     output = tmp_path / "sweep"
     command = [
         "sweep",

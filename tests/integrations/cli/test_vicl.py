@@ -171,7 +171,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_wrong_input(case: str, capsys, files, sd_checkpoint, tmp_path) -> None:
+def test_wrong_input_is_refused(case: str, capsys, files, sd_checkpoint, tmp_path) -> None:
     change, match = BAD[case]
     (tmp_path / "work").mkdir()
     changes = change(files, tmp_path)

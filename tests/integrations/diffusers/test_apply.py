@@ -38,7 +38,9 @@ class Recorder:
     [("double", [0, 1]), ("single", [2, 3]), (3, [3]), ([0, "single"], [0, 2, 3]), (None, [0, 1, 2, 3])],
     ids=str,
 )
-def test_layers(layers: str | int | list[str | int] | None, expected: list[int]) -> None:
+def test_only_selected_layers_are_controlled(
+    layers: str | int | list[str | int] | None, expected: list[int]
+) -> None:
     model, method = tiny_flux(), Recorder()
     with apply(model, method, layers=layers, stats=True) as handle:
         forward(model, tiny_call(model))
@@ -46,7 +48,7 @@ def test_layers(layers: str | int | list[str | int] | None, expected: list[int])
         assert [(record.layer, record.kind) for record in handle.stats] == [(i, KINDS[i]) for i in expected]
 
 
-def test_steps() -> None:
+def test_only_selected_steps_are_controlled() -> None:
     model = tiny_flux()
     call = tiny_call(model)
     stock = forward(model, call)

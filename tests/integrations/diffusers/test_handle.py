@@ -44,7 +44,7 @@ def test_the_grid_reaches_the_method() -> None:
     assert {(layer.grid, layer.place) for layer, _ in method.asked} == {((ROWS, COLUMNS), None)}
 
 
-def test_a_step_for_the_end_of_the_run() -> None:
+def test_step_may_equal_the_count_at_the_end_of_a_run() -> None:
     model = tiny_flux()
     call = tiny_call(model)
     with apply(model, InContextBrush()) as handle:
@@ -56,7 +56,7 @@ def test_a_step_for_the_end_of_the_run() -> None:
             handle.set_step(4, 3)
 
 
-def test_a_step_that_cannot_be_planned_ahead_is_planned_with_its_call() -> None:
+def test_step_that_cannot_be_planned_ahead_is_planned_with_its_call() -> None:
     """As where later steps have fewer tokens, whose keys were kept in the first."""
     model, method = tiny_flux(), Weighted()
     larger, smaller = tiny_call(model), tiny_call(model, rows=3)
@@ -225,7 +225,7 @@ def compilations():
 
 
 @pytest.mark.parametrize("first", ["compile", "apply"])
-def test_compiled_repeated_blocks(first: str, compilations: Counting) -> None:
+def test_compiled_blocks_match_eager_and_are_not_recompiled(first: str, compilations: Counting) -> None:
     model = tiny_flux(double=3, single=3)
     call = tiny_call(model)
     with apply(model, InContextBrush(0.3, 0.3)):
@@ -248,7 +248,7 @@ def test_compiled_repeated_blocks(first: str, compilations: Counting) -> None:
     handle.remove()
 
 
-def test_a_model_compiled_in_place_before(compilations: Counting) -> None:
+def test_model_compiled_in_place_before_apply_matches_eager(compilations: Counting) -> None:
     """model.compile() takes the hooks into the compiled region: they are called around it."""
     model = tiny_flux(double=1, single=1)
     call = tiny_call(model)

@@ -117,7 +117,7 @@ def unet_call(
 def tiny_sd3(
     *, dual: tuple[int, ...] = (), qk_norm: str | None = None, layers: int = 3
 ) -> SD3Transformer2DModel:
-    """4 heads of 8; the last block's text goes no further."""
+    """4 heads of 8; the last block does not return the text, as in the real model."""
     model = SD3Transformer2DModel(
         sample_size=SIDE,
         patch_size=2,

@@ -14,7 +14,7 @@ from flashbrush.integrations.evaluation.frechet import LatentStatistics, frechet
 from flashbrush.integrations.evaluation.insertion.items import held_out
 
 
-def test_frechet_distance(pipe) -> None:
+def test_frechet_distance_is_0_for_equal_sets(pipe) -> None:
     truths = [item.truth for item in held_out(40)]
     features = LatentStatistics(pipe.pipe.vae)
     dark = [Image.fromarray((np.asarray(picture) * 0.5).astype(np.uint8)) for picture in truths]

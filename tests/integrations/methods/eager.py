@@ -19,7 +19,7 @@ from diffusers import DDIMScheduler
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..tiny import TEXT as FLUX_TEXT  # of tiny_call; a single block does not know it
+from ..tiny import TEXT as FLUX_TEXT  # of tiny_call: a single block's inputs do not contain it
 
 Rope = tuple[Tensor, Tensor]  # cos, sin: (tokens, dim)
 
@@ -42,7 +42,7 @@ class Site:
 
 Core = Callable[[Site, Tensor, Tensor, Tensor], Tensor]
 Where = Callable[[Site], bool]
-Edit = Callable[[Tensor, Tensor, Tensor], Tensor]  # a core that does not ask where it is
+Edit = Callable[[Tensor, Tensor, Tensor], Tensor]  # a core that is the same in every layer
 
 
 def everywhere(site: Site) -> bool:
@@ -209,7 +209,7 @@ def eagerly(model: nn.Module, core: Core, where: Where = everywhere) -> Iterator
 
 @contextmanager
 def editing(model: nn.Module, edits: Mapping[int, Edit]) -> Iterator[None]:
-    """The edits in the layers of these indices; others as they are."""
+    """The edits in the layers of these indices; the other layers stay plain."""
     if not edits:
         yield
         return

@@ -76,7 +76,7 @@ def test_maps_of_all_keys_of_flux_sum_to_one(kind: str) -> None:
         assert float(seen.values.std(2).mean()) > 0.01
 
 
-def test_composed_with_another_method() -> None:
+def test_composition_does_not_change_the_other_method_or_the_maps() -> None:
     model = tiny_flux()
     call = tiny_call(model)
     maps, alone = AttentionMaps(text={"word": [2]}, steps=(1, None)), AttentionMaps(text={"word": [2]})

@@ -35,7 +35,7 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("turned", [False, True])
-def test_regional_prompting_with_ip_adapters(form: str, turned: bool) -> None:
+def test_regional_prompting_with_ip_adapters_matches_eager(form: str, turned: bool) -> None:
     """Words and images each keep to their regions, in one launch."""
     case = AdapterCase(SD15, (1, 2))
     regional = RegionalPrompting(**({"masks": two_regions(), "spans": SPANS} | FORMS[form]))
@@ -54,7 +54,7 @@ def test_regional_prompting_with_ip_adapters(form: str, turned: bool) -> None:
         assert relative(out, run_eagerly(case.model, case.call, one)) > 1e-2
 
 
-def test_in_context_brush_with_pag() -> None:
+def test_in_context_brush_with_pag_matches_eager() -> None:
     """The brush controls the conditional item, PAG the perturbed one."""
     model = tiny_flux()
     call = tiny_call(model, batch=2)
@@ -77,7 +77,7 @@ def test_in_context_brush_with_pag() -> None:
     assert relative(out[:1], brushed[:1]) <= TOLERANCE and relative(out[1:], perturbed[1:]) <= TOLERANCE
 
 
-def test_methods_of_different_layers() -> None:
+def test_methods_of_different_layers_act_together() -> None:
     """Regions in cross-attention, SEG in self-attention."""
     case = AdapterCase(SD15, (1,))
     regional, energy = RegionalPrompting(two_regions(), SPANS), SmoothedEnergy(items=(1,), sigma=torch.inf)

@@ -55,7 +55,7 @@ def test_matches_eager(knobs: dict, change: dict) -> None:
     assert relative(out[readers[0].item], plain[readers[0].item]) > 1e-3
 
 
-def test_two_outputs_in_a_batch() -> None:
+def test_two_outputs_in_a_batch_match_eager() -> None:
     """Each half of a classifier-free guidance has its own three images."""
     model = tiny_unet()
     call = unet_call(model, batch=6)

@@ -174,7 +174,7 @@ def test_remember_adds_and_forget_drops() -> None:
         assert relative(run(model, mine), at_once) > 1e-3
 
 
-def test_guidance() -> None:
+def test_guidance_matches_its_formula() -> None:
     neither, references, both = torch.randn(3, 2, 4, 8, 8).unbind()
     g_r, g_p = references - neither, both - references
     n_r, n_p = (g.flatten(1).square().sum(1).sqrt().reshape(2, 1, 1, 1) for g in (g_r, g_p))

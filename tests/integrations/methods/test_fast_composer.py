@@ -155,7 +155,7 @@ def test_makes_no_attention_map() -> None:
     assert largest.elements < 4096 * 1024
 
 
-def test_fusion() -> None:
+def test_fusion_matches_eager() -> None:
     torch.manual_seed(0)
     fusion = Fusion(6)
     with torch.no_grad():
@@ -182,7 +182,7 @@ def test_fusion() -> None:
     )
 
 
-def test_delayed_conditioning() -> None:
+def test_condition_switches_to_the_subject_after_its_share() -> None:
     text, augmented = torch.zeros(1), torch.ones(1)
     chosen = [float(condition(Step(i, 10), text, augmented)) for i in range(10)]
     assert chosen == [0, 0, 0, 0, 1, 1, 1, 1, 1, 1]

@@ -206,7 +206,7 @@ def test_layers_of_a_call_share_one_plan() -> None:
 # Functions beside the method
 
 
-def test_panels() -> None:
+def test_panels_are_numbered_from_the_left() -> None:
     assert panels((2, 6), 2).tolist() == [0, 0, 1, 1, 2, 2] * 2
     assert panels((1, 6), 1, (4, 2)).tolist() == [0, 0, 0, 0, 1, 1]
 

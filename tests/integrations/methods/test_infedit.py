@@ -87,7 +87,7 @@ def test_matches_eager(items: int, step: int) -> None:
     assert (relative(out[sources[-1] + 1], plain[sources[-1] + 1]) > 1e-3) is (step < 8)
 
 
-def test_other_items_of_the_batch() -> None:
+def test_other_items_of_the_batch_match_eager() -> None:
     model = tiny_unet()
     call = unet_call(model, batch=4, text=LENGTH)
     roles = (MutualRoles(3, 0, 2),)

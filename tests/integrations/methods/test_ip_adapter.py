@@ -135,7 +135,7 @@ def test_matches_eager_and_diffusers(name: str) -> None:
     assert relative(out, case.diffusers(case.call, scale, regions)) <= TOLERANCE
 
 
-def test_grid_that_is_not_square() -> None:
+def test_grid_that_is_not_square_matches_eager_and_diffusers() -> None:
     case = AdapterCase(SD15, (2,), side=(4, 12))
     regions = [image_masks(2, (16, 48))]
     with apply(case.model, IPAdapter(case.prompts, 0.9, regions)):
@@ -172,7 +172,7 @@ def test_run_matches_diffusers() -> None:
     ],
     ids=["a place", "the beginning of a name", "a longer name", "an index"],
 )
-def test_scale_for_some_layers(scale: dict, of) -> None:
+def test_scale_for_some_layers_changes_these_alone(scale: dict, of) -> None:
     case = AdapterCase(SD15, (1,))
     with apply(case.model, IPAdapter(case.prompts, scale)):
         out = run(case.model, case.call)

@@ -69,14 +69,14 @@ def test_matches_diffusers(images: tuple[int, ...], scale: list[float]) -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in case.model.modules())
 
 
-def test_projections_fused_before() -> None:
+def test_projections_fused_before_match_diffusers() -> None:
     case = AdapterCase()
     case.model.fuse_qkv_projections()
     with apply(case.model, IPAdapter(case.prompts)):
         assert relative(forward(case.model, case.call), case.diffusers(lambda _: [1.0])) <= TOLERANCE
 
 
-def test_lora_loaded_and_deleted_under_control() -> None:
+def test_lora_loaded_and_deleted_under_control_matches_diffusers() -> None:
     peft = pytest.importorskip("peft")
     case = AdapterCase()
     with apply(case.model, IPAdapter(case.prompts)):
@@ -98,7 +98,7 @@ def test_lora_loaded_and_deleted_under_control() -> None:
     assert relative(after, before) <= TOLERANCE
 
 
-def test_projections_fused_under_control() -> None:
+def test_projections_fused_under_control_match_diffusers() -> None:
     case = AdapterCase()
     with apply(case.model, IPAdapter(case.prompts)):
         case.model.transformer_blocks[0].attn.fuse_projections()
@@ -106,7 +106,7 @@ def test_projections_fused_under_control() -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in case.model.modules())
 
 
-def test_prompts_of_another_dtype() -> None:
+def test_prompts_of_another_dtype_are_cast() -> None:
     case = AdapterCase()
     expected = case.diffusers(lambda _: [1.0])
     model = case.model.to(torch.bfloat16)
@@ -115,7 +115,7 @@ def test_prompts_of_another_dtype() -> None:
         assert relative(forward(model, call).float(), expected) <= 0.1
 
 
-def test_prompt_loaded_for_a_model_on_meta() -> None:
+def test_prompt_loads_for_a_model_on_meta() -> None:
     case = AdapterCase()
     on_meta = tiny_flux().to("meta")
     prompt = ImagePrompt.load(on_meta, case.states[0]).showing(case.embeds[0])
@@ -131,7 +131,7 @@ def test_scale_that_fits_no_layer_raises() -> None:
 
 
 @pytest.mark.parametrize("how", ["scale", "layers"])
-def test_some_blocks_only(how: str) -> None:
+def test_other_blocks_stay_plain(how: str) -> None:
     case, names = AdapterCase(), ["transformer_blocks.1"]
     scale, layers = ({names[0]: 0.8}, None) if how == "scale" else (0.8, [1])
     with apply(case.model, IPAdapter(case.prompts, scale), layers=layers):
@@ -139,7 +139,7 @@ def test_some_blocks_only(how: str) -> None:
     assert relative(out, case.diffusers(lambda name: [0.8 * name.startswith(names[0])])) <= TOLERANCE
 
 
-def test_some_steps_only() -> None:
+def test_other_steps_stay_plain() -> None:
     case = AdapterCase()
     plain = forward(case.model, case.call)
     with apply(case.model, IPAdapter(case.prompts), steps=1):
@@ -183,7 +183,7 @@ def test_masks_use_the_grid_of_the_handle() -> None:
     assert relative(out[:, 4:], on[:, 4:]) <= TOLERANCE and relative(out[:, :2], off[:, :2]) <= TOLERANCE
 
 
-def test_composed_with_another_method() -> None:
+def test_composition_with_another_method_matches_diffusers() -> None:
     case = AdapterCase()
     brush = InContextBrush(0.5, 0.5, 0.2)
     with apply(case.model, compose(brush, IPAdapter(case.prompts, 0.6))):

@@ -200,7 +200,7 @@ def test_equal_knobs_share_one_control() -> None:
     assert OminiControl(12, 0.6).plan(layer, Step(0)).control is not first
 
 
-def test_offset_ids() -> None:
+def test_offset_ids_moves_rows_and_columns() -> None:
     ids = tiny_call(tiny_flux(double=1, single=1))["img_ids"]
     moved = offset_ids(ids, columns=32)
     assert torch.equal(moved[:, :2], ids[:, :2]) and torch.equal(moved[:, 2], ids[:, 2] + 32)

@@ -194,7 +194,7 @@ def test_shuffle_stays_within_windows() -> None:
         assert (a // 12 // 3, a % 12 // 3) == (b // 12 // 3, b % 12 // 3)
 
 
-def test_noised() -> None:
+def test_noised_interpolates_between_source_and_noise() -> None:
     photo, noise = torch.randn(2, 3, 4)
     assert torch.equal(noised(photo, noise, 0), photo) and torch.equal(noised(photo, noise, 1), noise)
     torch.testing.assert_close(noised(photo, noise, 0.25), photo + 0.25 * (noise - photo))

@@ -138,7 +138,7 @@ def test_run_matches_eager(host) -> None:
     assert relative(result, descend(theirs, call[key])) <= TOLERANCE
 
 
-def test_guidance() -> None:
+def test_guidance_matches_its_formula() -> None:
     p, c, u = torch.randn(3, 1, 4, 4, 4).unbind()
     assert torch.equal(guide(p, c, scale=3.0), c + 3 * (c - p))
     assert torch.equal(guide(c, c, u, scale=3.0, guidance=1.0), u + (c - u))

@@ -208,7 +208,7 @@ def test_equal_knobs_share_one_plan() -> None:
         ("exp", [0.8 * math.exp(-1.5 * i) for i in range(5)]),
     ],
 )
-def test_negative_prompt_share(schedule: Any, expected: list[float]) -> None:
+def test_negative_prompt_share_follows_the_schedule(schedule: Any, expected: list[float]) -> None:
     assert [negative_prompt_share(i, 5, 0.8, schedule) for i in range(5)] == pytest.approx(expected)
 
 

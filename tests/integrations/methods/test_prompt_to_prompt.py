@@ -369,7 +369,7 @@ def test_call_that_does_not_fit_raises() -> None:
         flux_forward(flux, tiny_call(flux, batch=4))
 
 
-def test_copy_and_pickle_of_an_edit() -> None:
+def test_copied_and_pickled_edits_are_equal() -> None:
     edit = PromptEdit(weights={2: 3.0}, shares={1: 0.5})
     for twin in (
         copy.deepcopy(edit),

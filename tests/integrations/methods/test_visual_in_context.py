@@ -129,7 +129,7 @@ def test_batch_layouts_match_eager(batch: str) -> None:
     assert min(relative(out[[n]], plain[[n]]) for n in predictions) > 1e-3
 
 
-def test_stacked_batches() -> None:
+def test_stacked_roles_follow_the_batch() -> None:
     assert InContextRoles.stacked() == (InContextRoles(((0, 1),), 2, 4),)
     assert InContextRoles.stacked(2, plain=False) == (InContextRoles(((0, 1), (2, 3)), 4, 5),)
     assert InContextRoles.stacked(1, repeats=2) == (
@@ -240,7 +240,7 @@ def test_only_chosen_layers_change(knobs: dict, first: int, never) -> None:
     assert touched == list(places)
 
 
-def test_grids_that_are_not_square() -> None:
+def test_resolution_may_be_a_grid_that_is_not_square() -> None:
     model = tiny_unet()
     call = unet_call(model, batch=4, side=(4, 16))
     for resolutions, touched in (([(4, 16)], UP_64), ([(16, 4)], ()), ([(2, 8)], UP_16)):
@@ -252,7 +252,7 @@ def test_grids_that_are_not_square() -> None:
 @pytest.mark.parametrize(
     ("window", "controlled"), [((0, None), [0, 1, 2, 3]), ((1, 3), [1, 2]), ((2, None), [2, 3])]
 )
-def test_window_of_steps(window: tuple, controlled: list[int]) -> None:
+def test_only_steps_in_the_window_are_controlled(window: tuple, controlled: list[int]) -> None:
     model = tiny_unet()
     call = unet_call(model, batch=4)
     plain = run(model, call)
@@ -373,7 +373,7 @@ def test_plan_made_in_inference_mode_has_gradients() -> None:
     assert all(float(call["sample"].grad[n].abs().max()) > 0 for n in range(4))
 
 
-def test_gradients_on_the_reference_backend() -> None:
+def test_gradients_exist_on_the_reference_backend_only() -> None:
     model = tiny_unet().requires_grad_(False)
     call = unet_call(model, batch=4)
     roles = ONE

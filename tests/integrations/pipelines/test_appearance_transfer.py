@@ -158,7 +158,7 @@ def test_released_windows_follow_the_latents_size_and_the_steps(pipe) -> None:
         assert float((run(pipe, **given | change).latents - released.latents).abs().max()) > 1e-3, change
 
 
-def test_sizes_and_a_cached_second_run(pipe) -> None:
+def test_second_run_reads_inversions_of_the_same_size_from_the_cache(pipe) -> None:
     first = run(pipe, photo(0, (80, 80)), photo(2, (100, 75)), width=48)
     assert first.size == (48, 32) and first.image.size == (100, 75) and first.latents.shape == (1, 4, 4, 6)
     assert first.seed == 0 and first.reused == 0
@@ -182,7 +182,7 @@ def test_sizes_and_a_cached_second_run(pipe) -> None:
         ({"skip": STEPS}, ValueError, "skip: .*got 9"),
     ],
 )
-def test_wrong_input(pipe, change: dict, error: type[Exception], match: str) -> None:
+def test_wrong_input_raises(pipe, change: dict, error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         run(pipe, **change)
 

@@ -16,7 +16,7 @@ def noise(width: int, height: int, channels: int = 3) -> np.ndarray:
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tiff", "bmp", "gif", "ppm", "tga", "jp2"])
-def test_formats(tmp_path: Path, suffix: str) -> None:
+def test_every_format_opens_as_rgb(tmp_path: Path, suffix: str) -> None:
     Image.new("RGB", (16, 8), (200, 100, 40)).save(tmp_path / f"photo.{suffix}")
     photo = im.open_image(tmp_path / f"photo.{suffix}")
     assert photo.mode == "RGB" and photo.size == (16, 8)
@@ -26,7 +26,7 @@ def test_formats(tmp_path: Path, suffix: str) -> None:
 @pytest.mark.parametrize(
     "mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "I", "I;16"]
 )
-def test_modes(mode: str) -> None:
+def test_every_mode_opens_as_rgb_or_rgba(mode: str) -> None:
     picture = im.open_image(Image.new(mode, (6, 4)))
     assert picture.mode == ("RGBA" if mode in ("LA", "PA", "RGBA") else "RGB") and picture.size == (6, 4)
 
@@ -45,7 +45,7 @@ def test_modes(mode: str) -> None:
         ("none.png", FileNotFoundError, "photo: no such file: none.png"),
     ],
 )
-def test_wrong_photos(source, error: type[Exception], match: str) -> None:
+def test_wrong_photos_raise(source, error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         im.open_image(source, "photo")
 
@@ -65,7 +65,7 @@ def test_sixteen_bits_keep_their_levels(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation(tmp_path: Path, orientation: int) -> None:
+def test_exif_orientation_is_applied(tmp_path: Path, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     picture = Image.fromarray(noise(6, 4))
@@ -126,7 +126,9 @@ def test_resized_masks_keep_thin_lines() -> None:
         ((3, 1010), {}, (16, 1008)),
     ],
 )
-def test_panel_sizes(size: tuple[int, int], asked: dict[str, int], expected: tuple[int, int]) -> None:
+def test_panel_size_follows_the_photo_and_the_arguments(
+    size: tuple[int, int], asked: dict[str, int], expected: tuple[int, int]
+) -> None:
     assert im.panel_size(size, **asked) == expected
 
 
@@ -145,7 +147,7 @@ def test_the_subject_is_centred_and_fills_its_panel(size: tuple[int, int]) -> No
     assert (panel[rows.min() : rows.max(), columns.min() : columns.max()] == (10, 20, 30)).all()
 
 
-def test_a_diptych_and_its_lower_panel() -> None:
+def test_lower_panel_undoes_stack() -> None:
     top, bottom = Image.fromarray(noise(6, 4)), Image.new("RGB", (6, 4), (1, 2, 3))
     canvas = im.stack(top, bottom)
     assert canvas.size == (6, 8) and np.array_equal(np.asarray(canvas)[:4], np.asarray(top))

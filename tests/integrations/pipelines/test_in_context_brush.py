@@ -60,7 +60,7 @@ def test_known_tokens_are_noised_to_each_step_s_level(pipe, photos, monkeypatch:
         torch.testing.assert_close(torch.where(mask, 0, out), torch.where(mask, 0, line))
 
 
-def test_head_gains(pipe, photos) -> None:
+def test_head_gains_are_between_1_and_1_2(pipe, photos) -> None:
     result = run(pipe, photos)
     assert result.head_gains.shape == (STEPS, 8, 1, 6)
     assert result.layer_kinds == ["double"] * 3 + ["single"] * 5
@@ -231,7 +231,7 @@ def test_the_subject_is_cut_out_by_mask_or_transparency(pipe, photos) -> None:
     assert by_alpha.diptychs[0].tobytes() == by_mask.diptychs[0].tobytes()
 
 
-def test_panel_sizes(pipe, photos) -> None:
+def test_given_width_and_height_set_the_panel_s_size(pipe, photos) -> None:
     result = run(pipe, photos, width=32, height=24, paste_back=False)
     assert result.images[0].size == (32, 24) and result.diptychs[0].size == (32, 48)
     assert run(pipe, photos, width=32).images[0].size == (64, 48)
@@ -301,13 +301,13 @@ def test_the_progress_bar_s_setting_is_restored(pipe, photos) -> None:
         ),
     ],
 )
-def test_wrong_input(pipe, photos, change: dict, error: type[Exception], match: str) -> None:
+def test_wrong_input_raises(pipe, photos, change: dict, error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         run(pipe, photos | change)
     assert Handle.of(pipe.pipe.transformer) is None
 
 
-def test_from_pretrained_and_wrong_models(checkpoint, tmp_path) -> None:
+def test_wrong_models_raise(checkpoint, tmp_path) -> None:
     assert isinstance(InContextBrushPipeline.from_pretrained(checkpoint).pipe, FluxFillPipeline)
     (tmp_path / "model").mkdir()
     with pytest.raises(ValueError, match=r"model.*model_index\.json, transformer"):
@@ -392,6 +392,6 @@ def test_subject_fill_sets_the_subject_s_size(pipe, photos) -> None:
         ({"subject_fill": 1.1}, "subject_fill: expected a number above 0"),
     ],
 )
-def test_wrong_crop_or_fill(pipe, photos, more, message) -> None:
+def test_wrong_crop_or_fill_raises(pipe, photos, more, message) -> None:
     with pytest.raises(ValueError, match=message):
         run(pipe, photos, **more)

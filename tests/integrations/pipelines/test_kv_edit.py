@@ -91,7 +91,7 @@ def test_again_equals_a_call_of_its_own(pipe: KVEditPipeline, photo: Image.Image
         assert one.image.tobytes() == again.image.tobytes()
 
 
-def test_wrong_input_of_again(pipe: KVEditPipeline, photo: Image.Image, mask: Image.Image) -> None:
+def test_wrong_input_of_again_raises(pipe: KVEditPipeline, photo: Image.Image, mask: Image.Image) -> None:
     done = pipe(photo, mask, "a red moon", **OPTIONS, masked_inversion=True)
     other = Image.fromarray(np.roll(np.asarray(mask), 16, 1))
     with pytest.raises(ValueError, match="mask: the kept keys are of another mask"):
@@ -159,7 +159,7 @@ def test_the_model_s_processors_are_restored(
     ],
     ids=["steps", "skip", "guidance", "width", "mask"],
 )
-def test_wrong_input(
+def test_wrong_input_raises(
     wrong: dict, said: str, pipe: KVEditPipeline, photo: Image.Image, mask: Image.Image
 ) -> None:
     options = OPTIONS | {n: v for n, v in wrong.items() if n != "mask"}

@@ -33,7 +33,7 @@ def subjects(result: PersonalizeAnythingOutput) -> tuple[PersonalSubject, ...]:
     return result.method.subjects
 
 
-def test_the_subject_s_tokens_and_what_changes_the_result(
+def test_move_sets_the_target_and_every_input_changes_the_result(
     pipe: PersonalizeAnythingPipeline, photo: Image.Image, mask: Image.Image
 ) -> None:
     here, again = (pipe("a red moon", photo, mask, **OPTIONS) for _ in range(2))
@@ -67,7 +67,9 @@ def test_without_replacement_the_photo_has_no_effect(
     torch.testing.assert_close(one.latents, other.latents)
 
 
-def test_two_subjects(pipe: PersonalizeAnythingPipeline, photo: Image.Image, mask: Image.Image) -> None:
+def test_each_subject_has_its_own_batch_item(
+    pipe: PersonalizeAnythingPipeline, photo: Image.Image, mask: Image.Image
+) -> None:
     seen: list[int] = []
     hook = pipe.pipe.transformer.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(len(kwargs["hidden_states"])), with_kwargs=True
@@ -92,7 +94,7 @@ def test_two_subjects(pipe: PersonalizeAnythingPipeline, photo: Image.Image, mas
     ],
     ids=["move", "too far", "masks", "steps", "seed"],
 )
-def test_wrong_input(
+def test_wrong_input_raises(
     wrong: dict, said: str, pipe: PersonalizeAnythingPipeline, photo: Image.Image, mask: Image.Image
 ) -> None:
     with pytest.raises(ValueError, match=said):

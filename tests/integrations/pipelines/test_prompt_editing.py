@@ -24,7 +24,7 @@ from flashbrush.integrations import (
 from flashbrush.integrations.pipelines import PromptEditingPipeline
 from flashbrush.integrations.pipelines.prompt_editing import METHODS, _released
 
-SOURCE, EDIT = "a b c", "a d c"  # the tiny tokenizer knows letters
+SOURCE, EDIT = "a b c", "a d c"  # the tiny tokenizer's words are letters
 # Knobs for a UNet of two resolutions, 8 x 8 and 4 x 4, and for few steps.
 KNOBS = {
     "masactrl": lambda: MasaCtrl(layers=(0, None), steps=(1, None)),
@@ -154,7 +154,7 @@ def test_alignment_follows_the_prompts(pipe: PromptEditingPipeline, photo: Image
     ],
     ids=["a name", "a method", "words", "one's words", "guidance", "steps", "length", "iterations"],
 )
-def test_wrong_input(wrong: dict, said: str, pipe: PromptEditingPipeline, photo: Image.Image) -> None:
+def test_wrong_input_raises(wrong: dict, said: str, pipe: PromptEditingPipeline, photo: Image.Image) -> None:
     with pytest.raises(ValueError, match=said):
         edit(pipe, photo, **wrong)
 

@@ -143,7 +143,7 @@ def test_pickles_are_not_loaded(folders: tuple[Path, Path], tmp_path: Path) -> N
         SubjectFinder.from_pretrained(detector, tmp_path / "segmenter")
 
 
-def test_the_pipeline_loads_and_uses_it(
+def test_pipeline_loads_and_uses_the_finder(
     folders: tuple[Path, Path], finder: SubjectFinder, checkpoint, photos
 ) -> None:
     pipe = InContextBrushPipeline.from_pretrained(checkpoint, detector=folders[0], segmenter=folders[1])

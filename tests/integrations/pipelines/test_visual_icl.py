@@ -202,7 +202,7 @@ def test_each_step_is_one_unet_call(pipe) -> None:
     assert batches == [levels] * 5 + [2 * 2 + 3] * levels
 
 
-def test_gamma_as_a_function_of_the_step(pipe) -> None:
+def test_gamma_may_be_a_function_of_the_step(pipe) -> None:
     asked = []
 
     def gamma(step: int, steps: int) -> float:
@@ -296,7 +296,7 @@ def test_noise_of_different_images_is_uncorrelated(pipe) -> None:
     assert float((correlation - torch.eye(3)).abs().max()) < 0.25
 
 
-def test_seeds_and_generators(pipe) -> None:
+def test_seed_or_generator_decides_the_result(pipe) -> None:
     first, other = run(pipe, seed=3), run(pipe, seed=4)
     assert not torch.equal(first.latents, other.latents) and (first.seed, other.seed) == (3, 4)
     drawn = [run(pipe, seed=None, generator=torch.Generator().manual_seed(5)) for _ in range(2)]
@@ -310,7 +310,7 @@ def test_seeds_and_generators(pipe) -> None:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_tasks(pipe, task: str) -> None:
+def test_each_task_reads_its_data(pipe, task: str) -> None:
     pairs = [(photo(0, (72, 56)), truth(1, (72, 56)))]
     result = run(pipe, pairs, photo(4, (72, 56)), task=task)
     assert result.task == task and result.image.size == result.picture.size == (72, 56)
@@ -320,7 +320,7 @@ def test_tasks(pipe, task: str) -> None:
     assert (result.palette is not None) is (task in ("semantic", "keypoints"))
 
 
-def test_given_palettes(pipe) -> None:
+def test_given_palette_is_used(pipe) -> None:
     palette = {"sky": (0, 0, 255), "ground": (120, 80, 20), "tree": (0, 160, 0)}
     result = run(pipe, task="semantic", palette=palette)
     assert result.palette.tolist() == [list(colour) for colour in palette.values()] and result.data.max() <= 2
@@ -328,7 +328,7 @@ def test_given_palettes(pipe) -> None:
         run(pipe, [(photo(0), photo(1))], task="semantic")
 
 
-def test_sizes(pipe) -> None:
+def test_result_has_the_query_s_size(pipe) -> None:
     small = [(photo(0, (80, 40)), truth(1, (80, 40)))]
     result = run(pipe, small, photo(4, (100, 60)), width=48, height=32)
     assert result.size == (48, 32) and result.image.size == (100, 60) and result.latents.shape == (1, 4, 4, 6)
@@ -337,7 +337,7 @@ def test_sizes(pipe) -> None:
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_v_prediction_of_stable_diffusion_2(changed, prediction: str) -> None:
+def test_both_prediction_types_match_plain_sampling(changed, prediction: str) -> None:
     pipe = changed
     pipe.pipe.scheduler = ddim(prediction_type=prediction)
     result = run(pipe, gamma=0, use_adain=False)
@@ -348,7 +348,7 @@ def test_v_prediction_of_stable_diffusion_2(changed, prediction: str) -> None:
     torch.testing.assert_close(result.latents, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_half_precision(sd_checkpoint, tmp_path) -> None:
+def test_half_precision_is_finite_and_repeatable(sd_checkpoint, tmp_path) -> None:
     half = VisualICLPipeline.from_pretrained(sd_checkpoint, cache=tmp_path)
     assert half.pipe.unet.dtype == half.pipe.vae.dtype == torch.bfloat16
     result = run(half)
@@ -365,7 +365,7 @@ def test_raises_when_latents_are_not_finite(changed) -> None:
     assert Handle.of(pipe.pipe.unet) is None and not pipe.cache.folder.exists()
 
 
-def test_progress_bars(pipe, capsys) -> None:
+def test_progress_bars_show_only_when_asked_for(pipe, capsys) -> None:
     run(pipe, progress=True)
     said = capsys.readouterr().err
     assert "inverting" in said and "sampling" in said and f"{3 * (STEPS - SKIP)}/{3 * (STEPS - SKIP)}" in said
@@ -426,13 +426,13 @@ def wide(size: tuple[int, int]) -> Image.Image:
         ({"seed": None, "generator": 3}, TypeError, r"generator: .*torch\.Generator.*int"),
     ],
 )
-def test_wrong_input(pipe, change: dict, error: type[Exception], match: str) -> None:
+def test_wrong_input_raises(pipe, change: dict, error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         run(pipe, **change)
     assert Handle.of(pipe.pipe.unet) is None and not pipe.cache.folder.exists()
 
 
-def test_wrong_models(sd_checkpoint, tmp_path, pipe) -> None:
+def test_wrong_models_raise(sd_checkpoint, tmp_path, pipe) -> None:
     with pytest.raises(TypeError, match="pipe: expected a StableDiffusionPipeline, got str"):
         VisualICLPipeline(str(sd_checkpoint))
     for folder, parts in (("flux", ("transformer", "vae")), ("empty", ())):

@@ -75,7 +75,7 @@ def test_nothing_overlaps_or_is_cut_off(tmp_path: Path, size: tuple[int, int]) -
     assert np.asarray(Image.open(tmp_path / "report.png").convert("L")).std() > 10
 
 
-def test_a_report_of_one_block_kind_and_equal_gains(tmp_path: Path) -> None:
+def test_report_names_the_only_block_kind(tmp_path: Path) -> None:
     made = output(layers=2, heads=1, batch=1)
     made.head_gains, made.layer_kinds = torch.ones(1, 2, 1, 1), ["single"] * 2
     figure = insertion_report(made)
@@ -103,6 +103,6 @@ def test_grids_show_their_pictures(tmp_path: Path) -> None:
     assert not figure.axes[6].images and len(figure.axes[5].images) == 1
 
 
-def test_an_item_that_does_not_exist() -> None:
+def test_missing_item_raises() -> None:
     with pytest.raises(IndexError):
         insertion_report(output(), 2)

@@ -27,7 +27,7 @@ def test_files_are_written_together_or_not_at_all(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["one.png", "other", "two.png"]
 
 
-def test_wrong_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_names_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     check_pictures({"output": Path("out.PNG"), "report": None})
     for wrong, match in (

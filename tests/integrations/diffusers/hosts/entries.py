@@ -30,12 +30,12 @@ from ..tiny_images import CONFIGS, SD15, SIDE, TEXT, sd3_call, tiny_sd3, tiny_un
 
 @dataclass(frozen=True)
 class Entry:
-    """A host's tiny models and what the contract has to know of them.
+    """A host's tiny models, and what the contract expects of them.
 
     Attributes:
         model: builds the random model of most tests, in which every kind of layer occurs.
         call: (model, batch) -> arguments of model.forward.
-        processor: ours.
+        processor: our processor's class.
         stock: the stock processor that ours is a drop-in for.
         kinds: Layer.kind of the model's layers, in the order of the forward pass.
         text_len: text tokens of the call.
@@ -45,13 +45,13 @@ class Entry:
         image: the argument of forward that is the image.
         processor_kwargs: the argument of forward whose entries reach the processors.
         lora: modules that a LoRA is put on.
-        foreign: put a processor into the model that ours cannot replace.
+        foreign: puts a processor that ours cannot replace into the model.
         variants: further models, by name, for which plain attention must equal the stock model's.
         fusable: builds the model for tests of fused projections.
         fused: the processor of a model with fused projections.
         masked: (model, call) -> call with a mask that removes text tokens of item 0; None: the host refuses
             masks.
-        compilations: at most so many of the layers' blocks, compiled each, however many there are.
+        compilations: the most that compiling each block may cause, however many blocks there are.
         whole: builds the smallest model, for compiling it whole.
     """
 

@@ -41,7 +41,7 @@ def split(total: int, a: str, b: str) -> fb.Segments:
 
 @dataclass(frozen=True)
 class Case:
-    """A plan for a layer, and what it means for q, k, v (batch, heads, tokens, head_dim)."""
+    """A plan for a layer, and its eager form on q, k, v (batch, heads, tokens, head_dim)."""
 
     plan: Callable[[Layer], Plan]
     core: Any

@@ -129,7 +129,7 @@ def test_every_kind_of_layer_affects_the_output(name: str, variant: str) -> None
             assert relative(run(model, call), stock) > 1e-3, kind
 
 
-def test_the_signature_is_the_stock_processors(host: Entry) -> None:
+def test_signature_is_the_stock_processor_s(host: Entry) -> None:
     stock, mine = (
         {n: p.default for n, p in inspect.signature(c.__call__).parameters.items() if "args" not in n}
         for c in (host.stock, host.processor)
@@ -137,7 +137,7 @@ def test_the_signature_is_the_stock_processors(host: Entry) -> None:
     assert mine == stock and list(mine) == list(stock)
 
 
-def test_fused_projections(host: Entry) -> None:
+def test_fused_projections_equal_the_stock_model(host: Entry) -> None:
     model = host.fusable()
     call = host.call(model, 2)
     stock = run(model, call)
@@ -179,7 +179,7 @@ def test_autocast_errs_no_more_than_the_stock_model(host: Entry) -> None:
                 assert relative(run(model, call).float(), truth) <= 1.5 * stock
 
 
-def test_an_attention_mask(host: Entry) -> None:
+def test_attention_mask_equals_the_stock_model_or_raises(host: Entry) -> None:
     model = host.model()
     call = host.call(model, 2)
     if host.masked is None:
@@ -198,7 +198,7 @@ def test_an_attention_mask(host: Entry) -> None:
         run(model, masked)
 
 
-def test_lora_under_control(host: Entry) -> None:
+def test_lora_acts_under_control(host: Entry) -> None:
     peft = pytest.importorskip("peft")
     model = host.model()
     call = host.call(model, 2)
@@ -219,7 +219,7 @@ def test_lora_under_control(host: Entry) -> None:
 
 
 @pytest.mark.parametrize("sequential", [False, True], ids=["model", "layer by layer"])
-def test_offloading(host: Entry, sequential: bool) -> None:
+def test_offloading_does_not_change_the_output(host: Entry, sequential: bool) -> None:
     accelerate = pytest.importorskip("accelerate")
     model = host.model()
     call = host.call(model, 2)
@@ -298,7 +298,7 @@ def test_layers_are_selected_by_kind_and_by_index(host: Entry) -> None:
         assert [(r.layer, r.kind) for r in handle.stats] == [(i, host.kinds[i]) for i in expected]
 
 
-def test_statistics(host: Entry) -> None:
+def test_statistics_have_one_record_per_controlled_call(host: Entry) -> None:
     """The mass of a row segment is its number of rows; parts have their own records."""
     model, method = host.model(), Weighted()
     with apply(model, method, stats=("lse", "mass")) as handle:
@@ -328,7 +328,7 @@ def gradient(host: Entry, model: Any, call: dict) -> Tensor:
     return torch.autograd.grad(out.square().sum(), image)[0]
 
 
-def test_gradients(host: Entry) -> None:
+def test_gradients_equal_the_stock_model_and_the_reference_backend(host: Entry) -> None:
     model = host.model().requires_grad_(False)
     call = host.call(model, 2)
     stock = gradient(host, model, call)
@@ -342,7 +342,7 @@ def test_gradients(host: Entry) -> None:
     assert relative(swapped, stock) > 1e-3
 
 
-def test_gradient_checkpointing(host: Entry) -> None:
+def test_gradient_checkpointing_keeps_plans_and_gradients(host: Entry) -> None:
     """The backward pass runs layers again with the same plans, and leaves no statistics."""
     model = host.model().requires_grad_(False)
     call = host.call(model, 2)
@@ -378,7 +378,7 @@ def test_compiled_blocks_share_compilations(host: Entry, recompilations: Countin
         assert recompilations.count == before and len(handle.stats) == 2 * len(host.kinds)
 
 
-def test_a_whole_model_compiled(host: Entry, recompilations: CountingBackend) -> None:
+def test_whole_model_compiled_equals_eager(host: Entry, recompilations: CountingBackend) -> None:
     """Its wrapper before apply(), itself before apply(), and its wrapper after, with prepare()."""
     model = host.whole()
     call = host.call(model, 2)
@@ -403,7 +403,7 @@ def test_a_whole_model_compiled(host: Entry, recompilations: CountingBackend) ->
 # What it refuses
 
 
-def test_processors_that_it_cannot_replace(host: Entry) -> None:
+def test_foreign_processors_are_refused(host: Entry) -> None:
     model = host.model()
     host.foreign(model)
     before = processors(model)
@@ -412,13 +412,13 @@ def test_processors_that_it_cannot_replace(host: Entry) -> None:
     assert all(a is b for a, b in zip(processors(model), before, strict=True))
 
 
-def test_a_model_with_a_control(host: Entry) -> None:
+def test_model_with_a_control_is_refused(host: Entry) -> None:
     model = host.model()
     with apply(model), pytest.raises(RuntimeError, match="already has a flashbrush control"):
         apply(model)
 
 
-def test_processors_replaced_under_control(host: Entry) -> None:
+def test_processors_replaced_under_control_raise_and_stay(host: Entry) -> None:
     model = host.model()
     handle = apply(model, Weighted())
     host.foreign(model)
@@ -444,7 +444,7 @@ def test_processors_put_back_after_removal_are_plain(host: Entry) -> None:
     assert host.processor not in {type(p) for p in processors(model)}
 
 
-def test_context_parallelism(host: Entry) -> None:
+def test_context_parallelism_raises(host: Entry) -> None:
     model = host.model()
     handle = apply(model)
     processors(model)[0]._parallel_config = SimpleNamespace(context_parallel_config=object())
@@ -456,7 +456,7 @@ def test_context_parallelism(host: Entry) -> None:
         apply(model)
 
 
-def test_sizes_that_the_model_does_not_take(host: Entry) -> None:
+def test_prepare_refuses_sizes_that_the_model_does_not_take(host: Entry) -> None:
     handle = apply(host.model(), Weighted())
     image = {n: size for n, size in host.sizes.items() if n != "text_len"}
     for sizes in ({}, host.other_sizes, host.other_sizes | image):
@@ -465,7 +465,7 @@ def test_sizes_that_the_model_does_not_take(host: Entry) -> None:
     handle.prepare(**host.sizes)
 
 
-def test_a_plan_that_does_not_fit_the_layer(host: Entry) -> None:
+def test_plan_that_does_not_fit_the_layer_raises(host: Entry) -> None:
     model = host.model()
     wrong = OnePlan(lambda layer: Plan(fb.Control(fb.Segments(all=layer.rows + 1))))
     with apply(model, wrong), pytest.raises(ValueError, match=r"Plan\.control\.rows: \d+ tokens for layer 0"):

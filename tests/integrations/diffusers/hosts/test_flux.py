@@ -23,7 +23,7 @@ HEADS, DIM = 4, 32
 TOLERANCE = 1e-5  # float32, relative to the largest output
 
 
-def test_projections_fused_and_taken_apart_under_control() -> None:
+def test_fusing_projections_under_control_does_not_change_the_output() -> None:
     model = tiny_flux()
     call = tiny_call(model)
     with apply(model, InContextBrush()):
@@ -59,7 +59,7 @@ def test_unknown_joint_attention_kwargs_warn_as_stock() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_quantised_linears() -> None:
+def test_quantised_linears_equal_the_stock_model() -> None:
     model = tiny_flux()
     call = tiny_call(model)
     exact = forward(model, call)
@@ -74,7 +74,7 @@ def test_quantised_linears() -> None:
     assert torch.equal(forward(model, call), stock)
 
 
-def test_a_tensor_parallel_rank_s_share_of_the_heads() -> None:
+def test_tensor_parallel_share_of_the_heads_equals_the_stock_processor() -> None:
     attn = attention_module("double")
     keep = 2 * DIM
     for name in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"):
@@ -173,7 +173,7 @@ both = pytest.mark.parametrize("kind", ["double", "single"])
 
 
 @both
-def test_control_under_an_attention_mask(kind: str) -> None:
+def test_control_under_an_attention_mask_matches_eager(kind: str) -> None:
     q, k, v, rope = streams(kind)
     control = fb.Control(fb.Segments(prompt=TEXT, rest=IMAGE), weight={("rest", "prompt"): 1.7})
     mask = torch.ones(2, 1, 1, TOKENS, dtype=torch.bool)
@@ -230,7 +230,7 @@ def generate(pipe, steps: int = 2, **more) -> Tensor:
     return out.images
 
 
-def test_fill_and_kontext_pipelines() -> None:
+def test_fill_and_kontext_pipelines_run_under_control() -> None:
     for pipe in pipelines():
         stock = generate(pipe)
         with apply(pipe.transformer):

@@ -26,14 +26,14 @@ class Recorder:
         return Plan()
 
 
-def test_the_grid_is_of_patches() -> None:
+def test_grid_counts_patches() -> None:
     model, method = tiny_sd3(qk_norm="rms_norm", dual=(0, 1)), Recorder()
     with apply(model, method):
         run(model, sd3_call(side=(8, 12)))
     assert {(layer.grid, layer.image_len) for layer in method.asked} == {((4, 6), 24)}
 
 
-def test_skipped_layers_under_control() -> None:
+def test_skipped_layers_equal_the_stock_model() -> None:
     model = tiny_sd3()
     call = sd3_call()
     stock, skipped = run(model, call), run(model, call | {"skip_layers": [1]})

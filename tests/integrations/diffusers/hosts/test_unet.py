@@ -35,7 +35,9 @@ def forward(model: UNet2DConditionModel, call: dict, **more) -> Tensor:
 
 @pytest.mark.parametrize("processor", [AttnProcessor, AttnProcessor2_0])
 @pytest.mark.parametrize("upcast", [False, True])
-def test_upcast_attention_and_the_eager_processor(processor: type, upcast: bool) -> None:
+def test_upcast_attention_and_the_eager_processor_equal_the_stock_model(
+    processor: type, upcast: bool
+) -> None:
     model = tiny_unet(SD2, upcast_attention=upcast)
     model.set_attn_processor(processor())
     call = unet_call(model)
@@ -46,7 +48,7 @@ def test_upcast_attention_and_the_eager_processor(processor: type, upcast: bool)
 
 
 @pytest.mark.parametrize("config", ["SDXL", "without transformers"])
-def test_fused_projections(config: str) -> None:
+def test_fused_projections_equal_the_stock_model(config: str) -> None:
     model = tiny_unet(CONFIGS[config])
     call = unet_call(model)
     stock = forward(model, call)
@@ -66,7 +68,7 @@ def test_fused_projections(config: str) -> None:
 
 
 @pytest.mark.parametrize("config", ["SDXL", "added keys"])
-def test_masks(config: str) -> None:
+def test_text_masks_equal_the_stock_model(config: str) -> None:
     model = tiny_unet(CONFIGS[config])
     call = unet_call(model)
     text = torch.ones(2, TEXT)
@@ -79,7 +81,7 @@ def test_masks(config: str) -> None:
         assert relative(forward(model, call, encoder_attention_mask=text), stock) <= TOLERANCE
 
 
-def test_a_mask_of_the_image() -> None:
+def test_image_mask_equals_the_stock_model() -> None:
     """Only models of one resolution can take it."""
     model = tiny_unet(
         SD15
@@ -128,7 +130,7 @@ LAYERS = {
 @torch.no_grad()
 @pytest.mark.parametrize("image", [False, True], ids=["tokens", "image"])
 @pytest.mark.parametrize("case", LAYERS)
-def test_every_option_of_a_layer(case: str, image: bool) -> None:
+def test_every_option_of_a_layer_equals_the_stock_processor(case: str, image: bool) -> None:
     attn = attention_layer(**LAYERS[case])
     torch.manual_seed(2)
     if attn.spatial_norm is not None and not image:
@@ -147,7 +149,7 @@ def test_every_option_of_a_layer(case: str, image: bool) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("only", [False, True], ids=["text and image", "text only"])
 @pytest.mark.parametrize("norm", [None, "layer_norm", "group_norm"])
-def test_added_keys(norm: str | None, only: bool) -> None:
+def test_added_keys_equal_the_stock_processor(norm: str | None, only: bool) -> None:
     options = {
         "cross_attention_dim": 32,
         "added_kv_proj_dim": 16 if norm != "layer_norm" else 32,

@@ -37,7 +37,7 @@ LAYER = Layer(0, "cross", "up", heads=2, head_dim=8, text_len=KEYS, image_len=RO
     ],
     ids=lambda value: None if isinstance(value, dict) else value[:20],
 )
-def test_malformed_parts(fields: dict[str, Any], match: str) -> None:
+def test_malformed_parts_raise(fields: dict[str, Any], match: str) -> None:
     with pytest.raises((TypeError, ValueError), match=match):
         Part(**fields)
 
@@ -50,6 +50,6 @@ def test_malformed_parts(fields: dict[str, Any], match: str) -> None:
     ],
     ids=["key_order", "gate"],
 )
-def test_parts_that_do_not_fit_the_layer(part: Part, match: str) -> None:
+def test_parts_that_do_not_fit_the_layer_raise(part: Part, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         Plan(parts=[part]).check(LAYER)

@@ -64,7 +64,7 @@ def extra(n: int, seed: int) -> tuple[Tensor, Tensor]:
     return k, v
 
 
-def test_tables_on_different_segments() -> None:
+def test_tables_on_different_segments_match_eager() -> None:
     """One splits the text from the image, the other the image: bias adds up, weights and gains multiply."""
     a = fb.Control(
         fb.Segments(text=TEXT, image=IMAGE),
@@ -95,7 +95,7 @@ def test_tables_on_different_segments() -> None:
 
 
 @pytest.mark.parametrize("turned", [False, True])
-def test_groups_of_one_and_extra_keys_of_the_other(turned: bool) -> None:
+def test_groups_of_one_and_extra_keys_of_the_other_match_eager(turned: bool) -> None:
     """Regions with a softmax each, and adapters' keys with theirs, of one name in both."""
     gate, mask = torch.rand(BATCH, TOKENS), torch.rand(1, TOKENS)
     split = fb.Control(
@@ -170,7 +170,7 @@ def test_gates_are_sorted_by_the_other_method_s_order() -> None:
     assert relative(joined(b, a), expected) <= TOLERANCE
 
 
-def test_parts_of_one_and_tables_of_the_other() -> None:
+def test_tables_act_on_the_items_outside_of_the_other_method_s_parts() -> None:
     control = fb.Control(fb.Segments(text=TEXT, image=IMAGE), weight={("image", "text"): 1.3})
     out = joined(Plan(control), Plan(parts=[Part((1,), attend=lambda q, k, v, backend: v)]))
     q, k, v = inputs()
@@ -180,7 +180,7 @@ def test_parts_of_one_and_tables_of_the_other() -> None:
     assert torch.equal(out[1], v[1])
 
 
-def test_transforms_offsets_and_every_see() -> None:
+def test_transforms_chain_offsets_add_and_every_see_is_called() -> None:
     q, k, v = inputs()
     seen: list[str] = []
     a = Plan(query=lambda x: 2 * x, q_offset=torch.ones(1), see=lambda _: seen.append("a"))
@@ -275,7 +275,7 @@ def test_conflicting_plans_raise_with_the_reason(a: Plan, b: Plan, reason: str) 
         compose(Fixed(a), Other(b)).plan(LAYER, Step(0))
 
 
-def test_no_methods() -> None:
+def test_anything_but_methods_raises() -> None:
     for wrong in ((), (InContextBrush,), (InContextBrush(), 3)):
         with pytest.raises(TypeError, match="methods: expected objects with plan"):
             compose(*wrong)  # type: ignore[arg-type]

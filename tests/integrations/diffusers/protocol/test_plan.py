@@ -50,7 +50,7 @@ PAIR = (torch.zeros(1, 4, HEADS, DIM), torch.zeros(1, 4, HEADS, DIM))
         ({"value": 2}, TypeError, r"Plan\.value"),
     ],
 )
-def test_malformed_plans(fields: dict, error: type[Exception], match: str) -> None:
+def test_malformed_plans_raise(fields: dict, error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         Plan(**fields)
 
@@ -65,12 +65,12 @@ def test_malformed_plans(fields: dict, error: type[Exception], match: str) -> No
     ],
     ids=["order", "control", "q_offset", "source"],
 )
-def test_plans_that_do_not_fit_the_layer(plan: Plan, match: str) -> None:
+def test_plans_that_do_not_fit_the_layer_raise(plan: Plan, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         plan.check(LAYER)
 
 
-def test_extra_keys_are_a_pair_or_a_function() -> None:
+def test_extra_keys_that_are_no_pair_or_function_raise() -> None:
     control = fb.Control(fb.Segments(tokens=TOKENS), fb.Segments(tokens=TOKENS, copies=3))
     with pytest.raises(
         TypeError, match=r"Plan\.extra\['copies'\]: expected a pair .* or a callable, got list"

@@ -47,7 +47,7 @@ def eager(q: Tensor, k: Tensor, v: Tensor, add: Tensor | float = 0.0) -> Tensor:
 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "by item"])
 @pytest.mark.parametrize("position", [0, 1, 2])
-def test_extra_keys_before_between_and_after_the_layer_s_keys(position: int, shared: bool) -> None:
+def test_extra_keys_at_any_position_match_eager(position: int, shared: bool) -> None:
     q, k, v = inputs()
     more = torch.randn(2, 1 if shared else BATCH, 3, HEADS, DIM).unbind(0)
     names = ["a", "b"]
@@ -88,7 +88,7 @@ def test_extra_keys_are_cast_to_the_layers_dtype() -> None:
     assert torch.equal(*outs)
 
 
-def test_extra_keys_of_a_part_made_of_all_items() -> None:
+def test_extra_keys_of_a_part_may_be_made_of_all_items() -> None:
     """The function gets k and v of the whole batch, before Part.value."""
     q, k, v = inputs()
     control = fb.Control(fb.Segments(rows=ROWS), fb.Segments(own=KEYS, copies=2))
@@ -106,7 +106,7 @@ def test_extra_keys_of_a_part_made_of_all_items() -> None:
     assert relative(out[0], eager(q[0], k[0], v[0])) <= TOLERANCE
 
 
-def test_extra_keys_of_a_part() -> None:
+def test_extra_keys_of_a_part_match_eager() -> None:
     q, k, v = inputs()
     more = torch.randn(1, 3, HEADS, DIM), torch.randn(1, 3, HEADS, DIM)
     segments = fb.Segments(first=KEYS, more=3, second=KEYS)
@@ -157,7 +157,7 @@ def test_the_sum_has_a_gradient() -> None:
 
 
 @pytest.mark.parametrize("several", [False, True], ids=["one mask", "a mask for each item"])
-def test_sorted_keys_split_into_groups(several: bool) -> None:
+def test_keys_sorted_into_groups_match_eager(several: bool) -> None:
     """Two branches on the keys in and outside of a mask, each key read once."""
     q, k, v = inputs()
     mask = torch.rand(2, KEYS) < 0.5
@@ -182,7 +182,7 @@ def test_sorted_keys_split_into_groups(several: bool) -> None:
     assert relative(out[0], eager(q[0], k[0], v[0])) <= TOLERANCE
 
 
-def test_a_part_with_an_attention_of_its_own() -> None:
+def test_part_with_its_own_attention_matches_eager() -> None:
     """attend() gets the items' q, k and v after source, query and value; its output is gated."""
     q, k, v = inputs()
 
@@ -199,7 +199,7 @@ def test_a_part_with_an_attention_of_its_own() -> None:
     assert relative(out[1], eager(q[1], k[1], v[1])) <= TOLERANCE
 
 
-def test_an_attention_of_a_part_keeps_the_shape_of_q() -> None:
+def test_part_s_attention_that_changes_the_shape_raises() -> None:
     q, k, v = inputs()
     part = Part((0,), attend=lambda q, k, v, backend: q[:, 1:])
     with pytest.raises(ValueError, match=r"Part\.attend: expected a tensor of shape \(1, 12, 2, 8\)"):
@@ -228,7 +228,7 @@ def test_equal_queries_attend_once(monkeypatch: pytest.MonkeyPatch) -> None:
 # Transforms, order and masks
 
 
-def test_transforms_keep_the_shape() -> None:
+def test_transforms_that_change_the_shape_raise() -> None:
     q, k, v = inputs()
     for name in ("query", "value"):
         cut = {name: lambda x: x[:, 1:]}

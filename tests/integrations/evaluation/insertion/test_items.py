@@ -63,7 +63,7 @@ def test_a_written_folder_is_read_back(items, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_wrong_folders(tmp_path: Path, text: str | None, message: str) -> None:
+def test_wrong_folders_are_refused(tmp_path: Path, text: str | None, message: str) -> None:
     Image.new("RGB", (8, 8), "red").save(tmp_path / "s.png")
     Image.new("RGB", (9, 8), "red").save(tmp_path / "i.png")
     if text is not None:

@@ -37,7 +37,7 @@ def test_the_truth_scores_best(items) -> None:
         assert abs(flat["pattern"]) < 1e-9 and flat["palette"] <= best["palette"]
 
 
-def test_an_exact_error_and_a_named_colour() -> None:
+def test_psnr_and_colour_equal_known_values() -> None:
     item = next(
         item for item in held_out(96, kind="contradiction") if item.colour not in ("", "red", "pink", "brown")
     )
@@ -54,7 +54,7 @@ def test_an_exact_error_and_a_named_colour() -> None:
         measure(item, Image.new("RGB", (8, 8)))
 
 
-def test_dino_and_clip(items, tmp_path: Path) -> None:
+def test_dino_and_clip_score_equal_pictures_best(items, tmp_path: Path) -> None:
     from transformers import (
         BitImageProcessor,
         CLIPConfig,

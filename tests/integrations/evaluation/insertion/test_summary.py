@@ -15,7 +15,7 @@ from flashbrush.integrations.evaluation.insertion.summary import best, estimate
 from .outcomes import outcomes
 
 
-def test_estimates_by_hand() -> None:
+def test_estimates_equal_values_by_hand() -> None:
     base = outcomes(Setting(), {("a", 0): 0.0, ("a", 1): 1.0, ("b", 0): 2.0, ("b", 1): 4.0})
     other = outcomes(Setting(0.5), {("a", 0): 1.0, ("a", 1): 3.0, ("b", 0): 2.5, ("b", 1): 4.0})
     mean = estimate(base, "pattern")

@@ -17,7 +17,7 @@ from flashbrush.integrations.evaluation.insertion.sweep import parse_axis, plot,
 from .outcomes import outcomes
 
 
-def test_tables_and_plots(tmp_path: Path) -> None:
+def test_table_and_plot_compare_settings_with_the_base(tmp_path: Path) -> None:
     named = settings(
         dict([parse_axis("alpha_subject=0,0.5"), parse_axis("grow=-1,1")]), {"code": Setting(0.3, 0.3, 0.2)}
     )
@@ -67,6 +67,6 @@ def test_tables_and_plots(tmp_path: Path) -> None:
         ("alpha_prompt=a,b", "axis: expected alpha_prompt=number"),
     ],
 )
-def test_wrong_axes(text: str, match: str) -> None:
+def test_wrong_axes_are_refused(text: str, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         parse_axis(text)

@@ -46,7 +46,7 @@ HEAD = "name,image,truth,prompts\n"
         (HEAD + "a,s.png,i.png,\nb,s.png,s.png,a\n", "truth of a: expected the size of the image"),
     ],
 )
-def test_wrong_folders(tmp_path: Path, text: str | None, message: str) -> None:
+def test_wrong_folders_are_refused(tmp_path: Path, text: str | None, message: str) -> None:
     Image.new("RGB", (8, 8), "red").save(tmp_path / "s.png")
     Image.new("RGB", (9, 8), "red").save(tmp_path / "i.png")
     if text is not None:

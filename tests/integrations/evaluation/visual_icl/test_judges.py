@@ -36,7 +36,7 @@ def judged(
     return each, judge.summary()
 
 
-def test_segmentation() -> None:
+def test_segmentation_measures_equal_values_by_hand() -> None:
     left, top, nothing = boxes((0, 0, 4, 8)), boxes((0, 0, 8, 4)), boxes()
     each, total = judged("segmentation", [left, top, nothing, nothing], [top, top, nothing, top])
     assert [m["miou"] for m in each] == pytest.approx([16 / 48, 1, 1, 0]) and total["miou"] == pytest.approx(
@@ -44,7 +44,7 @@ def test_segmentation() -> None:
     )
 
 
-def test_detection() -> None:
+def test_detection_measures_the_boxes() -> None:
     """A hole in the prediction, or a speck beside it, does not change its box."""
     truth = boxes((2, 0, 6, 4))
     holed = boxes((0, 0, 4, 4), (7, 7, 8, 8))
@@ -67,7 +67,7 @@ def test_semantic_sums_the_pixels_of_a_class_over_all_pictures() -> None:
     assert other["miou"] == pytest.approx((32 / (48 + 64) + 16 / 32 + 0) / 3)
 
 
-def test_keypoints() -> None:
+def test_keypoints_measures_equal_values_by_hand() -> None:
     palette = [(0, 0, 0), (255, 0, 0), (0, 255, 0), (0, 0, 255)]
     truth = boxes(size=(101, 51))
     for x, y, colour in ((20, 20, palette[1]), (80, 40, palette[2])):
@@ -88,7 +88,7 @@ def test_keypoints() -> None:
         judge.update(near, boxes(size=(101, 51)))
 
 
-def test_edges() -> None:
+def test_edges_measures_equal_values_by_hand() -> None:
     white, black, half = Image.new("L", (8, 8), 255), Image.new("L", (8, 8)), boxes((0, 0, 4, 8))
     each, total = judged("edges", [white, half, half], [black, black, half])
     assert [m["mse"] for m in each] == pytest.approx([1, 0.5, 0]) and total["mse"] == pytest.approx(0.5)
@@ -101,7 +101,7 @@ class MeanColour(nn.Module):
         return pictures.double().mean((2, 3)) / 255
 
 
-def test_colourisation() -> None:
+def test_colourisation_distance_equals_a_known_shift() -> None:
     """All features move by 0.2 and keep their spread: the Fréchet distance is 0.2^2."""
     rng = np.random.default_rng(0)
     truths = [Image.fromarray(np.full((8, 8, 3), rng.integers(0, 200, 3), np.uint8)) for _ in range(6)]
@@ -131,7 +131,7 @@ def test_a_missing_torch_fidelity_is_named() -> None:
         TaskJudge("colourisation", features="inception")
 
 
-def test_wrong_input() -> None:
+def test_wrong_input_raises() -> None:
     with pytest.raises(ValueError, match=r"task: .*'depth'"):
         TaskJudge("depth")
     with pytest.raises(ValueError, match="palette: semantic needs one"):

@@ -1,4 +1,4 @@
-"""Knobs: what each takes, stores and refuses, and that a dataclass with knobs is one as without."""
+"""Knobs: what each takes, stores and refuses, and that a dataclass with knobs behaves like any other."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ def test_same_prompt_is_aligned_with_itself(words: Any, letters: Any) -> None:
             assert torch.equal(result.mapper, torch.eye(8)) and torch.equal(result.alphas, torch.ones(8))
 
 
-def test_word_tokens(words: Any, letters: Any) -> None:
+def test_word_tokens_finds_every_occurrence(words: Any, letters: Any) -> None:
     assert word_tokens("a cat on a mat", "a", words) == [0, 3]
     assert word_tokens("a cat on a mat", ["mat", "cat"], words) == [1, 4]
     assert word_tokens("a bc d bc", "bc", letters) == [2, 3, 5, 6]

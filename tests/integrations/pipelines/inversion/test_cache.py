@@ -42,7 +42,7 @@ def same(a: Inversion | None, b: Inversion) -> bool:
     )
 
 
-def test_read_back_bitwise(tmp_path: Path) -> None:
+def test_inversions_are_read_back_bitwise(tmp_path: Path) -> None:
     cache = InversionCache(tmp_path / "new" / "folder")
     assert cache.get(SETTINGS) is None and not cache.folder.exists()
     path = cache.put(SETTINGS, inversion())
@@ -118,7 +118,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     assert same(cache.get(SETTINGS), inversion())
 
 
-def test_default_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_folder_is_in_the_user_s_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert InversionCache().folder == default_folder() == tmp_path / "flashbrush" / "inversions"
     monkeypatch.delenv("XDG_CACHE_HOME")

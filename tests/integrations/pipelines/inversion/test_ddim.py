@@ -59,7 +59,9 @@ def test_sampling_equals_diffusers(predict, clean, prediction: str) -> None:
 
 
 @pytest.mark.parametrize(("prediction", "bound"), [("epsilon", 0.5), ("v_prediction", 0.05)])
-def test_the_error_of_a_round_trip(predict, clean, prediction: str, bound: float) -> None:
+def test_round_trip_error_falls_with_steps_and_iterations(
+    predict, clean, prediction: str, bound: float
+) -> None:
     """It shrinks with more steps, and to rounding with more iterations; epsilon needs the looser bound."""
     error = {}
     for steps, iterations in ((6, 1), (24, 1), (6, 20)):
@@ -70,7 +72,7 @@ def test_the_error_of_a_round_trip(predict, clean, prediction: str, bound: float
     assert error[6, 20] <= 1e-4, error
 
 
-def test_progress_and_wrong_input(predict, clean) -> None:
+def test_progress_is_reported_and_wrong_input_raises(predict, clean) -> None:
     schedule, done = DDPMSchedule.from_scheduler(ddim(), STEPS), []
     invert(clean, predict, schedule, progress=done.append)
     assert done == [1] * STEPS

@@ -185,7 +185,7 @@ def test_a_ddpm_scheduler_ends_without_noise(unet, clean) -> None:
         invert(clean, predict, schedule, generators=generators(), keep_last=True)
 
 
-def test_zero_terminal_snr(unet, clean) -> None:
+def test_zero_terminal_snr_needs_v_prediction(unet, clean) -> None:
     """The first level is pure noise, where only v-prediction defines x0."""
     levels = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "steps_offset": 0}
     schedule = DDPMSchedule.from_scheduler(ddim(prediction_type="v_prediction", **levels), STEPS)
@@ -199,7 +199,7 @@ def test_zero_terminal_snr(unet, clean) -> None:
         dataclasses.replace(schedule, prediction="epsilon")
 
 
-def test_guidance(unet, clean) -> None:
+def test_guidance_matches_its_formula(unet, clean) -> None:
     t = torch.tensor(100)
     given, without = (noise_predictor(unet, text(seed))(clean, t.expand(2)) for seed in (0, 1))
     guided = noise_predictor(unet, text(), text(1), 3.5)(clean, t.expand(2))
@@ -222,7 +222,7 @@ def test_guidance(unet, clean) -> None:
         ({"scheduler": ddim(prediction_type="sample")}, ValueError, "prediction: .*'sample'"),
     ],
 )
-def test_wrong_schedules(change: dict, error: type[Exception], match: str) -> None:
+def test_wrong_schedules_raise(change: dict, error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         DDPMSchedule.from_scheduler(**{"scheduler": ddim(), "steps": STEPS} | change)
 
@@ -238,7 +238,7 @@ def test_wrong_schedules(change: dict, error: type[Exception], match: str) -> No
         ({"predict": lambda x, t: x * float("nan")}, FloatingPointError, "not finite"),
     ],
 )
-def test_wrong_inversions(clean, change: dict, error: type[Exception], match: str) -> None:
+def test_wrong_inversions_raise(clean, change: dict, error: type[Exception], match: str) -> None:
     given = {"clean": clean, "predict": lambda x, t: x, "generators": generators()} | change
     with pytest.raises(error, match=match):
         invert(schedule=DDPMSchedule.from_scheduler(ddim(), STEPS), **given)

@@ -29,7 +29,7 @@ def box_picture(box: tuple[int, int, int, int], size: tuple[int, int] = (64, 48)
     return picture
 
 
-def test_segmentation() -> None:
+def test_segmentation_reads_the_foreground_through_noise() -> None:
     result = vt.read_segmentation(with_noise(box_picture((10, 5, 40, 30))))
     expected = np.zeros((48, 64), bool)
     expected[5:30, 10:40] = True
@@ -40,7 +40,7 @@ def test_segmentation() -> None:
 
 
 @pytest.mark.parametrize("box", [(10, 5, 40, 30), (0, 0, 64, 48), (63, 47, 64, 48), (0, 20, 64, 21)])
-def test_detection(box: tuple[int, int, int, int]) -> None:
+def test_detection_reads_the_box_through_noise(box: tuple[int, int, int, int]) -> None:
     result = vt.read_detection(with_noise(box_picture(box)))
     assert result.data == box
     assert np.array_equal(np.asarray(result.picture), np.asarray(box_picture(box).convert("L")))
@@ -68,12 +68,12 @@ def test_specks_and_holes_do_not_move_the_box() -> None:
     assert np.abs(np.array([left - 20, top - 10, right - 50, bottom - 40])).max() <= 1
 
 
-def test_no_box_in_a_dark_picture() -> None:
+def test_dark_picture_has_no_box() -> None:
     result = vt.read_detection(Image.new("RGB", (8, 8)))
     assert result.data is None and not np.asarray(result.picture).any()
 
 
-def test_semantic() -> None:
+def test_semantic_reads_classes_through_noise() -> None:
     classes = rng().integers(0, 4, (12, 16))
     drawn = Image.fromarray(vt.check_palette(PALETTE)[classes])
     result = vt.read_semantic(with_noise(drawn, 100), palette=PALETTE)
@@ -101,12 +101,12 @@ def test_palettes_come_from_ground_truths() -> None:
         ([(1, 2, 3), (1, 2, 3)], "each colour once"),
     ],
 )
-def test_wrong_palettes(palette, match: str) -> None:
+def test_wrong_palettes_raise(palette, match: str) -> None:
     with pytest.raises(ValueError, match=f"palette: .*{match}"):
         vt.read_semantic(Image.new("RGB", (2, 2)), palette=palette)
 
 
-def test_keypoints() -> None:
+def test_keypoints_are_found_among_stray_pixels() -> None:
     places = {"red": (12, 10), "green": (40, 30), "blue": (55, 12)}
     picture = Image.new("RGB", (64, 48))
     pen = ImageDraw.Draw(picture)
@@ -119,7 +119,7 @@ def test_keypoints() -> None:
     np.testing.assert_allclose(again.data, result.data, atol=0.6)
 
 
-def test_missing_keypoints_and_another_background() -> None:
+def test_missing_keypoints_are_nan() -> None:
     picture = Image.new("RGB", (20, 20), (0, 0, 255))
     picture.paste((0, 255, 0), (4, 6, 7, 9))
     result = vt.read_keypoints(picture, palette=PALETTE, background=3)
@@ -135,7 +135,7 @@ def test_missing_keypoints_and_another_background() -> None:
         vt.read_keypoints(picture, palette=PALETTE, radius=0)
 
 
-def test_edges() -> None:
+def test_edges_are_the_lightness() -> None:
     levels = rng().integers(0, 256, (6, 5), dtype=np.uint8)
     result = vt.read_edges(Image.fromarray(levels))
     assert result.data.dtype == np.float32
@@ -166,7 +166,7 @@ def test_read_task_calls_the_task_s_function(task: str) -> None:
     assert expected is None or np.array_equal(np.asarray(result.data), np.asarray(expected))
 
 
-def test_wrong_tasks() -> None:
+def test_wrong_tasks_raise() -> None:
     with pytest.raises(ValueError, match=r"task: expected one of segmentation, .*'depth'"):
         vt.read_task("depth", Image.new("RGB", (2, 2)))
     with pytest.raises(ValueError, match="palette: semantic needs one"):
