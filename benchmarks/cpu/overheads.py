@@ -158,7 +158,7 @@ def _compare(
 
 
 def _construction(rounds: int) -> dict:
-    """Constructing a Problem as it is, and as a frozen dataclass."""
+    """The time to construct a Problem, which is not frozen, and a frozen copy of its class."""
     fields = [(f.name, f.type, dataclasses.field(default=None)) for f in dataclasses.fields(Problem)]
     frozen = dataclasses.make_dataclass("Frozen", fields, frozen=True, kw_only=True, eq=False)
     values: dict[str, Any] = {f.name: None for f in dataclasses.fields(Problem)}

@@ -20,7 +20,7 @@ ON_FLUX = {"kv-edit": {"mask"}, "personalize-anything": {"mask", "move"}}
 UNUSED = {"plug-and-play": {"word", "source_word"}, "infedit": {"inversion_iterations"}}
 TOKEN = 16  # pixels of a FLUX token, each way
 Words = Annotated[
-    list[str] | None, typer.Option(help="What the edit is about, in --prompt: it stays there. Repeat it.")
+    list[str] | None, typer.Option(help="Word of --prompt to which the edit is confined. Repeat it for more.")
 ]
 
 
@@ -50,7 +50,7 @@ def edit(
     source_prompt: Annotated[str, typer.Option(help="What the photo shows.")] = "",
     word: Words = None,
     source_word: Annotated[
-        list[str] | None, typer.Option(help="The same in --source-prompt. Repeat it.")
+        list[str] | None, typer.Option(help="The same word in --source-prompt. Repeat it for more.")
     ] = None,
     negative_prompt: Annotated[str, typer.Option(help="What guidance leads away from.")] = "",
     steps: Annotated[
@@ -66,7 +66,7 @@ def edit(
         int | None, typer.Option(min=1, help="Calls of the model for a step of the inversion. Default: 1.")
     ] = None,
     reconstruction: Annotated[
-        Path | None, typer.Option(help="Also write what the autoencoder leaves of the photo.")
+        Path | None, typer.Option(help="Also write the photo as the autoencoder reconstructs it.")
     ] = None,
     seed: Seed = 0,
     width: Width = None,
@@ -154,5 +154,5 @@ def edit(
     write_pictures(pictures)
     print(
         f"the picture is {output}"
-        + (f", the photo from the model {reconstruction}" if reconstruction else "")
+        + (f", the photo's reconstruction {reconstruction}" if reconstruction else "")
     )

@@ -47,11 +47,11 @@ def eval_insert(
     offload: Offload = False,
     backend: Backend = "auto",
 ) -> None:
-    """How well subjects are inserted: identity, agreement with the prompt, PSNR, FID; as tables, CSV and a
-    figure.
+    """Measure how well subjects are inserted; writes tables, CSV files and a figure.
 
-    Synthetic items are inserted with their own subject as the reference, with a blank, with another item's
-    subject, and with a prompt that contradicts the reference.
+    Measures identity, agreement with the prompt, PSNR and FID. Synthetic items are inserted with their own
+    subject as the reference, with a blank, with another item's subject, and with a prompt that contradicts
+    the reference.
     """
     from ..evaluation.csv_files import write_csv
     from ..evaluation.frechet import LatentStatistics, frechet_distance

@@ -38,18 +38,18 @@ ALL = "(all)"  # name of the last row; no file has it
 
 def eval_vicl(
     folder: Annotated[
-        Path, typer.Argument(help="With pairs.csv: name, image, truth, prompts (names, by spaces).")
+        Path, typer.Argument(help="Folder with pairs.csv: name, image, truth, prompts (names).")
     ],
     task: Task,
     model: Model,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="CSV file to write: a row for each prediction, and all.")
+        Path, typer.Option("--output", "-o", help="CSV file to write: a row per prediction, and one for all.")
     ],
     pictures: Annotated[
         Path | None, typer.Option(help="Folder for the predictions; made where it is not there.")
     ] = None,
     reach: Annotated[
-        float, typer.Option(help="Keypoints: share of the longer side that a correct one may be away.")
+        float, typer.Option(help="Keypoints: how far off a correct one may be; 1: the longer side.")
     ] = 0.1,
     features: Annotated[
         str, typer.Option(help="Colourisation: latents, the model's own, or inception, for FID.")

@@ -30,7 +30,8 @@ def sweep(
     output: Results,
     folder: Folder = None,
     axis: Annotated[
-        list[str] | None, typer.Option(help="A knob and its values, as alpha_subject=0,0.3; several.")
+        list[str] | None,
+        typer.Option(help="A knob and its values, as alpha_subject=0,0.3. Repeat it for more."),
     ] = None,
     model: Model = None,
     count: Count = 96,

@@ -26,7 +26,7 @@ class IPAdapter:
         o_i = softmax(q_i K_text^T) V_text + sum_a scale_a mask_a(i) softmax(q_i K_a^T) V_a
 
     in a UNet's cross-attention. In FLUX's double blocks the sum is added to the image after the block, with
-    the queries as they are before RoPE. A mask is resized bicubically to the layer's grid, which may take it
+    the queries before RoPE. A mask is resized bicubically to the layer's grid, which may take it
     outside of 0 to 1, as in diffusers. Several images of an adapter without masks share a softmax. A knob may
     be set at any time; keys and values of `prompts` are made once.
 

@@ -22,7 +22,7 @@ class SmoothedEnergy(Perturbed):
         o = softmax(G(Q) K^T / sqrt(d)) V
 
     G is a Gaussian over the grid of image tokens; query_blur() defines its taps. With an infinite sigma it is
-    the mean: all rows are equal, and one is computed. In joint attention the text's queries stay as they are;
+    the mean: all rows are equal, and one is computed. In joint attention the text's queries are not blurred;
     diffusers' guider blurs them, and has its two branches swapped. Guide with `perturbed_guidance.guide`,
     with a scale of 3 in the paper. A knob may be set at any time.
 

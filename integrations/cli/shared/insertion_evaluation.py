@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Folder = Annotated[
     Path | None,
-    typer.Argument(help="With items.csv. Default: synthetic items that the tiny model was not trained on."),
+    typer.Argument(help="Folder with items.csv. Default: synthetic items held out from the training."),
 ]
 Results = Annotated[
     Path, typer.Option("--output", "-o", help="Folder for tables and figure; made where it is not there.")

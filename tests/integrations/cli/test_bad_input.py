@@ -153,7 +153,7 @@ BAD = {
         lambda b: {"model": b.model_without_mask_channels()},
         "model: .*128 input channels, got one with 32",
     ),
-    "a model that nobody has": (
+    "a model that does not exist": (
         lambda b: {"model": "nobody/nothing"},
         "model: nobody/nothing cannot be loaded",
     ),
