@@ -142,7 +142,7 @@ def test_alignment_follows_the_prompts(pipe: PromptEditingPipeline, photo: Image
     [
         ({"method": "magic"}, "method: expected one of masactrl"),
         ({"method": VisualInContext()}, "method: expected one of masactrl"),
-        ({"method": "plug-and-play", "words": ["d"], "source_words": ["b"]}, "Plug-and-Play has no use"),
+        ({"method": "plug-and-play", "words": ["d"], "source_words": ["b"]}, "Plug-and-Play does not use"),
         ({"method": "masactrl", "words": ["d"]}, "together with source_words"),
         ({"method": "masactrl", "guidance_scale": float("nan")}, "guidance_scale: expected a finite number"),
         ({"method": "masactrl", "steps": 0}, "steps: expected an integer from 1"),
