@@ -54,7 +54,11 @@ def same_global_state() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def interpreter_for_kernels_only(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def interpreter_for_kernels_only(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, same_global_state: None
+) -> None:
+    # After same_global_state: a test that calls monkeypatch.undo() undoes this too, and the environment that
+    # is restored after it must be the one from before.
     if not {"kernels", "csrc"} & set(request.path.parts):
         monkeypatch.setenv("TRITON_INTERPRET", "0")
 

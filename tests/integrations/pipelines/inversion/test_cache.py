@@ -111,10 +111,10 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
             cache.put(SETTINGS, inversion())
     assert list(tmp_path.iterdir()) == []
     cache.put(SETTINGS, inversion())
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
-        cache.put(SETTINGS, inversion(1))
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail)
+        with pytest.raises(OSError, match="disk full"):
+            cache.put(SETTINGS, inversion(1))
     assert same(cache.get(SETTINGS), inversion())
 
 
