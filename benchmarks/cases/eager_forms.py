@@ -46,7 +46,7 @@ def in_context_brush(
 ) -> Tensor:
     """In-Context Brush (arXiv 2505.20271), Eqs. 5 to 8, in one joint softmax over prompt, subject and target.
 
-    To the target's rows alpha times what they read of the prompt and the subject is added; then every row of
+    Each row of the target adds alpha times what it reads of the prompt and of the subject. Then every row of
     a head is multiplied by the head's gain.
 
     Args:

@@ -9,8 +9,9 @@ from ...bindings import Contrast, Control, HeadGain, Segments
 
 Pair = tuple[str, str]
 
-# In-Context Brush as released (arXiv 2505.20271): the target's rows weight prompt and subject by 1.3. Every
-# row of a head is multiplied by 1 to 1.2, the more of the target's attention in it goes to the prompt.
+# In-Context Brush as released (arXiv 2505.20271): the target's rows weight prompt and subject by 1.3. All
+# rows of a head are multiplied by its gain: 1 for the head whose target attends least to the prompt, 1.2 for
+# the one whose target attends most.
 BRUSH: Mapping[Pair, float] = {("target", "prompt"): 1.3, ("target", "subject"): 1.3}
 BRUSH_GAIN = HeadGain(rows="target", keys="prompt", span=0.2, floor=1.0, norm="minmax", apply_to="*")
 

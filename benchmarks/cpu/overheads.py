@@ -24,11 +24,13 @@ import torch
 
 from ... import bindings
 from ...bindings import Control, HeadGain, Segments
-from ...bindings.backends.cpu import attention as cpu_attention, structures
+from ...bindings.backends.cpu import structures
 from ...bindings.backends.gpu import constants, statistics
 from ...bindings.core import coalesce
 from ...bindings.core.lowering import lower
 from ...bindings.core.problem import Problem
+from ...integrations.diffusers import Layer, Plan, Step, compose
+from ...integrations.diffusers.protocol.compose import Composition
 from ...integrations.evaluation import machine
 from ..timing.host_clock import time_on_host
 from ..timing.rounds import ratio, spread
@@ -68,10 +70,6 @@ def triton_calls() -> dict[str, Callable[[], object]]:
     return {name: functools.partial(attention.forward, problem) for name, problem in problems.items()}
 
 
-def _replaced(target: object, name: str, value: object) -> contextlib.AbstractContextManager:
-    return mock.patch.object(target, name, value)
-
-
 @contextlib.contextmanager
 def _uncached(name: str, *modules: object) -> Iterator[None]:
     """A cached function of some modules without its cache."""
@@ -87,6 +85,27 @@ def _dispatched() -> Iterator[None]:
         yield
 
 
+class _Forgetful(dict):
+    """A cache that keeps nothing."""
+
+    def __setitem__(self, key: object, value: object) -> None:
+        pass
+
+
+def _composition() -> tuple[Composition, Layer]:
+    """Two methods with a control each, which a composition joins in every layer and step, and a layer."""
+
+    class Weighted:
+        def __init__(self, name: str) -> None:
+            self.made = Plan(Control(Segments({name: 6, "rest": 10}), weight={("rest", name): 1.3}))
+
+        def plan(self, layer: Layer, step: Step) -> Plan:
+            return self.made
+
+    layer = Layer(index=0, kind="single", place=None, heads=8, head_dim=64, text_len=4, image_len=12)
+    return compose(Weighted("prompt"), Weighted("subject")), layer
+
+
 def _replace(problem: Problem, **values: object) -> Problem:
     return dataclasses.replace(problem, **values)
 
@@ -94,11 +113,10 @@ def _replace(problem: Problem, **values: object) -> Problem:
 # {shortcut: a context in which the library works without it}
 SHORTCUTS: dict[str, Callable[[], contextlib.AbstractContextManager]] = {
     "dispatcher bypass": _dispatched,
-    "cached C structure": lambda: _replaced(structures, "_structure", structures._structure.__wrapped__),
-    "cached segment flags": lambda: _replaced(cpu_attention, "_flags", cpu_attention._flags.__wrapped__),
-    "cached joins of segments": lambda: _replaced(coalesce, "_join", coalesce._join.__wrapped__),
-    "cached index tensors": lambda: _replaced(coalesce, "_index", coalesce._index.__wrapped__),
-    "Problem.changed": lambda: _replaced(Problem, "changed", _replace),
+    "cached C structure": lambda: _uncached("_structure", structures),
+    "cached joins of segments": lambda: _uncached("_join", coalesce),
+    "cached index tensors": lambda: _uncached("_index", coalesce),
+    "Problem.changed": lambda: mock.patch.object(Problem, "changed", _replace),
 }
 
 
@@ -124,6 +142,12 @@ def measure(rounds: int = ROUNDS) -> dict[str, dict[str, dict]]:
 
         with mock.patch.object(JITFunction, "run", lambda *args, **options: None):
             found |= _compare(triton_shortcuts(), triton_calls(), rounds)
+    method, layer = _composition()
+    found |= _compare(
+        {"kept joined plans": lambda: mock.patch.object(method, "_kept", _Forgetful())},
+        {"compose": lambda: method.plan(layer, Step(0, 1, 1.0))},
+        rounds,
+    )
     found["Problem, not frozen"] = {"construction": _construction(rounds)}
     return found
 

@@ -40,7 +40,7 @@ from .blocks import (
     masked_rows,
     open_keys_values,
     open_range,
-    pair_offset,
+    pair_row,
     query_item,
     range_keys,
     range_segment,
@@ -213,12 +213,8 @@ def query_gradient_kernel(
     scale = inputs.scale
     if tables.scales is not None:
         scale = load_scale(tables.scales, b, h)
-    p_bias = None  # (C,) of row segment r; also p_weight
-    if tables.bias is not None:
-        p_bias = tables.bias.p + pair_offset(tables.bias, b, h, r, counts)
-    p_weight = None
-    if tables.weight is not None:
-        p_weight = tables.weight.p + pair_offset(tables.weight, b, h, r, counts)
+    p_bias = pair_row(tables.bias, b, h, r, counts)
+    p_weight = pair_row(tables.weight, b, h, r, counts)
     gain = load_gain(tables.gain, b, h, r)
     o_row = (b * n_heads + h).to(tl.int64) * n_rows + first + tl.arange(0, T.BLOCK_M)
 
@@ -387,8 +383,8 @@ def key_gradient_kernel(
             stop = tl.where(any_seen != 0, stop, m)
             b_weight = tl.full(b_label.shape, 1.0, tl.float32)
             if tables.weight is not None:
-                o_weight = pair_offset(tables.weight, b, h, r, counts)
-                b_weight = tl.load(tables.weight.p + o_weight + b_label, mask=m_label, other=0.0)
+                p_weight = pair_row(tables.weight, b, h, r, counts)
+                b_weight = tl.load(p_weight + b_label, mask=m_label, other=0.0)
             if T.MIXED:
                 b_weight = tl.where(m_seen, b_weight, 0.0)
             pair = PairTables(b_bias, b_weight, gain, m_seen)

@@ -263,9 +263,12 @@ def in_log2(bias):
 
 
 @triton.jit
-def pair_offset(table, b, h, r, counts):
-    """Offset of row r of a table (1|B, 1|H, R, C) for item b and head h."""
-    return b * table.stride[0] + h * table.stride[1] + r * counts.n_key_segments
+def pair_row(table, b, h, r, counts):
+    """Pointer to row r, (C,), of a table (1|B, 1|H, R, C) for item b and head h; None without a table."""
+    p_row = None
+    if table is not None:
+        p_row = table.p + (b * table.stride[0] + h * table.stride[1] + r * counts.n_key_segments)
+    return p_row
 
 
 @triton.jit
@@ -346,8 +349,7 @@ def load_block_bias(table, b, h, r, b_label, m_label, counts):
     b_bias = tl.zeros_like(b_label).to(tl.float32)
     m_seen = m_label
     if table is not None:
-        o_bias = pair_offset(table, b, h, r, counts)
-        b_bias = tl.load(table.p + o_bias + b_label, mask=m_label, other=0.0)
+        b_bias = tl.load(pair_row(table, b, h, r, counts) + b_label, mask=m_label, other=0.0)
         m_seen = m_label & (b_bias != float("-inf"))
         b_bias = in_log2(b_bias)
     return b_bias, m_seen, tl.max(m_seen.to(tl.int32), 0)

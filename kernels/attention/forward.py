@@ -47,7 +47,7 @@ from .blocks import (
     load_value_sum,
     load_weight,
     open_keys_values,
-    pair_offset,
+    pair_row,
     query_item,
     range_keys,
     range_segment,
@@ -233,12 +233,8 @@ def attention_forward_kernel(
     if T.NEGATIVE_SCALE:
         b_q = with_sign_of(b_q, scale, T)
         scale = tl.abs(scale)
-    p_bias = None  # (C,) of row segment r; also p_weight
-    if tables.bias is not None:
-        p_bias = tables.bias.p + pair_offset(tables.bias, b, h, r, counts)
-    p_weight = None
-    if tables.weight is not None:
-        p_weight = tables.weight.p + pair_offset(tables.weight, b, h, r, counts)
+    p_bias = pair_row(tables.bias, b, h, r, counts)
+    p_weight = pair_row(tables.weight, b, h, r, counts)
     if T.LINEAR_CONTRAST:
         o_head = tl.cast(b * (n_heads // T.HEADS_PER_KV) + h_kv, tl.int64)
         p_value_sums = inputs.contrast.value_sums + o_head * n_key_segments * T.D  # (C, D)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
 from ...core.control import NORMS
@@ -46,6 +44,5 @@ def forward(problem: Problem) -> Result:
     return Result(out, lse, mass, gains)
 
 
-@functools.lru_cache(1024)
 def _flags(chosen: tuple[int, ...], count: int) -> bytes:
     return bytes(i in chosen for i in range(count))

@@ -2,7 +2,7 @@
 
 The library knows nothing of torch. It is called through its C interface and runs on torch's own threads.
 FLASHBRUSH_CPU_ISA=amx|avx512bf16|avx512|avx2|portable forces one of the instruction sets that are built in.
-Without it the best of them runs, except AMX, which is verified by emulation only and has not run on hardware.
+Without it the best of them runs, except AMX, which passes its tests on hardware but has not been timed.
 """
 
 from __future__ import annotations

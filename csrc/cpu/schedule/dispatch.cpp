@@ -78,7 +78,7 @@ bool always() {
 
 // Best first.
 const Isa kIsas[] = {
-    {"amx", flashbrush_kernels_amx, has_amx, true},  // tested by emulation, not yet run on hardware
+    {"amx", flashbrush_kernels_amx, has_amx, true},  // tested on hardware, not yet timed
     {"avx512bf16", flashbrush_kernels_avx512bf16, has_avx512bf16, false},
     {"avx512", flashbrush_kernels_avx512, has_avx512, false},
     {"avx2", flashbrush_kernels_avx2, has_avx2, false},
