@@ -119,6 +119,19 @@ def median_interval(sample: list[float]) -> tuple[float, float]:
     return ordered[max(0, int(n / 2 - reach))], ordered[min(n - 1, int(n / 2 + reach))]
 
 
+def conditions(old: Path, new: Path, folder: Path) -> dict[str, object]:
+    """Both commits, and the machine as the new checkout in `folder` describes it, with the threads used."""
+    code = "import json; from flashbrush.integrations.evaluation import machine as m"
+    code += "; print(json.dumps(m.describe()))"
+    environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    described = subprocess.check_output([sys.executable, "-c", code], env=environment, cwd=folder, text=True)
+    revisions = [
+        subprocess.check_output(["git", "-C", path, "log", "-1", "--format=%h %s"], text=True).strip()
+        for path in (old, new)
+    ]
+    return {"old": revisions[0], "new": revisions[1], "machine": json.loads(described)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("old", type=Path)
@@ -147,8 +160,10 @@ def main() -> None:
             print(f"{name:24} {old:7.1f} -> {new:7.1f} us, new / old {ratio:.3f} ({low:.3f} to {high:.3f})")
         for worker in workers:
             worker.kill()
-    if options.output is not None:
-        options.output.write_text(json.dumps({"rounds": options.rounds, "calls": results}, indent=1) + "\n")
+        if options.output is not None:
+            about = conditions(options.old, options.new, Path(scratch, "new"))
+            found = {"rounds": options.rounds, **about, "calls": results}
+            options.output.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ def _structure(
 ) -> tuple[Attention, tuple]:
     """The fields that calls of one shape share, and the arrays that they point to.
 
-    Cached, and copied for each call: filling it in takes 5 to 15 us (benchmarks/results/overheads.json).
+    Cached, and copied for each call: filling it in takes 11 to 12 us (benchmarks/results/overheads.json).
     """
     numbers: list[float] = []
     for c in contrast:
